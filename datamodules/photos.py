@@ -1,0 +1,83 @@
+"""Crops of the colour photographs that ship inside scikit-image and scikit-learn: real images without a download."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.dequantization import UniformDequantizer
+from datamodules.stateless import ImageArray, StatelessDataModule
+
+# Columns of every photograph, as fractions of its width: the splits share no pixel.
+REGIONS = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
+
+
+def photographs() -> list[np.ndarray]:
+    """Seven photographs, (H, W, 3) uint8, from 300x451 to 500x741."""
+    import skimage.data
+    import sklearn.datasets
+
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    photos = [getattr(skimage.data, name)() for name in names] + [skimage.data.stereo_motorcycle()[0]]
+    return photos + sklearn.datasets.load_sample_images().images
+
+
+def region(photo: np.ndarray, split: str) -> np.ndarray:
+    """The columns of a photograph that belong to a split."""
+    start, stop = (round(f * photo.shape[1]) for f in REGIONS[split])
+    return photo[:, start:stop]
+
+
+class Crops(Dataset):
+    """n crops an epoch, size x size, uniform over all positions; each is a function of (seed, epoch, index)."""
+
+    def __init__(self, photos: list[np.ndarray], n: int, size: int, seed: int, hflip: bool) -> None:
+        self.photos, self.n, self.size, self.seed, self.hflip = photos, n, size, seed, hflip
+        self.positions = np.array([(p.shape[0] - size + 1) * (p.shape[1] - size + 1) for p in photos])
+        self._epoch: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        if self._epoch[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            self._epoch = (epoch, rng.integers(self.positions.sum(), size=self.n), rng.random(self.n) < 0.5)
+        position = self._epoch[1][index]
+        number = int(np.searchsorted(self.positions.cumsum(), position, side="right"))
+        photo = self.photos[number]
+        row, column = divmod(int(position - self.positions[:number].sum()), photo.shape[1] - self.size + 1)
+        crop = photo[row : row + self.size, column : column + self.size]
+        if self.hflip and self._epoch[2][index]:
+            crop = crop[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), index
+
+
+class Photos(StatelessDataModule):
+    """The embedded default: no download, no network; splits are disjoint regions of the same photographs.
+
+    size: of a crop in pixels. n_train, n_val, n_test: crops an epoch; those for val and test are always the same.
+    """
+
+    n_bits = 8
+    dequantizer = UniformDequantizer(8)
+
+    def __init__(
+        self, batch_size: int, size=32, n_train=10_000, n_val=500, n_test=1000, hflip=True, num_workers=0, seed=0
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.shape = (3, size, size)
+        self.size, self.sizes, self.hflip = size, {"train": n_train, "val": n_val, "test": n_test}, hflip
+
+    def setup(self, stage: str | None = None) -> None:
+        photos = photographs()
+        widest = min(region(p, split).shape[1] for p in photos for split in REGIONS)
+        if not 1 <= self.size <= widest:
+            raise ValueError(f"data.size={self.size} does not fit the photographs' regions: give 1 to {widest}")
+        self.train = Crops([region(p, "train") for p in photos], self.sizes["train"], self.size, self.seed, self.hflip)
+        self.val, self.test = (self._fixed([region(p, s) for p in photos], self.sizes[s]) for s in ("val", "test"))
+
+    def _fixed(self, photos: list[np.ndarray], n: int) -> ImageArray:
+        crops = Crops(photos, n, self.size, seed=0, hflip=False)
+        return ImageArray(np.stack([crops[0, i][0].numpy() for i in range(n)]))

@@ -1,0 +1,100 @@
+"""The one contract that every layer and every model of this house keeps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from flows.priors import StandardNormal
+
+
+class Flow(nn.Module, ABC):
+    """A bijection z = f(x) with log|det df/dx|.
+
+    Layers map tensor to tensor. `log_det` is in nats, one number an image, shape (B,), at least float32.
+    `context` is what a conditional flow depends on; layers without a use for it ignore it.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        """Data to latent: z = f(x) and log|det df/dx|, (B,)."""
+
+    @abstractmethod
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        """Latent to data: x = f^-1(z) and log|det df^-1/dz|, (B,): minus that of `forward` at x."""
+
+
+class Compose(Flow):
+    """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, eq. 9 and 10)."""
+
+    def __init__(self, layers: Iterable[Flow]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        total = no_log_det(x)
+        for layer in self.layers:
+            x, log_det = layer(x, context)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        total = no_log_det(z)
+        for layer in reversed(self.layers):
+            z, log_det = layer.inverse(z, context)
+            total = total + log_det
+        return z, total
+
+
+class Inverted(Flow):
+    """The same bijection read backwards: `forward` is the wrapped flow's `inverse`."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return self.flow.inverse(x, context)
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return self.flow(z, context)
+
+
+class FlowModel(Flow):
+    """A whole model: a bijection from data of `shape` onto a base of equal size.
+
+    Differs from a layer in one thing: the latent is a tuple, one tensor a level, also where there is one level.
+    Subclasses set `shape` (of one datum) and `latent_shapes` (of one latent each).
+    """
+
+    shape: tuple[int, ...]
+    latent_shapes: tuple[tuple[int, ...], ...]
+    base = StandardNormal()
+
+    @abstractmethod
+    def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x (B, *shape) to latents, a tuple of (B, *latent_shape), and log_det (B,) in nats."""
+
+    @abstractmethod
+    def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
+        """Latents to x (B, *shape) and the log_det of the inverse, (B,) in nats."""
+
+    def log_prob(self, x: Tensor, context=None) -> Tensor:
+        """log p(x) = log p(z) + log|det dz/dx| in nats, (B,) (Dinh et al. 2017, eq. 2). ValueError: wrong shape."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"{type(self).__name__} was built for data of shape {self.shape}, not {tuple(x.shape[1:])}"
+            )
+        latents, log_det = self(x, context)
+        return self.base.log_prob(latents) + log_det
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n data points, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode."""
+        parameter = next(self.parameters())
+        return self.inverse(self.base.sample(n, self.latent_shapes, temperature, generator, parameter))[0]
+
+
+def no_log_det(x: Tensor) -> Tensor:
+    """The log-determinant of a volume-preserving map: zeros, (B,), at least float32."""
+    return torch.zeros(x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""Affine couplings: one part of x is kept and decides how the other part is scaled and shifted."""
+
+import torch
+from torch import Tensor, nn
+
+from flows.base import Flow, no_log_det
+
+
+def checkerboard(height: int, width: int, parity: int) -> Tensor:
+    """(H, W) of 0 and 1: (parity + row + column) mod 2, so parity 1 has a 1 at the top left (paper, figure 3)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((parity + rows + columns) % 2).to(torch.get_default_dtype())
+
+
+class AffineCoupling(Flow):
+    """y = (x + t) exp(s) on the changed part, y = x on the kept one; s = a tanh(raw), t and raw from the kept part.
+
+    Dinh et al. 2017, eq. 7 and 8, write x exp(s) + t; the authors' code shifts first, a reparametrisation of the
+    same maps (t exp(s) for t), and wins. `log_scale_factor` is a, one learned scalar a coupling.
+
+    conditioner: maps the kept part to (shift, raw log-scale). norm: an optional flow on the changed part, after the
+    affine map (`CouplingBatchNorm`).
+    """
+
+    def __init__(self, conditioner: nn.Module, log_scale_factor: float, norm: Flow | None = None) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        self.log_scale_factor = nn.Parameter(torch.tensor(log_scale_factor))
+        self.norm = norm
+
+    def _shift_and_log_scale(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = self.conditioner(kept)
+        return shift, self.log_scale_factor * torch.tanh(raw)
+
+    def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = (x + shift) * torch.exp(log_scale), log_scale.flatten(1).sum(1)
+        if self.norm is None:
+            return y, log_det
+        y, norm_log_det = self.norm(y)
+        return y, log_det + norm_log_det
+
+    def _inverse(self, y: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = self.norm.inverse(y) if self.norm is not None else (y, no_log_det(y))
+        return y * torch.exp(-log_scale) - shift, log_det - log_scale.flatten(1).sum(1)
+
+
+class MaskedCoupling(AffineCoupling):
+    """The kept part is where `mask` is 1 (checkerboards of images, single coordinates of points); eq. 9.
+
+    mask: 0 and 1, broadcast over the batch: (1, H, W) for images, (D,) for points. Only the changed dimensions
+    enter the log-determinant: summing s over the kept ones too, as a well-known notebook does, is wrong by
+    sum(mask * s).
+    """
+
+    def __init__(self, mask: Tensor, conditioner: nn.Module, log_scale_factor=0.0, norm: Flow | None = None) -> None:
+        super().__init__(conditioner, log_scale_factor, norm)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return self._forward(x, *self._masked(x))
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return self._inverse(z, *self._masked(z))
+
+    def _masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_and_log_scale(x * self.mask)
+        return shift * (1 - self.mask), log_scale * (1 - self.mask)
+
+
+class ChannelCoupling(AffineCoupling):
+    """The kept part is one half of the channels: the first, or the second if `swap`."""
+
+    def __init__(self, conditioner: nn.Module, swap: bool, log_scale_factor=1.0, norm: Flow | None = None) -> None:
+        super().__init__(conditioner, log_scale_factor, norm)
+        self.swap = swap
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        kept, changed = self._split(x)
+        changed, log_det = self._forward(changed, *self._shift_and_log_scale(kept))
+        return self._join(kept, changed), log_det
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        kept, changed = self._split(z)
+        changed, log_det = self._inverse(changed, *self._shift_and_log_scale(kept))
+        return self._join(kept, changed), log_det
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.chunk(2, dim=1)
+        return (second, first) if self.swap else (first, second)
+
+    def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        return torch.cat([changed, kept] if self.swap else [kept, changed], dim=1)

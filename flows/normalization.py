@@ -1,0 +1,68 @@
+"""Normalisation: one inside conditioners, one that is itself a flow."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flows.base import Flow
+
+
+class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
+    """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's conditioners have no gamma (authors' code, `scale=False`).
+
+    Running averages are new = .9 old + .1 batch, as in that code; torch's running variance is the unbiased one, a
+    factor 1 + 1/(B H W) above the code's.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-4, momentum=0.1)
+        del self.weight
+        self.register_parameter("weight", None)
+
+
+class CouplingBatchNorm(Flow, _BatchNorm):
+    """Batch normalisation as a bijection (Dinh et al. 2017, section 3.7 and appendix E; authors' code `bn_out`).
+
+        y = (x - mu) exp(-1/2 ln(var + 1e-4)),    log_det = -1/2 sum ln(var + 1e-4) over the changed elements
+
+    In training mu and var are the batch's, and gradients go through them; in eval, and in `inverse` always, they are
+    running averages (new = .9 old + .1 batch). The paper's appendix E normalises with the running averages in
+    training too; the code has that as `bn_lag`, whose default 0 is off, so the batch's moments win here.
+
+    mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over (B, C, H, W); None
+    where all are changed. The kept elements pass unchanged, but count as zeros in the moments, as in the code.
+    """
+
+    def __init__(self, channels: int, mask: Tensor | None = None) -> None:
+        super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        if self.training:
+            mean, var = self._batch_moments(x)
+        else:
+            mean, var = self.running_mean, self.running_var
+        mean, log_std = self._on_changed(mean, var)
+        return (x - mean) * torch.exp(-log_std), -self._volume(log_std, x)
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        mean, log_std = self._on_changed(self.running_mean, self.running_var)
+        return z * torch.exp(log_std) + mean, self._volume(log_std, z)
+
+    def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if self.mask is None else x * self.mask
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            # momentum None is torch's own convention for a cumulative average (torch.optim.swa_utils.update_bn)
+            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean), rate)
+            self.running_var.lerp_(var.to(self.running_var), rate)
+        return mean, var
+
+    def _on_changed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = mean[:, None, None], 0.5 * torch.log(var + self.eps)[:, None, None]
+        return (mean, log_std) if self.mask is None else (mean * self.mask, log_std * self.mask)
+
+    def _volume(self, log_std: Tensor, x: Tensor) -> Tensor:
+        return log_std.expand(1, *x.shape[1:]).sum().expand(x.shape[0])

@@ -1,0 +1,1 @@
+"""One LightningModule per objective; what to log beside it lives in `callbacks`."""

@@ -1,0 +1,1 @@
+"""What is written and shown beside a run."""

@@ -1,0 +1,108 @@
+"""The learning curve as a file: what a claim about quality rests on."""
+
+import csv
+import time
+from pathlib import Path
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+
+class Curve(L.Callback):
+    """One row of curve.csv a validation, from step 0 (before training), and curve.png at the end of training.
+
+    Columns: step, images (seen in training), seconds (of training and validation, over all resumed parts), lr,
+    train/M (mean since the row before), val/M, with M bpd or nll. batch_size: the global one. paper: the claimed
+    value, drawn as a line, or None.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, paper: float | None) -> None:
+        self.folder, self.batch_size, self.paper = Path(folder), batch_size, paper
+        self.seconds_before = 0.0
+        self.rows: list[dict] = []
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "curve.csv"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, in all its parts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds, "rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds_before, self.rows = state["seconds"], state["rows"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.started = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write()  # a resumed run's file may hold rows from after its checkpoint
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._add(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._add(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.rows or self.rows[-1]["step"] < trainer.global_step:
+            self._add(trainer, pl_module, fresh=False)
+        if trainer.is_global_zero:
+            draw_curve(self.rows, self.folder / "curve.png", self.paper)
+
+    def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, fresh: bool = True) -> None:
+        metric, step = pl_module.metric, trainer.global_step
+        train = pl_module.train_mean.compute().item() if pl_module.train_mean.update_called else None
+        pl_module.train_mean.reset()
+        val = trainer.callback_metrics.get(f"val/{metric}") if fresh else None
+        row = {
+            "step": step,
+            "images": step * self.batch_size,
+            "seconds": round(self.seconds, 1),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            f"train/{metric}": train,
+            f"val/{metric}": None if val is None else val.item(),
+        }
+        self.rows.append(row)
+        self._write()
+        shown = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
+        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(shown)}")
+
+    @rank_zero_only
+    def _write(self) -> None:
+        if not self.rows:
+            return
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        part.replace(self.path)
+
+
+def draw_curve(rows: list[dict], path: Path, paper: float | None) -> None:
+    """val and train over images seen, as PNG, with the paper's value as a dashed line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="training images seen")
+    for key in [k for k in rows[0] if "/" in k]:
+        points = [(r["images"], r[key]) for r in rows if r[key] is not None]
+        axes.plot(*zip(*points, strict=True), label=key, marker=".") if points else None
+    values = [r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None]
+    if paper is not None:
+        axes.axhline(paper, linestyle="--", color="grey", label=f"paper {paper:g}")
+    if values:
+        low, high = min([*values, paper or values[0]]), max(values)
+        axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,40 @@
+"""A progress bar in the units of this house."""
+
+import time
+from datetime import timedelta
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar with images/s and the time left until the last step of the run.
+
+    batch_size: the global one. Draws nothing where the output is no terminal; the curve's rows are printed there.
+    """
+
+    def __init__(self, batch_size: int, enabled: bool) -> None:
+        super().__init__(refresh_rate=1 if enabled else 0)
+        self.batch_size = batch_size
+        self.started, self.first_step = time.monotonic(), 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started, self.first_step = time.monotonic(), trainer.global_step
+        super().on_train_start(trainer, pl_module)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        steps = trainer.global_step - self.first_step
+        if trainer.training and steps > 0:
+            rate = steps / (time.monotonic() - self.started)
+            metrics["images/s"] = f"{rate * self.batch_size:.0f}"
+            metrics["left"] = str(timedelta(seconds=int((last_step(trainer) - trainer.global_step) / rate)))
+        return metrics
+
+
+def last_step(trainer: L.Trainer) -> int:
+    """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first."""
+    by_epochs = int((trainer.max_epochs or -1) * trainer.num_training_batches)
+    candidates = [n for n in (trainer.max_steps, by_epochs) if n > 0]
+    return min(candidates, default=trainer.global_step)

@@ -1,0 +1,90 @@
+"""What the flow draws, and whether it inverts: pictures a person can open."""
+
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_modules.metrics import full_float32
+from lightning_modules.noise import image_noise
+
+N_SHOWN = 16  # pictures a row
+
+
+class Samples(L.Callback):
+    """After validations: a grid of samples, a row a temperature, and reconstructions, as uint8 PNGs in `folder`.
+
+    The base samples are the same at every validation, so the grids show one picture learning. Logs
+    `samples/finite_T<temperature>`, the share of samples whose every value is finite; a flow can have a fine
+    likelihood and inverses that overflow. Drawn in float32 from the weights as trained.
+
+    n: samples a temperature for that share, of which 16 are shown. every_n_steps: at most so often.
+    """
+
+    def __init__(self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0) -> None:
+        self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
+        self.every_n_steps, self.drawn_at = every_n_steps, 0
+        self.images: Tensor | None = None
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx == 0 and pl_module.dequantizer is not None:
+            data, indices = batch[0][:N_SHOWN], batch[1][:N_SHOWN]
+            noise = image_noise(indices, data.shape[1:], pl_module.noise_seed).to(data.device)
+            self.images = pl_module.dequantizer(data, noise)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.global_step >= self.drawn_at + self.every_n_steps:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self.drawn_at:
+            self._draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.drawn_at = trainer.global_step
+        if not trainer.is_global_zero or len(pl_module.flow.shape) != 3:
+            return
+        was_training = pl_module.flow.training
+        pl_module.flow.eval()
+        with full_float32(pl_module.device.type):
+            rows, finite = self._sample(pl_module)
+            pictures = {"samples": picture(rows)}
+            if self.images is not None:
+                z, _ = pl_module.flow(self.images)
+                pictures["reconstruction"] = picture([self.images, pl_module.flow.inverse(z)[0]])
+        pl_module.flow.train(was_training)
+        self._write(trainer, pictures, finite)
+
+    def _sample(self, pl_module: L.LightningModule) -> tuple[list[Tensor], dict[str, float]]:
+        rows, finite = [], {}
+        for temperature in self.temperatures:
+            generator = torch.Generator().manual_seed(self.seed)
+            samples = pl_module.flow.sample(self.n, temperature, generator)
+            rows.append(samples[:N_SHOWN])
+            finite[f"samples/finite_T{temperature:g}"] = samples.isfinite().flatten(1).all(1).float().mean().item()
+        return rows, finite
+
+    def _write(self, trainer: L.Trainer, pictures: dict[str, Tensor], finite: dict[str, float]) -> None:
+        from torchvision.io import write_png
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, image in pictures.items():
+            write_png(image, str(self.folder / f"{name}-{trainer.global_step:07d}.png"))
+            if hasattr(trainer.logger, "log_image"):  # W&B; uint8, since it logs floats in [0, 1] as black
+                array = image.permute(1, 2, 0).numpy()
+                trainer.logger.log_image(f"pictures/{name}", [array], step=trainer.global_step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in finite.items()})
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(finite, step=trainer.global_step)
+
+
+def picture(rows: list[Tensor]) -> Tensor:
+    """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width); non-finite is black."""
+    from torchvision.utils import make_grid
+
+    images = torch.cat(rows).float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    grid = make_grid((images * 256).floor().clamp(0, 255).to(torch.uint8), nrow=len(rows[0]), pad_value=255)
+    scale = max(1, 64 // images.shape[-1])
+    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -1,0 +1,12 @@
+"""One script per experiment; `experiment` is the only glue between them and the rest."""
+
+
+def load(folder):
+    """The trained flow of a run folder (or of one checkpoint file), in eval mode on the CPU.
+
+    >>> flow = load("outputs/realnvp_cifar10/20261122-231500-ab12")  # doctest: +SKIP
+    >>> images = flow.sample(16, temperature=0.7)  # doctest: +SKIP
+    """
+    from reproduce.experiment import load_flow
+
+    return load_flow(folder)

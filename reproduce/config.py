@@ -1,0 +1,186 @@
+"""Recipes: OmegaConf files composed, overridden from the command line, and checked. Nothing here knows a model."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CHOICES = {
+    "logger.name": ("wandb", "csv", "none"),
+    "checkpoint.select": ("best", "last"),
+    "resume": (None, "auto"),
+}
+
+
+class ConfigError(Exception):
+    """A mistake of the user's: one line that says what to do."""
+
+
+def compose(experiment: str, arguments: list[str]) -> DictConfig:
+    """The recipe `experiment` with its bases, data set and preset, and `key=value` arguments on top.
+
+    data.name and preset are read first, since they bring sections of their own; from then on no key may be new and
+    no value may change its type.
+    """
+    recipe = _read(CONFIGS / f"{experiment}.yaml")
+    overrides = _parse(arguments)
+    preset = OmegaConf.select(overrides, "preset")
+    config = OmegaConf.create({"experiment": experiment, "preset": preset})
+    for base in recipe.pop("bases"):
+        config = OmegaConf.merge(config, _read(CONFIGS / base))
+    own = recipe.pop("presets", OmegaConf.create({}))
+    config = OmegaConf.merge(config, recipe)
+    config.recipe_data = config.data.name
+
+    layers = _preset(experiment, preset, own)
+    name = OmegaConf.select(overrides, "data.name") or _last(layers, "data.name") or config.data.name
+    if name != config.data.name:
+        config.data = OmegaConf.merge(_read(_data_file(name)).data, {})
+    OmegaConf.set_struct(config, True)
+    for layer in layers:
+        config = _merge(config, layer)
+    for argument in overrides:
+        _check_section(config, overrides, argument)
+    config = _merge(config, overrides)
+    _check_choices(config)
+    return config
+
+
+def presets(experiment: str) -> list[str]:
+    """Names that `preset=` accepts for a recipe."""
+    return list(_read(CONFIGS / f"{experiment}.yaml").get("presets", {}))
+
+
+def describe(experiment: str, doc: str) -> str:
+    """The text of --help: what is reproduced, the presets, every key with its default and comment."""
+    recipe = _read(CONFIGS / f"{experiment}.yaml")
+    comments: dict[str, str] = {}
+    for file in [*recipe.bases, f"{experiment}.yaml"]:
+        comments |= _comments((CONFIGS / file).read_text())
+    lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
+    lines.append("keys, with the value of the recipe without a preset:")
+    for key, value in _leaves(compose(experiment, [])):
+        comment = f"  # {comments[key]}" if key in comments else ""
+        lines.append(f"  {key}={'null' if value is None else value}{comment}")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> DictConfig:
+    return OmegaConf.load(path)
+
+
+def _data_file(name: str) -> Path:
+    path = CONFIGS / "data" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"data.name={name} is not known{_nearest(str(name), known)}: give one of {', '.join(known)}")
+    return path
+
+
+def _preset(experiment: str, preset: str | None, own: DictConfig) -> list[DictConfig]:
+    """The shared part of a preset (trainer, data, logger), then the recipe's own."""
+    if preset is None:
+        return []
+    if preset not in own:
+        known = f"give one of {', '.join(own)}" if own else f"{experiment} has none"
+        raise ConfigError(f"preset={preset} is not known{_nearest(str(preset), list(own))}: {known}")
+    return [_read(CONFIGS / "presets" / f"{preset}.yaml"), own[preset]]
+
+
+def _parse(arguments: list[str]) -> DictConfig:
+    for argument in arguments:
+        if not re.match(r"[\w.]+=", argument):
+            raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
+    try:
+        return OmegaConf.from_dotlist(arguments)
+    except Exception as error:  # YAML and OmegaConf errors alike: the value cannot be read
+        raise ConfigError(f"cannot read {' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+
+
+def _last(layers: list[DictConfig], key: str):
+    return next((v for layer in reversed(layers) if (v := OmegaConf.select(layer, key)) is not None), None)
+
+
+def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
+    for key, value in _leaves(layer):
+        _check_type(config, key, value)
+        old = OmegaConf.select(config, key)
+        if isinstance(old, float) and type(value) is int:
+            OmegaConf.update(layer, key, float(value))
+    try:
+        return OmegaConf.merge(config, layer)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
+    if key in config and isinstance(config[key], DictConfig) and not isinstance(overrides[key], DictConfig):
+        raise ConfigError(
+            f"{key} is a section, not a value: give {key}.KEY=..., with KEY one of {', '.join(config[key])}"
+        )
+
+
+def _check_type(config: DictConfig, key: str, value) -> None:
+    keys = [k for k, _ in _leaves(config)]
+    if key not in keys:
+        inside = [k for k in keys if k.startswith(f"{key}.")]
+        if inside:
+            raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
+        raise ConfigError(f"{key} is no key of this recipe{_nearest(key, keys)}: see --help")
+    old = OmegaConf.select(config, key)
+    if old is None or value is None or (old == "auto" and not isinstance(value, list | ListConfig)):
+        return
+    if type(old) is type(value) or (isinstance(old, float) and type(value) is int):
+        return
+    raise ConfigError(f"{key}={value} has the wrong type: it replaces {old!r}, so give a {type(old).__name__}")
+
+
+def _check_choices(config: DictConfig) -> None:
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in choices:
+            names = [str(c) for c in choices if c is not None]
+            raise ConfigError(
+                f"{key}={value} is not known{_nearest(str(value), names)}: give one of {', '.join(names)}"
+            )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts."""
+    by_lower = {k.lower(): k for k in known} | {k.lower().split(".")[-1]: k for k in reversed(known)}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    found = found or difflib.get_close_matches(word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[found[0]]}?)" if found else ""
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, object]]:
+    leaves = []
+    for key in config:
+        value = config[key]
+        if isinstance(value, DictConfig):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves
+
+
+def _comments(text: str) -> dict[str, str]:
+    """Dotted key -> the comment at the end of its line."""
+    found, stack = {}, []
+    for line in text.splitlines():
+        match = re.match(r"( *)(\w+):[^#]*(?:# (.*))?$", line)
+        if match:
+            indent, key, comment = len(match[1]) // 2, match[2], match[3]
+            stack = [*stack[:indent], key]
+            if comment:
+                found[".".join(stack)] = comment
+    return found
+
+
+def arguments(argv: list[str] | None) -> list[str]:
+    """The command line's arguments, or those given in its place."""
+    return list(sys.argv[1:] if argv is None else argv)

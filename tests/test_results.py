@@ -1,0 +1,364 @@
+"""Claims, the status rule, taking a run in, and the page."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import results
+from results.__main__ import main
+from results.page import budget, count, render, wall_time
+from results.runs import PICTURE_BYTES, portable, write
+
+CLAIM = {
+    "dataset": "CIFAR-10", "data": "cifar10", "table": "Table 1", "row": "Ours", "split": "test", "metric": "test/bpd",
+    "unit": "bits/dim", "value": 3.49, "train": None, "direction": "lower", "tolerance": 0.02,
+    "protocol": {"n_bits": 8}, "compared": {}, "verified": "stored", "source": "Table 1",
+}  # fmt: skip
+PAPER = {"claim": "flow.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": True}
+CURVE = """step,images,seconds,lr,train/bpd,val/bpd
+1,64,0.5,0.001,9.5,
+100,6400,50.25,0.001,4.5,
+200,12800,100,0.001,4.0,4.1
+"""
+
+
+def result(value=3.9, fraction=0.032, **more):
+    """A result as reproduce/ writes it."""
+    return {
+        "experiment": "flow_cifar10", "run": "20261122-231500-ab12", "preset": "cpu", "metrics": {"test/bpd": value},
+        "paper": PAPER,
+        "gap": None, "status": "-", "seed": 0, "commit": "0123456789abcdef", "dirty": False, "device": "CPU",
+        "budget": {"images": 400_000, "of": 12_480_000, "fraction": fraction, "source": "ours"},
+        "versions": {"torch": "2.9"},
+        "config": {"data": {"name": "cifar10", "root": "/home/me/data"}, "run_dir": "/home/me/outputs/a"},
+        "precision": "32-true", "tf32": False, "deterministic": False, "images": 400_000, "seconds": 1234.5,
+        "n_train": 45_000, "wandb_url": None, "weights": None, "suspect": None, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A results folder with two claims: lower and higher is better."""
+    claims = {"cifar10": CLAIM, "mnist": CLAIM | {"value": 1980.5, "direction": "higher", "tolerance": 19.8}}
+    paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
+    write(tmp_path / "results/paper/flow.yaml", yaml.safe_dump(paper))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run's folder."""
+    folder = tmp_path / "outputs/flow_cifar10/20261122-231500-ab12"
+    write(folder / "result.json", json.dumps(result()))
+    write(folder / "curve.csv", CURVE)
+    (folder / "samples").mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "samples/samples_100.png")
+    return folder
+
+
+def recorded(root, **more):
+    """Record a result directly and give it back."""
+    record = result(**more)
+    write(root / f"runs/{record['experiment']}/{record['run']}.json", json.dumps(record))
+    return record
+
+
+def snapshot(root):
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+# Claims
+
+
+def test_realnvp_table_has_its_seven_rows():
+    claims = {name[8:]: claim for name, claim in results.load_claims().items() if name.startswith("realnvp.")}
+    assert {name: (claim["value"], claim["train"]) for name, claim in claims.items()} == {
+        "cifar10": (3.49, None),
+        "imagenet32": (4.28, 4.26),
+        "imagenet64": (3.98, 3.75),
+        "lsun_bedroom": (2.72, 2.70),
+        "lsun_tower": (2.81, 2.78),
+        "lsun_church": (3.08, 2.94),
+        "celeba": (3.02, 2.97),
+    }
+    quoted = {name: {key: tuple(m.values()) for key, m in claim["compared"].items()} for name, claim in claims.items()}
+    assert {name: models for name, models in quoted.items() if models} == {
+        "cifar10": {
+            "PixelRNN": (3.00, None, "exact"), "Conv DRAW": (3.59, None, "upper"), "IAF-VAE": (3.28, None, "upper"),
+        },
+        "imagenet32": {"PixelRNN": (3.86, 3.83, "exact"), "Conv DRAW": (4.40, 4.35, "upper")},
+        "imagenet64": {"PixelRNN": (3.63, 3.57, "exact"), "Conv DRAW": (4.10, 4.04, "upper")},
+    }  # fmt: skip
+    assert {claim["tolerance"] for claim in claims.values()} == {0.02}
+    assert all({"n_bits", "weights", "images", "flips"} <= set(claim["protocol"]) for claim in claims.values())
+
+
+def test_every_claim_is_read_somewhere_and_complete():
+    for claim_id, claim in results.load_claims().items():
+        assert claim["verified"] in ("seed", "stored"), claim_id
+        assert set(CLAIM) <= set(claim), claim_id
+        assert claim["direction"] in ("lower", "higher")
+        assert claim["tolerance"] >= 0
+        assert claim["source"]
+
+
+def test_unknown_claim_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown claim 'realnvp\.cifar': did you mean 'realnvp\.cifar10'") as error:
+        results.load_claim("realnvp.cifar")
+    assert "\n" not in str(error.value)
+
+
+def test_broken_claims_file_is_one_line(root):
+    write(root / "paper/flow.yaml", "claims: [")
+    with pytest.raises(ValueError, match=r"flow\.yaml must be YAML") as error:
+        results.load_claims(root)
+    assert "\n" not in str(error.value)
+
+
+# The status rule
+
+
+@pytest.mark.parametrize(
+    ("value", "fraction", "status"),
+    [
+        (3.40, 0.01, "reproduced"),  # better than the paper, whatever the budget
+        (3.51, 1.0, "reproduced"),  # on the tolerance, though 3.51 - 3.49 > 0.02 in binary
+        (3.5101, 1.0, "gap"),
+        (3.5101, 1.5, "gap"),
+        (3.5101, 0.999, "shortened"),
+        (3.9, None, "shortened"),
+        (math.nan, 1.0, "gap"),
+        (-math.inf, 0.5, "shortened"),
+        (None, 0.5, "shortened"),
+        (True, 0.5, "shortened"),
+    ],
+)
+def test_status(root, value, fraction, status):
+    assert results.compare(result(value, fraction), root)["status"] == status
+
+
+def test_gap_is_ours_minus_the_paper(root):
+    assert results.compare(result(3.9), root)["gap"] == pytest.approx(0.41)
+    assert results.compare(result(math.nan), root)["gap"] is None
+    assert results.compare(result(metrics={"val/bpd": 3.0}), root) == {"gap": None, "status": "shortened"}
+
+
+@pytest.mark.parametrize(
+    ("value", "status"), [(1960.7, "reproduced"), (2500.0, "reproduced"), (1960.6, "gap"), (math.inf, "gap")]
+)
+def test_higher_is_better(root, value, status):
+    paper = {"claim": "flow.mnist", "metric": "test/nats_ll", "comparable": True}
+    record = result(fraction=1.0, metrics={"test/nats_ll": value}, paper=paper)
+    assert results.compare(record, root)["status"] == status
+
+
+def test_nothing_to_compare_with(root):
+    other = PAPER | {"comparable": False}
+    assert results.compare(result(3.0, paper=None), root) == {"gap": None, "status": "-"}
+    assert results.compare(result(3.0, paper=other), root) == {"gap": None, "status": "-"}
+
+
+# Taking a run in
+
+
+def test_add_records_the_run_and_its_picture(root, run, capsys):
+    Image.effect_noise((500, 500), 80).save(run / "samples/samples_200.png")
+    assert main(["add", str(run)], root) == 0
+    record = json.loads((root / "runs/flow_cifar10/20261122-231500-ab12.json").read_text())
+    assert record["status"] == "shortened"
+    assert record["gap"] == pytest.approx(0.41)
+    assert record["curve"][0] == {
+        "step": 1, "images": 64, "seconds": 0.5, "lr": 0.001, "train/bpd": 9.5, "val/bpd": None,
+    }  # fmt: skip
+    picture = root / "runs/flow_cifar10/20261122-231500-ab12.png"
+    assert picture.stat().st_size < PICTURE_BYTES < (run / "samples/samples_200.png").stat().st_size
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert 200 < image.width == image.height < 500
+    page = (root / "README.md").read_text()
+    assert "| flow_cifar10 | CIFAR-10 | test/bpd | 3.49 | 3.900 | +0.410 | shortened | 3.2 % of 12.5 M images" in page
+    assert "python reproduce/flow_cifar10.py preset=cpu seed=0\n" in page
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_add_twice(root, run, capsys):
+    assert main(["add", str(run)], root) == 0
+    before = snapshot(root)
+    assert main(["add", str(run)], root) == 0
+    assert "already recorded, with the same content" in capsys.readouterr().out
+    write(run / "result.json", json.dumps(result(3.8)))
+    assert main(["add", str(run)], root) == 1
+    assert "already recorded, with other content" in capsys.readouterr().err
+    assert snapshot(root) == before
+
+
+def test_machine_paths_stay_out_of_the_record(root, run):
+    write(run / "result.json", json.dumps(result(overrides=["data.root=/home/me/data", "seed=0"])))
+    main(["add", str(run)], root)
+    content = (root / "runs/flow_cifar10/20261122-231500-ab12.json").read_text()
+    record = json.loads(content)
+    assert "/home" not in content
+    assert record["config"] == {"data": {"name": "cifar10", "root": "data"}, "run_dir": "a"}
+    assert record["overrides"] == ["data.root=data", "seed=0"]
+    assert "python reproduce/flow_cifar10.py data.root=data seed=0\n" in (root / "README.md").read_text()
+    assert portable(["/a/b=c.ckpt", "https://x.y/z", "k=v", math.nan, {"a": "/b/c/"}]) == [
+        "b=c.ckpt", "https://x.y/z", "k=v", None, {"a": "c"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", "{", "is not valid JSON"),
+        ("result.json", b"\xff\xfe\x00", "is not valid JSON"),
+        ("result.json", "[]", "lacks a usable experiment, run, preset"),
+        ("result.json", json.dumps(result(paper={"claim": "x"})), "lacks a usable paper.metric, paper.comparable"),
+        ("result.json", json.dumps(result(metrics=[])), "lacks a usable metrics"),
+        ("result.json", json.dumps(result(run="../../x")), "lacks a usable run"),
+        ("result.json", json.dumps(result(3.9, 1.0)), 'needs a named suspect: python -m results add .* suspect="..."'),
+        ("result.json", json.dumps(result(paper=PAPER | {"claim": "flow.cifar"})), "did you mean 'flow.cifar10'"),
+        ("curve.csv", "step,images\n1,many\n", r"curve\.csv is not a table of numbers"),
+        ("curve.csv", "step,images\n1,2,3\n", r"curve\.csv is not a table of numbers"),
+        ("samples/samples_100.png", "no picture", "is not a readable picture"),
+    ],
+)
+def test_a_bad_run_is_one_line_and_writes_nothing(root, run, capsys, name, content, message):
+    before = snapshot(root)
+    write(run / name, content)
+    assert main(["add", str(run)], root) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0])
+    assert snapshot(root) == before
+
+
+def test_unfinished_and_missing_runs(root, run, capsys):
+    (run / "result.json").unlink()
+    assert main(["add", str(run)], root) == 1
+    assert "resume=auto" in capsys.readouterr().err
+    assert main(["add", str(run / "nowhere")], root) == 1
+    assert "outputs/<experiment>/<run>" in capsys.readouterr().err
+
+
+def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
+    write(run / "result.json", json.dumps(result(3.9, 1.0, dirty=True)))
+    assert main(["add", str(run), "suspect=no weight norm"], root) == 0
+    assert "warning: 20261122-231500-ab12 ran on uncommitted changes" in capsys.readouterr().out
+    page = (root / "README.md").read_text()
+    assert "Suspect: no weight norm" in page
+    assert "| gap | 100 % of 12.5 M images (ours) | 0 | 0123456 (dirty) |" in page
+
+
+def test_two_dimensional_run(root, run):
+    (run / "samples/samples_100.png").unlink()
+    Image.new("L", (20, 20)).save(run / "density.png")
+    write(run / "curve.csv", "step,images,seconds,lr,train/nll,val/nll\n1,10,1,0.1,2.5,\n2,20,2,0.1,,-1.5\n")
+    data = {"data": {"name": "two_moons"}}
+    write(run / "result.json", json.dumps(result(paper=None, metrics={"test/nll": -1.25}, config=data, budget=None)))
+    assert main(["add", str(run)], root) == 0
+    page = (root / "README.md").read_text()
+    assert "| flow_cifar10 | two_moons | test/nll -1.250 | 400 k images |" in page
+    assert "20261122-231500-ab12.png)" in page
+    assert "flow_cifar10, nll<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
+
+
+@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"]])
+def test_usage(root, argv, capsys):
+    assert main(argv, root) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ['usage: python -m results [add outputs/<experiment>/<run> [suspect="..."]]']
+
+
+# The page
+
+
+def test_page_is_byte_for_byte_the_same(root, run):
+    main(["add", str(run)], root)
+    before = snapshot(root)
+    assert main([], root) == 0
+    assert snapshot(root) == before
+    assert not [path for path in before if path.name.startswith(".")]
+
+
+def test_claims_are_listed_with_a_recipe_or_a_run_best_first(root):
+    write(root.parent / "configs/flow_mnist.yaml", "")
+    for value, name in ((3.9, "a"), (math.nan, "b"), (3.5, "c")):
+        recorded(root, value=value, run=name)
+    page = render(root)[root / "README.md"]
+    rows = [line for line in page.splitlines() if line.startswith("| flow_")]
+    assert [row.split(" | ")[4:7] for row in rows] == [
+        ["3.500", "+0.010", "reproduced"], ["3.900", "+0.410", "shortened"],
+        ["-", "-", "shortened"], ["-", "-", "not run"],
+    ]  # fmt: skip
+    assert rows[3].startswith("| flow_mnist | CIFAR-10 | test/bpd | 1980.50 |")
+    assert {row.count(" | ") for row in rows} == {13}
+
+
+def test_a_claim_without_recipe_and_run_is_only_in_the_papers_table(root):
+    page = render(root)[root / "README.md"]
+    assert "## Beside the papers\n\nNone yet.\n" in page
+    assert "| CIFAR-10 | test | bits/dim | 3.49 | stored |" in page
+
+
+def test_other_data_and_reestimated_statistics(root):
+    recorded(root, run="a", paper=PAPER | {"comparable": False})
+    recorded(root, run="b", metrics={"test/bpd": 3.9, "test/bpd_reestimated": 3.8, "val/bpd": 3.7})
+    beside, _, without = render(root)[root / "README.md"].partition("## Runs without a paper number")
+    assert "| 3.900 (re-estimated 3.800) | +0.410 |" in beside
+    assert "| flow_cifar10 | cifar10 | test/bpd 3.900 |" in without
+    assert "Measured: test/bpd 3.900, test/bpd_reestimated 3.800." in without
+
+
+def test_curve_has_both_lines_and_the_papers_value(root):
+    steps = range(1, 2001)
+    rows = [{"images": 64 * k, "train/bpd": 3.5 + 4 / k, "val/bpd": None if k % 10 else 3.6 + 4 / k} for k in steps]
+    record = recorded(root, curve=rows)
+    svg = render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
+    tree = xml.etree.ElementTree.fromstring(svg)
+    texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"train", "val", "paper 3.49", "images seen", "flow_cifar10, bpd"} <= set(texts)
+    assert svg.count("<polyline") == 2
+    assert svg.count("stroke-dasharray") == 1
+    assert len(svg) < 20_000
+    recorded(root, curve=rows, paper=None)
+    assert "stroke-dasharray" not in render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[(0, 5.0)], [(64, 3.49)], [(1, 0.0), (2, 0.0)], [(1, -1e3), (9, 1e6)], [(5, 3.0), (6, None), (7, math.nan)]],
+)
+def test_curves_of_any_shape_are_drawn_with_finite_numbers(root, points):
+    record = recorded(root, curve=[{"images": x, "val/bpd": y} for x, y in points])
+    svg = render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
+    assert "nan" not in svg
+    assert "inf" not in svg
+
+
+def test_a_damaged_record_is_one_line(root, capsys):
+    write(root / "runs/flow_cifar10/a.json", "{")
+    assert main([], root) == 1
+    assert "a.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_formats():
+    counts = {None: "-", 7: "7", 999: "999", 45_000: "45 k", 999_600: "1 M", 12_480_000: "12.5 M"}
+    assert {value: count(value) for value in counts} == counts
+    assert [wall_time(seconds) for seconds in (12.3, 1234.5, 19_000)] == ["12 s", "20.6 min", "5.3 h"]
+    shares = [budget(result(fraction=fraction)).split(" %")[0] for fraction in (0, 0.00123, 0.032, 0.29, 0.9999, 1)]
+    assert shares == ["0", "0.12", "3.2", "29", "99", "100"]
+
+
+def test_committed_page_is_up_to_date():
+    for path, content in render().items():
+        current = path.read_text(encoding="utf-8") if path.is_file() else None
+        assert current == content, f"{path} is old: run `python -m results`"
+    drawn = {path for path in render() if path.suffix == ".svg"}
+    assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
