@@ -80,4 +80,4 @@ class Photos(StatelessDataModule):
 
     def _fixed(self, photos: list[np.ndarray], n: int) -> ImageArray:
         crops = Crops(photos, n, self.size, seed=0, hflip=False)
-        return ImageArray(np.stack([crops[0, i][0].numpy() for i in range(n)]))
+        return ImageArray(np.array([crops[0, i][0].numpy() for i in range(n)], np.uint8).reshape(n, *self.shape))

@@ -21,8 +21,8 @@ class TrainSampler(Sampler):
             raise ValueError(
                 f"data.batch_size={batch_size} is the global batch: give a multiple of {world_size} processes"
             )
-        if batch_size > n:
-            raise ValueError(f"data.batch_size={batch_size} is more than the {n} training items: give a smaller one")
+        if not 1 <= batch_size <= n:
+            raise ValueError(f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}")
         self.n, self.batch_size, self.seed, self.rank = n, batch_size, seed, rank
         self.local = batch_size // world_size
         self.epoch, self.start_batch = 0, 0
@@ -77,7 +77,7 @@ class TrainLoader(DataLoader):
 
 
 class ImageArray(Dataset):
-    """uint8 images (N, C, H, W); item (epoch, index) is (image, index); flips are a function of (seed, epoch, index)."""
+    """uint8 images (N, C, H, W); item (epoch, index) is (image, index), flips a function of (seed, epoch, index)."""
 
     def __init__(self, images: np.ndarray, seed: int = 0, hflip: bool = False) -> None:
         self.images, self.seed, self.hflip = images, seed, hflip

@@ -33,6 +33,8 @@ class RealNVP(FlowModel):
         super().__init__()
         self.shape = tuple(shape)
         channels, height, width = self.shape
+        if min(n_scales, hidden_channels, n_blocks) < 1:
+            raise ValueError("flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1")
         if height % 2 ** (n_scales - 1) or width % 2 ** (n_scales - 1):
             raise ValueError(
                 f"flow.n_scales={n_scales} halves a {height}x{width} image to odd sizes: give fewer scales"

@@ -58,8 +58,8 @@ class DensityModule(L.LightningModule):
         self.noise_seed, self.bn_images = noise_seed, bn_images
         self.metric = "nll" if n_bits is None else "bpd"
         self.train_mean = image_mean()
-        self.eval_means = nn.ModuleDict({"running": image_mean(), "reestimated": image_mean()})
-        self._evaluated: dict[str, nn.Module] = {}
+        self.eval_means = nn.ModuleDict({"as_is": image_mean(), "_reestimated": image_mean()})
+        self._evaluated: dict[str, nn.Module] = {}  # suffix of the metric -> flow
 
     def loss_per_datum(self, log_prob: Tensor) -> Tensor:
         """Bits/dim for images, nats for points: what is logged, (B,)."""
@@ -92,16 +92,15 @@ class DensityModule(L.LightningModule):
         if self.dequantizer is not None:
             noise = image_noise(indices, data.shape[1:], self.noise_seed).to(data.device)
             data = self.dequantizer(data, noise)
-        for statistics, flow in self._evaluated.items():
+        for suffix, flow in self._evaluated.items():
             with full_float32(self.device.type):
                 per_datum = self.loss_per_datum(flow.log_prob(data))
-            mean = self.eval_means[statistics]
+            mean = self.eval_means[suffix or "as_is"]
             mean.update(per_datum)
-            suffix = "_reestimated" if statistics == "reestimated" and len(self._evaluated) > 1 else ""
             self.log(f"{split}/{self.metric}{suffix}", mean, on_step=False, on_epoch=True, prog_bar=not suffix)
 
     def _prepare_evaluation(self, both: bool) -> None:
-        self._evaluated = {"running": self.flow}
+        self._evaluated = {"": self.flow}
         averaged = any(isinstance(c, L.callbacks.WeightAveraging) for c in self.trainer.callbacks)
         wanted = self.bn_images > 0 and (both or averaged) and not self.trainer.sanity_checking
         if not wanted or not has_batch_norm(self.flow):
@@ -110,7 +109,7 @@ class DensityModule(L.LightningModule):
             batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))
             inputs = (self._training_input(data.to(self.device), 0, i, whole=True) for i, (data, _) in batches)
             fresh = reestimated(self.flow, inputs)
-        self._evaluated = {"reestimated": fresh} if averaged else {**self._evaluated, "reestimated": fresh}
+        self._evaluated = {"": fresh} if averaged else {"": self.flow, "_reestimated": fresh}
 
     def _training_input(self, data: Tensor, epoch: int, batch_idx: int, whole: bool = False) -> Tensor:
         """This rank's slice of the global batch, dequantised; `whole`: `data` is all of the global batch."""

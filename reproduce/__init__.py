@@ -7,6 +7,6 @@ def load(folder):
     >>> flow = load("outputs/realnvp_cifar10/20261122-231500-ab12")  # doctest: +SKIP
     >>> images = flow.sample(16, temperature=0.7)  # doctest: +SKIP
     """
-    from reproduce.experiment import load_flow
+    from reproduce.run_folder import load_flow
 
     return load_flow(folder)

@@ -34,7 +34,6 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
         config = OmegaConf.merge(config, _read(CONFIGS / base))
     own = recipe.pop("presets", OmegaConf.create({}))
     config = OmegaConf.merge(config, recipe)
-    config.recipe_data = config.data.name
 
     layers = _preset(experiment, preset, own)
     name = OmegaConf.select(overrides, "data.name") or _last(layers, "data.name") or config.data.name

@@ -20,7 +20,7 @@ def main(argv=None):
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)
     module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, module)
     fit(config, trainer, module, data)
     return record(config, trainer, module, data)
 

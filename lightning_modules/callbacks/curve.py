@@ -56,6 +56,11 @@ class Curve(L.Callback):
         if trainer.is_global_zero:
             draw_curve(self.rows, self.folder / "curve.png", self.paper)
 
+    def validated(self, metric: str, best: bool) -> dict[str, float]:
+        """{"val/M": the lowest or else the last validation value after step 0}, empty where there was none."""
+        values = [row[f"val/{metric}"] for row in self.rows[1:] if row[f"val/{metric}"] is not None]
+        return {f"val/{metric}": min(values) if best else values[-1]} if values else {}
+
     def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, fresh: bool = True) -> None:
         metric, step = pl_module.metric, trainer.global_step
         train = pl_module.train_mean.compute().item() if pl_module.train_mean.update_called else None
@@ -71,6 +76,8 @@ class Curve(L.Callback):
         }
         self.rows.append(row)
         self._write()
+        if step == 0 and trainer.logger is not None and val is not None:  # Lightning logs nothing of its sanity check
+            trainer.logger.log_metrics({f"val/{metric}": val.item()}, step=0)
         shown = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
         rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(shown)}")
 

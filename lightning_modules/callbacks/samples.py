@@ -26,6 +26,13 @@ class Samples(L.Callback):
         self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
         self.every_n_steps, self.drawn_at = every_n_steps, 0
         self.images: Tensor | None = None
+        self.finite: dict[str, float] = {}
+
+    def state_dict(self) -> dict:
+        return {"drawn_at": self.drawn_at, "finite": self.finite}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.drawn_at, self.finite = state["drawn_at"], state["finite"]
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if batch_idx == 0 and pl_module.dequantizer is not None:
@@ -49,35 +56,35 @@ class Samples(L.Callback):
         was_training = pl_module.flow.training
         pl_module.flow.eval()
         with full_float32(pl_module.device.type):
-            rows, finite = self._sample(pl_module)
+            rows = self._sample(pl_module)
             pictures = {"samples": picture(rows)}
             if self.images is not None:
                 z, _ = pl_module.flow(self.images)
                 pictures["reconstruction"] = picture([self.images, pl_module.flow.inverse(z)[0]])
         pl_module.flow.train(was_training)
-        self._write(trainer, pictures, finite)
+        self._write(trainer, pictures)
 
-    def _sample(self, pl_module: L.LightningModule) -> tuple[list[Tensor], dict[str, float]]:
-        rows, finite = [], {}
+    def _sample(self, pl_module: L.LightningModule) -> list[Tensor]:
+        rows = []
         for temperature in self.temperatures:
             generator = torch.Generator().manual_seed(self.seed)
             samples = pl_module.flow.sample(self.n, temperature, generator)
             rows.append(samples[:N_SHOWN])
-            finite[f"samples/finite_T{temperature:g}"] = samples.isfinite().flatten(1).all(1).float().mean().item()
-        return rows, finite
+            share = samples.isfinite().flatten(1).all(1).float().mean().item()
+            self.finite[f"samples/finite_T{temperature:g}"] = share
+        return rows
 
-    def _write(self, trainer: L.Trainer, pictures: dict[str, Tensor], finite: dict[str, float]) -> None:
-        from torchvision.io import write_png
+    def _write(self, trainer: L.Trainer, pictures: dict[str, Tensor]) -> None:
+        from PIL import Image
 
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, image in pictures.items():
-            write_png(image, str(self.folder / f"{name}-{trainer.global_step:07d}.png"))
+            array = image.permute(1, 2, 0).numpy()
+            Image.fromarray(array).save(self.folder / f"{name}-{trainer.global_step:07d}.png")
             if hasattr(trainer.logger, "log_image"):  # W&B; uint8, since it logs floats in [0, 1] as black
-                array = image.permute(1, 2, 0).numpy()
                 trainer.logger.log_image(f"pictures/{name}", [array], step=trainer.global_step)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in finite.items()})
         if trainer.logger is not None:
-            trainer.logger.log_metrics(finite, step=trainer.global_step)
+            trainer.logger.log_metrics(self.finite, step=trainer.global_step)
 
 
 def picture(rows: list[Tensor]) -> Tensor:

@@ -1,0 +1,103 @@
+"""The one list of tiny instances that every generic test runs over. A new flow gets its tests by one line here."""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flows.base import Compose, Flow, Inverted
+from flows.conditioners import MLPConditioner, ResidualConditioner
+from flows.coupling import ChannelCoupling, MaskedCoupling, checkerboard
+from flows.elementwise import Logit
+from flows.normalization import CouplingBatchNorm
+from flows.realnvp import RealNVP, RealNVP2d
+from flows.reshape import OrderedSqueeze, Squeeze
+
+
+@dataclass(frozen=True)
+class Case:
+    """make: a fresh flow in float32. shape: of one datum. unit_interval: x lies in [0, 1] and not on the line."""
+
+    name: str
+    make: Callable[[], Flow]
+    shape: tuple[int, ...]
+    is_model: bool = False
+    unit_interval: bool = False
+
+    def data(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """(n, *shape), drawn in float64 so that every dtype sees the same numbers; off centre, so that means matter."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.unit_interval:
+            return torch.rand(n, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
+        return (0.4 + 1.3 * torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def masked_image_coupling() -> MaskedCoupling:
+    mask = checkerboard(4, 6, 1)
+    return MaskedCoupling(mask[None], ResidualConditioner(2, 4, 1, mask), 0.0, CouplingBatchNorm(2, 1 - mask))
+
+
+def masked_point_coupling() -> MaskedCoupling:
+    return MaskedCoupling(torch.tensor([0.0, 1.0, 1.0]), MLPConditioner(3, 5), 1.0)
+
+
+def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
+    return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None)
+
+
+CASES = [
+    Case("Compose", lambda: Compose([channel_coupling(False), Squeeze(), OrderedSqueeze(16)]), (4, 4, 4)),
+    Case("Inverted", lambda: Inverted(channel_coupling(True, norm=False)), (4, 2, 3)),
+    Case("Logit", Logit, (2, 3, 5), unit_interval=True),
+    Case("Squeeze", Squeeze, (3, 4, 6)),
+    Case("OrderedSqueeze", lambda: OrderedSqueeze(3), (3, 4, 6)),
+    Case("MaskedCoupling-image", masked_image_coupling, (2, 4, 6)),
+    Case("MaskedCoupling-points", masked_point_coupling, (3,)),
+    Case("ChannelCoupling", lambda: channel_coupling(False), (4, 2, 3)),
+    Case("ChannelCoupling-swap", lambda: channel_coupling(True), (4, 2, 3)),
+    Case("CouplingBatchNorm", lambda: CouplingBatchNorm(3), (3, 2, 4)),
+    Case("CouplingBatchNorm-mask", lambda: CouplingBatchNorm(3, checkerboard(2, 4, 0)), (3, 2, 4)),
+    Case("RealNVP-2scales", lambda: RealNVP((3, 4, 6), 2, 4, 1), (3, 4, 6), is_model=True, unit_interval=True),
+    Case("RealNVP-3scales", lambda: RealNVP((1, 8, 8), 3, 3, 1), (1, 8, 8), is_model=True, unit_interval=True),
+    Case("RealNVP2d", lambda: RealNVP2d(n_couplings=4, hidden_channels=8), (2,), is_model=True),
+]
+MODELS = [case for case in CASES if case.is_model]
+LAYERS = [case for case in CASES if not case.is_model]
+
+
+def fresh(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> Flow:
+    """A newly built flow, its weights decided by `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return case.make().to(dtype)
+
+
+def trained(case: Case, dtype: torch.dtype = torch.float32) -> Flow:
+    """A flow in eval mode whose weights and running statistics are not the initial ones, the same at every call."""
+    return copy.deepcopy(_trained(case, dtype))
+
+
+@functools.cache
+def _trained(case: Case, dtype: torch.dtype) -> Flow:
+    flow = perturb(fresh(case, dtype=dtype))
+    with torch.no_grad():
+        for seed in range(20):
+            flow(case.data(16, dtype, seed))
+    return flow.eval()
+
+
+def perturb(flow: Flow, scale: float = 0.3, seed: int = 1) -> Flow:
+    """Gaussian noise on every parameter, in place: factors that start at 0 must not hide a term from a test."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return flow
+
+
+def flat(z: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Latents of a model or the output of a layer as one matrix, (B, D)."""
+    return torch.cat([level.flatten(1) for level in (z if isinstance(z, tuple) else (z,))], dim=1)

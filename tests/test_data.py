@@ -1,0 +1,672 @@
+"""Data as pure functions of (seed, epoch, index): dequantisation, samplers, loaders, and the three data sets."""
+
+import hashlib
+import pickle
+import shutil
+import tarfile
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import DATA, cifar10, make_data, photos
+from datamodules.cifar10 import CIFAR10
+from datamodules.dequantization import UniformDequantizer
+from datamodules.photos import REGIONS, Crops, Photos, photographs, region
+from datamodules.stateless import EvalSampler, ImageArray, TrainLoader, TrainSampler
+from datamodules.two_moons import TwoMoons
+from flows.realnvp import RealNVP2d
+from lightning_modules.density import DensityModule
+from lightning_modules.noise import batch_noise, image_noise
+
+REAL = Path(__file__).resolve().parent.parent / "data"
+LARGEST = {torch.float32: 1 - 2**-24, torch.float64: 1 - 2**-53}  # the largest number below 1
+
+
+def random_images(n, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8)
+
+
+def contents(images):
+    """Images as a list of bytes, so that sets of images can be compared."""
+    return [np.asarray(image).tobytes() for image in images]
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------- dequantisation
+
+
+def test_dequantizer_is_the_formula():
+    q, u = torch.tensor([0, 1, 128, 255], dtype=torch.uint8), torch.tensor([0.0, 0.5, 0.25, 0.75])
+    assert UniformDequantizer(8)(q, u).tolist() == [0.0, 1.5 / 256, 128.25 / 256, 255.75 / 256]
+    assert UniformDequantizer(5)(q[:2], u[:2]).tolist() == [0.0, 1.5 / 32]
+
+
+@pytest.mark.parametrize("n_bits", [5, 8])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_dequantizer_stays_below_one(n_bits, dtype):
+    q, u = torch.tensor([2**n_bits - 1], dtype=torch.uint8), torch.tensor([LARGEST[dtype]], dtype=dtype)
+    x = UniformDequantizer(n_bits)(q, u)
+    assert x.dtype == dtype
+    assert x.item() == LARGEST[dtype]
+
+
+@pytest.mark.parametrize("n_bits", [5, 8])
+def test_dequantizer_keeps_the_integers(n_bits):
+    """floor(2^n x) is q, but for sums that float32 rounds up to q + 1: with 8 bits about 5 in a million."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(2**n_bits, (1_000_000,), generator=generator, dtype=torch.uint8)
+    x = UniformDequantizer(n_bits)(q, torch.rand(len(q), generator=generator))
+    off = (x * 2**n_bits).floor() - q
+    assert ((off == 0) | (off == 1)).all()
+    assert off.sum() <= 20
+    assert 0 <= x.min() < x.max() < 1
+
+
+# ---------------------------------------------------------------------------------------------- samplers
+
+
+def order(n=23, batch_size=4, seed=0, epoch=0, **ranks):
+    sampler = TrainSampler(n, batch_size, seed, **ranks)
+    sampler.set_epoch(epoch)
+    items = list(sampler)
+    assert len(items) == len(sampler)
+    return items
+
+
+def test_train_order_is_a_function_of_seed_and_epoch():
+    assert order() == order()
+    assert order(epoch=3) == order(epoch=3)
+    indices = [[i for _, i in items] for items in (order(), order(epoch=1), order(seed=1))]
+    assert indices[0] != indices[1] != indices[2] != indices[0]
+    assert {epoch for epoch, _ in order(epoch=3)} == {3}
+
+
+def test_train_order_has_no_repeats_and_drops_the_incomplete_batch():
+    indices = [i for _, i in order(n=23, batch_size=4)]
+    assert len(indices) == len(set(indices)) == 20
+    assert set(indices) < set(range(23))
+    assert sorted(i for _, i in order(n=24, batch_size=4)) == list(range(24))
+
+
+def test_every_item_is_dropped_at_times_only():
+    assert {i for epoch in range(20) for _, i in order(epoch=epoch)} == set(range(23))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_ranks_slice_the_batches_of_a_single_process(world_size, epoch):
+    batch_size, local = 8, 8 // world_size
+    alone = order(n=50, batch_size=batch_size, epoch=epoch)
+    ranks = [order(n=50, batch_size=batch_size, epoch=epoch, rank=r, world_size=world_size) for r in range(world_size)]
+    for b in range(50 // batch_size):
+        together = [item for rank in ranks for item in rank[b * local : (b + 1) * local]]
+        assert together == alone[b * batch_size : (b + 1) * batch_size]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_start_batch_skips_exactly(world_size):
+    whole = order(n=50, batch_size=8, rank=world_size - 1, world_size=world_size)
+    sampler = TrainSampler(50, 8, 0, world_size - 1, world_size)
+    for start in range(7):
+        sampler.start_batch = start
+        assert list(sampler) == whole[start * 8 // world_size :]
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "world_size"), [(50, 9, 2), (50, 6, 4), (50, 51, 1), (3, 4, 2), (50, 0, 1)]
+)
+def test_impossible_batch_sizes(n, batch_size, world_size):
+    with pytest.raises(ValueError, match=f"data.batch_size={batch_size}") as error:
+        TrainSampler(n, batch_size, 0, world_size=world_size)
+    one_line(error)
+
+
+def test_a_batch_may_be_the_whole_set():
+    assert sorted(i for _, i in order(n=8, batch_size=8)) == list(range(8))
+
+
+@pytest.mark.parametrize(("n", "world_size"), [(10, 1), (10, 3), (10, 4), (3, 4), (12, 4)])
+def test_eval_shards_are_disjoint_and_complete(n, world_size):
+    shards = [EvalSampler(n, rank, world_size) for rank in range(world_size)]
+    items = [item for shard in shards for item in shard]
+    assert sorted(items) == [(0, i) for i in range(n)]
+    assert [len(s) for s in shards] == [len(list(s)) for s in shards]
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------- loaders
+
+
+def loader(num_workers, images, epoch=1):
+    """As StatelessDataModule.train_dataloader builds it: 5 batches of 4, one image left over."""
+    sampler = TrainSampler(len(images), 4, seed=0)
+    sampler.set_epoch(epoch)
+    workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    return TrainLoader(ImageArray(images, hflip=True), 4, sampler=sampler, drop_last=True, **workers)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(p, q) for s, t in zip(a, b, strict=True) for p, q in zip(s, t, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_goes_on_where_it_stopped(num_workers):
+    images = random_images(21)
+    whole = loader(num_workers, images)
+    assert whole.state_dict() == {"batch": 0}
+    batches, states = [], []
+    for batch in whole:
+        batches.append(batch)
+        states.append(whole.state_dict())
+    assert states == [{"batch": 1}, {"batch": 2}, {"batch": 3}, {"batch": 4}, {"batch": 0}]
+
+    fresh = loader(num_workers, images)
+    fresh.load_state_dict(states[1])
+    assert fresh.state_dict() == {"batch": 2}
+    rest = [(batch, fresh.state_dict()) for batch in fresh]
+    assert same([b for b, _ in rest], batches[2:])
+    assert [s for _, s in rest] == states[2:]
+
+    for resumed, uninterrupted in zip(epoch_of(fresh, 2), epoch_of(whole, 2), strict=True):
+        assert same([resumed], [uninterrupted])
+    assert len(epoch_of(fresh, 3)) == len(fresh) == 5
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_counts_what_it_handed_out_not_what_it_fetched(num_workers):
+    images = random_images(21)
+    interrupted = loader(num_workers, images)
+    iterator = iter(interrupted)
+    first = [next(iterator), next(iterator)]
+    state = interrupted.state_dict()
+    assert state == {"batch": 2}
+    fresh = loader(num_workers, images)
+    fresh.load_state_dict(state)
+    assert same(first + list(fresh), list(loader(num_workers, images)))
+
+
+def test_workers_change_nothing():
+    images = random_images(21)
+    assert same(list(loader(0, images)), list(loader(2, images)))
+
+
+# ---------------------------------------------------------------------------------------------- flips
+
+
+def flipped(data, epoch):
+    """Which items come out mirrored; fails where an item is neither the image nor its mirror image."""
+    out = []
+    for i, image in enumerate(data.images):
+        item, index = data[epoch, i]
+        assert index == i
+        mirrored = np.array_equal(item, image[..., ::-1])
+        assert mirrored or np.array_equal(item, image)
+        out.append(mirrored)
+    return out
+
+
+def test_flips_are_a_function_of_seed_epoch_and_index():
+    images = random_images(400)
+    data = ImageArray(images, seed=3, hflip=True)
+    first = flipped(data, 0)
+    assert 160 < sum(first) < 240  # four standard deviations of ten
+    second = flipped(data, 1)
+    assert first != second
+    assert flipped(data, 0) == first  # after another epoch
+    assert flipped(ImageArray(images, seed=3, hflip=True), 1) == second
+    assert flipped(ImageArray(images, seed=4, hflip=True), 0) != first
+    assert np.array_equal(data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0])  # in any order
+
+
+def test_no_flips_unless_asked_for():
+    assert not any(flipped(ImageArray(random_images(50), seed=3), 1))
+
+
+# ---------------------------------------------------------------------------------------------- CIFAR-10
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Six pickles of 40 images each in the official format; .train (200, 3, 32, 32), .test (40, 3, 32, 32)."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = {}
+    for number, table in enumerate(["TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TEST_MD5"]):
+        name = "test_batch" if table == "TEST_MD5" else f"data_batch_{number + 1}"
+        images[name] = random_images(40, 32, seed=number)
+        batch = {b"data": images[name].reshape(40, 3072), b"labels": [i % 10 for i in range(40)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+        md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(getattr(cifar10, table), name, md5)
+    train = np.concatenate([images[f"data_batch_{i}"] for i in range(1, 6)])
+    return SimpleNamespace(root=tmp_path, folder=folder, train=train, test=images["test_batch"])
+
+
+def ready(root, **arguments):
+    data = CIFAR10(root, **({"batch_size": 8, "n_val": 30, "download": False} | arguments))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_cifar_pixels_arrive_where_they_belong(cifar):
+    data = ready(cifar.root)
+    assert data.shape == (3, 32, 32)
+    assert data.n_bits == 8
+    assert np.array_equal(data.test.images, cifar.test)  # in the official order
+    batch, indices = next(iter(data.test_dataloader()))
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (8, 3, 32, 32)
+    assert indices.tolist() == list(range(8))
+    with open(cifar.folder / "test_batch", "rb") as file:
+        row = pickle.load(file, encoding="bytes")[b"data"][3]
+    assert batch[3, 1, 2, 5] == row[1024 + 2 * 32 + 5]  # the green plane, line 2, column 5
+
+
+def test_cifar_split_is_disjoint_complete_and_the_same_for_every_seed(cifar):
+    data = ready(cifar.root)
+    train, val = contents(data.train.images), contents(data.val.images)
+    assert (len(train), len(val), data.n_train) == (170, 30, 170)
+    assert set(train).isdisjoint(val)
+    assert sorted(train + val) == sorted(contents(cifar.train))
+    other = ready(cifar.root, seed=1)
+    assert contents(other.val.images) == val
+    assert contents(other.train.images) == train
+    assert [contents(i) for i, _ in other.train_dataloader()] != [contents(i) for i, _ in data.train_dataloader()]
+
+
+def test_cifar_without_validation_trains_on_everything(cifar):
+    data = ready(cifar.root, n_val=0)
+    assert data.n_train == 200
+    assert np.array_equal(data.train.images, cifar.train)
+    assert len(data.val) == 0
+    assert data.val_dataloader() == []
+
+
+def test_cifar_flips_in_training_only(cifar):
+    data = ready(cifar.root)
+    assert 50 < sum(flipped(data.train, 0)) < 120
+    assert not any(flipped(data.val, 0) + flipped(data.test, 0))
+    assert not any(flipped(ready(cifar.root, hflip=False).train, 0))
+
+
+@pytest.mark.parametrize("n_val", [-1, 50_000, 60_000])
+def test_cifar_needs_training_images(cifar, n_val):
+    with pytest.raises(ValueError, match=f"data.n_val={n_val}") as error:
+        ready(cifar.root, n_val=n_val)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
+def test_cifar_damaged_file(cifar, name):
+    path = cifar.folder / name
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged") as error:
+        ready(cifar.root)
+    message = one_line(error)
+    assert str(path) in message
+    assert f"delete {cifar.folder}" in message
+    assert "data.download=true" in message
+
+
+def test_cifar_missing_without_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz") as error:
+        CIFAR10(tmp_path / "nowhere", 8, download=False).prepare_data()
+    assert "data.root" in one_line(error)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_cifar_missing_in_setup(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.root") as error:
+        CIFAR10(tmp_path, 8, download=False).setup()
+    one_line(error)
+
+
+@pytest.fixture
+def archive(cifar, tmp_path_factory, monkeypatch):
+    """The official archive's twin; the unpacked folder is gone."""
+    path = tmp_path_factory.mktemp("archive") / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(cifar.folder, "cifar-10-batches-py")
+    shutil.rmtree(cifar.folder)
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_cifar_archive_put_there_by_hand_is_unpacked(cifar, archive):
+    shutil.copy(archive, cifar.root)
+    assert np.array_equal(ready(cifar.root).test.images, cifar.test)
+
+
+def test_cifar_missing_files_come_from_the_archive(cifar, archive):
+    shutil.copy(archive, cifar.root)
+    ready(cifar.root)
+    (cifar.folder / "data_batch_2").unlink()
+    assert len(ready(cifar.root).train) == 170
+
+
+def test_cifar_broken_download_does_not_block_the_next(cifar, archive, monkeypatch, capsys):
+    def broken(url, root, filename, md5):
+        Path(root, filename).write_bytes(archive.read_bytes()[:5000])
+        raise urllib.error.URLError("Temporary failure in name resolution")
+
+    def whole(url, root, filename, md5):
+        assert not Path(root, filename).exists()  # torchvision would append or keep it
+        shutil.copy(archive, root)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", broken)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="could not be downloaded") as error:
+            ready(cifar.root, download=True)
+        message = one_line(error)
+        assert "Temporary failure in name resolution" in message
+        assert "cifar-10-python.tar.gz" in message
+        assert not cifar.folder.exists()
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", whole)
+    assert np.array_equal(ready(cifar.root, download=True).test.images, cifar.test)
+    assert "Downloading CIFAR-10" in capsys.readouterr().out
+
+
+def test_cifar_files_that_are_there_need_no_network(cifar, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *a: pytest.fail("downloads"))
+    assert len(ready(cifar.root, download=True).test) == 40
+
+
+# of the images in the official order, split by default_rng(0).permutation(50_000); taken from the pickles with numpy
+CIFAR_MD5 = ["56c1e3fc28a7391bdfc129c338486f81", "1b7735cfcf47af8bb24b18417d68c41f", "f1aa22116df97725db0e47461c45a82b"]
+
+
+@pytest.mark.data
+def test_cifar_real_files():
+    if not (REAL / "cifar-10-batches-py" / "test_batch").is_file():
+        pytest.skip("CIFAR-10 is not under data/")
+    data = ready(REAL, n_val=5000)
+    sets = data.train.images, data.val.images, data.test.images
+    assert [s.shape for s in sets] == [(45_000, 3, 32, 32), (5000, 3, 32, 32), (10_000, 3, 32, 32)]
+    assert {s.dtype for s in sets} == {np.dtype(np.uint8)}
+    assert sets[2][0, :, 0, 0].tolist() == [158, 112, 49]  # the cat
+    assert [hashlib.md5(s.tobytes()).hexdigest() for s in sets] == CIFAR_MD5
+    mean = (sets[0].mean((0, 2, 3)) * 45_000 + sets[1].mean((0, 2, 3)) * 5000) / 50_000 / 255
+    assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)  # as widely published
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def made_photos(**arguments):
+    data = Photos(**({"batch_size": 8, "n_train": 40, "n_val": 20, "n_test": 20} | arguments))
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("width", [451, 512, 741, 640, 427, 100, 7])
+def test_regions_are_disjoint_and_complete(width):
+    columns = np.broadcast_to(np.arange(width), (2, width))
+    parts = [region(columns, split)[0].tolist() for split in ("train", "val", "test")]
+    assert [column for part in parts for column in part] == list(range(width))
+    assert all(parts)
+    assert len(parts[0]) == pytest.approx(0.7 * width, abs=1)
+
+
+def test_photographs():
+    found = photographs()
+    assert len(found) == 7
+    assert {p.dtype for p in found} == {np.dtype(np.uint8)}
+    assert all(p.ndim == 3 and p.shape[2] == 3 and min(p.shape[:2]) >= 300 for p in found)
+    assert len({p.tobytes() for p in found}) == 7
+
+
+def test_splits_share_no_pixel(monkeypatch):
+    """Photographs whose pixels hold their own column, so that a crop says where it comes from."""
+    columns = np.arange(250, dtype=np.uint8)[None, :, None] * np.ones((60, 1, 3), dtype=np.uint8)
+    monkeypatch.setattr(photos, "photographs", lambda: [columns, columns])
+    data = made_photos(n_train=300, n_val=300, n_test=300)
+    train = {int(v) for epoch in range(3) for i in range(300) for v in data.train[epoch, i][0].unique()}
+    val, test = set(np.unique(data.val.images)), set(np.unique(data.test.images))
+    assert (train, val, test) == (set(range(175)), set(range(175, 212)), set(range(212, 250)))
+
+
+def test_every_photograph_is_used(monkeypatch):
+    blank = [np.full_like(photo, number) for number, photo in enumerate(photographs())]
+    monkeypatch.setattr(photos, "photographs", lambda: blank)
+    data = made_photos(n_train=1000, n_val=500, n_test=500)
+    assert {int(data.train[0, i][0][0, 0, 0]) for i in range(1000)} == set(range(7))
+    assert set(data.val.images.flat) == set(data.test.images.flat) == set(range(7))
+    assert all(len(np.unique(image)) == 1 for image in data.val.images)  # no crop spans two photographs
+
+
+def test_crops_are_uniform_over_all_positions():
+    """4 x 5 positions of a 2x2 crop in the first photograph, one in the second."""
+    first = np.arange(5 * 6, dtype=np.uint8).reshape(5, 6, 1).repeat(3, 2)
+    second = np.full((2, 2, 3), 99, dtype=np.uint8)
+    crops = Crops([first, second], 21_000, 2, seed=0, hflip=False)
+    corners = [int(crops[0, i][0][0, 0, 0]) for i in range(len(crops))]
+    values, counts = np.unique(corners, return_counts=True)
+    assert values.tolist() == [6 * row + column for row in range(4) for column in range(5)] + [99]
+    assert 850 < counts.min() < counts.max() < 1150  # 1000 each, give or take five standard deviations
+    for i in range(50):
+        crop = crops[0, i][0][0]
+        assert crop[0, 0] == 99 or (crop - crop[0, 0]).tolist() == [[0, 1], [6, 7]]
+
+
+def test_train_crops_are_a_function_of_seed_epoch_and_index():
+    def crops(epoch, **arguments):
+        data = made_photos(**arguments).train
+        assert [data[epoch, i][1] for i in range(40)] == list(range(40))
+        return contents(data[epoch, i][0] for i in range(40))
+
+    assert crops(0) == crops(0)
+    assert set(crops(0)).isdisjoint(crops(1))
+    assert set(crops(0)).isdisjoint(crops(0, seed=1))
+    one = made_photos()
+    later = one.train[1, 3][0]
+    assert contents([one.train[0, 7][0], later]) == [crops(0)[7], crops(1)[3]]  # in any order of epochs
+
+
+def test_train_crops_are_flipped_half_of_the_time():
+    flips, plain = made_photos(n_train=400).train, made_photos(n_train=400, hflip=False).train
+    mirrored = [torch.equal(flips[2, i][0], plain[2, i][0].flip(-1)) for i in range(400)]
+    assert all(m or torch.equal(flips[2, i][0], plain[2, i][0]) for i, m in enumerate(mirrored))
+    assert 160 < sum(mirrored) < 240
+
+
+def test_evaluation_crops_do_not_depend_on_the_seed():
+    one, other = made_photos(), made_photos(seed=7, hflip=False)
+    assert contents(one.val.images) == contents(other.val.images)
+    assert contents(one.test.images) == contents(other.test.images)
+    assert len(set(contents(one.val.images))) == len(one.val) == 20
+    assert np.array_equal(one.val[5, 3][0], one.val.images[3])
+
+
+@pytest.mark.parametrize("size", [64, 1])
+def test_photos_of_another_size(size):
+    data = made_photos(size=size)
+    assert data.shape == (3, size, size)
+    assert data.val.images.shape == (20, 3, size, size)
+    image, indices = next(iter(data.train_dataloader()))
+    assert image.shape == (8, 3, size, size)
+    assert image.dtype == torch.uint8
+    assert indices.shape == (8,)
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_photos_of_an_impossible_size(size):
+    widest = min(region(p, split).shape[1] for p in photographs() for split in REGIONS)
+    with pytest.raises(ValueError, match=f"data.size={size} .* give 1 to {widest}") as error:
+        made_photos(size=size)
+    one_line(error)
+    assert made_photos(size=widest).shape == (3, widest, widest)
+
+
+# ---------------------------------------------------------------------------------------------- two moons
+
+
+def made_moons(**arguments):
+    data = TwoMoons(**({"batch_size": 100, "n_train": 4000, "n_val": 500, "n_test": 1000} | arguments))
+    data.setup()
+    return data
+
+
+def test_moons_lie_around_their_arcs():
+    """The distance to the nearest arc is |N(0, .05)|, but for the few points beyond an arc's end."""
+    angle = np.linspace(0, np.pi, 2000)
+    arcs = np.concatenate([[np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]], axis=1).T
+    points = made_moons().train.points
+    distance = torch.cdist(points.double(), torch.from_numpy(arcs)).min(1).values
+    assert distance.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.04)
+    exact = made_moons(noise=0.0).train.points.double()
+    assert torch.cdist(exact, torch.from_numpy(arcs)).min(1).values.max() < 1e-3
+
+
+def test_moons_splits_and_types():
+    data = made_moons()
+    assert (data.n_bits, data.dequantizer, data.shape) == (None, None, (2,))
+    assert [len(s.points) for s in (data.train, data.val, data.test)] == [4000, 500, 1000]
+    assert {s.points.dtype for s in (data.train, data.val, data.test)} == {torch.float32}
+    rows = [{tuple(p) for p in s.points.tolist()} for s in (data.train, data.val, data.test)]
+    assert rows[0].isdisjoint(rows[1])
+    assert rows[1].isdisjoint(rows[2])
+    assert rows[0].isdisjoint(rows[2])
+    assert torch.equal(made_moons().train.points, data.train.points)
+    assert not torch.equal(made_moons(seed=1).train.points, data.train.points)
+    points, indices = next(iter(data.val_dataloader()))
+    assert torch.equal(points, data.val.points[:100])
+    assert indices.tolist() == list(range(100))
+
+
+# ---------------------------------------------------------------------------------------------- every datamodule
+
+SMALL = {
+    "cifar10": {},
+    "photos": {"n_train": 200, "n_test": 40},
+    "two_moons": {"n_train": 200, "n_test": 40},
+}
+
+
+def small(name, cifar, **arguments):
+    root = {"root": cifar.root, "download": False} if name == "cifar10" else {}
+    data = make_data(name, **({"seed": 0, "batch_size": 8, **SMALL[name], **root} | arguments))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_loaders(name, cifar):
+    data = small(name, cifar, n_val=30)
+    train = data.train_dataloader()
+    train.sampler.set_epoch(2)
+    indices = torch.cat([i for _, i in train]).tolist()
+    assert len(indices) == len(set(indices)) == data.n_train // 8 * 8
+    for split, evaluation in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        batches = list(evaluation)
+        whole = getattr(data, split)
+        assert torch.cat([i for _, i in batches]).tolist() == list(range(len(whole)))
+        assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([whole[0, i][0] for i in range(len(whole))]))
+        assert batches[0][0].shape[1:] == data.shape
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_loaders_of_two_ranks(name, cifar):
+    alone = small(name, cifar, n_val=31)
+    ranks = [small(name, cifar, n_val=31) for _ in range(2)]
+    for rank, data in enumerate(ranks):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    for one, *two in zip(alone.train_dataloader(), *(d.train_dataloader() for d in ranks), strict=True):
+        assert [len(x) for x, _ in two] == [4, 4]
+        assert torch.equal(torch.cat([x for x, _ in two]), one[0])
+        assert torch.equal(torch.cat([i for _, i in two]), one[1])
+    shards = [torch.cat([i for _, i in d.val_dataloader()]).tolist() for d in ranks]
+    assert sorted(shards[0] + shards[1]) == list(range(31))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_no_validation_set(name, cifar):
+    """data.n_val=0 is what load_config points to for a final run, whatever the data set."""
+    data = small(name, cifar, n_val=0)
+    assert data.val_dataloader() == []
+    assert data.n_train == 200
+
+
+@pytest.mark.parametrize(("n", "batches", "size"), [(20, 3, 8), (24, 3, 8), (5, 1, 5), (10_000, 25, 8)])
+def test_train_batches(cifar, n, batches, size):
+    data = small("cifar10", cifar, n_val=0)
+    found = list(data.train_batches(n))
+    assert [len(x) for x, _ in found] == [size] * batches
+    assert same(found, list(data.train_batches(n)))
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert same(found, list(data.train_batches(n)))
+    if size == 8:
+        assert same(found, list(small("cifar10", cifar, n_val=0).train_dataloader())[:batches])
+
+
+# ---------------------------------------------------------------------------------------------- noise
+
+
+def test_evaluation_noise_depends_on_the_image_alone():
+    shape = (3, 8, 8)
+    noise = image_noise(torch.arange(20), shape, seed=5)
+    assert noise.dtype == torch.float32
+    assert noise.shape == (20, *shape)
+    assert torch.equal(torch.cat([image_noise(i, shape, 5) for i in torch.arange(20).split(7)]), noise)
+    shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(image_noise(shuffled, shape, 5), noise[shuffled])
+    torch.rand(3)  # whatever was drawn before
+    assert torch.equal(image_noise(torch.arange(20), shape, 5), noise)
+    assert torch.equal(image_noise(torch.tensor([4]), shape, 5, k=0)[0], noise[4])
+    others = [image_noise(torch.arange(20), shape, 6), image_noise(torch.arange(20), shape, 5, k=1), noise.roll(1, 0)]
+    assert all((noise != other).float().mean() > 0.99 for other in others)
+    assert 0 <= noise.min() < noise.max() < 1
+
+
+def test_evaluation_noise_is_uniform():
+    noise = image_noise(torch.arange(200), (3, 32, 32), seed=0).double()
+    assert noise.mean().item() == pytest.approx(0.5, abs=2e-3)  # five standard errors
+    assert noise.var().item() == pytest.approx(1 / 12, abs=1e-3)
+
+
+def training_inputs(world_size, rank, data, epoch=0, batch_idx=0, seed=0, **whole):
+    module = DensityModule(RealNVP2d(hidden_channels=4), UniformDequantizer(8), 8, seed)
+    module.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+    return module._training_input(data, epoch, batch_idx, **whole)
+
+
+def test_training_noise_is_the_same_for_one_and_two_ranks():
+    data = torch.from_numpy(random_images(64))
+    alone = training_inputs(1, 0, data, epoch=3, batch_idx=7)
+    halves = [training_inputs(2, rank, data[32 * rank : 32 * rank + 32], 3, 7) for rank in range(2)]
+    assert torch.equal(torch.cat(halves), alone)
+    assert torch.equal(training_inputs(2, 1, data, epoch=3, batch_idx=7, whole=True), alone)
+    assert torch.equal((alone * 256).floor(), data.float())
+    zeros = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
+    assert not torch.equal(training_inputs(2, 0, zeros), training_inputs(2, 1, zeros))
+
+
+def test_training_noise_is_keyed_by_seed_epoch_and_batch():
+    data = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+    noises = [training_inputs(1, 0, data, epoch, batch, seed) * 256 for seed, epoch, batch in keys]
+    for i, noise in enumerate(noises):
+        assert all((noise != other).float().mean() > 0.99 for other in noises[:i])
+        assert noise.mean().item() == pytest.approx(0.5, abs=0.013)  # five standard errors
+        assert noise.var().item() == pytest.approx(1 / 12, abs=0.005)
+        assert 0 <= noise.min() < noise.max() < 1
+    key = (64, 3, 8, 8), 1, 0, 1, torch.device("cpu")
+    assert torch.equal(batch_noise(*key), batch_noise(*key))
+    assert torch.equal(noises[-1], batch_noise(*key))

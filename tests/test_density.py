@@ -1,0 +1,448 @@
+"""DensityModule under a real Trainer: optimisation, evaluation, re-estimated statistics, averaged weights, resuming."""
+
+import contextlib
+import copy
+import math
+from types import SimpleNamespace
+from typing import ClassVar
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from datamodules.dequantization import UniformDequantizer
+from datamodules.stateless import ImageArray, StatelessDataModule, TrainSampler
+from datamodules.two_moons import TwoMoons
+from flows.base import FlowModel
+from flows.realnvp import RealNVP, RealNVP2d
+from lightning_modules.density import DensityModule
+from lightning_modules.metrics import full_float32
+from lightning_modules.noise import batch_noise
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+]
+SHAPE = (3, 8, 8)
+
+
+class RandomImages(StatelessDataModule):
+    """64 training, 23 validation and 23 test images; not full-range noise, so that there is something to learn."""
+
+    n_bits = 8
+    dequantizer = UniformDequantizer(8)
+    shape = SHAPE
+
+    def __init__(self, batch_size=16, n_train=64, n_val=23, seed=0):
+        super().__init__(batch_size, num_workers=0, seed=seed)
+        images = np.random.default_rng(0).integers(60, 180, (n_train + n_val + 23, *SHAPE), dtype=np.uint8)
+        self.train = ImageArray(images[:n_train], seed, hflip=True)
+        self.val, self.test = ImageArray(images[n_train:][:n_val]), ImageArray(images[n_train + n_val :])
+
+
+def tiny_flow():
+    torch.manual_seed(0)
+    return RealNVP(SHAPE, n_scales=2, hidden_channels=4, n_blocks=1)
+
+
+def density(flow=None, data=RandomImages, cls=DensityModule, **arguments):
+    return cls(flow or tiny_flow(), data.dequantizer, data.n_bits, **({"seed": 0, "bn_images": 40} | arguments))
+
+
+def make_trainer(*callbacks, **arguments):
+    defaults = {"max_steps": 3, "num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **(defaults | quiet | arguments),
+    )
+
+
+class Recorder(L.Callback):
+    """Per training step: its loss, and the learning rate that its update used."""
+
+    def __init__(self):
+        self.losses, self.rates = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def fit(module, data=None, callbacks=(), **arguments):
+    """Trains; returns the recorder."""
+    recorder = Recorder()
+    make_trainer(recorder, *callbacks, **arguments).fit(module, datamodule=data or RandomImages())
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def trained_state():
+    """Weights and statistics of a flow after six steps: no longer the identity, running statistics far behind."""
+    module = density(lr=3e-3)
+    fit(module, max_steps=6)
+    return module.flow.state_dict()
+
+
+@pytest.fixture
+def trained(trained_state):
+    flow = tiny_flow()
+    flow.load_state_dict(trained_state)
+    return flow.eval()
+
+
+def bits_by_hand(flow, images, noise_seed=0):
+    """Bits/dim of each image: noise keyed (noise seed, index, 0), the formula written out."""
+    u = [np.random.default_rng([noise_seed, i, 0]).random(SHAPE, dtype=np.float32) for i in range(len(images))]
+    x = (torch.from_numpy(images).float() + torch.from_numpy(np.stack(u))) / 256
+    with torch.no_grad():
+        return 8 - flow.log_prob(x) / (math.prod(SHAPE) * math.log(2))
+
+
+def reestimated_by_hand(flow, data, n_batches):
+    """Plain means over the first training batches of epoch 0 with the noise of that epoch, in training mode."""
+    flow = copy.deepcopy(flow).train()
+    layers = [m for m in flow.modules() if isinstance(m, _BatchNorm)]
+    for layer in layers:
+        layer.momentum = None
+        layer.reset_running_stats()
+    keys = list(TrainSampler(len(data.train), data.batch_size, data.seed))
+    for i in range(n_batches):
+        q = torch.stack([data.train[key][0] for key in keys[i * data.batch_size : (i + 1) * data.batch_size]])
+        u = batch_noise(tuple(q.shape), data.seed, 0, i, torch.device("cpu"))
+        with torch.no_grad():
+            flow((q.float() + u) / 256)
+    return flow.eval()
+
+
+# ---------------------------------------------------------------------------------------------- optimisation
+
+
+def test_warm_up_is_linear_from_zero_per_iteration():
+    steps = fit(density(lr=2e-3, warmup_steps=4), max_steps=7).rates
+    assert steps == [2e-3 * (i / 4) for i in range(4)] + [2e-3] * 3
+
+
+def test_cosine_after_the_warm_up_ends_at_zero():
+    module = density(lr=2e-3, warmup_steps=2, schedule="cosine")
+    trainer = make_trainer(recorder := Recorder(), max_steps=10)
+    trainer.fit(module, datamodule=RandomImages())
+    cosine = [2e-3 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert recorder.rates == pytest.approx([0.0, 1e-3, *cosine], rel=1e-12)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_cosine_needs_a_last_step():
+    with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+        fit(density(schedule="cosine"), max_steps=-1, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("adam", torch.optim.Adam), ("adamax", torch.optim.Adamax), ("adamw", torch.optim.AdamW)]
+)
+def test_optimizer_by_name(name, cls):
+    module = density(name=name, lr=2e-3, betas=[0.8, 0.95], weight_decay=0.01)
+    module.trainer = SimpleNamespace(max_steps=10)
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer) is cls
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.8, 0.95), 0.01)
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.flow.parameters()}
+    assert len(fit(density(name=name), max_steps=2).losses) == 2
+
+
+@pytest.mark.parametrize("argument", [{"name": "adamm"}, {"schedule": "linear"}])
+def test_unknown_names(argument):
+    [(key, value)] = argument.items()
+    with pytest.raises(ValueError, match=f"optim.{key}={value} is not known: give one of") as error:
+        density(**argument)
+    assert "\n" not in str(error.value)
+
+
+class Clipped(DensityModule):
+    """Notes the gradients before and after the clipping, whose hook Lightning calls once a step."""
+
+    def configure_gradient_clipping(self, *arguments, **more):
+        before = gradients(self.flow)
+        super().configure_gradient_clipping(*arguments, **more)
+        self.noted = [*getattr(self, "noted", []), (before, gradients(self.flow))]
+
+
+def gradients(flow):
+    return torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping_scales_the_global_norm(precision):
+    module = density(cls=Clipped, clip_norm=0.5)
+    fit(module, precision=precision)
+    assert len(module.noted) == 3
+    for before, after in module.noted:
+        assert before.norm() > 1
+        assert after.norm().item() == pytest.approx(0.5, rel=1e-4)
+        assert torch.allclose(after, before * (0.5 / before.norm()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e9])
+def test_nothing_is_clipped_below_the_threshold(clip_norm):
+    module = density(cls=Clipped, clip_norm=clip_norm)
+    fit(module)
+    assert all(torch.equal(before, after) for before, after in module.noted)
+    assert len(module.noted) == 3
+
+
+def test_l2_is_added_to_the_nats():
+    losses = {}
+    for l2 in (0.0, 0.25):
+        flow = tiny_flow()
+        penalty = flow.l2_penalty().item()
+        losses[l2] = fit(density(flow, l2=l2), max_steps=1).losses[0]
+    assert penalty > 1
+    assert losses[0.25] == pytest.approx(losses[0.0] + 0.25 * penalty, rel=1e-6)
+
+
+def test_the_loss_is_the_mean_of_minus_log_p():
+    data, flow = RandomImages(), tiny_flow().train()
+    q = torch.stack([data.train[key][0] for key in list(TrainSampler(64, 16, 0))[:16]])
+    x = (q.float() + batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"))) / 256
+    expected = -flow.log_prob(x).mean().item()
+    module = density()
+    trainer = make_trainer(recorder := Recorder(), max_steps=1)
+    trainer.fit(module, datamodule=data)
+    assert recorder.losses[0] == pytest.approx(expected, rel=1e-6)
+    bits = 8 + expected / (192 * math.log(2))
+    assert trainer.callback_metrics["train/bpd"].item() == pytest.approx(bits, rel=1e-6)
+    assert module.train_mean.compute().item() == pytest.approx(bits, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [7, 16, 23])
+def test_validation_is_a_mean_over_images(trained, batch_size):
+    """23 images in batches of 7 and 16 leave 2 and 7: a mean over batches would differ."""
+    data = RandomImages(batch_size)
+    by_hand = bits_by_hand(trained, data.val.images, noise_seed=3)
+    [found] = make_trainer(limit_val_batches=None).validate(density(trained, noise_seed=3), data, verbose=False)
+    assert list(found) == ["val/bpd"]
+    assert found["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=1e-6)
+    batch_means = [part.mean() for part in by_hand.split(batch_size)]
+    if batch_size < 23:
+        assert abs(torch.stack(batch_means).mean() - by_hand.mean()) > 1e-5
+
+
+def test_evaluation_noise_seed_matters(trained):
+    trainer, data = make_trainer(limit_val_batches=None), RandomImages()
+    zero, again, one = (trainer.validate(density(trained, noise_seed=k), data, verbose=False)[0] for k in (0, 0, 1))
+    assert zero == again
+    assert abs(zero["val/bpd"] - one["val/bpd"]) > 1e-6
+
+
+def test_the_test_reports_running_and_reestimated_statistics(trained):
+    data = RandomImages()
+    before = copy.deepcopy(trained.state_dict())
+    [found] = make_trainer().test(density(trained), data, verbose=False)
+    assert set(found) == {"test/bpd", "test/bpd_reestimated"}
+    running = bits_by_hand(trained, data.test.images).mean().item()
+    fresh = reestimated_by_hand(trained, data, n_batches=3)  # 40 images: three batches of 16
+    reestimated = bits_by_hand(fresh, data.test.images).mean().item()
+    assert found["test/bpd"] == pytest.approx(running, abs=1e-6)
+    assert found["test/bpd_reestimated"] == pytest.approx(reestimated, abs=1e-6)
+    assert abs(running - reestimated) > 0.01
+    assert before.keys() == trained.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
+    assert {m.momentum for m in trained.modules() if isinstance(m, _BatchNorm)} == {0.1}
+
+
+def test_bn_images_zero_reports_running_statistics_only(trained):
+    data = RandomImages()
+    [found] = make_trainer().test(density(trained, bn_images=0), data, verbose=False)
+    assert list(found) == ["test/bpd"]
+    assert found["test/bpd"] == pytest.approx(bits_by_hand(trained, data.test.images).mean().item(), abs=1e-6)
+
+
+def test_no_validation_set():
+    trainer = make_trainer(limit_val_batches=None, max_epochs=1)
+    trainer.fit(density(), datamodule=RandomImages(n_val=0))
+    assert trainer.global_step == 3
+    assert not any(key.startswith("val/") for key in trainer.callback_metrics)
+
+
+class Spied(RealNVP):
+    """Notes for every pass, also of its copies: in training mode?, under autocast?, in which types."""
+
+    seen: ClassVar[list] = []
+
+    def forward(self, x, context=None):
+        latents, log_det = super().forward(x, context)
+        self.seen.append((self.training, torch.is_autocast_enabled("cpu"), {t.dtype for t in (x, *latents, log_det)}))
+        return latents, log_det
+
+
+def test_evaluation_is_float32_whatever_the_training_precision():
+    data, flow = RandomImages(), Spied(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
+    module, seen = density(flow), Spied.seen
+    seen.clear()
+    trainer = make_trainer(precision="bf16-mixed", limit_val_batches=None)
+    trainer.fit(module, datamodule=data)
+    assert [modes[:2] for modes in seen] == [(True, True)] * 3
+    seen.clear()
+    [validated] = trainer.validate(module, data, verbose=False)
+    [tested] = trainer.test(module, data, verbose=False)
+    # two batches to validate on, three to re-estimate on, two to test on, twice
+    assert [modes[0] for modes in seen] == [False] * 2 + [True] * 3 + [False] * 4
+    assert not any(autocast for _, autocast, _ in seen)
+    assert all(dtypes == {torch.float32} for _, _, dtypes in seen)
+    assert validated["val/bpd"] == pytest.approx(bits_by_hand(flow.eval(), data.val.images).mean().item(), abs=1e-6)
+    fresh = reestimated_by_hand(flow, data, 3)
+    by_hand = bits_by_hand(fresh, data.test.images).mean().item()
+    assert tested["test/bpd_reestimated"] == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_full_float32_puts_everything_back(allowed):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [b.allow_tf32 for b in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        with torch.autocast("cpu", torch.bfloat16):
+            with contextlib.suppress(KeyError), full_float32("cpu"):
+                inside = [torch.is_autocast_enabled("cpu"), *(b.allow_tf32 for b in backends)]
+                raise KeyError  # also after an error
+            assert torch.is_autocast_enabled("cpu")
+        assert inside == [False, False, False]
+        assert [b.allow_tf32 for b in backends] == [allowed, allowed]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+class Zero:
+    def log_prob(self, latents):
+        return torch.zeros(len(latents[0]))
+
+
+class Uniform(FlowModel):
+    """p(x) = 1 on the unit cube, with a parameter that changes nothing, for the optimizer."""
+
+    base = Zero()
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.latent_shapes, self.nothing = SHAPE, (SHAPE,), nn.Parameter(torch.ones(()))
+
+    def forward(self, x, context=None):
+        assert 0 <= x.min() <= x.max() < 1
+        return (x,), 0 * self.nothing.expand(len(x))
+
+    def inverse(self, z, context=None):
+        return z[0], torch.zeros(len(z[0]))
+
+
+def test_a_uniform_density_has_exactly_n_bits_per_dim():
+    module, data = density(Uniform()), RandomImages()
+    trainer = make_trainer(limit_val_batches=None)
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["train/bpd"].item() == 8.0
+    assert module.train_mean.compute().item() == 8.0
+    assert trainer.validate(module, data, verbose=False) == [{"val/bpd": 8.0}]
+    assert trainer.test(module, data, verbose=False) == [{"test/bpd": 8.0}]
+
+
+def test_points_are_reported_in_nats():
+    data = TwoMoons(batch_size=32, n_train=64, n_val=50, n_test=50)
+    torch.manual_seed(0)
+    flow = RealNVP2d(n_couplings=2, hidden_channels=8)
+    module = density(flow, TwoMoons)
+    trainer = make_trainer(limit_val_batches=None)
+    trainer.fit(module, datamodule=data)
+    assert not any("bpd" in key for key in trainer.callback_metrics)
+    with torch.no_grad():
+        nats = {split: -flow.log_prob(getattr(data, split).points).mean().item() for split in ("val", "test")}
+    assert trainer.validate(module, data, verbose=False) == [{"val/nll": pytest.approx(nats["val"], abs=1e-6)}]
+    assert trainer.test(module, data, verbose=False) == [{"test/nll": pytest.approx(nats["test"], abs=1e-6)}]
+
+
+# ---------------------------------------------------------------------------------------------- averaged weights
+
+
+class ByHand(L.Callback):
+    """EMA beside Lightning's: averages after every step, decay .5, the first step copies the weights."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        now = {k: p.detach().clone() for k, p in pl_module.flow.named_parameters()}
+        first = not hasattr(self, "average")
+        self.average = now if first else {k: 0.5 * (self.average[k] + v) for k, v in now.items()}
+        self.buffers = {k: b.clone() for k, b in pl_module.flow.named_buffers()}
+
+
+def test_averaged_weights_are_evaluated_with_reestimated_statistics():
+    data, average = RandomImages(), ByHand()
+    module = density(lr=3e-3)
+    callbacks = average, EMAWeightAveraging(use_buffers=False, decay=0.5)
+    trainer = make_trainer(*callbacks, max_steps=4, limit_val_batches=None, check_val_every_n_epoch=None,
+                           val_check_interval=4)  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    validated = trainer.callback_metrics["val/bpd"].item()
+    [tested] = trainer.test(module, data, verbose=False)
+
+    for key, parameter in module.flow.named_parameters():  # training ends with the average in place
+        assert torch.allclose(parameter, average.average[key], rtol=1e-5, atol=1e-7)
+    buffers = dict(module.flow.named_buffers())
+    assert all(torch.equal(buffers[key], value) for key, value in average.buffers.items())
+    counts = [b for key, b in buffers.items() if key.endswith("num_batches_tracked")]
+    assert {(b.dtype, b.item()) for b in counts} == {(torch.int64, 4)}
+
+    fresh = reestimated_by_hand(module.flow, data, 3)
+    assert list(tested) == ["test/bpd"]
+    assert tested["test/bpd"] == pytest.approx(bits_by_hand(fresh, data.test.images).mean().item(), abs=1e-6)
+    assert validated == pytest.approx(bits_by_hand(fresh, data.val.images).mean().item(), abs=1e-6)
+    running = bits_by_hand(module.flow.eval(), data.test.images).mean().item()
+    assert abs(running - tested["test/bpd"]) > 0.01
+
+
+def test_averaging_does_not_touch_the_training():
+    averaged = fit(density(), callbacks=[EMAWeightAveraging(use_buffers=False, decay=0.5)],
+                   max_steps=6, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=2)  # fmt: skip
+    assert averaged.losses == fit(density(), max_steps=6).losses
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+def run(folder, ema, checkpoint=None):
+    """Ten steps, six an epoch, validated every three, saved after every one; (losses, final weights, last val/bpd)."""
+    recorder, module = Recorder(), density(lr=3e-3, warmup_steps=5, schedule="cosine")
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    average = [EMAWeightAveraging(use_buffers=False, decay=0.9)] if ema else []
+    trainer = make_trainer(recorder, *average, saver, max_steps=10, enable_checkpointing=True, limit_val_batches=None,
+                           check_val_every_n_epoch=None, val_check_interval=3)  # fmt: skip
+    trainer.fit(module, datamodule=RandomImages(n_train=100), ckpt_path=checkpoint, weights_only=True)
+    return recorder.losses, module.flow.state_dict(), trainer.callback_metrics.get("val/bpd")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["raw", "ema"])
+def uninterrupted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, request.param, *run(folder, request.param)
+
+
+@pytest.mark.parametrize("step", [4, 6, 7, 9])
+def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path, step):
+    """From mid-epoch, from the end of an epoch (6), and with a validation due right after the checkpoint (6, 9)."""
+    folder, ema, losses, weights, validated = uninterrupted
+    assert len(set(losses)) == 10
+    later, resumed, validated_later = run(tmp_path, ema, folder / f"step={step}.ckpt")
+    assert later == losses[step:]
+    assert resumed.keys() == weights.keys()
+    assert all(torch.equal(resumed[key], value) for key, value in weights.items())
+    assert step == 9 or validated_later == validated

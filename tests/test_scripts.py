@@ -1,0 +1,296 @@
+"""The scripts as a user runs them: in-process where possible, real processes for signals and exit codes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reproduce import load, realnvp_cifar10, realnvp_moons
+from reproduce.run_folder import newest_checkpoint, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "preset=demo",
+    "logger.name=none",
+    "flow.hidden_channels=4",
+    "flow.n_blocks=1",
+    "data.size=8",
+    "data.n_train=64",
+    "data.batch_size=16",
+    "data.n_val=24",
+    "data.n_test=40",
+    "eval.bn_images=32",
+    "samples.n=4",
+    "samples.every_n_steps=3",
+    "trainer.val_check_interval=3",
+    "checkpoint.every_n_steps=2",
+    "trainer.precision=32-true",
+]
+
+
+def run(folder, *arguments):
+    return realnvp_cifar10.main([*TINY, f"run_dir={folder}", *arguments])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def curve(folder):
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def mistake(capsys, *arguments, main=realnvp_cifar10.main):
+    """The one line that a wrong command line answers with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert isinstance(stop.value.code, str), "exit code 0 for a mistake"
+    assert "\n" not in stop.value.code
+    assert "Traceback" not in capsys.readouterr().err
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run(folder, "trainer.max_steps=6")
+
+
+def test_result_says_what_the_number_rests_on(finished):
+    folder, result = finished
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["experiment"] == "realnvp_cifar10"
+    assert (result["images"], result["n_train"], result["seed"], result["preset"]) == (96, 64, 0, "demo")
+    assert result["budget"] == {"images": 96, "of": 12_480_000, "fraction": 96 / 12_480_000, "source": "ours"}
+    assert result["paper"] == {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": False}
+    assert (result["gap"], result["status"]) == (None, "-")
+    assert result["config"]["flow"] == {"n_scales": 2, "hidden_channels": 4, "n_blocks": 1, "alpha": 0.05}
+    assert result["precision"] == "32-true"
+    assert {"test/bpd", "test/bpd_reestimated", "val/bpd", "samples/finite_T0.7"} <= set(result["metrics"])
+    assert all(0 < result["metrics"][key] < 20 for key in ("test/bpd", "test/bpd_reestimated", "val/bpd"))
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert result["commit"] == (head.stdout.strip() or None)
+
+
+def test_curve_begins_before_training(finished):
+    rows = curve(finished[0])
+    assert list(rows[0]) == ["step", "images", "seconds", "lr", "train/bpd", "val/bpd"]
+    assert [int(row["step"]) for row in rows] == [0, 3, 6]
+    assert [int(row["images"]) for row in rows] == [0, 48, 96]
+    assert rows[0]["train/bpd"] == ""
+    assert float(rows[0]["val/bpd"]) > float(rows[-1]["val/bpd"])
+    assert finished[1]["metrics"]["val/bpd"] == min(float(row["val/bpd"]) for row in rows[1:])
+
+
+def test_pictures_are_uint8_and_show_the_images(finished):
+    folder, _ = finished
+    names = sorted(p.name for p in (folder / "samples").iterdir())
+    assert names == [f"{kind}-{step:07d}.png" for kind in ("reconstruction", "samples") for step in (3, 6)]
+    grid = pixels(folder / "samples" / "reconstruction-0000006.png")
+    assert grid.dtype == np.uint8
+    assert grid.std() > 20
+    cell = 10 * 8  # an image of 8 and a border of 2, each pixel 8 x 8
+    originals, reconstructions = grid[16 : 16 + 64], grid[16 + cell : 16 + cell + 64]
+    assert np.abs(originals.astype(int) - reconstructions).max() <= 1
+    assert pixels(folder / "samples" / "samples-0000006.png").std() > 5
+    assert (folder / "curve.png").stat().st_size > 5000
+
+
+def test_table_quotes_the_paper(finished, capsys):
+    from lightning_modules.callbacks.paper import comparison_table
+
+    header, _, *rows = comparison_table(finished[1]).splitlines()
+    assert header.split() == ["experiment", "metric", "paper", "ours", "gap", "status"]
+    cells = next(row.split() for row in rows if " test/bpd " in row)
+    assert cells == ["realnvp_cifar10", "test/bpd", "3.49", f"{finished[1]['metrics']['test/bpd']:.4f}", "-", "-"]
+
+
+def test_load_gives_the_tested_flow(finished):
+    folder, _ = finished
+    flow = load(folder)
+    best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
+    assert not flow.training
+    assert torch.equal(
+        flow.scales[0].layers[0].log_scale_factor, best["state_dict"]["flow.scales.0.layers.0.log_scale_factor"]
+    )
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(flow.log_prob(x), load(newest_checkpoint(folder).parent / "best.ckpt").log_prob(x))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load(folder / "samples")
+
+
+def test_checkpoint_is_plain_and_says_whose_it_is(finished):
+    there = read_checkpoint(newest_checkpoint(finished[0]))["paperflows"]
+    assert there["experiment"] == "realnvp_cifar10"
+    assert there["shape"] == [3, 8, 8]
+    assert type(there["config"]) is dict
+    assert there["config"]["optim"]["lr"] == 1e-3
+
+
+def test_resume_reaches_the_same_weights(tmp_path):
+    """Killed after step 4 of 7, in the middle of an epoch of 4 batches: the rest is what it would have been."""
+    whole = run(tmp_path / "whole", "trainer.max_steps=7")
+    run(tmp_path / "parts", "trainer.max_steps=5")
+    (tmp_path / "parts" / "result.json").unlink()  # as if it had been killed
+    (tmp_path / "parts" / "checkpoints" / "step-00000005.ckpt").unlink()
+    (tmp_path / "parts" / "checkpoints" / "step-00000004.ckpt").exists()
+    parts = run(tmp_path / "parts", "trainer.max_steps=7", "resume=auto")
+    for key in ("test/bpd", "test/bpd_reestimated", "val/bpd"):
+        assert parts["metrics"][key] == whole["metrics"][key]
+    a, b = (read_checkpoint(newest_checkpoint(tmp_path / name))["state_dict"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_of_a_new_folder_begins_and_of_a_finished_run_ends(tmp_path, capsys):
+    run(tmp_path / "new", "trainer.max_steps=2", "resume=auto")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "new", "trainer.max_steps=2", "resume=auto")
+    assert stop.value.code == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_run_is_refused(finished, capsys):
+    before = (finished[0] / "config.yaml").read_bytes()
+    assert "resume=auto" in mistake(capsys, *TINY, f"run_dir={finished[0]}")
+    assert (finished[0] / "config.yaml").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    run(tmp_path, "trainer.max_steps=2")
+    (tmp_path / "result.json").unlink()
+    line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "flow.hidden_channels=5")
+    assert "'hidden_channels': 4" in line
+    assert "give another run_dir" in line
+    assert "realnvp_cifar10, not of realnvp_moons" in mistake(
+        capsys, f"run_dir={tmp_path}", "resume=auto", main=realnvp_moons.main
+    )
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    run(tmp_path, "trainer.max_steps=2")
+    (tmp_path / "result.json").unlink()
+    checkpoint = newest_checkpoint(tmp_path)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto")
+    assert str(checkpoint) in line
+    assert "damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["optim.lrr=1"], "optim.lr"),
+        (["trainer.max_steps=abc"], "wrong type"),
+        (["data=3"], "section"),
+        (["preset=cpuu"], "did you mean cpu?"),
+        (["data.root=/nowhere", "data.download=false"], "cifar-10-python.tar.gz"),
+        (["preset=demo", "data.size=4096"], "data.size=4096 does not fit"),
+        (["preset=demo", "data.batch_size=0"], "data.batch_size=0"),
+        (["preset=demo", "flow.n_scales=9"], "flow.n_scales=9"),
+        (["preset=demo", "flow.n_blocks=0"], "at least 1"),
+        (["preset=demo", "optim.name=sgd"], "adam, adamax, adamw"),
+        (["preset=demo", "optim.lr=-1"], "learning rate"),
+        (["preset=demo", "trainer.precision=bf17"], "precision"),
+        (["preset=gpu"], "no GPU here: give preset=cpu"),
+        (["preset=demo", "data.n_val=0"], "checkpoint.select=last"),
+        (["preset=demo", "logger.name=tensorboard"], "wandb, csv, none"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
+    if "preset=gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert said in mistake(capsys, *arguments, f"run_dir={tmp_path / 'run'}")
+
+
+def test_without_validation_the_last_weights_are_tested(tmp_path):
+    result = run(tmp_path, "trainer.max_steps=3", "data.n_val=0", "checkpoint.select=last")
+    assert result["checkpoint"] == "checkpoints/step-00000003.ckpt"
+    assert "val/bpd" not in result["metrics"]
+    assert result["metrics"]["test/bpd"] < 20
+    assert [row["val/bpd"] for row in curve(tmp_path)] == ["", ""]
+
+
+def test_ema_and_other_optimizer_run(tmp_path):
+    result = run(tmp_path, "trainer.max_steps=3", "ema.decay=0.9", "optim.name=adamax", "optim.warmup_steps=2")
+    assert "test/bpd_reestimated" not in result["metrics"]  # averaged weights: test/bpd is re-estimated
+    assert [float(row["lr"]) for row in curve(tmp_path)] == [0.0, 1e-3]
+    assert result["metrics"]["test/bpd"] < 20
+
+
+def test_moons_reports_nll_and_integral(tmp_path):
+    small = ["flow.hidden_channels=8", "flow.n_couplings=2", "data.n_train=256", "data.n_val=64", "data.n_test=64"]
+    small += ["trainer.max_steps=5", "samples.n=64", "logger.name=none", f"run_dir={tmp_path}"]
+    result = realnvp_moons.main(small)
+    assert result["metrics"]["density_integral"] == pytest.approx(1, abs=0.2)  # untrained: mass outside of the box
+    assert 0 < result["metrics"]["test/nll"] < 4
+    assert (result["paper"], result["status"]) == (None, "-")
+    assert (tmp_path / "density.png").stat().st_size > 5000
+
+
+def test_wandb_runs_offline_and_never_asks(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run(tmp_path / "run", "trainer.max_steps=3", "logger.name=wandb")
+    offline = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(offline) == 1
+    assert result["wandb_url"] is None
+    picture = next((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/samples*.png"))
+    written = next((tmp_path / "run" / "samples").glob("samples-*.png"))
+    assert np.array_equal(pixels(picture), pixels(written))
+
+
+def test_help_and_print_config(capsys):
+    with pytest.raises(SystemExit) as stop:
+        realnvp_cifar10.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "3.49" in text
+    assert "presets: demo, cpu, gpu" in text
+    assert "  optim.clip_norm=100.0  # code" in text
+    with pytest.raises(SystemExit) as stop:
+        realnvp_cifar10.main(["preset=cpu", "optim.lr=5e-4", "--print-config"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "lr: 0.0005" in text
+    assert "hidden_channels: 16" in text
+
+
+def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
+    """A real process: clean stop, exit code not 0, no traceback, the command to go on with, and that command works."""
+    command = [sys.executable, "reproduce/realnvp_cifar10.py", *TINY, f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [*command, "trainer.max_steps=100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(tmp_path / "run") is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGINT), output
+    assert "Traceback" not in output
+    assert "resume=auto" in output.strip().splitlines()[-1]
+    assert read_checkpoint(newest_checkpoint(tmp_path / "run"))["global_step"] % 2 == 0
+    load(tmp_path / "run")
+
+
+def test_script_runs_from_the_shell(tmp_path):
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "reproduce" / "realnvp_cifar10.py", "preset=demoo"],
+        cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: preset=demoo is not known (did you mean demo?): give one of demo, cpu, gpu"
