@@ -3,6 +3,7 @@
 import difflib
 import math
 from pathlib import Path
+from typing import TypeGuard
 
 import yaml
 
@@ -38,7 +39,7 @@ def load_claim(claim_id: str, root: Path = ROOT) -> dict:
     return claims[claim_id]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """True for a finite int or float; a diverged or missing metric is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -66,5 +67,5 @@ def compare(result: dict, root: Path = ROOT) -> dict:
     worse = math.inf if gap is None else gap if claim["direction"] == "lower" else -gap
     if worse <= claim["tolerance"] + ROUNDING:
         return {"gap": gap, "status": "reproduced"}
-    fraction = (result.get("budget") or {}).get("fraction")
+    fraction: object = (result.get("budget") or {}).get("fraction")
     return {"gap": gap, "status": "gap" if is_number(fraction) and fraction >= 1 else "shortened"}

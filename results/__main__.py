@@ -12,6 +12,7 @@ USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Exit code: 0 done, 1 one line on what is wrong, 2 usage."""
+    command: tuple[str, str | None] | None
     match sys.argv[1:] if argv is None else argv:
         case []:
             command = None
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             return 2
     try:
         if command:
-            for line in add(*command, root=root):
+            for line in add(command[0], command[1], root):
                 print(line)
         print(f"wrote {write_page(root)}")
     except (ValueError, OSError) as error:

@@ -25,7 +25,8 @@ Gap: ours minus the paper's. Budget: images seen, as a share of a full training'
 Re-estimated: batch-norm statistics taken over the training set before the test. Best run first.
 """
 MACHINE = ["seed", "commit", "preset", "device", "precision", "wall time"]
-COLUMNS = ["experiment", "dataset", "metric", "paper", "ours", "gap", "status", "budget", *MACHINE]
+SHORT = ["ours", "gap", "status", "budget"]
+COLUMNS = ["experiment", "dataset", "metric", "paper", *SHORT, *MACHINE]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 24, 36, 48  # pixels; the last four are the plot's margins
 COLORS = {"train": "#9a6700", "val": "#0550ae"}
 
@@ -42,16 +43,45 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     root, claims, papers = Path(root), load_claims(root), load_papers(root)
     runs = sorted((run | compare(run, root) for run in read_runs(root)), key=lambda run: rank(run, claims))
     ordered = [run for claim_id in [*claims, None] for run in runs if claim_of(run) == claim_id]
-    curves = {name(run): svg for run in ordered if (svg := curve_svg(run, claims.get(claim_of(run))))}
+    curves = {name(run): svg for run in ordered if (svg := curve_svg(run, claims.get(claim_of(run) or "")))}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, ordered, root)]
     lines += ["## Runs without a paper number", "", *others_table([run for run in ordered if not claim_of(run)])]
     lines += ["## Runs", ""] if ordered else []
     for run in ordered:
-        lines += run_section(run, claims.get(claim_of(run)), name(run) in curves, root)
+        lines += run_section(run, claims.get(claim_of(run) or ""), name(run) in curves, root)
     for paper in papers.values():
         lines += paper_section(paper)
     files = {"README.md": "\n".join(lines).rstrip() + "\n"} | {f"runs/{stem}.svg": svg for stem, svg in curves.items()}
-    return {root / path: content for path, content in files.items()}
+    return {root / path: content for path, content in files.items()} | front_page(root, claims, ordered)
+
+
+def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
+    """The project's own README.md with the short table between its two `results` marks; {} where there are none."""
+    path = root.parent / "README.md"
+    before, start, rest = (path.read_text(encoding="utf-8") if path.is_file() else "").partition("<!-- results -->\n")
+    _, end, after = rest.partition("<!-- /results -->")
+    if not start or not end:
+        return {}
+    columns = ["experiment", "preset", "data", "metric", "paper", *SHORT]
+    compared = [run for run in runs if claim_of(run)]
+    rows = [
+        [
+            run["experiment"],
+            run["preset"],
+            claim["dataset"],
+            claim["metric"],
+            f"{claim['value']:.2f}",
+            *measured_cells(run),
+        ]
+        for run in compared
+        for claim in [claims[claim_of(run)]]
+    ]
+    rows += [
+        [run["experiment"], run["preset"], run["config"]["data"]["name"], "", "-", metrics(run), "-", "-", budget(run)]
+        for run in runs
+        if not claim_of(run)
+    ]
+    return {path: before + start + "\n".join(table(columns, rows, "None yet.")) + end + after}
 
 
 def name(run: dict) -> str:
@@ -211,7 +241,7 @@ def curve_svg(run: dict, claim: dict | None) -> str | None:
     if not lines:
         return None
     x_ticks = ticks(0, max(x for points in lines.values() for x, _ in points) or 1, 6)
-    y_ticks = ticks(*limits([y for points in lines.values() for _, y in points], claim and claim["value"]), 5)
+    y_ticks = ticks(*limits([y for points in lines.values() for _, y in points], claim["value"] if claim else None), 5)
 
     def at(x: float, y: float) -> tuple[float, float]:
         """Pixels of a point."""
@@ -231,7 +261,8 @@ def series(run: dict) -> tuple[str, dict[str, list]]:
     rows = run.get("curve") or []
     units = [key.removeprefix("val/") for row in rows for key in row if key.startswith("val/")]
     wanted = run["paper"]["metric"].partition("/")[2] if run["paper"] else None
-    unit, found = wanted if wanted in units else next(iter(units), "bpd"), {}
+    unit = str(wanted) if wanted in units else next(iter(units), "bpd")
+    found: dict[str, list] = {}
     for split in COLORS:
         points = [(row.get("images"), row.get(f"{split}/{unit}")) for row in rows]
         points = [point for point in points if all(map(is_number, point))]

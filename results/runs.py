@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -75,7 +76,7 @@ def number(cell: str | None) -> int | float | None:
     return int(cell) if re.fullmatch(r"-?\d+", cell) else float(cell) if cell else None
 
 
-def portable(value: object) -> object:
+def portable(value: Any) -> Any:
     """A value as others may read it: an absolute path, also after `key=`, becomes its last part; NaN becomes None."""
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
