@@ -51,7 +51,7 @@ class Crops(Dataset):
         crop = photo[row : row + self.size, column : column + self.size]
         if self.hflip and self._epoch[2][index]:
             crop = crop[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), index
+        return torch.from_numpy(crop.transpose(2, 0, 1).copy()), index
 
 
 class Photos(StatelessDataModule):

@@ -1,4 +1,4 @@
-"""Data as pure functions of (seed, epoch, index), so that a killed run goes on with exactly the batches it lacks."""
+"""What every datamodule shares: data are pure functions of (seed, epoch, index)."""
 
 from collections.abc import Iterator
 
@@ -6,74 +6,9 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-
-class TrainSampler(Sampler):
-    """Yields this rank's (epoch, index) pairs in an order that is a function of (seed, epoch).
-
-    The order is cut into global batches of `batch_size` (the incomplete last one is dropped); of each, a rank takes
-    its contiguous slice. So one process with 64 and two with 32 see the same images in the same steps.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size % world_size:
-            raise ValueError(
-                f"data.batch_size={batch_size} is the global batch: give a multiple of {world_size} processes"
-            )
-        if not 1 <= batch_size <= n:
-            raise ValueError(f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}")
-        self.n, self.batch_size, self.seed, self.rank = n, batch_size, seed, rank
-        self.local = batch_size // world_size
-        self.epoch, self.start_batch = 0, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n // self.batch_size * self.local
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        batches = order[: self.n // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
-        mine = batches[self.start_batch :, self.rank * self.local : (self.rank + 1) * self.local]
-        return ((self.epoch, int(index)) for index in mine.flat)
-
-
-class EvalSampler(Sampler):
-    """Yields (0, index) for every world_size-th index: shards without padding, so that no image counts twice."""
-
-    def __init__(self, n: int, rank: int = 0, world_size: int = 1) -> None:
-        self.indices = range(rank, n, world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((0, index) for index in self.indices)
-
-
-class TrainLoader(DataLoader):
-    """A DataLoader that Lightning can checkpoint: its whole state is the number of batches yielded in this epoch.
-
-    Rank-independent on purpose, since Lightning stores rank 0's state for all.
-    """
-
-    yielded = 0
-
-    def __iter__(self):
-        start = self.sampler.start_batch
-        for number, batch in enumerate(super().__iter__(), start=start + 1):
-            self.sampler.start_batch = 0
-            self.yielded = number
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batch": self.yielded % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.start_batch = self.yielded = state["batch"]
+from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
 
 
 class ImageArray(Dataset):

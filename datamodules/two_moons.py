@@ -38,5 +38,5 @@ class TwoMoons(StatelessDataModule):
         from sklearn.datasets import make_moons
 
         for number, (split, n) in enumerate(self.sizes.items()):
-            points, _ = make_moons(n, noise=self.noise, random_state=3 * self.seed + number)
-            setattr(self, split, Points(torch.from_numpy(points).float()))
+            points, _ = make_moons(max(n, 1), noise=self.noise, random_state=3 * self.seed + number)
+            setattr(self, split, Points(torch.from_numpy(points[:n]).float()))

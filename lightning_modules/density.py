@@ -1,6 +1,5 @@
 """Maximum likelihood: the objective of every flow that models p(x)."""
 
-import math
 from collections.abc import Callable
 
 import lightning.pytorch as L
@@ -12,6 +11,7 @@ from flows.likelihood import bits_per_dim
 from lightning_modules.batch_norm import has_batch_norm, reestimated
 from lightning_modules.metrics import full_float32, image_mean
 from lightning_modules.noise import batch_noise, image_noise
+from lightning_modules.schedule import WarmUp
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine")
@@ -136,18 +136,3 @@ class DensityModule(L.LightningModule):
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.clip_norm)
             self.log("train/grad_norm", norm)
-
-
-class WarmUp:
-    """Factor of the learning rate at step i: min(1, i / steps), times a half cosine to 0 at `total` if given."""
-
-    def __init__(self, steps: int, total: int | None) -> None:
-        self.steps, self.total = steps, total
-
-    def __call__(self, step: int) -> float:
-        if step < self.steps:
-            return step / self.steps
-        if self.total is None:
-            return 1.0
-        done = (step - self.steps) / max(1, self.total - self.steps)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

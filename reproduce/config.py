@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOICES = {
@@ -35,16 +34,19 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     own = recipe.pop("presets", OmegaConf.create({}))
     config = OmegaConf.merge(config, recipe)
 
+    for key in overrides:
+        _check_section(config, overrides, key)
     layers = _preset(experiment, preset, own)
-    name = OmegaConf.select(overrides, "data.name") or _last(layers, "data.name") or config.data.name
+    name = overrides.data.name if "name" in overrides.get("data", {}) else _last(layers, "data.name", config.data.name)
     if name != config.data.name:
-        config.data = OmegaConf.merge(_read(_data_file(name)).data, {})
+        config.data = _read(_data_file(name)).data
     OmegaConf.set_struct(config, True)
+    plain = config
     for layer in layers:
-        config = _merge(config, layer)
-    for argument in overrides:
-        _check_section(config, overrides, argument)
-    config = _merge(config, overrides)
+        if "name" in layer.get("data", {}) and layer.data.name != name:
+            del layer.data  # of the data set that the command line has replaced
+        config = _merge(config, layer, plain)
+    config = _merge(config, overrides, plain)
     _check_choices(config)
     return config
 
@@ -63,6 +65,8 @@ def describe(experiment: str, doc: str) -> str:
     lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
     lines.append("keys, with the value of the recipe without a preset:")
     for key, value in _leaves(compose(experiment, [])):
+        if key == "experiment":  # the script's name, not a key to give
+            continue
         comment = f"  # {comments[key]}" if key in comments else ""
         lines.append(f"  {key}={'null' if value is None else value}{comment}")
     return "\n".join(lines)
@@ -94,26 +98,26 @@ def _parse(arguments: list[str]) -> DictConfig:
     for argument in arguments:
         if not re.match(r"[\w.]+=", argument):
             raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
+        if "${" in argument or argument.endswith("???"):
+            raise ConfigError(f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value")
     try:
         return OmegaConf.from_dotlist(arguments)
     except Exception as error:  # YAML and OmegaConf errors alike: the value cannot be read
         raise ConfigError(f"cannot read {' '.join(arguments)}: {str(error).splitlines()[0]}") from error
 
 
-def _last(layers: list[DictConfig], key: str):
-    return next((v for layer in reversed(layers) if (v := OmegaConf.select(layer, key)) is not None), None)
+def _last(layers: list[DictConfig], key: str, otherwise):
+    values = [value for layer in layers if (value := OmegaConf.select(layer, key)) is not None]
+    return values[-1] if values else otherwise
 
 
-def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
+def _merge(config: DictConfig, layer: DictConfig, plain: DictConfig) -> DictConfig:
+    """`layer` over `config`; a value has the type of what it replaces there, or in the recipe before its preset."""
     for key, value in _leaves(layer):
-        _check_type(config, key, value)
-        old = OmegaConf.select(config, key)
-        if isinstance(old, float) and type(value) is int:
+        _check_type(config, plain, key, value)
+        if isinstance(OmegaConf.select(config, key), float) and type(value) is int:
             OmegaConf.update(layer, key, float(value))
-    try:
-        return OmegaConf.merge(config, layer)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    return OmegaConf.merge(config, layer)
 
 
 def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
@@ -123,19 +127,24 @@ def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
         )
 
 
-def _check_type(config: DictConfig, key: str, value) -> None:
-    keys = [k for k, _ in _leaves(config)]
+def _check_type(config: DictConfig, plain: DictConfig, key: str, value) -> None:
+    keys = [k for k, _ in _leaves(config) if k != "experiment"]
     if key not in keys:
         inside = [k for k in keys if k.startswith(f"{key}.")]
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
         raise ConfigError(f"{key} is no key of this recipe{_nearest(key, keys)}: see --help")
-    old = OmegaConf.select(config, key)
-    if old is None or value is None or (old == "auto" and not isinstance(value, list | ListConfig)):
-        return
-    if type(old) is type(value) or (isinstance(old, float) and type(value) is int):
-        return
-    raise ConfigError(f"{key}={value} has the wrong type: it replaces {old!r}, so give a {type(old).__name__}")
+    replaced = [OmegaConf.select(config, key), OmegaConf.select(plain, key)]
+    if not any(_fits(value, old) for old in replaced):
+        name = "list" if isinstance(replaced[0], ListConfig) else type(replaced[0]).__name__
+        raise ConfigError(f"{key}={value} has the wrong type: it replaces {replaced[0]!r}, so give a {name}")
+
+
+def _fits(value, old) -> bool:
+    """Whether `value` may stand where `old` does: null is free, `auto` any scalar, an int may become a float."""
+    if old is None or value is None or type(old) is type(value):
+        return True
+    return (old == "auto" and not isinstance(value, ListConfig)) or (isinstance(old, float) and type(value) is int)
 
 
 def _check_choices(config: DictConfig) -> None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -116,9 +117,7 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     logger = make_logger(config)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
-    for noise in (".*does not have many workers.*", ".*srun. command is available.*", ".*LeafSpec.* is deprecated.*"):
-        warnings.filterwarnings("ignore", noise)
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    _hush()
     return L.Trainer(
         **settings,
         callbacks=callbacks,
@@ -129,6 +128,18 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
         use_distributed_sampler=False,  # ours shards without padding
         enable_model_summary=False,
     )
+
+
+def _hush() -> None:
+    """Silence what Lightning says in every run and nobody can act on."""
+    for text in ("does not have many workers", "srun. command is available", "LeafSpec", "exists and is not empty"):
+        warnings.filterwarnings("ignore", f".*{text}.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:

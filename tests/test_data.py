@@ -16,7 +16,8 @@ from datamodules import DATA, cifar10, make_data, photos
 from datamodules.cifar10 import CIFAR10
 from datamodules.dequantization import UniformDequantizer
 from datamodules.photos import REGIONS, Crops, Photos, photographs, region
-from datamodules.stateless import EvalSampler, ImageArray, TrainLoader, TrainSampler
+from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
+from datamodules.stateless import ImageArray
 from datamodules.two_moons import TwoMoons
 from flows.realnvp import RealNVP2d
 from lightning_modules.density import DensityModule

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datamodules.dequantization import UniformDequantizer
-from datamodules.stateless import ImageArray, StatelessDataModule, TrainSampler
+from datamodules.samplers import TrainSampler
+from datamodules.stateless import ImageArray, StatelessDataModule
 from datamodules.two_moons import TwoMoons
 from flows.base import FlowModel
 from flows.realnvp import RealNVP, RealNVP2d
@@ -356,6 +357,18 @@ def test_a_uniform_density_has_exactly_n_bits_per_dim():
     assert module.train_mean.compute().item() == 8.0
     assert trainer.validate(module, data, verbose=False) == [{"val/bpd": 8.0}]
     assert trainer.test(module, data, verbose=False) == [{"test/bpd": 8.0}]
+
+
+def test_training_noise_is_that_of_the_epoch_and_batch():
+    """Black images: what the flow sees is the noise."""
+    data, seen = RandomImages(), []
+    data.train.images = np.zeros_like(data.train.images)
+    flow = Uniform()
+    flow.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0] * 256))
+    fit(density(flow, seed=5), data, max_steps=10)  # four batches an epoch
+    keys = [(epoch, batch) for epoch in range(3) for batch in range(4)][:10]
+    for x, (epoch, batch) in zip(seen, keys, strict=True):
+        assert torch.equal(x, batch_noise((16, *SHAPE), 5, epoch, batch, torch.device("cpu")))
 
 
 def test_points_are_reported_in_nats():

@@ -24,7 +24,7 @@ class Density2d(L.Callback):
         with full_float32(pl_module.device.type):
             density = self._density(pl_module)
             samples = pl_module.flow.sample(self.n, generator=torch.Generator().manual_seed(self.seed))
-        pl_module.log("density_integral", float(density.sum() * self.cell**2))
+        pl_module.log("density_integral", float(density.sum() * self.cell**2), rank_zero_only=True)
         if trainer.is_global_zero:
             data = torch.stack(
                 [trainer.datamodule.test[0, i][0] for i in range(min(self.n, len(trainer.datamodule.test)))]

@@ -1,0 +1,435 @@
+"""Recipes: every one composes and binds to its constructors; every mistake on the command line is one line."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import results
+from datamodules import DATA
+from flows.base import FlowModel
+from reproduce import config as config_module
+from reproduce.config import CONFIGS, ConfigError, arguments, compose, describe, presets
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+VARIANTS = [(recipe, preset) for recipe in RECIPES for preset in (None, *presets(recipe))]
+CIFAR = "realnvp_cifar10"
+
+
+def composed(recipe, preset=None):
+    return compose(recipe, [] if preset is None else [f"preset={preset}"])
+
+
+def mistake(*given, recipe=CIFAR):
+    """The one line that a command line is answered with."""
+    with pytest.raises(ConfigError) as error:
+        compose(recipe, list(given))
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.strip()
+    return message
+
+
+def flat(section, prefix=""):
+    """Dotted key -> value; lists are values."""
+    if not isinstance(section, dict):
+        return {prefix[:-1]: section}
+    return {k: v for key, value in section.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def leaves(config):
+    return flat(OmegaConf.to_container(config))
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_there_are_recipes():
+    assert {"realnvp_cifar10", "realnvp_moons"} <= set(RECIPES)
+    assert {(CIFAR, None), (CIFAR, "demo"), (CIFAR, "cpu"), (CIFAR, "gpu")} <= set(VARIANTS)
+
+
+@pytest.mark.parametrize(("recipe", "preset"), VARIANTS)
+def test_every_recipe_composes(recipe, preset):
+    config = composed(recipe, preset)
+    assert (config.experiment, config.preset) == (recipe, preset)
+    assert "presets" not in config
+    assert "bases" not in config
+    assert config.trainer.max_steps > 0 or config.trainer.max_epochs
+
+
+def constructors(recipe):
+    """The flow and module classes that a recipe's script imports."""
+    script = import_module(f"reproduce.{recipe}")
+    classes = [v for v in vars(script).values() if isinstance(v, type)]
+    [flow] = [c for c in classes if issubclass(c, FlowModel)]
+    [module] = [c for c in classes if issubclass(c, L.LightningModule)]
+    return script, flow, module
+
+
+@pytest.mark.parametrize(("recipe", "preset"), VARIANTS)
+def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
+    """Constructors are replaced by their signatures: a key too many or too few is a TypeError that names it."""
+    config = composed(recipe, preset)
+    script, flow, module = constructors(recipe)
+    bound = []
+    data = dict(config.data)
+    inspect.signature(DATA[data.pop("name")]).bind(seed=config.seed, **data)
+    monkeypatch.setattr(script, flow.__name__, lambda *a, **k: bound.append(inspect.signature(flow).bind(*a, **k)))
+    script.make_flow(config, (3, 32, 32))
+    assert [b.arguments["shape"] for b in bound] == [(3, 32, 32)]
+    assert config.flow.items() <= bound[0].arguments.items()
+    inspect.signature(module).bind(None, None, None, config.seed, **config.optim, **config.eval)
+    trainer = {k: v for k, v in config.trainer.items() if k != "compile"}  # ours: torch.compile
+    inspect.signature(L.Trainer).bind(**trainer)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_string_names_an_experiment(recipe):
+    script, *_ = constructors(recipe)
+    assert Path(script.__file__) == ROOT / "reproduce" / f"{recipe}.py"
+    assert callable(script.main)
+    text = (CONFIGS / f"{recipe}.yaml").read_text()
+    paper = compose(recipe, []).paper
+    if paper is None:
+        assert re.search(r"^paper: null +# \w+", text, re.MULTILINE), "paper: null needs a comment with its reason"
+    else:
+        claim = results.load_claim(paper)
+        assert claim["id"] == paper
+        assert isinstance(claim["value"], float | int)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_open_with_a_comment_and_their_bases(recipe):
+    text = (CONFIGS / f"{recipe}.yaml").read_text()
+    assert text.startswith("# ")
+    assert next(line for line in text.splitlines() if not line.startswith("#")).startswith("bases: [base.yaml, ")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shared_presets_hold_no_model(path):
+    assert set(yaml.safe_load(path.read_text())) <= {"trainer", "data", "logger"}
+
+
+def test_every_data_file_is_a_datamodule():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / "data").glob("*.yaml")}
+    assert set(files) == set(DATA)
+    for name, content in files.items():
+        assert list(content) == ["data"]
+        assert content["data"].pop("name") == name
+        inspect.signature(DATA[name]).bind(seed=0, **content["data"])
+
+
+# ---------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("optim.lr=5e-4", "optim.lr", 5e-4),
+        ("optim.lr=1e-4", "optim.lr", 1e-4),  # YAML 1.1 would read a string
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("optim.clip_norm=3", "optim.clip_norm", 3.0),
+        ("trainer.max_steps=10", "trainer.max_steps", 10),
+        ("data.hflip=false", "data.hflip", False),
+        ("data.root=/data/a b", "data.root", "/data/a b"),
+        ("optim.name=adamax", "optim.name", "adamax"),
+        ("trainer.devices=2", "trainer.devices", 2),  # auto takes an int
+        ("trainer.devices=auto", "trainer.devices", "auto"),
+        ("trainer.precision=32-true", "trainer.precision", "32-true"),  # or a str
+        ("trainer.limit_test_batches=5", "trainer.limit_test_batches", 5),  # null takes anything
+        ("trainer.limit_test_batches=0.5", "trainer.limit_test_batches", 0.5),
+        ("trainer.max_time=00:01:00:00", "trainer.max_time", "00:01:00:00"),
+        ("ema.decay=0.999", "ema.decay", 0.999),
+        ("run_dir=outputs/a=b", "run_dir", "outputs/a=b"),
+        ("resume=auto", "resume", "auto"),
+        ("optim.clip_norm=null", "optim.clip_norm", None),  # what is on can be switched off
+        ("paper=null", "paper", None),
+        ("optim.betas=[0.8,0.95]", "optim.betas", [0.8, 0.95]),
+        ("samples.temperatures=[0.7]", "samples.temperatures", [0.7]),
+    ],
+)
+def test_overrides(argument, key, value):
+    before, after = leaves(compose(CIFAR, [])), leaves(compose(CIFAR, [argument]))
+    assert after[key] == value
+    assert type(after[key]) is type(value)
+    assert {k for k in before if before[k] != after[k]} <= {key}
+    assert before.keys() == after.keys()
+
+
+def test_many_overrides_and_the_last_one_counts():
+    config = compose(CIFAR, ["optim.lr=1", "seed=3", "optim.lr=2", "optim.betas=[0.5,0.6]"])
+    assert (config.optim.lr, config.seed, config.optim.betas) == (2.0, 3, [0.5, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("optim.lrr=1e-3", "optim.lr"),
+        ("OPTIM.LR=1e-3", "optim.lr"),
+        ("optm.lr=1e-3", "optim.lr"),
+        ("lr=1e-3", "optim.lr"),
+        ("flow.hidden_chanels=8", "flow.hidden_channels"),
+        ("data.batchsize=8", "data.batch_size"),
+        ("sed=1", "seed"),
+        ("trainer.maxsteps=8", "trainer.max_steps"),
+        ("optim.lr.x=1", "optim.lr"),
+    ],
+)
+def test_a_typo_names_the_nearest_key(argument, nearest):
+    message = mistake(argument)
+    assert argument.split("=")[0] in message
+    assert f"did you mean {nearest}?" in message
+
+
+def test_a_key_that_is_like_no_other():
+    message = mistake("zzzzzz=1")
+    assert "zzzzzz is no key" in message
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("trainer.max_steps=abc", "int"),
+        ("trainer.max_steps=1.5", "int"),
+        ("trainer.max_steps=true", "int"),
+        ("seed=1.5", "int"),
+        ("optim.lr=fast", "float"),
+        ("optim.lr=true", "float"),
+        ("optim.lr=[0.1]", "float"),
+        ("optim.clip_norm=big", "float"),
+        ("data.hflip=3", "bool"),
+        ("data.hflip=maybe", "bool"),
+        ("optim.name=3", "str"),
+        ("optim.betas=0.9", "list"),
+        ("trainer.devices=[0,1]", "str"),
+    ],
+)
+def test_a_wrong_type(argument, wanted):
+    message = mistake(argument)
+    assert argument.split("=")[0] in message
+    assert "wrong type" in message
+    assert "Config" not in message  # a name of OmegaConf's
+    assert re.search(rf"give an? .*\b{wanted}\b", message)
+
+
+@pytest.mark.parametrize("section", ["data", "flow", "optim", "trainer", "samples"])
+@pytest.mark.parametrize("value", ["3", "null", "", "[1]"])
+def test_a_section_is_no_value(section, value):
+    message = mistake(f"{section}={value}")
+    assert f"{section} is a section" in message
+    assert next(iter(compose(CIFAR, [])[section])) in message  # names the keys that there are
+
+
+@pytest.mark.parametrize("argument", ["foo", "--foo", "=3", "-x=3", "optim.lr", "optim.betas[0]=0.8", ""])
+def test_an_argument_without_key_and_value(argument):
+    assert f"'{argument}' is not of the form key=value" in mistake("seed=1", argument)
+
+
+@pytest.mark.parametrize("argument", ["optim.betas=[0.9", "optim.betas={a", "run_dir='x", "run_dir=@"])
+def test_a_value_that_yaml_cannot_read(argument):
+    assert argument in mistake(argument)
+
+
+@pytest.mark.parametrize("argument", ["run_dir=${oops}", "optim.lr=${seed", "optim.lr=???", "run_dir=???"])
+def test_omegaconfs_own_syntax_in_a_value(argument):
+    """Interpolations and missing values mean something to OmegaConf; on the command line they are a mistake."""
+    assert argument.split("=")[0] in mistake(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest", "choices"),
+    [
+        ("logger.name=wandbb", "wandb", "wandb, csv, none"),
+        ("logger.name=null", "none", "wandb, csv, none"),
+        ("checkpoint.select=beest", "best", "best, last"),
+        ("resume=autoo", "auto", "auto"),
+        ("preset=cpuu", "cpu", "demo, cpu, gpu"),
+        ("data.name=cifar", "cifar10", "cifar10, photos, two_moons"),
+        ("data.name=photoss", "photos", "cifar10, photos, two_moons"),
+    ],
+)
+def test_a_choice_that_there_is_not(argument, nearest, choices):
+    message = mistake(argument)
+    assert f"{argument.replace('null', 'None')} is not known (did you mean {nearest}?)" in message
+    assert message.endswith(f"give one of {choices}")
+
+
+@pytest.mark.parametrize("argument", ["preset=1", "preset=[a]", "data.name=3", "data.name=[a]", "resume=yes"])
+def test_a_choice_of_another_type(argument):
+    assert "is not known" in mistake(argument)
+
+
+@pytest.mark.parametrize("argument", ["data.name=", "data.name=null"])
+def test_a_data_set_is_needed(argument):
+    assert "data.name" in mistake(argument)
+
+
+def test_a_recipe_without_presets():
+    without = [recipe for recipe in RECIPES if not presets(recipe)]
+    assert without
+    for recipe in without:
+        assert f"preset=cpu is not known: {recipe} has none" in mistake("preset=cpu", recipe=recipe)
+
+
+# ---------------------------------------------------------------------------------------------- other data, presets
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_other_data_bring_their_whole_section(order):
+    config = compose(CIFAR, ["data.name=photos", "data.size=64"][::order])
+    photos = yaml.safe_load((CONFIGS / "data" / "photos.yaml").read_text())["data"]
+    assert OmegaConf.to_container(config.data) == photos | {"size": 64}
+    assert config.flow == compose(CIFAR, []).flow
+    assert "data.root" in mistake("data.name=photos", "data.root=elsewhere")
+
+
+def test_the_same_data_change_nothing():
+    assert compose(CIFAR, ["data.name=cifar10"]) == compose(CIFAR, [])
+
+
+@pytest.mark.parametrize("preset", presets(CIFAR))
+def test_other_data_under_a_preset(preset):
+    config = compose(CIFAR, ["data.name=photos", f"preset={preset}"])
+    shared = yaml.safe_load((CONFIGS / "presets" / f"{preset}.yaml").read_text())
+    photos = yaml.safe_load((CONFIGS / "data" / "photos.yaml").read_text())["data"]
+    assert OmegaConf.to_container(config.data) == photos | shared.get("data", {})
+    assert config.flow == composed(CIFAR, preset).flow
+    assert config.trainer == composed(CIFAR, preset).trainer
+
+
+def test_the_demo_brings_its_data():
+    config = composed(CIFAR, "demo")
+    assert config.data.name == "photos"
+    assert "root" not in config.data
+    assert compose(CIFAR, ["preset=demo", "data.size=64"]).data.size == 64
+
+
+def test_the_demo_on_its_recipes_own_data():
+    """The demo's data keys (n_test) are no keys of CIFAR-10: compose without them, or say that these two clash."""
+    given = ["preset=demo", "data.name=cifar10"]
+    try:
+        name, message = compose(CIFAR, given).data.name, None
+    except ConfigError as error:
+        name, message = None, str(error)
+    assert name == "cifar10" or any(argument in message for argument in given)
+
+
+def test_the_command_line_is_over_the_presets():
+    config = compose(CIFAR, ["preset=gpu", "optim.lr=1e-2", "data.batch_size=128", "trainer.accelerator=cpu"])
+    assert (config.optim.lr, config.data.batch_size, config.trainer.accelerator) == (1e-2, 128, "cpu")
+    assert (config.optim.warmup_steps, config.data.num_workers) == (500, 4)  # what else the preset brings
+
+
+def test_auto_stays_possible_under_a_preset():
+    """cpu.yaml sets devices: 1 where base.yaml has auto, which takes an int or a str."""
+    assert compose(CIFAR, ["preset=cpu", "trainer.devices=auto"]).trainer.devices == "auto"
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A small configs/ folder: two bases, a recipe with two presets, one shared part of a preset each, two data."""
+
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(inspect.cleandoc(text))
+
+    tail = "logger: {name: csv}\ncheckpoint: {select: last}\nresume: null"
+    write("one.yaml", f"only_one: 1\na: 1\nb: 1\nc: 1\nd: 1\ne: 1\n{tail}")
+    write("two.yaml", "a: 2\nb: 2\nc: 2\nd: 2\ne: 2\ndata: {name: x, n: 2, m: 2}")
+    write(
+        "flow_x.yaml",
+        """
+        bases: [one.yaml, two.yaml]
+        b: 3
+        c: 3
+        d: 3
+        e: 3
+        data: {m: 3}
+        presets:
+          small: {d: 5, e: 5}
+          other: {data: {name: y}}
+        """,
+    )
+    write("presets/small.yaml", "c: 4\nd: 4\ne: 4\ndata: {n: 4}")
+    write("presets/other.yaml", "c: 4")
+    write("data/x.yaml", "data: {name: x, n: 1, m: 1}")
+    write("data/y.yaml", "data: {name: y, n: 8, only_y: 8}")
+    monkeypatch.setattr(config_module, "CONFIGS", tmp_path)
+    return lambda *given: leaves(compose("flow_x", list(given)))
+
+
+def test_order_of_merging(house):
+    """Bases in their order, the recipe, the shared part of the preset, the recipe's own, the command line."""
+    order = {"only_one": 1, "a": 2, "b": 3, "c": 3, "d": 3, "e": 3, "data.n": 2, "data.m": 3}
+    assert house().items() >= order.items()
+    assert house("preset=small").items() >= (order | {"c": 4, "d": 5, "e": 5, "data.n": 4}).items()
+    assert house("e=6", "preset=small").items() >= (order | {"c": 4, "d": 5, "e": 6, "data.n": 4}).items()
+    assert presets("flow_x") == ["small", "other"]
+
+
+def test_order_of_merging_with_other_data(house):
+    def data(*given):
+        return {k: v for k, v in house(*given).items() if k.startswith("data.")}
+
+    other = {"data.name": "y", "data.n": 8, "data.only_y": 8}  # nothing of the recipe's own data: {m: 3}
+    assert data("data.name=y") == other
+    assert data("data.name=y", "preset=small") == other | {"data.n": 4}
+    assert data("data.name=y", "preset=small", "data.n=9") == other | {"data.n": 9}
+    assert data("preset=other") == other
+    assert data("preset=other", "data.name=x") == {"data.name": "x", "data.n": 2, "data.m": 3}
+
+
+# ---------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_lists_every_key_with_its_default(recipe):
+    text = describe(recipe, "  What is reproduced.\n\npython reproduce/x.py\n")
+    assert text.startswith("What is reproduced.\n\npython reproduce/x.py\n")
+    assert f"presets: {', '.join(presets(recipe)) or 'none'}" in text.splitlines()
+    found = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"  ([\w.]+)=(.*?)(?:  # .*)?", line):
+            assert match[1] not in found
+            found[match[1]] = match[2]
+    plain = leaves(compose(recipe, []))
+    del plain["experiment"]
+    assert list(found) == list(plain)
+    assert {k: yaml.safe_load(v) for k, v in found.items() if not isinstance(plain[k], float)} == {
+        k: v for k, v in plain.items() if not isinstance(v, float)
+    }
+    assert compose(recipe, [f"{k}={v}" for k, v in found.items()]) == compose(recipe, [])  # as they are printed
+
+
+def test_help_shows_the_comments():
+    lines = describe(CIFAR, "").splitlines()
+    assert "  seed=0  # of initialisation, order, flips and training noise" in lines
+    assert "  data.n_val=5000  # of the 50,000 training images; 0 for a final run on all" in lines
+    assert "  flow.hidden_channels=64  # section 4.1: 64 maps on the first scale" in lines
+    assert "  trainer.max_steps=195000  # ours: 250 passes over 50,000 images" in lines  # the recipe's, not the base's
+    assert "  optim.lr=0.001" in lines
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_has_every_comment_of_the_recipe(recipe):
+    own = (CONFIGS / f"{recipe}.yaml").read_text().split("\npresets:")[0]
+    comments = re.findall(r"^ *\w+: .*?# (.+)$", own, re.MULTILINE)
+    text = describe(recipe, "")
+    assert comments
+    assert [c for c in comments if f"  # {c}" not in text] == []
+
+
+def test_arguments_come_from_the_command_line_unless_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", "seed=1"])
+    assert arguments(None) == ["seed=1"]
+    assert arguments([]) == []
+    assert arguments(["seed=2"]) == ["seed=2"]

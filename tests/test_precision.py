@@ -1,0 +1,62 @@
+"""float32, bf16 networks and compilation against float64 on the CPU; the same on a GPU where there is one."""
+
+import copy
+
+import pytest
+import torch
+
+from flows.likelihood import bits_per_dim
+from flows.realnvp import RealNVP
+from lightning_modules.metrics import full_float32
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small RealNVP after 30 steps on smooth images, in eval mode, and 64 images."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    flow = RealNVP((3, 16, 16), n_scales=2, hidden_channels=8, n_blocks=2)
+    small = torch.rand(64, 3, 4, 4, generator=generator)
+    x = torch.nn.functional.interpolate(small, scale_factor=4, mode="bilinear").clamp(0.001, 0.999)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 100)
+        optimizer.step()
+    return flow.eval(), x
+
+
+def bpd(flow, x):
+    return bits_per_dim(flow.log_prob(x), x[0].numel(), 8).double().cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_and_bf16_agree_with_float64(trained, device):
+    flow, x = trained
+    with torch.no_grad():
+        exact = bpd(copy.deepcopy(flow).double(), x.double())
+        on_device = copy.deepcopy(flow).to(device)
+        with full_float32(device):
+            single = bpd(on_device, x.to(device))
+        with torch.autocast(device, torch.bfloat16):
+            half = bpd(on_device, x.to(device))
+    assert exact.mean() < 7.5  # it has learnt something
+    assert (single - exact).abs().max() < 2e-5
+    assert 1e-6 < (half - exact).abs().max() < 0.05  # bf16 was on
+    assert (half - exact).mean().abs() < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_flow_agrees_and_keeps_its_keys(trained, device):
+    flow, x = trained
+    flow, x = copy.deepcopy(flow).to(device), x.to(device)
+    keys = list(flow.state_dict())
+    with torch.no_grad(), full_float32(device):
+        eager = bpd(flow, x)
+        flow.compile()
+        assert (bpd(flow, x) - eager).abs().max() < 2e-5
+    assert list(flow.state_dict()) == keys
