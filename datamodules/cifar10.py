@@ -64,10 +64,8 @@ class CIFAR10(StatelessDataModule):
         extract_archive(str(archive), str(self.root))
 
     def setup(self, stage: str | None = None) -> None:
-        if not 0 <= self.n_val < 50_000 - self.batch_size:
-            raise ValueError(
-                f"data.n_val={self.n_val} leaves no training images: give 0 to {50_000 - self.batch_size - 1}"
-            )
+        if not 0 <= self.n_val <= 50_000 - self.batch_size:
+            raise ValueError(f"data.n_val={self.n_val} leaves no training batch: give 0 to {50_000 - self.batch_size}")
         if hasattr(self, "test"):
             return
         images = np.concatenate([self._read(name, md5) for name, md5 in TRAIN_MD5.items()])

@@ -31,7 +31,7 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     config = OmegaConf.create({"experiment": experiment, "preset": preset})
     for base in recipe.pop("bases"):
         config = OmegaConf.merge(config, _read(CONFIGS / base))
-    own = recipe.pop("presets", OmegaConf.create({}))
+    base, own = config, recipe.pop("presets", OmegaConf.create({}))
     config = OmegaConf.merge(config, recipe)
 
     for key in overrides:
@@ -41,12 +41,12 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     if name != config.data.name:
         config.data = _read(_data_file(name)).data
     OmegaConf.set_struct(config, True)
-    plain = config
+    before = [config, base]
     for layer in layers:
         if "name" in layer.get("data", {}) and layer.data.name != name:
             del layer.data  # of the data set that the command line has replaced
-        config = _merge(config, layer, plain)
-    config = _merge(config, overrides, plain)
+        config = _merge(config, layer, before)
+    config = _merge(config, overrides, before)
     _check_choices(config)
     return config
 
@@ -111,10 +111,10 @@ def _last(layers: list[DictConfig], key: str, otherwise):
     return values[-1] if values else otherwise
 
 
-def _merge(config: DictConfig, layer: DictConfig, plain: DictConfig) -> DictConfig:
-    """`layer` over `config`; a value has the type of what it replaces there, or in the recipe before its preset."""
+def _merge(config: DictConfig, layer: DictConfig, before: list[DictConfig]) -> DictConfig:
+    """`layer` over `config`; a value has the type of what it replaces, there or in the recipe or base it came from."""
     for key, value in _leaves(layer):
-        _check_type(config, plain, key, value)
+        _check_type([config, *before], key, value)
         if isinstance(OmegaConf.select(config, key), float) and type(value) is int:
             OmegaConf.update(layer, key, float(value))
     return OmegaConf.merge(config, layer)
@@ -127,23 +127,28 @@ def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
         )
 
 
-def _check_type(config: DictConfig, plain: DictConfig, key: str, value) -> None:
-    keys = [k for k, _ in _leaves(config) if k != "experiment"]
+def _check_type(configs: list[DictConfig], key: str, value) -> None:
+    keys = [k for k, _ in _leaves(configs[0]) if k != "experiment"]
     if key not in keys:
         inside = [k for k in keys if k.startswith(f"{key}.")]
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
         raise ConfigError(f"{key} is no key of this recipe{_nearest(key, keys)}: see --help")
-    replaced = [OmegaConf.select(config, key), OmegaConf.select(plain, key)]
-    if not any(_fits(value, old) for old in replaced):
-        name = "list" if isinstance(replaced[0], ListConfig) else type(replaced[0]).__name__
-        raise ConfigError(f"{key}={value} has the wrong type: it replaces {replaced[0]!r}, so give a {name}")
+    replaced = [OmegaConf.select(config, key) for config in configs if key in dict(_leaves(config))]
+    fits = any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
+    if not fits and key not in CHOICES:
+        kind = "list like it" if isinstance(replaced[0], ListConfig) else type(replaced[0]).__name__
+        raise ConfigError(f"{key}={value} has the wrong type: it replaces {replaced[0]!r}, so give a {kind}")
 
 
 def _fits(value, old) -> bool:
     """Whether `value` may stand where `old` does: null is free, `auto` any scalar, an int may become a float."""
-    if old is None or value is None or type(old) is type(value):
+    if isinstance(value, ListConfig) and isinstance(old, ListConfig):
+        return all(_fits(element, old[0]) for element in value)
+    if old is None or type(old) is type(value):
         return True
+    if value is None:
+        return False
     return (old == "auto" and not isinstance(value, ListConfig)) or (isinstance(old, float) and type(value) is int)
 
 

@@ -172,7 +172,7 @@ def make_logger(config: DictConfig):
     if name == "none":
         return False
     if name == "csv":
-        return L.loggers.CSVLogger(folder, name="", version="logs")
+        return L.loggers.CSVLogger(folder, name="logs")
     try:
         import wandb
     except ImportError as error:

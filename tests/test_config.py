@@ -433,3 +433,13 @@ def test_arguments_come_from_the_command_line_unless_given(monkeypatch):
     assert arguments(None) == ["seed=1"]
     assert arguments([]) == []
     assert arguments(["seed=2"]) == ["seed=2"]
+
+
+@pytest.mark.parametrize("argument", ["seed=null", "optim.lr=null", "data.batch_size=", "optim.betas=[a,b]"])
+def test_null_and_list_elements_have_types(argument):
+    assert "wrong type" in mistake(argument)
+
+
+def test_null_where_the_base_has_it():
+    assert compose(CIFAR, ["optim.clip_norm=null"]).optim.clip_norm is None
+    assert compose(CIFAR, ["optim.betas=[0,0.99]"]).optim.betas == [0, 0.99]
