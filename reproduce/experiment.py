@@ -77,6 +77,8 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
         )
+    if config.trainer.val_check_interval < 1:
+        raise ConfigError(f"trainer.val_check_interval={config.trainer.val_check_interval} are steps: give at least 1")
     if config.checkpoint.select == "best" and config.data.n_val == 0:
         raise ConfigError("data.n_val=0 leaves nothing to choose the best weights by: add checkpoint.select=last")
     if "--print-config" in given:

@@ -77,7 +77,7 @@ def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
         for claim in [claims[claim_of(run)]]
     ]
     rows += [
-        [run["experiment"], run["preset"], run["config"]["data"]["name"], "", "-", metrics(run), "-", "-", budget(run)]
+        [run["experiment"], run["preset"], run["config"]["data"]["name"], "-", "-", metrics(run), "-", "-", budget(run)]
         for run in runs
         if not claim_of(run)
     ]
@@ -139,8 +139,10 @@ def commit(run: dict) -> str:
 
 
 def metrics(run: dict) -> str:
-    """The test metrics, or the validation metrics where there are none."""
-    keys = [[key for key in sorted(run["metrics"]) if key.startswith(split)] for split in ("test/", "val/", "")]
+    """The test metrics and those of no split, or the validation metrics where there are none."""
+    keys = [
+        [key for key in sorted(run["metrics"]) if key.startswith(s) or "/" not in key] for s in ("test/", "val/", "")
+    ]
     return ", ".join(f"{key} {fixed(run['metrics'][key])}" for key in next(filter(None, keys), []))
 
 
@@ -207,7 +209,8 @@ def run_section(run: dict, claim: dict | None, has_curve: bool, root: Path) -> l
     """One run: command, numbers, settings, protocol, suspect, pictures."""
     keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
     lines = [f"### {name(run)}", "", "```bash", command(run), "```", "", f"Measured: {metrics(run) or 'nothing'}.", ""]
-    settings = [f"{key} {run[key]}" for key in keys] + [f"commit {commit(run)}", wall_time(run["seconds"])]
+    size = [f"{run['parameters']:,} parameters"] if run.get("parameters") else []
+    settings = size + [f"{key} {run[key]}" for key in keys] + [f"commit {commit(run)}", wall_time(run["seconds"])]
     lines += [f"Run: {'; '.join(settings)}.", ""]
     if claim:
         lines += [f"Protocol: {'; '.join(f'{key} {value}' for key, value in claim['protocol'].items())}.", ""]

@@ -199,6 +199,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["preset=demo", "data.batch_size=0"], "data.batch_size=0"),
         (["preset=demo", "flow.n_scales=9"], "flow.n_scales=9"),
         (["preset=demo", "flow.n_blocks=0"], "at least 1"),
+        (["preset=demo", "samples.n=0"], "samples.n=0"),
+        (["preset=demo", "trainer.val_check_interval=0"], "give at least 1"),
         (["preset=demo", "optim.name=sgd"], "adam, adamax, adamw"),
         (["preset=demo", "optim.lr=-1"], "learning rate"),
         (["preset=demo", "trainer.precision=bf17"], "precision"),

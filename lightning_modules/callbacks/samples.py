@@ -23,6 +23,8 @@ class Samples(L.Callback):
     """
 
     def __init__(self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0) -> None:
+        if n < 1:
+            raise ValueError(f"samples.n={n} draws nothing: give at least 1")
         self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
         self.every_n_steps, self.drawn_at = every_n_steps, 0
         self.images: Tensor | None = None
