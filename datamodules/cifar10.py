@@ -57,7 +57,8 @@ class CIFAR10(StatelessDataModule):
                 f"Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). Faster: {place}", flush=True
             )
             try:
-                archive.unlink(missing_ok=True)  # a part of an earlier, broken download
+                if archive.exists():  # broken off, or not the official one: kept aside
+                    archive.replace(archive.with_name(f"{ARCHIVE}.bad"))
                 download_url(URL, str(self.root), ARCHIVE, ARCHIVE_MD5)
             except (OSError, RuntimeError) as error:
                 raise FileNotFoundError(f"CIFAR-10 could not be downloaded from {URL} ({error}): {place}") from error

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UniformDequantizer:
-    """x = (q + u) / 2^n_bits with u ~ U[0, 1) (Uria et al. 2013; Theis et al. 2016, section 3.1).
+    """x = (q + u) / 2^n_bits with u ~ U[0, 1) (Uria et al. 2013; Theis et al. 2016).
 
     A plain callable, so that a module may be deep-copied (EMA) without its data. Clamped below 1, since float32
     rounds 255 + u up to 256 about once in 2^17.

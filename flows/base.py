@@ -26,7 +26,7 @@ class Flow(nn.Module, ABC):
 
 
 class Compose(Flow):
-    """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, eq. 9 and 10)."""
+    """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, section 3.5)."""
 
     def __init__(self, layers: Iterable[Flow]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class FlowModel(Flow):
         """Latents to x (B, *shape) and the log_det of the inverse, (B,) in nats."""
 
     def log_prob(self, x: Tensor, context=None) -> Tensor:
-        """log p(x) = log p(z) + log|det dz/dx| in nats, (B,) (Dinh et al. 2017, eq. 2). ValueError: wrong shape."""
+        """log p(x) = log p(z) + log|det dz/dx|, nats, (B,) (Dinh et al. 2017, section 3.1). ValueError: wrong shape."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"{type(self).__name__} was built for data of shape {self.shape}, not {tuple(x.shape[1:])}"
@@ -89,8 +89,11 @@ class FlowModel(Flow):
         latents, log_det = self(x, context)
         return self.base.log_prob(latents) + log_det
 
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n data points, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode."""
+    def sample(self, n: int, temperature: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n data points, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
+
+        Images come out in about [0, 1]: a model whose data passed a logit reaches a little beyond.
+        """
         parameter = next(self.parameters())
         return self.inverse(self.base.sample(n, self.latent_shapes, temperature, generator, parameter))[0]
 

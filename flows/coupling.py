@@ -15,7 +15,7 @@ def checkerboard(height: int, width: int, parity: int) -> Tensor:
 class AffineCoupling(Flow):
     """y = (x + t) exp(s) on the changed part, y = x on the kept one; s = a tanh(raw), t and raw from the kept part.
 
-    Dinh et al. 2017, eq. 7 and 8, write x exp(s) + t; the authors' code shifts first, a reparametrisation of the
+    Dinh et al. 2017, section 3.2, write x exp(s) + t; the authors' code shifts first, a reparametrisation of the
     same maps (t exp(s) for t), and wins. `log_scale_factor` is a, one learned scalar a coupling.
 
     conditioner: maps the kept part to (shift, raw log-scale). norm: an optional flow on the changed part, after the
@@ -45,7 +45,7 @@ class AffineCoupling(Flow):
 
 
 class MaskedCoupling(AffineCoupling):
-    """The kept part is where `mask` is 1 (checkerboards of images, single coordinates of points); eq. 9.
+    """The kept part is where `mask` is 1 (checkerboards of images, single coordinates of points); section 3.4.
 
     mask: 0 and 1, broadcast over the batch: (1, H, W) for images, (D,) for points. Only the changed dimensions
     enter the log-determinant: summing s over the kept ones too, as a well-known notebook does, is wrong by

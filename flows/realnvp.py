@@ -32,6 +32,8 @@ class RealNVP(FlowModel):
     def __init__(self, shape=(3, 32, 32), n_scales=2, hidden_channels=64, n_blocks=8, alpha=0.05) -> None:
         super().__init__()
         self.shape = tuple(shape)
+        if len(self.shape) != 3:
+            raise ValueError(f"RealNVP models images (C, H, W), not data of shape {self.shape}")
         channels, height, width = self.shape
         if min(n_scales, hidden_channels, n_blocks) < 1:
             raise ValueError("flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1")

@@ -41,7 +41,7 @@ class OrderedSqueeze(Flow):
 
 
 def factor_out(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the channels: the first half goes on to the next scale, the second half is latent (eq. 14, 15)."""
+    """Split the channels: the first half goes on to the next scale, the second half is latent (section 3.6)."""
     return x.chunk(2, dim=1)
 
 

@@ -52,6 +52,12 @@ class DensityModule(L.LightningModule):
             raise ValueError(f"optim.name={name} is not known: give one of {', '.join(OPTIMIZERS)}")
         if schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}")
+        if len(betas) != 2:
+            raise ValueError(f"optim.betas={list(betas)} are not two numbers")
+        if l2 and not hasattr(flow, "l2_penalty"):
+            raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
+        if min(warmup_steps, bn_images) < 0 or (clip_norm is not None and clip_norm <= 0):
+            raise ValueError("optim.warmup_steps, optim.clip_norm and eval.bn_images must not be negative")
         self.flow, self.dequantizer, self.n_bits, self.seed = flow, dequantizer, n_bits, seed
         self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
         self.l2, self.warmup_steps, self.schedule, self.clip_norm = l2, warmup_steps, schedule, clip_norm

@@ -78,8 +78,8 @@ def _read(path: Path) -> DictConfig:
 
 def _data_file(name: str) -> Path:
     path = CONFIGS / "data" / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+    known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+    if name not in known:
         raise ConfigError(f"data.name={name} is not known{_nearest(str(name), known)}: give one of {', '.join(known)}")
     return path
 
@@ -145,8 +145,10 @@ def _fits(value, old) -> bool:
     """Whether `value` may stand where `old` does: null is free, `auto` any scalar, an int may become a float."""
     if isinstance(value, ListConfig) and isinstance(old, ListConfig):
         return all(_fits(element, old[0]) for element in value)
-    if old is None or type(old) is type(value):
+    if type(old) is type(value):
         return True
+    if old is None:
+        return not isinstance(value, ListConfig)
     if value is None:
         return False
     return (old == "auto" and not isinstance(value, ListConfig)) or (isinstance(old, float) and type(value) is int)

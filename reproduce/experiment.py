@@ -1,5 +1,6 @@
 """The only glue: a config becomes a trainer, a trainer a run folder, a run folder a result."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -8,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -18,12 +20,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 import results
+from lightning_modules.callbacks.checkpoints import StepCheckpoint
 from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.density import DensityModule
 from reproduce.config import ConfigError, arguments, compose, describe
+from reproduce.loggers import make_logger
 from reproduce.provenance import Provenance, best_precision, machine
 from reproduce.run_folder import (
     check_checkpoint,
@@ -73,6 +77,9 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     L.seed_everything(config.seed, verbose=False)
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
+    if "--print-config" in given:
+        print(OmegaConf.to_yaml(config, resolve=True), end="")
+        sys.exit(0)
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
@@ -81,11 +88,12 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(f"trainer.val_check_interval={config.trainer.val_check_interval} are steps: give at least 1")
     if config.checkpoint.select == "best" and config.data.n_val == 0:
         raise ConfigError("data.n_val=0 leaves nothing to choose the best weights by: add checkpoint.select=last")
-    if "--print-config" in given:
-        print(OmegaConf.to_yaml(config, resolve=True), end="")
-        sys.exit(0)
+    if config.trainer.limit_test_batches == 0:
+        raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
+    if config.resume and not config.run_dir and "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
     config.run_dir = str(config.run_dir or Path("outputs") / experiment / run_id())
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0 or Path(config.run_dir, "result.json").is_file():
         check_run_dir(config)
     OmegaConf.set_struct(config, False)
     config.overrides = [a for a in given if not a.startswith(("run_dir=", "resume="))]
@@ -101,35 +109,61 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     settings.pop("compile")
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
-    checkpoints = {"dirpath": folder / "checkpoints", "auto_insert_metric_name": False, "enable_version_counter": False}
+    if type(settings["max_epochs"]) not in (int, type(None)):
+        raise ConfigError(f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int")
+    interval = settings["val_check_interval"]
     callbacks = [
         Provenance(config),
-        Curve(folder, batch_size, paper["value"] if paper else None),
+        Curve(folder, batch_size, interval, paper),
         Samples(folder / "samples", **config.samples),
         PaperComparison(paper),
         Progress(batch_size, enabled=sys.stderr.isatty()),
-        ModelCheckpoint(filename="step-{step:08d}", every_n_train_steps=config.checkpoint.every_n_steps, **checkpoints),
         *extra,
+        *_checkpoints(config, module, interval),
     ]
-    if config.data.n_val:
-        callbacks.append(ModelCheckpoint(filename="best", monitor=f"val/{module.metric}", **checkpoints))
     if config.ema.decay is not None:
+        if not isinstance(config.ema.decay, float) or not 0 <= config.ema.decay <= 1:
+            raise ConfigError(f"ema.decay={config.ema.decay} is not between 0 and 1: give for example 0.999")
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
     open_folder(folder)
     logger = make_logger(config)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     _hush()
-    return L.Trainer(
-        **settings,
-        callbacks=callbacks,
-        logger=logger,
-        default_root_dir=folder,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=-1,  # all of it: the curve's row at step 0
-        use_distributed_sampler=False,  # ours shards without padding
-        enable_model_summary=False,
-    )
+    try:
+        return L.Trainer(
+            **settings,
+            callbacks=callbacks,
+            logger=logger,
+            default_root_dir=folder,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=-1,  # all of it: the curve's row at step 0
+            use_distributed_sampler=False,  # ours shards without padding
+            enable_model_summary=False,
+        )
+    except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
+        given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
+        raise ConfigError(f"Lightning does not take {given}: {error}") from error
+
+
+def _checkpoints(config: DictConfig, module: DensityModule, interval: int) -> list[ModelCheckpoint]:
+    """The best by validation, then the newest, which so holds the best's score."""
+    every, folder = config.checkpoint.every_n_steps, Path(config.run_dir, "checkpoints")
+    same = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
+    if not config.data.n_val:
+        return [StepCheckpoint(None, every_n_train_steps=every, **same)]
+    best = ModelCheckpoint(filename="best", monitor=f"val/{module.metric}", **same)
+    return [best, StepCheckpoint(interval, every_n_train_steps=every, **same)]
+
+
+@contextlib.contextmanager
+def _resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
+    """After Ctrl-C, on which Lightning shuts down in order and exits, say how to go on."""
+    try:
+        yield
+    except SystemExit:
+        again = " ".join([f"python reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"])
+        sys.exit(f"stopped at step {trainer.global_step}; go on with: {again} resume=auto")
 
 
 def _hush() -> None:
@@ -158,45 +192,11 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     )
     if config.trainer.compile:
         module.flow.compile()
-    try:
+    with _resumable(config, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # Ctrl-C: Lightning has shut down in order
-        again = " ".join([f"python reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"])
-        sys.exit(f"stopped at step {trainer.global_step}; go on with: {again} resume=auto")
     last = Path(config.run_dir) / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.is_file():
         trainer.save_checkpoint(last)
-
-
-def make_logger(config: DictConfig):
-    """W&B (offline where nobody is logged in, so that it never asks), CSV files, or none."""
-    folder, name = Path(config.run_dir), config.logger.name
-    if name == "none":
-        return False
-    if name == "csv":
-        return L.loggers.CSVLogger(folder, name="logs")
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("logger.name=wandb needs wandb: pip install wandb, or add logger.name=csv") from error
-    from lightning.pytorch.loggers import WandbLogger
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-    settings = wandb.Settings(mode=mode, silent=True)
-    return WandbLogger(
-        name=folder.name, project=config.logger.project, group=config.experiment, save_dir=folder, settings=settings
-    )
-
-
-def _logged_in() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _say_how_long(config: DictConfig, module: L.LightningModule) -> None:
@@ -229,8 +229,10 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     curve, samples, provenance = (_callback(trainer, kind) for kind in (Curve, Samples, Provenance))
     seconds = round(curve.seconds, 1)
     weights = selected_weights(folder, config.checkpoint.select)
-    module.load_state_dict(read_checkpoint(weights)["state_dict"])
-    trainer.test(module, datamodule=data, verbose=False, weights_only=True)
+    checkpoint = read_checkpoint(weights)
+    module.load_state_dict(checkpoint["state_dict"])
+    with _resumable(config, trainer):
+        trainer.test(module, datamodule=data, verbose=False, weights_only=True)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
     budget, wandb_run = config.budget.images, getattr(trainer.logger, "experiment", None)
     result = {
@@ -253,6 +255,11 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
         "n_train": data.n_train,
         "parameters": sum(p.numel() for p in module.flow.parameters()),
         "checkpoint": str(weights.relative_to(folder)),
+        "tested": {
+            "weights": "raw" if config.ema.decay is None else f"averaged with decay {config.ema.decay}",
+            "chosen": weights.stem.partition("-")[0],
+            "step": checkpoint["global_step"],
+        },
         "wandb_url": None if getattr(wandb_run, "offline", True) else wandb_run.url,
         "weights": None,
         "suspect": None,

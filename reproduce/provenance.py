@@ -46,10 +46,11 @@ def best_precision(accelerator: str) -> str:
 
 
 def machine(trainer: L.Trainer) -> dict:
-    """Versions, device ('2 x NVIDIA H200', or the CPU's name and its threads) and whether TF32 was on in training."""
+    """Versions, device ('2 x NVIDIA H200', or the CPU's name and threads) and whether TF32 was on in training."""
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
     cuda = trainer.strategy.root_device.type == "cuda"
-    cpu = f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU').strip()}, {torch.get_num_threads()} threads"
+    processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    cpu = f"{processes}{torch.cpu.get_capabilities().get('cpu_name', 'CPU').strip()}, {torch.get_num_threads()} threads"
     device = f"{trainer.world_size} x {torch.cuda.get_device_name()}" if cuda else cpu
     return {"versions": versions, "device": device, "tf32": cuda and torch.backends.cudnn.allow_tf32}
 

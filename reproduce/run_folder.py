@@ -21,21 +21,18 @@ def run_id() -> str:
     if "SLURM_JOB_ID" in os.environ:
         array = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         return "slurm-" + ("_".join(array) if all(array) else os.environ["SLURM_JOB_ID"])
-    return os.environ.setdefault("PAPERFLOWS_RUN_ID", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    if "LOCAL_RANK" not in os.environ or "PAPERFLOWS_RUN_ID" not in os.environ:  # the process that starts the others
+        os.environ["PAPERFLOWS_RUN_ID"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return os.environ["PAPERFLOWS_RUN_ID"]
 
 
 def check_run_dir(config: DictConfig) -> None:
-    """Refuse to mix two runs in one folder."""
+    """Refuse to mix two runs in one folder; end with 0 where the run in it is finished."""
     folder = Path(config.run_dir)
-    if not (folder / "config.yaml").is_file():
-        return
+    if not (folder / "curve.csv").is_file() and newest_checkpoint(folder) is None:
+        return  # nothing was trained there
     if config.resume is None:
         raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
-    there = OmegaConf.load(folder / "config.yaml")
-    if there.experiment != config.experiment:
-        raise ConfigError(
-            f"{folder} holds a run of {there.experiment}, not of {config.experiment}: give another run_dir"
-        )
     if (folder / "result.json").is_file():
         print(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
@@ -71,17 +68,32 @@ def read_checkpoint(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of this repository: delete it or name another") from error
+        raise ValueError(
+            f"{path} is damaged or not of this repository: delete it to go on from another, or to begin"
+        ) from error
     return checkpoint
 
 
+SAME = ("flow", "data", "optim", "ema", "eval", "seed")  # what a resumed run must have in common with its first part
+FREE = ("root", "download", "num_workers", "bn_images")  # but these
+
+
 def check_checkpoint(path: Path, config: DictConfig) -> None:
-    there, flow = read_checkpoint(path)["paperflows"], OmegaConf.to_container(config.flow)
-    if there["experiment"] != config.experiment or there["config"]["flow"] != flow:
-        raise ConfigError(
-            f"{path} is of {there['experiment']} with flow {there['config']['flow']}, "
-            f"not of {config.experiment} with flow {flow}: give another run_dir"
-        )
+    """ConfigError, one line that names the keys, where a run would not go on as it began."""
+    there, here = read_checkpoint(path)["paperflows"], OmegaConf.to_container(config)
+    if there["experiment"] != config.experiment:
+        raise ConfigError(f"{path} is of {there['experiment']}, not of {config.experiment}: give another run_dir")
+    was, now = (dict(pair for key in SAME for pair in _flat(c[key], key)) for c in (there["config"], here))
+    changed = [f"{key}={was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir")
+
+
+def _flat(value, key: str) -> list[tuple[str, object]]:
+    """Dotted keys and values of a section, without those that a resumed run may change."""
+    if not isinstance(value, dict):
+        return [(key, value)]
+    return [pair for k, v in value.items() if k not in FREE for pair in _flat(v, f"{key}.{k}")]
 
 
 def load_flow(folder: str | Path):

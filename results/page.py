@@ -22,7 +22,8 @@ Generated from `results/paper/*.yaml` (what papers claim) and `results/runs/` (w
 | not run | a recipe without a recorded run |
 
 Gap: ours minus the paper's. Budget: images seen, as a share of a full training's, and who set that number.
-Re-estimated: batch-norm statistics taken over the training set before the test. Best run first.
+Re-estimated: batch-norm statistics taken over `eval.bn_images` training images, in whole batches, before the test.
+Best run first.
 """
 MACHINE = ["seed", "commit", "preset", "device", "precision", "wall time"]
 SHORT = ["ours", "gap", "status", "budget"]
@@ -212,13 +213,21 @@ def run_section(run: dict, claim: dict | None, has_curve: bool, root: Path) -> l
     size = [f"{run['parameters']:,} parameters"] if run.get("parameters") else []
     settings = size + [f"{key} {run[key]}" for key in keys] + [f"commit {commit(run)}", wall_time(run["seconds"])]
     lines += [f"Run: {'; '.join(settings)}.", ""]
+    trainer, tested = run["config"].get("trainer") or {}, run.get("tested")
+    limits = [f"{key} {trainer[key]}" for key in ("limit_val_batches", "max_time") if trainer.get(key) is not None]
+    if tested:
+        step = f"step {tested['step']} ({'best by validation' if tested['chosen'] == 'best' else 'the last'})"
+        lines += ["Tested: " + "; ".join([f"{tested['weights']} weights of {step}", *limits]) + ".", ""]
     if claim:
-        lines += [f"Protocol: {'; '.join(f'{key} {value}' for key, value in claim['protocol'].items())}.", ""]
+        lines += [
+            f"The paper's protocol: {'; '.join(f'{key} {value}' for key, value in claim['protocol'].items())}.",
+            "",
+        ]
     for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
         lines += [f"{label}: {run[key]}", ""] if run.get(key) else []
     lines += [f"![curve of {name(run)}](runs/{name(run)}.svg)" if has_curve else "No curve was recorded.", ""]
     has_picture = (root / f"runs/{name(run)}.png").is_file()
-    return [*lines, *([f"![samples of {name(run)}](runs/{name(run)}.png)", ""] if has_picture else [])]
+    return [*lines, *([f"![picture of {name(run)}](runs/{name(run)}.png)", ""] if has_picture else [])]
 
 
 def paper_section(paper: dict) -> list[str]:

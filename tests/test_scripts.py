@@ -138,16 +138,20 @@ def test_checkpoint_is_plain_and_says_whose_it_is(finished):
     assert there["config"]["optim"]["lr"] == 1e-3
 
 
-def test_resume_reaches_the_same_weights(tmp_path):
-    """Killed after step 4 of 7, in the middle of an epoch of 4 batches: the rest is what it would have been."""
-    whole = run(tmp_path / "whole", "trainer.max_steps=7")
-    run(tmp_path / "parts", "trainer.max_steps=5")
-    (tmp_path / "parts" / "result.json").unlink()  # as if it had been killed
+@pytest.mark.parametrize("every", [2, 3])
+def test_resume_reaches_the_same_weights(tmp_path, every):
+    """Killed in an epoch of 4 batches, after a checkpoint that fell on a validation (3) or not (2)."""
+    checkpoints = f"checkpoint.every_n_steps={every}"
+    whole = run(tmp_path / "whole", "trainer.max_steps=7", checkpoints)
+    run(tmp_path / "parts", "trainer.max_steps=5", checkpoints)
+    (tmp_path / "parts" / "result.json").unlink()  # as if it had been killed after step 5, before its last checkpoint
     (tmp_path / "parts" / "checkpoints" / "step-00000005.ckpt").unlink()
-    (tmp_path / "parts" / "checkpoints" / "step-00000004.ckpt").exists()
-    parts = run(tmp_path / "parts", "trainer.max_steps=7", "resume=auto")
+    parts = run(tmp_path / "parts", "trainer.max_steps=7", "resume=auto", checkpoints)
     for key in ("test/bpd", "test/bpd_reestimated", "val/bpd"):
         assert parts["metrics"][key] == whole["metrics"][key]
+    steps, values = zip(*((row["step"], row["val/bpd"]) for row in curve(tmp_path / "parts")), strict=True)
+    assert steps == ("0", "3", "6", "7")
+    assert values == tuple(row["val/bpd"] for row in curve(tmp_path / "whole"))
     a, b = (read_checkpoint(newest_checkpoint(tmp_path / name))["state_dict"] for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -170,9 +174,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     run(tmp_path, "trainer.max_steps=2")
     (tmp_path / "result.json").unlink()
     line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "flow.hidden_channels=5")
-    assert "'hidden_channels': 4" in line
-    assert "give another run_dir" in line
-    assert "realnvp_cifar10, not of realnvp_moons" in mistake(
+    assert "trained with flow.hidden_channels=4: say the same" in line
+    line = mistake(
+        capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "seed=3", "optim.name=adamax", "data.batch_size=8"
+    )
+    assert "data.batch_size=16 optim.name=adam seed=0: say the same" in line
+    assert "is of realnvp_cifar10, not of realnvp_moons" in mistake(
         capsys, f"run_dir={tmp_path}", "resume=auto", main=realnvp_moons.main
     )
 
@@ -201,6 +208,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["preset=demo", "flow.n_blocks=0"], "at least 1"),
         (["preset=demo", "samples.n=0"], "samples.n=0"),
         (["preset=demo", "trainer.val_check_interval=0"], "give at least 1"),
+        (["preset=demo", "samples.temperatures=[]"], "give at least 1"),
+        (["preset=demo", "trainer.max_epochs=abc"], "trainer.max_epochs=abc"),
+        (["preset=demo", "trainer.devices=foo"], "foo"),
+        (["preset=demo", "trainer.limit_test_batches=0"], "tests nothing"),
+        (["preset=demo", "ema.decay=abc"], "ema.decay=abc"),
+        (["preset=demo", "optim.betas=[0.9]"], "two numbers"),
+        (["preset=demo", "optim.clip_norm=-1"], "negative"),
+        (["preset=demo", "data.n_val=-1"], "data.n_val=-1"),
+        (["preset=cpu", "data.name=two_moons"], "images (C, H, W)"),
+        (["data.name=../base"], "data.name=../base is not known"),
         (["preset=demo", "optim.name=sgd"], "adam, adamax, adamw"),
         (["preset=demo", "optim.lr=-1"], "learning rate"),
         (["preset=demo", "trainer.precision=bf17"], "precision"),
@@ -221,7 +238,16 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
     assert result["checkpoint"] == "checkpoints/step-00000003.ckpt"
     assert "val/bpd" not in result["metrics"]
     assert result["metrics"]["test/bpd"] < 20
-    assert [row["val/bpd"] for row in curve(tmp_path)] == ["", ""]
+    rows = curve(tmp_path)
+    assert [(row["step"], row["val/bpd"]) for row in rows] == [("0", ""), ("3", "")]
+    assert float(rows[1]["train/bpd"]) < 20
+
+
+def test_a_diverged_run_still_says_so(tmp_path):
+    result = run(tmp_path, "trainer.max_steps=6", "optim.lr=1e30", "optim.clip_norm=null")
+    assert not np.isfinite(result["metrics"]["test/bpd"])
+    assert result["status"] != "reproduced"
+    assert json.loads((tmp_path / "result.json").read_text())["images"] == 96
 
 
 def test_ema_and_other_optimizer_run(tmp_path):
@@ -251,6 +277,11 @@ def test_wandb_runs_offline_and_never_asks(tmp_path, monkeypatch):
     picture = next((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/samples*.png"))
     written = next((tmp_path / "run" / "samples").glob("samples-*.png"))
     assert np.array_equal(pixels(picture), pixels(written))
+
+
+def test_resume_needs_a_folder_and_moons_no_penalty(capsys):
+    assert "add run_dir=FOLDER" in mistake(capsys, *TINY, "resume=auto")
+    assert "RealNVP2d has no such penalty" in mistake(capsys, "optim.l2=0.1", main=realnvp_moons.main)
 
 
 def test_help_and_print_config(capsys):

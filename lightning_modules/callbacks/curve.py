@@ -1,6 +1,7 @@
 """The learning curve as a file: what a claim about quality rests on."""
 
 import csv
+import math
 import time
 from pathlib import Path
 
@@ -12,12 +13,13 @@ class Curve(L.Callback):
     """One row of curve.csv a validation, from step 0 (before training), and curve.png at the end of training.
 
     Columns: step, images (seen in training), seconds (of training and validation, over all resumed parts), lr,
-    train/M (mean since the row before), val/M, with M bpd or nll. batch_size: the global one. paper: the claimed
-    value, drawn as a line, or None.
+    train/M (mean since the row before, or since a resume), val/M, with M bpd or nll. Without a validation set a row
+    comes every `interval` steps all the same. batch_size: the global one. paper: {"value", "comparable"} of the claim,
+    drawn as a line, or None.
     """
 
-    def __init__(self, folder: Path, batch_size: int, paper: float | None) -> None:
-        self.folder, self.batch_size, self.paper = Path(folder), batch_size, paper
+    def __init__(self, folder: Path, batch_size: int, interval: int, paper: dict | None) -> None:
+        self.folder, self.batch_size, self.interval, self.paper = Path(folder), batch_size, interval, paper
         self.seconds_before = 0.0
         self.rows: list[dict] = []
 
@@ -49,6 +51,10 @@ class Curve(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._add(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        if sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0:
+            self._add(trainer, pl_module, fresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.rows or self.rows[-1]["step"] < trainer.global_step:
@@ -93,8 +99,8 @@ class Curve(L.Callback):
         part.replace(self.path)
 
 
-def draw_curve(rows: list[dict], path: Path, paper: float | None) -> None:
-    """val and train over images seen, as PNG, with the paper's value as a dashed line."""
+def draw_curve(rows: list[dict], path: Path, paper: dict | None) -> None:
+    """val and train over images seen, as PNG, the paper's value dashed; non-finite values are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,13 +108,14 @@ def draw_curve(rows: list[dict], path: Path, paper: float | None) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="training images seen")
     for key in [k for k in rows[0] if "/" in k]:
-        points = [(r["images"], r[key]) for r in rows if r[key] is not None]
+        points = [(r["images"], r[key]) for r in rows if r[key] is not None and math.isfinite(r[key])]
         axes.plot(*zip(*points, strict=True), label=key, marker=".") if points else None
-    values = [r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None]
+    values = [r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None and math.isfinite(r[k])]
     if paper is not None:
-        axes.axhline(paper, linestyle="--", color="grey", label=f"paper {paper:g}")
+        data = "" if paper["comparable"] else " (on other data)"
+        axes.axhline(paper["value"], linestyle="--", color="grey", label=f"paper {paper['value']:g}{data}")
     if values:
-        low, high = min([*values, paper or values[0]]), max(values)
+        low, high = min([*values, paper["value"] if paper else values[0]]), max(values)
         axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -17,14 +17,17 @@ class Samples(L.Callback):
 
     The base samples are the same at every validation, so the grids show one picture learning. Logs
     `samples/finite_T<temperature>`, the share of samples whose every value is finite; a flow can have a fine
-    likelihood and inverses that overflow. Drawn in float32 from the weights as trained.
+    likelihood and inverses that overflow. Drawn in float32 from the
+    weights as trained, not from the best ones.
 
     n: samples a temperature for that share, of which 16 are shown. every_n_steps: at most so often.
     """
 
     def __init__(self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0) -> None:
-        if n < 1:
-            raise ValueError(f"samples.n={n} draws nothing: give at least 1")
+        if n < 1 or not temperatures:
+            raise ValueError(
+                f"samples.n={n} at samples.temperatures={list(temperatures)} draws nothing: give at least 1"
+            )
         self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
         self.every_n_steps, self.drawn_at = every_n_steps, 0
         self.images: Tensor | None = None
@@ -70,7 +73,7 @@ class Samples(L.Callback):
         rows = []
         for temperature in self.temperatures:
             generator = torch.Generator().manual_seed(self.seed)
-            samples = pl_module.flow.sample(self.n, temperature, generator)
+            samples = pl_module.flow.sample(self.n, temperature, generator=generator)
             rows.append(samples[:N_SHOWN])
             share = samples.isfinite().flatten(1).all(1).float().mean().item()
             self.finite[f"samples/finite_T{temperature:g}"] = share
