@@ -1,0 +1,103 @@
+"""What is shown and written beside a run, in values."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_modules.callbacks.curve import Curve, draw_curve
+from lightning_modules.callbacks.paper import PaperComparison, comparison_table
+from lightning_modules.callbacks.progress import Progress, last_step
+from lightning_modules.callbacks.samples import Samples, picture
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "expected"), [(100, None, 100), (100, 3, 30), (20, 3, 20), (-1, 3, 30), (-1, None, 7)]
+)
+def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expected):
+    trainer = SimpleNamespace(max_steps=max_steps, max_epochs=max_epochs, num_training_batches=10, global_step=7)
+    assert last_step(trainer) == expected
+
+
+def test_progress_shows_images_per_second_and_time_left(monkeypatch):
+    bar = Progress(batch_size=64, enabled=False)
+    bar.started, bar.first_step = 100.0, 10
+    monkeypatch.setattr("lightning_modules.callbacks.progress.time.monotonic", lambda: 110.0)
+    shown = {"train/bpd": 4.0, "v_num": 3}
+    trainer = SimpleNamespace(
+        global_step=30,
+        training=True,
+        max_steps=150,
+        max_epochs=None,
+        num_training_batches=1,
+        progress_bar_metrics=shown,
+    )
+    monkeypatch.setattr("lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown))
+    assert bar.get_metrics(trainer, None) == {"train/bpd": 4.0, "images/s": "128", "left": "0:01:00"}
+
+
+def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
+    images = torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
+    grid = picture([images[:3], images[3:]])
+    assert grid.dtype == torch.uint8
+    assert grid.shape == (3, 2 * 66 + 2, 3 * 66 + 2)
+    centres = [[grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)]
+    assert centres == [[0, 128, 255], [0, 255, 0]]
+    assert grid[0, 0, 0] == 255  # the border
+
+
+def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
+    class Broken(torch.nn.Module):
+        def sample(self, n, temperature, generator):
+            samples = torch.zeros(n, 3, 4, 4)
+            if temperature > 0.8:
+                samples[0, 0, 0, 0] = float("inf")
+            return samples
+
+    samples = Samples(tmp_path, [0.7, 1.0], n=4, every_n_steps=1)
+    samples._sample(SimpleNamespace(flow=Broken()))
+    assert samples.finite == {"samples/finite_T0.7": 1.0, "samples/finite_T1": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("comparable", "expected"), [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {"paper/bpd": 3.49})]
+)
+def test_gap_is_logged_only_on_the_claims_own_data(comparable, expected):
+    logged = {}
+    trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)})
+    paper = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": comparable}
+    module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
+    PaperComparison(paper).on_validation_epoch_end(trainer, module)
+    assert logged == pytest.approx(expected)
+
+
+def test_table_shows_gap_and_status_in_the_papers_row():
+    result = {
+        "experiment": "e",
+        "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": 3.58, "val/bpd": 3.7},
+        "paper": {"metric": "test/bpd", "value": 3.49},
+        "gap": 0.11,
+        "status": "shortened",
+    }
+    rows = [line.split() for line in comparison_table(result).splitlines()[2:]]
+    assert rows == [
+        ["e", "test/bpd", "3.49", "3.6000", "+0.110", "shortened"],
+        ["e", "test/bpd_reestimated", "-", "3.5800", "-", "-"],
+    ]
+
+
+def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
+    before = Curve(tmp_path, 64, 10, None)
+    before.started = -100.0
+    before.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
+    after = Curve(tmp_path, 64, 10, None)
+    after.load_state_dict(before.state_dict())
+    assert after.rows == before.rows
+    assert after.seconds_before >= 100
+    assert before.validated("bpd", best=True) == {}  # step 0 does not count
+
+
+def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
+    rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
+    draw_curve(rows, tmp_path / "curve.png", {"value": 3.49, "comparable": True})
+    assert (tmp_path / "curve.png").stat().st_size > 5000
