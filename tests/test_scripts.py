@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from reproduce import load, realnvp_cifar10, realnvp_moons
-from reproduce.run_folder import newest_checkpoint, read_checkpoint
+from reproduce.run_folder import newest_checkpoint, read_checkpoint, run_id
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -327,3 +327,18 @@ def test_script_runs_from_the_shell(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.strip() == "error: preset=demoo is not known (did you mean demo?): give one of demo, cpu, gpu"
+
+
+def test_run_id_is_the_jobs_under_slurm_and_else_new_unless_another_rank_made_it(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "LOCAL_RANK", "PAPERFLOWS_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    first = run_id()
+    assert run_id() != first  # a second run in the same process
+    handed_on = os.environ["PAPERFLOWS_RUN_ID"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_id() == handed_on
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert run_id() == "slurm-17"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert run_id() == "slurm-16_3"
