@@ -9,7 +9,8 @@ from flows.likelihood import bits_per_dim
 from flows.realnvp import RealNVP
 from lightning_modules.metrics import full_float32
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
 
 
 @pytest.fixture(scope="module")
