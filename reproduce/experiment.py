@@ -38,6 +38,7 @@ from reproduce.run_folder import (
     run_id,
     selected_weights,
 )
+from results.runs import write
 
 
 def command(main):
@@ -86,8 +87,9 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         )
     if config.trainer.val_check_interval < 1:
         raise ConfigError(f"trainer.val_check_interval={config.trainer.val_check_interval} are steps: give at least 1")
-    if config.checkpoint.select == "best" and config.data.n_val == 0:
-        raise ConfigError("data.n_val=0 leaves nothing to choose the best weights by: add checkpoint.select=last")
+    if config.checkpoint.select == "best" and not _validates(config):
+        given = f"data.n_val={config.data.n_val} trainer.limit_val_batches={config.trainer.limit_val_batches}"
+        raise ConfigError(f"{given} leaves nothing to choose the best weights by: add checkpoint.select=last")
     if config.trainer.limit_test_batches == 0:
         raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
     if config.resume and not config.run_dir and "SLURM_JOB_ID" not in os.environ:
@@ -100,6 +102,10 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     OmegaConf.resolve(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _validates(config: DictConfig) -> bool:
+    return bool(config.data.n_val) and config.trainer.limit_val_batches != 0
 
 
 def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) -> L.Trainer:
@@ -150,7 +156,7 @@ def _checkpoints(config: DictConfig, module: DensityModule, interval: int) -> li
     """The best by validation, then the newest, which so holds the best's score."""
     every, folder = config.checkpoint.every_n_steps, Path(config.run_dir, "checkpoints")
     same = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
-    if not config.data.n_val:
+    if not _validates(config):
         return [StepCheckpoint(None, every_n_train_steps=every, **same)]
     best = ModelCheckpoint(filename="best", monitor=f"val/{module.metric}", **same)
     return [best, StepCheckpoint(interval, every_n_train_steps=every, **same)]
@@ -266,9 +272,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     }
     result |= results.compare(result)
     if trainer.is_global_zero:
-        part = folder / "result.json.part"
-        part.write_text(json.dumps(result, indent=1))
-        part.replace(folder / "result.json")
+        write(folder / "result.json", json.dumps(result, indent=1))
         _say_what_there_is(folder, result)
     return result
 

@@ -16,7 +16,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_model = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
@@ -75,9 +75,9 @@ def test_shapes_and_dtypes(case, dtype):
 def test_round_trips(case):
     flow, x = trained(case, torch.float64), case.data(5, torch.float64)
     z, _ = flow(x)
-    close(flow.inverse(z)[0], x, 1e-9)
+    assert_close(flow.inverse(z)[0], x, 1e-9)
     z = random_latents(z)
-    close(flat(flow(flow.inverse(z)[0])[0]), flat(z), 1e-9)
+    assert_close(flat(flow(flow.inverse(z)[0])[0]), flat(z), 1e-9)
 
 
 @every_case
@@ -85,17 +85,17 @@ def test_log_det_is_that_of_autograd_s_jacobian(case):
     flow, x = trained(case, torch.float64), case.data(3, torch.float64).requires_grad_()
     z, log_det = flow(x)
     rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1) for column in flat(z).unbind(1)]
-    close(log_det.detach(), torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet, 1e-8)
+    assert_close(log_det.detach(), torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet, 1e-8)
 
 
 @every_case
 def test_log_det_of_the_inverse_is_the_negative(case):
     flow, x = trained(case, torch.float64), case.data(5, torch.float64)
     z, log_det = flow(x)
-    close(flow.inverse(z)[1], -log_det, 1e-8)
+    assert_close(flow.inverse(z)[1], -log_det, 1e-8)
     z = random_latents(z)
     x, log_det = flow.inverse(z)
-    close(flow(x)[1], -log_det, 1e-8)
+    assert_close(flow(x)[1], -log_det, 1e-8)
 
 
 @every_case
@@ -104,10 +104,10 @@ def test_samples_do_not_affect_one_another_in_eval(case):
     z, log_det = flow(x)
     for i in range(5):
         z_alone, log_det_alone = flow(x[i : i + 1])
-        close(flat(z_alone)[0], flat(z)[i], 1e-10)
-        close(log_det_alone[0], log_det[i], 1e-10)
+        assert_close(flat(z_alone)[0], flat(z)[i], 1e-10)
+        assert_close(log_det_alone[0], log_det[i], 1e-10)
         latent = tuple(level[i : i + 1] for level in z) if case.is_model else z[i : i + 1]
-        close(flow.inverse(latent)[0][0], x[i], 1e-9)
+        assert_close(flow.inverse(latent)[0][0], x[i], 1e-9)
 
 
 @every_case
@@ -151,7 +151,7 @@ def test_log_prob_is_a_standard_normal_s_plus_log_det(case):
     flow, x = trained(case, torch.float64), case.data(5, torch.float64)
     latents, log_det = flow(x)
     normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
-    close(flow.log_prob(x), normal.log_prob(flat(latents)).sum(1) + log_det, 1e-9)
+    assert_close(flow.log_prob(x), normal.log_prob(flat(latents)).sum(1) + log_det, 1e-9)
 
 
 @every_model
@@ -161,7 +161,7 @@ def test_temperature_scales_the_base_sample(case):
     def latents(temperature, seed=3):
         return flat(flow(flow.sample(64, temperature, generator=torch.Generator().manual_seed(seed)))[0])
 
-    close(latents(0.7), 0.7 * latents(1.0), 1e-8)
+    assert_close(latents(0.7), 0.7 * latents(1.0), 1e-8)
     assert abs(latents(1.0).mean()) < 0.2
     assert abs(latents(1.0).std() - 1) < 0.15
     assert not torch.allclose(latents(1.0), latents(1.0, seed=4))
@@ -179,7 +179,7 @@ def test_sampling_is_reproducible(case):
 def test_temperature_zero_is_deterministic(case):
     flow = trained(case)
     mode = flow.inverse(tuple(torch.zeros(1, *shape) for shape in flow.latent_shapes))[0]
-    close(flow.sample(3, temperature=0.0), mode.expand(3, *case.shape), 1e-6)
+    assert_close(flow.sample(3, temperature=0.0), mode.expand(3, *case.shape), 1e-6)
     assert torch.equal(flow.sample(3, temperature=0.0), flow.sample(3, temperature=0.0))
 
 
@@ -193,8 +193,8 @@ def test_bf16_autocast(case):
         back, inverse_log_det = flow.inverse(latents)
     assert {v.dtype for v in (*latents, log_det, log_prob, back, inverse_log_det)} == {torch.float32}
     assert all(v.isfinite().all() for v in (*latents, log_det, log_prob, back, inverse_log_det))
-    close(log_prob / x[0].numel(), flow.log_prob(x) / x[0].numel(), 0.1)
-    close(back, x, 1e-3)  # both ways see the same bfloat16 conditioner outputs
+    assert_close(log_prob / x[0].numel(), flow.log_prob(x) / x[0].numel(), 0.1)
+    assert_close(back, x, 1e-3)  # both ways see the same bfloat16 conditioner outputs
 
 
 @every_model

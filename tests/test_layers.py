@@ -24,7 +24,7 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(actual, expected, tolerance=1e-10):
+def assert_close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
 
 
@@ -39,9 +39,9 @@ def test_a_uniform_density_costs_exactly_n_bits(n_bits):
 def test_bits_per_dim_is_linear_in_nats():
     n_dims = 12
     log_prob = torch.tensor([-1.0, 1.0, 2.5], dtype=torch.float64) * n_dims * math.log(2)
-    close(bits_per_dim(log_prob, n_dims, 8), torch.tensor([9.0, 7.0, 5.5]))
+    assert_close(bits_per_dim(log_prob, n_dims, 8), torch.tensor([9.0, 7.0, 5.5]))
     # the long way round: nats of the discrete image, whose bins have the volume 256^-D
-    close(bits_per_dim(log_prob, n_dims, 8), (n_dims * math.log(256) - log_prob) / (n_dims * math.log(2)))
+    assert_close(bits_per_dim(log_prob, n_dims, 8), (n_dims * math.log(256) - log_prob) / (n_dims * math.log(2)))
 
 
 # Logit
@@ -52,25 +52,25 @@ def test_logit_log_det_is_the_sum_of_elementwise_derivatives(alpha):
     x = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     y, log_det = Logit(alpha)(x)
     (derivative,) = torch.autograd.grad(y.sum(), x)
-    close(log_det, derivative.log().flatten(1).sum(1), 1e-8)
+    assert_close(log_det, derivative.log().flatten(1).sum(1), 1e-8)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3])
 def test_logit_maps_the_unit_interval_onto_alpha_to_one_minus_alpha(alpha):
     ends = torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.float64)
     y, log_det = Logit(alpha)(ends)
-    close(y.sigmoid(), [[alpha, 0.5, 1 - alpha]])
+    assert_close(y.sigmoid(), [[alpha, 0.5, 1 - alpha]])
     assert y.isfinite().all()
     assert log_det.isfinite().all()
-    close(Logit(alpha).inverse(y)[0], ends)
+    assert_close(Logit(alpha).inverse(y)[0], ends)
 
 
 def test_logit_by_hand():
     """The authors' alpha + (1 - 2 alpha) x, not the paper's alpha + (1 - alpha) x."""
     y, log_det = Logit()(torch.tensor([[0.25]], dtype=torch.float64))
     p = 0.05 + 0.9 * 0.25
-    close(y, [[math.log(p / (1 - p))]])
-    close(log_det, [math.log(0.9 / (p * (1 - p)))])
+    assert_close(y, [[math.log(p / (1 - p))]])
+    assert_close(log_det, [math.log(0.9 / (p * (1 - p)))])
 
 
 @pytest.mark.parametrize("alpha", [-0.01, 0.5, 0.7])
@@ -146,17 +146,19 @@ def test_weight_norm_without_magnitude_has_unit_norm_per_output_channel(kernel_s
     conv = perturb(WeightNormConv2d(5, 4, kernel_size))
     assert conv.magnitude is None
     weight = effective_weight(conv)
-    close(weight.flatten(1).norm(dim=1), torch.ones(4), 1e-5)
-    close(weight, conv.weight / conv.weight.flatten(1).norm(dim=1)[:, None, None, None], 1e-6)
+    assert_close(weight.flatten(1).norm(dim=1), torch.ones(4), 1e-5)
+    assert_close(weight, conv.weight / conv.weight.flatten(1).norm(dim=1)[:, None, None, None], 1e-6)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_weight_norm_with_magnitude_has_it_as_its_norm(kernel_size):
     conv = WeightNormConv2d(5, 4, kernel_size, magnitude=True)
-    close(conv.magnitude.flatten(), torch.full((4,), math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)), 1e-6)
+    assert_close(
+        conv.magnitude.flatten(), torch.full((4,), math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)), 1e-6
+    )
     magnitude = torch.tensor([0.5, 1.0, 2.0, 3.0])
     conv.magnitude.data = magnitude[:, None, None, None]
-    close(effective_weight(conv).flatten(1).norm(dim=1), magnitude, 1e-5)
+    assert_close(effective_weight(conv).flatten(1).norm(dim=1), magnitude, 1e-5)
 
 
 def test_weight_norm_initialisation():
@@ -176,9 +178,9 @@ def test_bias_only_batch_norm_has_a_beta_and_no_gamma():
     x = 2 + 3 * randn(4, 3, 5, 2)
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
     expected = (x - mean[:, None, None]) / (var + EPS).sqrt()[:, None, None] + norm.bias[:, None, None]
-    close(norm(x), expected)
-    close(norm.running_mean, 0.1 * mean)
-    close(norm.running_var, 0.9 + 0.1 * var * 40 / 39)  # torch's running variance is the unbiased one
+    assert_close(norm(x), expected)
+    assert_close(norm.running_mean, 0.1 * mean)
+    assert_close(norm.running_var, 0.9 + 0.1 * var * 40 / 39)  # torch's running variance is the unbiased one
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -209,7 +211,7 @@ def test_residual_conditioner_by_hand(masked):
         out = out + conv(h, net.skips[k + 1])
     expected = conv(norm(out, net.bn_out).relu(), net.conv_out)
     shift, log_scale = net(x)
-    close(torch.cat([shift, log_scale], 1), expected)
+    assert_close(torch.cat([shift, log_scale], 1), expected)
     with_magnitude = {name for name, m in net.named_modules() if getattr(m, "magnitude", None) is not None}
     assert with_magnitude == {"blocks.0.layers.5", "blocks.1.layers.5", "skips.0", "skips.1", "skips.2", "conv_out"}
 
@@ -248,15 +250,15 @@ def test_coupling_batch_norm_normalises_by_the_batch_in_training(batch_norm):
     x = shifted()
     y, log_det = norm(x)
     mean, var = moments(x, mask)
-    close(y, normalised(x, mean, var, mask))
+    assert_close(y, normalised(x, mean, var, mask))
     assert torch.equal(y * (1 - mask), x * (1 - mask))
-    close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)  # the changed elements only
+    assert_close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)  # the changed elements only
 
 
 def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
     y, _ = CouplingBatchNorm(3).double()(shifted())
-    close(y.mean((0, 2, 3)), torch.zeros(3))
-    close(y.var((0, 2, 3), correction=0), torch.ones(3), 1e-4)
+    assert_close(y.mean((0, 2, 3)), torch.zeros(3))
+    assert_close(y.var((0, 2, 3), correction=0), torch.ones(3), 1e-4)
 
 
 def test_coupling_batch_norm_running_averages(batch_norm):
@@ -264,8 +266,8 @@ def test_coupling_batch_norm_running_averages(batch_norm):
     old_mean, old_var = norm.running_mean.copy_(randn(3)).clone(), norm.running_var.fill_(2.0).clone()
     norm(shifted())
     mean, var = moments(shifted(), mask)
-    close(norm.running_mean, 0.9 * old_mean + 0.1 * mean)
-    close(norm.running_var, 0.9 * old_var + 0.1 * var)
+    assert_close(norm.running_mean, 0.9 * old_mean + 0.1 * mean)
+    assert_close(norm.running_var, 0.9 * old_var + 0.1 * var)
 
 
 def test_coupling_batch_norm_uses_running_statistics_in_eval_and_leaves_them(batch_norm):
@@ -276,9 +278,9 @@ def test_coupling_batch_norm_uses_running_statistics_in_eval_and_leaves_them(bat
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     x = -4 + randn(5, 3, 4, 6, seed=9)
     y, log_det = norm(x)
-    close(y, normalised(x, mean, var, mask))
-    close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)
-    close(norm.inverse(y)[0], x)
+    assert_close(y, normalised(x, mean, var, mask))
+    assert_close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)
+    assert_close(norm.inverse(y)[0], x)
     assert torch.equal(norm.running_mean, mean)
     assert torch.equal(norm.running_var, var)
 
@@ -302,7 +304,7 @@ def test_coupling_batch_norm_gradient_goes_through_the_batch_moments(batch_norm)
     (gradient,) = torch.autograd.grad((weight * y).sum() + log_det.sum(), x)
     mean, var = moments(x, mask)
     by_hand = (weight * normalised(x, mean, var, mask)).sum() - 5 * 0.5 * (var + EPS).log().sum() * mask.sum()
-    close(gradient, torch.autograd.grad(by_hand, x)[0], 1e-8)
+    assert_close(gradient, torch.autograd.grad(by_hand, x)[0], 1e-8)
     detached = (weight * normalised(x, mean.detach(), var.detach(), mask)).sum()
     assert (gradient - torch.autograd.grad(detached, x)[0]).abs().max() > 1e-2
 
@@ -315,8 +317,8 @@ def test_coupling_batch_norm_without_momentum_averages_all_batches(batch_norm):
     for x in batches:
         norm(x)
     means, variances = zip(*(moments(x, mask) for x in batches), strict=True)
-    close(norm.running_mean, torch.stack(means).mean(0), 1e-6)
-    close(norm.running_var, torch.stack(variances).mean(0), 1e-5)
+    assert_close(norm.running_mean, torch.stack(means).mean(0), 1e-6)
+    assert_close(norm.running_var, torch.stack(variances).mean(0), 1e-5)
 
 
 # Couplings
@@ -339,12 +341,12 @@ def test_masked_coupling_by_hand():
     coupling = MaskedCoupling(mask[None], Fixed(shift, raw), 0.7).double()
     y, log_det = coupling(x)
     a = coupling.log_scale_factor.detach()
-    close(a, 0.7, 1e-7)
+    assert_close(a, 0.7, 1e-7)
     expected = torch.where(mask.bool(), x, (x + shift) * (a * raw.tanh()).exp())
-    close(y, expected)
-    close(log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2)))  # kept positions scale nothing
+    assert_close(y, expected)
+    assert_close(log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2)))  # kept positions scale nothing
     assert torch.equal(coupling.conditioner.seen, x * mask)
-    close(coupling.inverse(y)[0], x)
+    assert_close(coupling.inverse(y)[0], x)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -368,9 +370,9 @@ def test_channel_coupling_by_hand(swap):
     kept, changed = (slice(2, 4), slice(0, 2)) if swap else (slice(0, 2), slice(2, 4))
     assert torch.equal(y[:, kept], x[:, kept])
     assert torch.equal(coupling.conditioner.seen, x[:, kept])
-    close(y[:, changed], (x[:, changed] + shift) * log_scale.exp())
-    close(log_det, log_scale.sum((1, 2, 3)))
-    close(coupling.inverse(y)[0], x)
+    assert_close(y[:, changed], (x[:, changed] + shift) * log_scale.exp())
+    assert_close(log_det, log_scale.sum((1, 2, 3)))
+    assert_close(coupling.inverse(y)[0], x)
 
 
 @pytest.mark.parametrize("coupling", ["masked", "channel"])
@@ -385,7 +387,7 @@ def test_the_norm_of_a_coupling_comes_after_its_affine_map(coupling):
         y = MaskedCoupling(torch.zeros(1, 2, 2), Fixed(shift, raw), 1.0, norm).eval()(x)[0]
     affine = (x + shift) * raw.tanh().exp()
     mean, std = torch.tensor([1.0, 2.0])[:, None, None], (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None]
-    close(y, (affine - mean) / std, 1e-5)
+    assert_close(y, (affine - mean) / std, 1e-5)
 
 
 def test_mlp_conditioner_is_two_separate_networks():
@@ -404,5 +406,5 @@ def test_compose_applies_in_order_and_inverts_in_reverse_order():
     y, expected_log_det = layers[0](x)
     expected = layers[2](layers[1](y)[0])[0]
     assert torch.equal(z, expected)
-    close(log_det, expected_log_det)
-    close(Compose(layers).inverse(z)[0], x)
+    assert_close(log_det, expected_log_det)
+    assert_close(Compose(layers).inverse(z)[0], x)

@@ -223,6 +223,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["preset=demo", "trainer.precision=bf17"], "precision"),
         (["preset=gpu"], "no GPU here: give preset=cpu"),
         (["preset=demo", "data.n_val=0"], "checkpoint.select=last"),
+        (["preset=demo", "trainer.limit_val_batches=0"], "checkpoint.select=last"),
         (["preset=demo", "logger.name=tensorboard"], "wandb, csv, none"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
@@ -241,6 +242,20 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
     rows = curve(tmp_path)
     assert [(row["step"], row["val/bpd"]) for row in rows] == [("0", ""), ("3", "")]
     assert float(rows[1]["train/bpd"]) < 20
+
+
+def test_without_validation_batches_no_checkpoint_waits_for_them(tmp_path):
+    run(
+        tmp_path,
+        "trainer.max_steps=4",
+        "trainer.limit_val_batches=0",
+        "checkpoint.select=last",
+        "checkpoint.every_n_steps=3",
+    )
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000003.ckpt",
+        "step-00000004.ckpt",
+    ]
 
 
 def test_a_diverged_run_still_says_so(tmp_path):

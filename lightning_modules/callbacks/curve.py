@@ -1,12 +1,15 @@
 """The learning curve as a file: what a claim about quality rests on."""
 
 import csv
+import io
 import math
 import time
 from pathlib import Path
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from results.runs import write
 
 
 class Curve(L.Callback):
@@ -91,12 +94,11 @@ class Curve(L.Callback):
     def _write(self) -> None:
         if not self.rows:
             return
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self.rows[0])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write(self.path, table.getvalue())
 
 
 def draw_curve(rows: list[dict], path: Path, paper: dict | None) -> None:
