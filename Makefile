@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test lint results
+.PHONY: demo test lint results slurm-test
 
 demo: .venv/installed
 	$(VENV)/python reproduce/realnvp_cifar10.py preset=demo
@@ -18,7 +18,14 @@ lint: .venv/installed
 results: .venv/installed
 	$(VENV)/python -m results
 
+# A real Slurm on the loopback address. Where it is missing and cannot be installed, its tests are skipped.
+slurm-test: .venv/installed
+	@start=$$(date +%s); .ci/install-slurm; \
+	$(VENV)/python -m pytest -m slurm -rs --durations=10; code=$$?; \
+	echo "slurm-test: $$(($$(date +%s) - start)) s"; exit $$code
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(VENV)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's sweep schema; wants numpy<2, so without deps
 	touch $@

@@ -37,9 +37,9 @@ class CIFAR10(StatelessDataModule):
     shape = (3, 32, 32)
 
     def __init__(
-        self, root: str, batch_size: int, n_val=5000, hflip=True, download=True, num_workers=0, seed=0
+        self, root: str, batch_size: int, n_val=5000, hflip=True, download=True, num_workers=0, micro_batch=None, seed=0
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, micro_batch, num_workers, seed)
         self.root, self.n_val, self.hflip, self.download = Path(root), n_val, hflip, download
 
     def prepare_data(self) -> None:

@@ -64,9 +64,18 @@ class Photos(StatelessDataModule):
     dequantizer = UniformDequantizer(8)
 
     def __init__(
-        self, batch_size: int, size=32, n_train=10_000, n_val=500, n_test=1000, hflip=True, num_workers=0, seed=0
+        self,
+        batch_size: int,
+        size=32,
+        n_train=10_000,
+        n_val=500,
+        n_test=1000,
+        hflip=True,
+        num_workers=0,
+        micro_batch=None,
+        seed=0,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, micro_batch, num_workers, seed)
         if min(n_val, n_test) < 0:
             raise ValueError(f"data.n_val={n_val}, data.n_test={n_test}: numbers of crops are not negative")
         self.shape = (3, size, size)

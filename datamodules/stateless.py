@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
+from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
 
 class ImageArray(Dataset):
@@ -36,6 +36,8 @@ class StatelessDataModule(L.LightningDataModule):
     """What every datamodule shares. Subclasses set `shape`, and `train`, `val`, `test` data sets in `setup`.
 
     Batches are (datum, index). `n_bits` and `dequantizer` are None where data are real numbers (points).
+    batch_size: of an optimizer step, over all processes. micro_batch: data that one process holds at once, or None
+    for all of its share; an optimizer step then accumulates several.
     """
 
     n_bits: int | None = None
@@ -45,17 +47,19 @@ class StatelessDataModule(L.LightningDataModule):
     val: Dataset
     test: Dataset
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(self, batch_size: int, micro_batch: int | None, num_workers: int, seed: int) -> None:
         super().__init__()
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.micro_batch, self.num_workers, self.seed = batch_size, micro_batch, num_workers, seed
 
     @property
     def n_train(self) -> int:
         return len(self.train)
 
     def train_dataloader(self) -> TrainLoader:
-        sampler = TrainSampler(len(self.train), self.batch_size, self.seed, *self._rank_and_world())
-        return TrainLoader(self.train, sampler.local, sampler=sampler, drop_last=True, **self._workers())
+        rank, world_size = self._rank_and_world()
+        sampler = TrainSampler(len(self.train), self.batch_size, self.seed, rank, world_size)
+        size = sampler.local // n_micro_batches(self.batch_size, self.micro_batch, world_size)
+        return TrainLoader(self.train, size, sampler=sampler, **self._workers())
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader(self.val) if len(self.val) else []
@@ -64,14 +68,18 @@ class StatelessDataModule(L.LightningDataModule):
         return self._eval_loader(self.test)
 
     def train_batches(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the first epoch until n items came, the same on every rank (batch-norm re-estimation)."""
+        """This rank's share of the first epoch's batches until n items came (batch-norm re-estimation)."""
+        rank, world_size = self._rank_and_world()
         size = min(self.batch_size, len(self.train), n)
-        loader = DataLoader(self.train, size, sampler=TrainSampler(len(self.train), size, self.seed))
+        size = max(size - size % world_size, world_size)
+        sampler = TrainSampler(len(self.train), size, self.seed, rank, world_size)
+        loader = DataLoader(self.train, sampler.local, sampler=sampler)
         return (batch for _, batch in zip(range(-(-n // size)), loader, strict=False))
 
     def _eval_loader(self, data: Dataset) -> DataLoader:
         rank, world_size = self._rank_and_world()
-        local = max(1, self.batch_size // world_size)
+        share = self.batch_size // world_size
+        local = max(1, share if self.micro_batch is None else min(share, self.micro_batch))
         return DataLoader(data, local, sampler=EvalSampler(len(data), rank, world_size), **self._workers())
 
     def _workers(self) -> dict:

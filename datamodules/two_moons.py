@@ -29,9 +29,17 @@ class TwoMoons(StatelessDataModule):
     shape = (2,)
 
     def __init__(
-        self, batch_size: int, noise=0.05, n_train=50_000, n_val=5000, n_test=10_000, num_workers=0, seed=0
+        self,
+        batch_size: int,
+        noise=0.05,
+        n_train=50_000,
+        n_val=5000,
+        n_test=10_000,
+        num_workers=0,
+        micro_batch=None,
+        seed=0,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, micro_batch, num_workers, seed)
         self.noise, self.sizes = noise, {"train": n_train, "val": n_val, "test": n_test}
 
     def setup(self, stage: str | None = None) -> None:

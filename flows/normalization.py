@@ -1,17 +1,50 @@
 """Normalisation: one inside conditioners, one that is itself a flow."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flows.base import Flow
+
+
+def n_ranks() -> int:
+    """Processes that train together: 1 outside of torch.distributed."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@torch.compiler.disable
+def over_ranks(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of the elements of all ranks, from each rank's own; differentiable.
+
+    Every rank has to hold equally many elements and to call it. var is the mean of the variances plus the variance of
+    the means (Chan et al. 1983), which cancels nothing. torch's SyncBatchNorm refuses CPU tensors.
+    """
+    gathered = mean.new_zeros(n_ranks(), 2, len(mean))
+    gathered[distributed.get_rank()] = torch.stack([mean, var])
+    means, variances = SumOverRanks.apply(gathered).unbind(1)  # a gather: the others' rows are 0
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Every rank gets the sum; the gradient of a rank's term is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return SumOverRanks.apply(grad)
 
 
 class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
     """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's conditioners have no gamma (authors' code, `scale=False`).
 
     Running averages are new = .9 old + .1 batch, as in that code; torch's running variance is the unbiased one, a
-    factor 1 + 1/(B H W) above the code's.
+    factor 1 + 1/(B H W) above the code's. In training on several ranks mu, var and B are those of the global batch.
     """
 
     def __init__(self, channels: int) -> None:
@@ -19,15 +52,27 @@ class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
         del self.weight
         self.register_parameter("weight", None)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or n_ranks() == 1:
+            return super().forward(x)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
+        mean, var = over_ranks(mean, var)
+        n = x.numel() // x.shape[1] * n_ranks()
+        update_running(self, mean, var * (n / (n - 1)))
+        mean, var = mean[:, None, None], var[:, None, None]
+        return ((exact - mean) * torch.rsqrt(var + self.eps) + self.bias[:, None, None]).to(x.dtype)
+
 
 class CouplingBatchNorm(Flow, _BatchNorm):
     """Batch normalisation as a bijection (Dinh et al. 2017, section 3.7 and appendix E; authors' code `bn_out`).
 
         y = (x - mu) exp(-1/2 ln(var + 1e-4)),    log_det = -1/2 sum ln(var + 1e-4) over the changed elements
 
-    In training mu and var are the batch's, and gradients go through them; in eval, and in `inverse` always, they are
-    running averages (new = .9 old + .1 batch). The paper's appendix E normalises with the running averages in
-    training too; the code has that as `bn_lag`, whose default 0 is off, so the batch's moments win here.
+    In training mu and var are the batch's (on several ranks the global one's), and gradients go through them; in eval,
+    and in `inverse` always, they are running averages (new = .9 old + .1 batch). The paper's appendix E normalises
+    with the running averages in training too; the code has that as `bn_lag`, whose default 0 is off, so the batch's
+    moments win here.
 
     mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over (B, C, H, W); None
     where all are changed. The kept elements pass unchanged, but count as zeros in the moments, as in the code.
@@ -52,12 +97,9 @@ class CouplingBatchNorm(Flow, _BatchNorm):
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if self.mask is None else x * self.mask
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            # momentum None is torch's own convention for a cumulative average (torch.optim.swa_utils.update_bn)
-            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean), rate)
-            self.running_var.lerp_(var.to(self.running_var), rate)
+        if n_ranks() > 1:
+            mean, var = over_ranks(mean, var)
+        update_running(self, mean, var)
         return mean, var
 
     def _on_changed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,3 +108,13 @@ class CouplingBatchNorm(Flow, _BatchNorm):
 
     def _volume(self, log_std: Tensor, x: Tensor) -> Tensor:
         return log_std.expand(1, *x.shape[1:]).sum().expand(x.shape[0])
+
+
+@torch.no_grad()
+def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Move the running averages of `norm` towards a batch's moments, (C,) each."""
+    norm.num_batches_tracked += 1
+    # momentum None is torch's own convention for a cumulative average (torch.optim.swa_utils.update_bn)
+    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean), rate)
+    norm.running_var.lerp_(var.to(norm.running_var), rate)

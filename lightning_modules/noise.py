@@ -12,7 +12,7 @@ def batch_noise(shape: tuple[int, ...], seed: int, epoch: int, batch: int, devic
     """
     key = np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0]
     generator = torch.Generator(device).manual_seed(int(key))
-    return torch.rand(shape, generator=generator, device=device)
+    return torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def image_noise(indices: Tensor, shape: tuple[int, ...], seed: int, k: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -14,35 +15,41 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 import results
-from lightning_modules.callbacks.checkpoints import StepCheckpoint
+from datamodules.samplers import n_micro_batches
+from lightning_modules.batch_norm import has_batch_norm
+from lightning_modules.callbacks.checkpoints import Checkpoints
 from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
+from lightning_modules.callbacks.preemption import MEANING, Preemption
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
+from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.density import DensityModule
+from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError, arguments, compose, describe
-from reproduce.loggers import make_logger
+from reproduce.launch import job, processes, requeue, requeued, run_id
+from reproduce.loggers import close, make_logger, mark_preempting, report
 from reproduce.provenance import Provenance, best_precision, machine
 from reproduce.run_folder import (
     check_checkpoint,
     check_run_dir,
     newest_checkpoint,
     open_folder,
-    read_checkpoint,
-    run_id,
     selected_weights,
 )
+from reproduce.sweep import agent_arguments, in_sweep
 from results.runs import write
 
 
 def command(main):
-    """Turn a user's mistake into one line and exit code 1.
+    """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
 
     Mistakes: a ConfigError, a setting that Lightning refuses, an OSError (missing file, full disk), a ValueError (an
     impossible value, whoever finds it). PAPERFLOWS_TRACEBACK=1 shows where it was raised; other errors always do.
@@ -50,19 +57,52 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        handlers = {number: signal.getsignal(number) for number in MEANING}
         try:
-            return main(argv)
+            result = main(argv)
+            close(0)
+            return result
+        except RunStopped as stop:
+            _leave(stop)
         except (ConfigError, MisconfigurationException, OSError, ValueError) as error:
+            close(1)
             if os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
+            if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
+                sys.exit(1)
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
+            close(1)
             sys.exit("stopped")
+        except SystemExit as end:
+            close(1 if end.code else 0)
+            raise
+        except BaseException:
+            close(1)
+            raise
         finally:
-            if "wandb" in sys.modules:
-                sys.modules["wandb"].finish()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     return wrapped
+
+
+def _leave(stop: RunStopped) -> None:
+    """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
+
+    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code.
+    """
+    if stop.code == TRY_AGAIN:
+        mark_preempting()
+    close(stop.code)
+    if rank_zero_only.rank:
+        sys.exit(0)
+    if stop.requeue:  # the last thing: Slurm begins to end the job
+        requeue()
+    if stop.code == 1:
+        sys.exit(f"error: {stop.message}")
+    print(stop.message, file=sys.stderr, flush=True)
+    sys.exit(stop.code)
 
 
 def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
@@ -70,7 +110,8 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
 
     Answers --help and --print-config itself, and ends with 0 where the run is already finished.
     """
-    experiment, given = Path(script).stem, arguments(argv)
+    experiment = Path(script).stem
+    given = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(given):
         print(describe(experiment, doc))
         sys.exit(0)
@@ -85,6 +126,8 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
         )
+    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():  # Lightning would take bf16
+        raise ConfigError("trainer.precision=16-mixed needs a GPU: give bf16-mixed or 32-true")
     if config.trainer.val_check_interval < 1:
         raise ConfigError(f"trainer.val_check_interval={config.trainer.val_check_interval} are steps: give at least 1")
     if config.checkpoint.select == "best" and not _validates(config):
@@ -92,16 +135,29 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(f"{given} leaves nothing to choose the best weights by: add checkpoint.select=last")
     if config.trainer.limit_test_batches == 0:
         raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
-    if config.resume and not config.run_dir and "SLURM_JOB_ID" not in os.environ:
-        raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
-    config.run_dir = str(config.run_dir or Path("outputs") / experiment / run_id())
-    if rank_zero_only.rank == 0 or Path(config.run_dir, "result.json").is_file():
-        check_run_dir(config)
+    _decide_run_dir(config)
+    check_run_dir(config)
     OmegaConf.set_struct(config, False)
     config.overrides = [a for a in given if not a.startswith(("run_dir=", "resume="))]
     OmegaConf.resolve(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _decide_run_dir(config: DictConfig) -> None:
+    """The folder of the run. A job or a sweep's run that is started again finds its own and goes on there."""
+    if in_sweep():
+        config.resume = "auto"
+    elif config.resume and not config.run_dir and job() is None:
+        raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
+    if config.run_dir:
+        return
+    folder = Path("outputs", config.experiment, run_id())
+    config.run_dir = str(folder)
+    if job() is not None and not in_sweep() and not requeued() and (folder / "checkpoints").exists():
+        raise ConfigError(
+            f"{folder} holds a run of an earlier job {job()}: add run_dir={folder} to go on with it, or move it away"
+        )
 
 
 def _validates(config: DictConfig) -> bool:
@@ -113,11 +169,16 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     folder, batch_size, paper = Path(config.run_dir), config.data.batch_size, paper_of(config)
     settings = OmegaConf.to_container(config.trainer)
     settings.pop("compile")
+    settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     if type(settings["max_epochs"]) not in (int, type(None)):
         raise ConfigError(f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int")
     interval = settings["val_check_interval"]
+    monitor = f"val/{module.metric}" if _validates(config) else None
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, monitor)
+    preemption = Preemption(checkpoints)
+    preemption.listen()
     callbacks = [
         Provenance(config),
         Curve(folder, batch_size, interval, paper),
@@ -125,7 +186,8 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
         PaperComparison(paper),
         Progress(batch_size, enabled=sys.stderr.isatty()),
         *extra,
-        *_checkpoints(config, module, interval),
+        checkpoints,
+        preemption,
     ]
     if config.ema.decay is not None:
         if not isinstance(config.ema.decay, float) or not 0 <= config.ema.decay <= 1:
@@ -136,11 +198,13 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     _hush()
+    plugins = [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if job() is not None else [])]
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             **settings,
             callbacks=callbacks,
             logger=logger,
+            plugins=plugins,
             default_root_dir=folder,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # all of it: the curve's row at step 0
@@ -150,25 +214,33 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
+    _accumulate(config, trainer, module)
+    return trainer
 
 
-def _checkpoints(config: DictConfig, module: DensityModule, interval: int) -> list[ModelCheckpoint]:
-    """The best by validation, then the newest, which so holds the best's score."""
-    every, folder = config.checkpoint.every_n_steps, Path(config.run_dir, "checkpoints")
-    same = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
-    if not _validates(config):
-        return [StepCheckpoint(None, every_n_train_steps=every, **same)]
-    best = ModelCheckpoint(filename="best", monitor=f"val/{module.metric}", **same)
-    return [best, StepCheckpoint(interval, every_n_train_steps=every, **same)]
+def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -> None:
+    """Cut a step's share of a process into micro-batches; Lightning counts batches, a recipe optimizer steps."""
+    n = n_micro_batches(batch_size := config.data.batch_size, config.data.micro_batch, trainer.world_size)
+    if n > 1 and has_batch_norm(module.flow):
+        raise ConfigError(
+            f"data.micro_batch={config.data.micro_batch}: {type(module.flow).__name__} has batch norms, which need all "
+            f"{batch_size} images of a step at once; give null, or more processes"
+        )
+    trainer.accumulate_grad_batches = n
+    trainer.val_check_interval *= n
 
 
 @contextlib.contextmanager
 def _resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
-    """After Ctrl-C, on which Lightning shuts down in order and exits, say how to go on."""
+    """Where a run was stopped, or interrupted twice, say how to go on."""
+    again = " ".join([f"python reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"])
     try:
         yield
-    except SystemExit:
-        again = " ".join([f"python reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"])
+    except RunStopped as stop:
+        if stop.code == TRY_AGAIN:
+            stop.message += f"; go on with: {again} resume=auto"
+        raise
+    except SystemExit:  # how Lightning ends after a KeyboardInterrupt
         sys.exit(f"stopped at step {trainer.global_step}; go on with: {again} resume=auto")
 
 
@@ -186,10 +258,13 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
     """Train, from the newest checkpoint of the run folder where resume=auto finds one."""
-    checkpoint = newest_checkpoint(Path(config.run_dir)) if config.resume == "auto" else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, config)
-        rank_zero_info(f"going on from {checkpoint}")
+    folder, path = Path(config.run_dir), None
+    found = newest_checkpoint(folder) if config.resume == "auto" else None
+    if found is not None:
+        path, checkpoint = found
+        check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
+        there = checkpoint["paperflows"]
+        rank_zero_info(f"going on from {path}, saved by job {there['job']} at commit {there['commit']}")
     elif config.preset is None and not torch.cuda.is_available():
         _say_how_long(config, module)
     n_parameters = sum(p.numel() for p in module.flow.parameters())
@@ -199,10 +274,8 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     if config.trainer.compile:
         module.flow.compile()
     with _resumable(config, trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    last = Path(config.run_dir) / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
-    if not last.is_file():
-        trainer.save_checkpoint(last)
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        module.check_skipped()
 
 
 def _say_how_long(config: DictConfig, module: L.LightningModule) -> None:
@@ -234,8 +307,8 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     folder, images = Path(config.run_dir), trainer.global_step * config.data.batch_size
     curve, samples, provenance = (_callback(trainer, kind) for kind in (Curve, Samples, Provenance))
     seconds = round(curve.seconds, 1)
-    weights = selected_weights(folder, config.checkpoint.select)
-    checkpoint = read_checkpoint(weights)
+    skipped = module.skipped.item()
+    weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
     with _resumable(config, trainer):
         trainer.test(module, datamodule=data, verbose=False, weights_only=True)
@@ -258,6 +331,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
         "deterministic": bool(config.trainer.deterministic),
         "images": images,
         "seconds": seconds,
+        "skipped_steps": skipped,
         "n_train": data.n_train,
         "parameters": sum(p.numel() for p in module.flow.parameters()),
         "checkpoint": str(weights.relative_to(folder)),
@@ -273,6 +347,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     result |= results.compare(result)
     if trainer.is_global_zero:
         write(folder / "result.json", json.dumps(result, indent=1))
+        report(trainer.logger, result)
         _say_what_there_is(folder, result)
     return result
 

@@ -1,5 +1,6 @@
 """What a number rests on: commit, versions, device, precision."""
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -14,7 +15,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "n
 
 
 class Provenance(L.Callback):
-    """Writes the config into the run folder, and into every checkpoint, as plain dicts, with experiment and commit."""
+    """Writes the config into the run folder, and into every checkpoint, as plain dicts, with whose and what it is."""
 
     def __init__(self, config: DictConfig) -> None:
         self.commit, self.dirty = git_state()
@@ -28,12 +29,14 @@ class Provenance(L.Callback):
             trainer.logger.log_hyperparams(self.config)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        shape, source = list(pl_module.flow.shape), {"commit": self.commit, "dirty": self.dirty}
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
-            "shape": shape,
-            **source,
+            "shape": list(pl_module.flow.shape),
+            "n_micro_batches": trainer.accumulate_grad_batches,
+            "commit": self.commit,
+            "dirty": self.dirty,
+            "job": os.environ.get("SLURM_JOB_ID"),
         }
 
 

@@ -1,47 +1,52 @@
 """A run's folder: outputs/<experiment>/<run id>/ with its config, log, curve, samples, checkpoints and result."""
 
+import fcntl
 import json
 import logging
-import os
-import secrets
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from lightning_modules.checkpoint_io import PART
 from reproduce.config import ConfigError
-
-
-def run_id() -> str:
-    """Made once and handed to other ranks by environment; under SLURM it is the job's, also after a requeue."""
-    if "SLURM_JOB_ID" in os.environ:
-        array = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        return "slurm-" + ("_".join(array) if all(array) else os.environ["SLURM_JOB_ID"])
-    if "LOCAL_RANK" not in os.environ or "PAPERFLOWS_RUN_ID" not in os.environ:  # the process that starts the others
-        os.environ["PAPERFLOWS_RUN_ID"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return os.environ["PAPERFLOWS_RUN_ID"]
 
 
 def check_run_dir(config: DictConfig) -> None:
     """Refuse to mix two runs in one folder; end with 0 where the run in it is finished."""
     folder = Path(config.run_dir)
-    if not (folder / "curve.csv").is_file() and newest_checkpoint(folder) is None:
+    if any(folder.glob("hpc_ckpt_*")):  # Lightning would take the newest of them, whosever it is
+        raise ConfigError(f"{folder} holds hpc_ckpt_*.ckpt of another program: give another run_dir")
+    if not (folder / "curve.csv").is_file() and not step_checkpoints(folder):
         return  # nothing was trained there
     if config.resume is None:
         raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
     if (folder / "result.json").is_file():
-        print(f"{folder} is finished: see {folder / 'result.json'}")
+        rank_zero_only(print)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
 
 
 @rank_zero_only
 def open_folder(folder: Path) -> None:
-    """Make it, and write Lightning's and our messages into its log.txt from now on."""
+    """Make it and hold it as long as this process lives; write Lightning's and our messages into its log.txt.
+
+    ConfigError: another process holds it. The lock goes with the process, also with one that is killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    HELD[folder] = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
+    except OSError:
+        pass  # a file system without locks
+    for part in (folder / "checkpoints").glob(f"*{PART}"):
+        part.unlink()  # of a run that was killed while it saved
     log, handler = logging.getLogger("lightning.pytorch"), logging.FileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
@@ -49,15 +54,45 @@ def open_folder(folder: Path) -> None:
     log.addHandler(handler)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a run folder, or None."""
-    return max((folder / "checkpoints").glob("step-*.ckpt"), default=None)
+HELD: dict[Path, IO] = {}  # lock files of this process
 
 
-def selected_weights(folder: Path, select: str) -> Path:
-    """The checkpoint that is tested: `best` by validation if there is one, else the newest."""
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The periodic checkpoints of a run folder, the newest first."""
+    return sorted((folder / "checkpoints").glob("step-*.ckpt"), reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run folder that loads, and its content; None where there are none.
+
+    Says which ones it passed over. ValueError, one line: there are some, but none loads.
+    """
+    damaged = []
+    for path in step_checkpoints(folder):
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError:
+            damaged.append(path.name)
+            continue
+        if damaged:
+            rank_zero_info(f"{', '.join(damaged)} in {path.parent} is damaged: taking {path.name} before it")
+        return path, checkpoint
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {folder / 'checkpoints'} loads ({', '.join(damaged)} damaged): give another run_dir"
+        )
+    return None
+
+
+def selected_weights(folder: Path, select: str) -> tuple[Path, dict]:
+    """The checkpoint that is tested: `best` by validation if there is one, else the newest. ValueError: none."""
     best = folder / "checkpoints" / "best.ckpt"
-    return best if select == "best" and best.is_file() else newest_checkpoint(folder)
+    if select == "best" and best.is_file():
+        return best, read_checkpoint(best)
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite")
+    return newest
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -75,18 +110,37 @@ def read_checkpoint(path: Path) -> dict:
 
 
 SAME = ("flow", "data", "optim", "ema", "eval", "seed")  # what a resumed run must have in common with its first part
-FREE = ("root", "download", "num_workers", "bn_images")  # but these
+FREE = ("root", "download", "num_workers", "micro_batch", "bn_images", "max_skipped")  # but these
 
 
-def check_checkpoint(path: Path, config: DictConfig) -> None:
-    """ConfigError, one line that names the keys, where a run would not go on as it began."""
-    there, here = read_checkpoint(path)["paperflows"], OmegaConf.to_container(config)
+def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: nn.Module, n_micro_batches: int) -> None:
+    """ConfigError, one line that names what differs, where a run would not go on as it began.
+
+    n_micro_batches: a process accumulates in a step; Lightning counts an epoch in them.
+    """
+    there, here = checkpoint["paperflows"], OmegaConf.to_container(config)
     if there["experiment"] != config.experiment:
         raise ConfigError(f"{path} is of {there['experiment']}, not of {config.experiment}: give another run_dir")
     was, now = (dict(pair for key in SAME for pair in _flat(c[key], key)) for c in (there["config"], here))
     changed = [f"{key}={was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
     if changed:
         raise ConfigError(f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir")
+    if there["n_micro_batches"] != n_micro_batches:
+        raise ConfigError(
+            f"{path} was trained with {there['n_micro_batches']} micro-batches a step and process, now there are "
+            f"{n_micro_batches}: change data.micro_batch, or the number of processes"
+        )
+    weights, expected = checkpoint["state_dict"], module.state_dict()
+    other = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]
+    if other:
+        raise ConfigError(
+            f"{path} does not fit this flow: {other[0]} is {_shape(weights, other[0])} there and "
+            f"{_shape(expected, other[0])} here; give another run_dir, or use its commit {there['commit']}"
+        )
+
+
+def _shape(weights: dict, key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None
 
 
 def _flat(value, key: str) -> list[tuple[str, object]]:
@@ -102,17 +156,16 @@ def load_flow(folder: str | Path):
     Batch-norm statistics are the running ones. ValueError or FileNotFoundError, one line: nothing there to load.
     """
     path = Path(folder)
-    if path.is_dir():
-        finished = path / "result.json"
-        chosen = (
-            path / json.loads(finished.read_text())["checkpoint"] if finished.is_file() else newest_checkpoint(path)
-        )
-        if chosen is None:
+    finished = path / "result.json"
+    if path.is_dir() and not finished.is_file():
+        newest = newest_checkpoint(path)
+        if newest is None:
             raise FileNotFoundError(
                 f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
             )
-        path = chosen
-    checkpoint = read_checkpoint(path)
+        checkpoint = newest[1]
+    else:
+        checkpoint = read_checkpoint(path / json.loads(finished.read_text())["checkpoint"] if path.is_dir() else path)
     there = checkpoint["paperflows"]
     script = import_module(f"reproduce.{there['experiment']}")
     flow = script.make_flow(OmegaConf.create(there["config"]), there["shape"])

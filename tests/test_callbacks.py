@@ -7,15 +7,20 @@ import torch
 
 from lightning_modules.callbacks.curve import Curve, draw_curve
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
-from lightning_modules.callbacks.progress import Progress, last_step
+from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
+from lightning_modules.steps import last_step
 
 
 @pytest.mark.parametrize(
     ("max_steps", "max_epochs", "expected"), [(100, None, 100), (100, 3, 30), (20, 3, 20), (-1, 3, 30), (-1, None, 7)]
 )
 def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expected):
-    trainer = SimpleNamespace(max_steps=max_steps, max_epochs=max_epochs, num_training_batches=10, global_step=7)
+    trainer = SimpleNamespace(
+        max_steps=max_steps, max_epochs=max_epochs, num_training_batches=10, global_step=7, accumulate_grad_batches=1
+    )
+    assert last_step(trainer) == expected
+    trainer.num_training_batches, trainer.accumulate_grad_batches = 40, 4  # the same steps, in micro-batches
     assert last_step(trainer) == expected
 
 
@@ -30,6 +35,7 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
         max_steps=150,
         max_epochs=None,
         num_training_batches=1,
+        accumulate_grad_batches=1,
         progress_bar_metrics=shown,
     )
     monkeypatch.setattr("lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown))

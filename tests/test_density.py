@@ -38,8 +38,8 @@ class RandomImages(StatelessDataModule):
     dequantizer = UniformDequantizer(8)
     shape = SHAPE
 
-    def __init__(self, batch_size=16, n_train=64, n_val=23, seed=0):
-        super().__init__(batch_size, num_workers=0, seed=seed)
+    def __init__(self, batch_size=16, n_train=64, n_val=23, seed=0, micro_batch=None):
+        super().__init__(batch_size, micro_batch, num_workers=0, seed=seed)
         images = np.random.default_rng(0).integers(60, 180, (n_train + n_val + 23, *SHAPE), dtype=np.uint8)
         self.train = ImageArray(images[:n_train], seed, hflip=True)
         self.val, self.test = ImageArray(images[n_train:][:n_val]), ImageArray(images[n_train + n_val :])
@@ -151,7 +151,7 @@ def test_cosine_needs_a_last_step():
 )
 def test_optimizer_by_name(name, cls):
     module = density(name=name, lr=2e-3, betas=[0.8, 0.95], weight_decay=0.01)
-    module.trainer = SimpleNamespace(max_steps=10)
+    module.trainer = SimpleNamespace(max_steps=10, precision_plugin=None)
     optimizer = module.configure_optimizers()["optimizer"]
     assert type(optimizer) is cls
     group = optimizer.param_groups[0]

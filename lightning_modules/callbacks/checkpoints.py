@@ -1,27 +1,86 @@
-"""Periodic checkpoints that miss nothing of their step."""
+"""When to save: periodically, when better, before the end; never what is not finite."""
+
+import math
+from pathlib import Path
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_modules.steps import ends_step, last_step, validates_now
+from lightning_modules.stopping import RunStopped
+
+KEPT = 2  # step checkpoints: should the newest not load, there is another
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """Saves step-<step>.ckpt every `every_n_train_steps`, keeping the newest.
+class Checkpoints(Checkpoint):
+    """step-<step>.ckpt every `every_n_steps` and at the last step, the newest two kept; best.ckpt by `monitor`.
 
     Where a validation is due at the same step it saves after it, so that a resumed run has that row of the curve and
-    knows that score. val_check_interval: steps between validations, or None where there are none.
+    knows that score. A state whose weights, or whose newest step, are not finite is not saved. Where a checkpoint
+    cannot be written, all ranks stop at the same step.
+
+    monitor: a logged metric, lower is better, or None. A `Checkpoint` to Lightning, which therefore calls it last.
     """
 
-    def __init__(self, val_check_interval: int | None, **arguments) -> None:
-        super().__init__(filename="step-{step:08d}", **arguments)
-        self.val_check_interval = val_check_interval
-        self.waiting = False
+    def __init__(self, folder: Path, every_n_steps: int, monitor: str | None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps={every_n_steps} are steps: give at least 1")
+        self.folder, self.every_n_steps, self.monitor = Path(folder), every_n_steps, monitor
+        self.best, self.waiting = math.inf, False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments, **keywords) -> None:
-        self.waiting = bool(self.val_check_interval) and trainer.global_step % self.val_check_interval == 0
-        if not self.waiting:
-            super().on_train_batch_end(trainer, *arguments, **keywords)
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == last_step(trainer) or trainer.should_stop
+        self.waiting = due and validates_now(trainer)
+        if due and not self.waiting:
+            self.save_step(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.waiting and not trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = math.inf if self.monitor is None else float(trainer.callback_metrics[self.monitor])
+        if value < self.best:
+            self.best = value
+            self._save(trainer, "best.ckpt")
+        if self.waiting:
             self.waiting = False
-            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+            self.save_step(trainer)
+
+    def save_step(self, trainer: L.Trainer) -> None:
+        """Save the state after this step, unless that was done, and remove all but the newest two before it."""
+        name = f"step-{trainer.global_step:08d}.ckpt"
+        if self._save(trainer, name) and trainer.is_global_zero:
+            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[:-KEPT]:
+                path.unlink(missing_ok=True)
+
+    def _save(self, trainer: L.Trainer, name: str) -> bool:
+        if not finite(trainer.lightning_module):
+            rank_zero_info(f"step {trainer.global_step} is not finite: {name} is not written")
+            return False
+        problem = None
+        try:
+            trainer.save_checkpoint(self.folder / name)
+        except OSError as error:
+            trainer.strategy.barrier()  # the other ranks wait at the one that ends save_checkpoint
+            problem = str(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise RunStopped(f"stopped at step {trainer.global_step}: {problem}. The older checkpoints are intact")
+        return True
+
+
+def finite(module: L.LightningModule) -> bool:
+    """Whether weights and statistics are finite, and the newest step was not skipped. Waits for the device."""
+    values = [v for v in module.state_dict().values() if v.is_floating_point() and v.numel()]
+    largest = nn.utils.get_total_norm(values, norm_type=math.inf)
+    return bool(largest.isfinite()) and not bool(getattr(module, "skipped_last", False))

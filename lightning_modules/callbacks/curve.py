@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_modules.steps import ends_step
 from results.runs import write
 
 
@@ -16,7 +17,7 @@ class Curve(L.Callback):
     """One row of curve.csv a validation, from step 0 (before training), and curve.png at the end of training.
 
     Columns: step, images (seen in training), seconds (of training and validation, over all resumed parts), lr,
-    train/M (mean since the row before, or since a resume), val/M, with M bpd or nll. Without a validation set a row
+    train/M (mean since the row before), val/M, with M bpd or nll. Without a validation set a row
     comes every `interval` steps all the same. batch_size: the global one. paper: {"value", "comparable"} of the claim,
     drawn as a line, or None.
     """
@@ -41,6 +42,18 @@ class Curve(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         self.seconds_before, self.rows = state["seconds"], state["rows"]
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+        """What has been summed for the next row, over all ranks."""
+        mean = pl_module.train_mean
+        with mean.sync_context():
+            checkpoint["train_mean"] = {"value": mean.mean_value.clone(), "weight": mean.weight.clone()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+        saved, mean = checkpoint["train_mean"], pl_module.train_mean
+        if trainer.is_global_zero and saved["weight"] > 0:
+            mean.update(0.0, 0.0)  # so that it knows of having been updated
+            mean.mean_value, mean.weight = saved["value"].to(mean.device), saved["weight"].to(mean.device)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.started = time.monotonic()
@@ -56,7 +69,8 @@ class Curve(L.Callback):
             self._add(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        if sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0:
+        due = ends_step(trainer, batch_idx) and trainer.global_step % self.interval == 0
+        if due and sum(trainer.num_val_batches) == 0:
             self._add(trainer, pl_module, fresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,6 +2,8 @@
 
 import lightning.pytorch as L
 
+COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status")
+
 
 class PaperComparison(L.Callback):
     """Logs `paper/<metric>` at validations and, on the claim's own data, `gap/<metric>` = ours - paper.
@@ -23,19 +25,24 @@ class PaperComparison(L.Callback):
             pl_module.log(f"gap/{name}", ours - self.paper["value"])
 
 
-def comparison_table(result: dict) -> str:
-    """The last lines of a run: experiment, metric, paper, ours, gap, status, a row a test metric."""
-    paper = result["paper"]
-    rows = [("experiment", "metric", "paper", "ours", "gap", "status")]
+def comparison_rows(result: dict) -> list[tuple]:
+    """COLUMNS for each test metric; paper and gap are None where the metric has no claim or is not comparable."""
+    paper, rows = result["paper"], []
     for metric, ours in sorted(result["metrics"].items()):
         if not metric.startswith("test/") and metric != "density_integral":
             continue
         claimed = paper is not None and metric == paper["metric"]
-        gap = "-" if not claimed or result["gap"] is None else f"{result['gap']:+.3f}"
-        status = result["status"] if claimed else "-"
-        rows.append(
-            (result["experiment"], metric, f"{paper['value']:g}" if claimed else "-", f"{ours:.4f}", gap, status)
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        value, gap, status = (paper["value"], result["gap"], result["status"]) if claimed else (None, None, "-")
+        rows.append((result["experiment"], metric, value, ours, gap, status))
+    return rows
+
+
+def comparison_table(result: dict) -> str:
+    """The last lines of a run: COLUMNS, a row a test metric."""
+    rows = [COLUMNS]
+    for experiment, metric, value, ours, gap, status in comparison_rows(result):
+        shown = "-" if value is None else f"{value:g}", f"{ours:.4f}", "-" if gap is None else f"{gap:+.3f}"
+        rows.append((experiment, metric, *shown, status))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

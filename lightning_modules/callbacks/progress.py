@@ -6,6 +6,8 @@ from datetime import timedelta
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lightning_modules.steps import last_step
+
 
 class Progress(TQDMProgressBar):
     """Lightning's bar with images/s and the time left until the last step of the run.
@@ -31,10 +33,3 @@ class Progress(TQDMProgressBar):
             metrics["images/s"] = f"{rate * self.batch_size:.0f}"
             metrics["left"] = str(timedelta(seconds=int((last_step(trainer) - trainer.global_step) / rate)))
         return metrics
-
-
-def last_step(trainer: L.Trainer) -> int:
-    """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first."""
-    by_epochs = int((trainer.max_epochs or -1) * trainer.num_training_batches)
-    candidates = [n for n in (trainer.max_steps, by_epochs) if n > 0]
-    return min(candidates, default=trainer.global_step)

@@ -1,0 +1,120 @@
+"""How weights are updated: optimizer, warm-up, clipping, and what happens to a step that is not finite."""
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.schedule import WarmUp
+from lightning_modules.steps import ends_step
+from lightning_modules.stopping import RunStopped
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+SCHEDULES = ("constant", "cosine")
+
+
+class OptimizedModule(L.LightningModule):
+    """A module that trains `self.flow`, and leaves it alone in steps whose loss or gradient is not finite.
+
+    Such a step changes neither weights nor moments nor running statistics; it is counted in the buffer `skipped`. The
+    gradient norm decides, on the device: no step waits for it. A loss that is not finite makes its gradient NaN
+    (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so ranks agree without another message.
+    The count is read every `trainer.log_every_n_steps`; above `max_skipped` the run ends. In fp16 (16-mixed) it is the
+    gradient scaler that skips, and is meant to when it tries a larger scale: there the first in a row does not count.
+
+    name, lr, betas, weight_decay: the optimizer's. warmup_steps: linear from 0, per optimizer step. schedule: after
+    the warm-up, `constant` or a `cosine` to 0 at the last step. clip_norm: of the global gradient norm, in nats.
+    """
+
+    flow: nn.Module
+
+    def __init__(self, name, lr, betas, weight_decay, warmup_steps, schedule, clip_norm, max_skipped) -> None:
+        super().__init__()
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optim.name={name} is not known: give one of {', '.join(OPTIMIZERS)}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}")
+        if len(betas) != 2:
+            raise ValueError(f"optim.betas={list(betas)} are not two numbers")
+        if min(warmup_steps, max_skipped) < 0 or (clip_norm is not None and clip_norm <= 0):
+            raise ValueError("optim.warmup_steps, optim.clip_norm and optim.max_skipped must not be negative")
+        self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
+        self.warmup_steps, self.schedule, self.clip_norm = warmup_steps, schedule, clip_norm
+        self.max_skipped = max_skipped
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps, in the whole run
+        self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))  # whether the newest step was
+
+    def configure_optimizers(self) -> dict:
+        # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled gradients.
+        fused = {"fused": True} if self.name != "adamax" and not self._scaled() else {}
+        optimizer = OPTIMIZERS[self.name](
+            self.flow.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
+        )
+        if self.schedule == "cosine" and self.trainer.max_steps < 1:
+            raise ValueError("optim.schedule=cosine ends at the last step: set trainer.max_steps")
+        factor = WarmUp(self.warmup_steps, self.trainer.max_steps if self.schedule == "cosine" else None)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        running = (b for b in self.flow.state_dict(keep_vars=True).values() if not isinstance(b, nn.Parameter))
+        self._statistics = [b for b in running if b.is_floating_point()]  # of batch norms
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._before = flattened(self._statistics)
+
+    def finite_or_nan(self, loss: Tensor) -> Tensor:
+        """The same loss; its gradient is NaN where it is not finite. To be returned by training_step."""
+        finite = loss.detach().isfinite()
+        loss.register_hook(lambda grad: torch.where(finite, grad, torch.nan))
+        return loss
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip the global norm here (Lightning refuses to where a fused optimizer meets mixed precision); skip."""
+        parameters = [p for p in self.flow.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        finite = norm.isfinite()
+        self._restore_statistics(finite)
+        if not self._scaled():
+            self._skip_unless(finite, optimizer)
+        self.skipped += ~finite & self.skipped_last if self._scaled() else ~finite
+        self.skipped_last.copy_(~finite)
+        self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped.float()})
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        read = self.trainer.global_step % self.trainer.log_every_n_steps == 0
+        if read and ends_step(self.trainer, batch_idx):
+            self.check_skipped()
+
+    def check_skipped(self) -> None:
+        """RunStopped where more than `max_skipped` steps were not finite; waits for the device."""
+        if (n := self.skipped.item()) > self.max_skipped:
+            raise RunStopped(
+                f"stopped at step {self.trainer.global_step}: the loss or its gradient was not finite in {n} steps, "
+                f"which were skipped; optim.max_skipped={self.max_skipped}. Lower optim.lr, lengthen "
+                "optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+            )
+
+    def _scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _skip_unless(self, finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """A fused optimizer reads the flag on the device. Others cannot: they take no step without gradients."""
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()
+        elif not finite.item():
+            optimizer.zero_grad()
+
+    def _restore_statistics(self, finite: Tensor) -> None:
+        """Take back the running statistics of a step that is skipped, without asking the host whether it is."""
+        if self._statistics:
+            kept = torch.where(finite, flattened(self._statistics), self._before)
+            parts = kept.split([b.numel() for b in self._statistics])
+            torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
+
+
+def flattened(tensors: list[Tensor]) -> Tensor | None:
+    """One vector of all of them, a copy; None where there are none."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else None

@@ -1,0 +1,15 @@
+"""Ends of a run that are meant: all ranks leave at the same step, and nothing is lost."""
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, resume=auto goes on
+
+
+class RunStopped(SystemExit):
+    """Raised on all ranks at the same point: the run ends here, on purpose.
+
+    A SystemExit, so that no `except Exception` on the way swallows it. message: one line that says why and what to do.
+    code: the exit code of the process. requeue: whether the scheduler is to start the job again.
+    """
+
+    def __init__(self, message: str, code: int = 1, requeue: bool = False) -> None:
+        super().__init__(code)
+        self.message, self.requeue = message, requeue

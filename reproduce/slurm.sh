@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=paperflows
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+#
+# An experiment as a SLURM job, from the repository's root. Partition, account, time and GPUs are flags of sbatch or its
+# environment (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT ...).
+#
+#   sbatch reproduce/slurm.sh realnvp_cifar10 seed=1
+#   sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=8 reproduce/slurm.sh realnvp_cifar10 preset=gpu
+#   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 reproduce/slurm.sh realnvp_cifar10 preset=gpu
+#   sbatch --array=0-4 reproduce/slurm.sh realnvp_cifar10                      # seeds 0 to 4
+#   sbatch --array=0-11 reproduce/slurm.sh realnvp_cifar10 --grid configs/sweeps/realnvp_cifar10_grid.yaml
+#                                                                              # rows 0 to 11 of the grid
+#
+# The run folder is outputs/<experiment>/slurm-<job> or slurm-<array job>_<index>, or that of run_dir=. Two minutes
+# before the time limit the job saves, requeues itself and goes on from there later; so it does after a preemption. A
+# cancelled job has saved too: the same command with run_dir=<its folder> goes on.
+#
+# One task a GPU, and every task has to see all GPUs of its node: --gpus-per-node, not --gpus-per-task.
+# PYTHON=... chooses the interpreter; otherwise .venv/bin/python, and where there is none python.
+
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# sbatch runs a copy of this file from its spool folder: the repository is where the job was submitted.
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job script: sbatch reproduce/slurm.sh ${*:-EXPERIMENT key=value ...}"
+cd "$SLURM_SUBMIT_DIR"
+if [ ! -f reproduce/slurm.sh ] || [ ! -d configs ]; then
+    fail "$PWD is not the repository's root: submit from there, sbatch reproduce/slurm.sh $*"
+fi
+
+known=""
+for recipe in configs/*.yaml; do
+    name=$(basename "$recipe" .yaml)
+    if [ -f "reproduce/$name.py" ]; then known+="${known:+, }$name"; fi
+done
+[ $# -gt 0 ] || fail "no experiment given: sbatch reproduce/slurm.sh EXPERIMENT key=value ..., with one of $known"
+experiment=$1
+shift
+[[ ", $known," == *", $experiment,"* ]] || fail "experiment $experiment is not known: give one of $known"
+
+grid="" words=""
+overrides=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --grid)
+            [ $# -gt 1 ] || fail "--grid needs a file"
+            grid=$2
+            shift
+            ;;
+        -*) fail "$1 is not known: give key=value or --grid FILE; sbatch's own flags stand before reproduce/slurm.sh" ;;
+        *)
+            words+=" $1"
+            overrides+=("$1")
+            ;;
+    esac
+    shift
+done
+
+if [ -n "${PYTHON:-}" ]; then
+    python=$PYTHON
+elif [ -x .venv/bin/python ]; then
+    python=.venv/bin/python
+else
+    python=python
+fi
+
+task=${SLURM_ARRAY_TASK_ID:-}
+if [ -n "$task" ] && [[ $words == *" run_dir="* ]]; then
+    fail "run_dir= is one folder for all tasks of an array: leave it out, every task makes its own"
+elif [ -n "$grid" ]; then
+    [ -n "$task" ] || fail "--grid without an array: sbatch --array=0-N, a task for each row of the grid"
+    row=$("$python" -m reproduce.grid "$grid" "$task") || exit 1
+    mapfile -t -O "${#overrides[@]}" overrides <<<"$row"
+elif [ -n "$task" ]; then
+    [[ $words != *" seed="* ]] || fail "the index of an array is the seed: leave seed= out, or give a --grid"
+    overrides+=("seed=$task")
+fi
+
+# One string names an experiment everywhere, unless the user has named the job.
+if [ "${SLURM_JOB_NAME:-paperflows}" = paperflows ]; then
+    scontrol update "JobId=$SLURM_JOB_ID" "JobName=$experiment" 2>/dev/null || true
+fi
+export SLURM_JOB_NAME=$experiment # of the step; Lightning takes a job called bash or interactive for none
+# Since Slurm 22.05 srun does not take this one from sbatch.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+nodes=$SLURM_NNODES tasks=${SLURM_NTASKS_PER_NODE:-1}
+all=$((nodes * tasks))
+[ "${SLURM_NTASKS:-$all}" -eq "$all" ] ||
+    fail "$SLURM_NTASKS tasks on $nodes nodes of $tasks: give --nodes and --ntasks-per-node, and no --ntasks"
+layout=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
+[ "$all" -eq 1 ] || layout+=(trainer.strategy=ddp)
+
+where="$SLURM_JOB_NODELIST, $tasks a node"
+echo "$(date '+%F %T') $experiment, job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $where"
+code=0
+srun --kill-on-bad-exit --nodes="$nodes" --ntasks="$all" --ntasks-per-node="$tasks" \
+    "$python" -m "reproduce.$experiment" "${layout[@]}" "${overrides[@]}" resume=auto || code=$?
+# Slurm requeues what it preempts at the end of the grace time, and not if it has ended before: it has saved and left.
+if [ "$code" -ne 0 ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

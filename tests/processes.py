@@ -1,0 +1,216 @@
+"""Runs as processes of their own that can be killed: forks of the test process, so that nothing is imported twice."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from flows.base import Compose, FlowModel
+from flows.conditioners import WeightNormConv2d
+from flows.coupling import MaskedCoupling, checkerboard
+from flows.elementwise import Logit
+from reproduce import experiment, realnvp_cifar10
+
+TINY = [
+    "preset=demo",
+    "logger.name=none",
+    "flow.hidden_channels=4",
+    "flow.n_blocks=1",
+    "data.size=8",
+    "data.n_train=64",
+    "data.batch_size=16",
+    "data.n_val=24",
+    "data.n_test=40",
+    "eval.bn_images=32",
+    "samples.n=4",
+    "samples.every_n_steps=100",
+    "trainer.val_check_interval=6",
+    "checkpoint.every_n_steps=2",
+    "trainer.precision=32-true",
+]
+
+
+class Run:
+    """One run of a recipe's main, of one process or several ranks, in the background."""
+
+    def __init__(self, folder: Path, *arguments: str, ranks: int = 1, **options) -> None:
+        self.folder, self.log = Path(folder), Path(f"{folder}.log")
+        words = [*TINY, f"run_dir={folder}", *arguments]
+        self.processes = start(ranks, _run, words, Path(f"{folder}.trace"), options, log=self.log)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes by rank; a hang is killed and fails."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill()
+        assert not hung, f"ranks {hung} hung:\n{self.output()}"
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.output()}"
+            assert any(p.is_alive() for p in self.processes), f"ended too early:\n{self.output()}"
+            time.sleep(0.02)
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def losses(self, rank: int = 0) -> dict[tuple[int, int], str]:
+        """(steps done, batch of the epoch) -> the bits of the loss there; a batch seen twice has to agree."""
+        found: dict[tuple[int, int], str] = {}
+        for line in Path(f"{self.folder}.trace{rank}").read_text().splitlines():
+            step, batch, bits = line.split()
+            assert found.setdefault((int(step), int(batch)), bits) == bits, f"step {step} went differently"
+        return found
+
+    def final(self) -> dict:
+        """The newest checkpoint."""
+        return torch.load(max(self.folder.glob("checkpoints/step-*.ckpt")), weights_only=True)
+
+
+def start(ranks: int, function: Callable, *arguments, log: Path) -> list[multiprocessing.Process]:
+    """`function(rank, *arguments)` in forked processes that see themselves as torchrun's ranks, where several."""
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_child, args=(rank, ranks, port, log, function, arguments)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+        STARTED.append(process)
+    return processes
+
+
+def free_port() -> int:
+    """A port that nobody has, and that no run of this test process was given before: theirs may not be bound yet."""
+    while True:
+        with socket.socket() as candidate:
+            candidate.bind(("127.0.0.1", 0))
+            port = candidate.getsockname()[1]
+        if port not in GIVEN:
+            GIVEN.add(port)
+            return port
+
+
+GIVEN: set[int] = set()
+STARTED: list[multiprocessing.Process] = []  # conftest.py kills what a failed test leaves behind
+
+
+def _child(rank: int, ranks: int, port: int, log: Path, function: Callable, arguments: tuple) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
+    if ranks > 1:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        os.environ |= {key: str(value) for key, value in world.items()}
+        rank_zero_only.rank = rank
+    code = 1
+    try:
+        function(rank, *arguments)
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _run(rank: int, words: list[str], trace: Path, options: dict) -> None:
+    spy = Spy(f"{trace}{rank}", rank, **options)
+    if spy.plain:
+        realnvp_cifar10.make_flow = lambda config, shape: Plain(shape)
+    realnvp_cifar10.make_trainer = lambda *arguments: experiment.make_trainer(*arguments, spy)
+    realnvp_cifar10.main(words)
+
+
+class Spy(L.Callback):
+    """Notes every loss, and does harm.
+
+    plain: a flow without batch norm. kill: (steps done, batch of the epoch) before which the process is killed.
+    poison: {(steps done, rank)} whose likelihood is infinite, with a finite gradient. slow: seconds added to a batch.
+    """
+
+    def __init__(self, path: str, rank: int, plain=False, kill=None, poison=frozenset(), slow=0.0) -> None:
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.rank, self.plain, self.kill, self.poison, self.slow = rank, plain, kill, poison, slow
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(self.slow * (1 + self.rank))
+        if (trainer.global_step, batch_idx) == self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (trainer.global_step, self.rank) in self.poison:
+            log_prob = pl_module.flow.log_prob
+            pl_module.flow.log_prob = lambda x: log_prob(x) + float("inf")
+        else:
+            vars(pl_module.flow).pop("log_prob", None)
+        self.before = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.file.write(f"{self.before} {batch_idx} {outputs['loss'].item().hex()}\n")
+
+
+class Plain(FlowModel):
+    """An image flow without batch norm, whose gradient does not depend on how a batch is cut."""
+
+    def __init__(self, shape, n_couplings: int = 4) -> None:
+        super().__init__()
+        self.shape, self.latent_shapes = tuple(shape), (tuple(shape),)
+        masks = [checkerboard(*shape[1:], parity) for parity in (0, 1)]
+        couplings = (MaskedCoupling(masks[i % 2][None], TwoConvs(shape[0]), 1.0) for i in range(n_couplings))
+        self.layers = Compose([Logit(), *couplings])
+
+    def forward(self, x: Tensor, context=None):
+        z, log_det = self.layers(x)
+        return (z,), log_det
+
+    def inverse(self, z, context=None):
+        return self.layers.inverse(z[0])
+
+    def l2_penalty(self) -> Tensor:
+        return sum(p.square().sum() for p in self.parameters())
+
+
+class TwoConvs(nn.Sequential):
+    """(B, C, H, W) to shift and raw log-scale."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            WeightNormConv2d(channels, 6, 3, magnitude=True),
+            nn.Tanh(),
+            WeightNormConv2d(6, 2 * channels, 3, magnitude=True),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = super().forward(x).to(x.dtype).chunk(2, dim=1)
+        return shift, log_scale

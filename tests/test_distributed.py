@@ -1,0 +1,160 @@
+"""Two gloo ranks against one process: moments, gradients, weights, metrics."""
+
+import functools
+
+import pytest
+import torch
+from processes import Plain, start
+from test_density import SHAPE, RandomImages, Recorder, density, make_trainer
+from torch import distributed
+
+from flows.coupling import checkerboard
+from flows.normalization import BiasOnlyBatchNorm2d, CouplingBatchNorm, over_ranks
+from flows.realnvp import RealNVP
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec.* is deprecated")
+
+
+def on_two_ranks(tmp_path, function, *arguments):
+    """What `function(rank, *arguments)` returns on either rank, as two processes in one gloo group."""
+    processes = start(2, _saved, function, arguments, tmp_path, log=tmp_path / "log.txt")
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log.txt").read_text()
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _saved(rank, function, arguments, folder):
+    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+
+
+# ---------------------------------------------------------------------------------------------- batch norm
+
+NORMS = {
+    "conditioner": lambda: BiasOnlyBatchNorm2d(3),
+    "coupling": lambda: CouplingBatchNorm(3),
+    "coupling-mask": lambda: CouplingBatchNorm(3, checkerboard(4, 6, 1)),
+}
+
+
+def normalised(norm, x, weights):
+    """Output, input gradient, parameter gradients and running statistics of one training pass."""
+    x = x.clone().requires_grad_()
+    out = norm.train()(x)
+    y, log_det = out if isinstance(out, tuple) else (out, torch.zeros(len(x)))
+    loss = (y * weights).sum() + (log_det * weights[:, 0, 0, 0]).sum()
+    loss.backward()
+    state = {k: v for k, v in norm.state_dict().items() if k.startswith("running")}
+    return {"y": y.detach(), "log_det": log_det.detach(), "grad": x.grad, **state} | {
+        f"grad.{k}": p.grad for k, p in norm.named_parameters()
+    }
+
+
+def _halves(rank, name, dtype):
+    distributed.init_process_group("gloo")
+    norm, x, weights = _norm_case(name, dtype)
+    half = slice(3 * rank, 3 * rank + 3)
+    return normalised(norm, x[half], weights[half])
+
+
+def _norm_case(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(6, 3, 4, 6, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return NORMS[name]().to(dtype), 1.7 * x + torch.arange(3.0)[:, None, None].to(dtype), weights
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)], ids=str)
+def test_batch_norms_reduce_their_moments_over_ranks_with_gradients(tmp_path, name, dtype, tolerance):
+    whole = normalised(*_norm_case(name, dtype))
+    ranks = on_two_ranks(tmp_path, _halves, name, dtype)
+    for key in ("y", "log_det", "grad"):
+        torch.testing.assert_close(torch.cat([r[key] for r in ranks]), whole[key], rtol=0, atol=tolerance)
+    for key in (k for k in whole if k.startswith("grad.")):
+        torch.testing.assert_close(sum(r[key] for r in ranks), whole[key], rtol=0, atol=tolerance * 10)
+    for key in ("running_mean", "running_var"):
+        torch.testing.assert_close(ranks[0][key], whole[key], rtol=0, atol=tolerance)
+        assert torch.equal(ranks[0][key], ranks[1][key])
+
+
+def test_moments_of_ranks_far_apart_do_not_cancel(tmp_path):
+    """E[x^2] - E[x]^2 would lose a variance of 1 around a mean of 10,000 in float32."""
+    [found, _] = on_two_ranks(tmp_path, _far_apart)
+    assert found["var"] == pytest.approx(found["expected"], rel=1e-5)
+
+
+def _far_apart(rank):
+    distributed.init_process_group("gloo")
+    x = 1e4 + torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    var, mean = torch.var_mean(x[rank], correction=0)
+    _, var = over_ranks(mean[None], var[None])
+    return {"var": var.item(), "expected": x.double().var(correction=0).item()}
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def make_flow(plain):
+    torch.manual_seed(0)
+    return Plain(SHAPE) if plain else RealNVP(SHAPE, n_scales=2, hidden_channels=4, n_blocks=1)
+
+
+def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None, steps=50):
+    """Losses over the global batches, weights and buffers after training, and what is tested."""
+    data = RandomImages(micro_batch=micro_batch, n_val=23)
+    module = density(make_flow(plain), lr=1e-3, warmup_steps=10, clip_norm=100.0, l2=5e-5)
+    losses = Recorder()
+    trainer = make_trainer(losses, max_steps=steps, precision=precision, devices=ranks, num_nodes=1)
+    n_micro = 16 // ranks // micro_batch if micro_batch else 1
+    trainer.accumulate_grad_batches = n_micro
+    trainer.fit(module, datamodule=data)
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    [tested] = trainer.test(module, data, verbose=False)
+    sums = torch.tensor(losses.losses, dtype=torch.float64).view(-1, n_micro)
+    return {"losses": sums.sum(1) if n_micro > 1 else sums[:, 0], "state": state, "tested": tested}
+
+
+def _trained(rank, arguments):
+    return trained(rank, 2, **arguments)
+
+
+def largest(a, b):
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@functools.cache
+def alone(plain):
+    return trained(plain=plain)
+
+
+@pytest.mark.parametrize(
+    ("plain", "micro_batch"), [(False, None), (True, None), (True, 4)], ids=["RealNVP", "plain", "plain-accumulating"]
+)
+def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
+    """64 in one process, 2 x 32, 2 x 2 x 16 (here 16, 8 and 4): float64, 50 steps, to 1e-10."""
+    one = alone(plain)
+    a, b = on_two_ranks(tmp_path, _trained, {"plain": plain, "micro_batch": micro_batch})
+    assert ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs().max() < 1e-10
+    # The biases before a batch norm change nothing but its running mean. Their gradients are rounding, which Adam
+    # divides by itself.
+    assert largest(a["state"], one["state"]) < (1e-10 if plain else 1e-7)
+    assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
+    assert a["tested"] == b["tested"] == pytest.approx(one["tested"], abs=1e-6)
+
+
+def test_one_process_accumulating_trains_as_with_whole_batches():
+    one, parts = alone(True), trained(plain=True, micro_batch=4)
+    assert (one["losses"] - parts["losses"]).abs().max() < 1e-10
+    assert largest(one["state"], parts["state"]) < 1e-10
+    assert parts["tested"] == pytest.approx(one["tested"], abs=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["RealNVP", "plain"])
+def test_the_first_step_agrees_in_float32(tmp_path, plain):
+    """The loss before it to 1e-6. Afterwards rounding grows, since Adam divides a gradient by its own size."""
+    settings = {"plain": plain, "precision": "32-true", "steps": 3}
+    one, (a, b) = trained(**settings), on_two_ranks(tmp_path, _trained, settings)
+    difference = ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs() / one["losses"].abs()
+    assert difference[0] < 1e-6
+    assert difference[-1] < 1e-3
+    assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])

@@ -1,0 +1,97 @@
+"""Killed at any moment, a run goes on bit for bit; asked to stop, it stops at one step on all ranks."""
+
+import csv
+import re
+import signal
+
+import pytest
+import torch
+from processes import Run
+
+EVERYTHING = ["ema.decay=0.9", "optim.schedule=cosine", "optim.warmup_steps=3", "trainer.max_steps=14"]
+WORKERS = "data.num_workers=2"
+
+
+def curve(folder):
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same(a, b):
+    """Whether two nested states hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same_end(run, whole, ranks=1):
+    assert run.wait() == whole.wait() == [0] * ranks, run.output() + whole.output()
+    for rank in range(ranks):
+        assert run.losses(rank) == whole.losses(rank)
+    a, b = run.final(), whole.final()
+    for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        assert same(a[part], b[part]), part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kill"),
+    [
+        ([], {}, (5, 1)),
+        ([WORKERS], {}, (9, 1)),
+        (["data.micro_batch=4"], {"plain": True}, (7, 14)),  # the third of the four micro-batches of a step
+        (["data.micro_batch=2"], {"plain": True, "ranks": 2}, (6, 9)),
+        ([WORKERS], {"ranks": 2}, (3, 3)),
+    ],
+    ids=["alone", "workers", "accumulating", "ranks-accumulating", "ranks-workers"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
+    arguments = [*EVERYTHING, *arguments]
+    killed = Run(tmp_path / "run", *arguments, kill=kill, **options)
+    whole = Run(tmp_path / "whole", *arguments, **options)
+    assert set(killed.wait()) == {-signal.SIGKILL}, killed.output()
+    assert max(killed.losses()) < kill
+    resumed = Run(tmp_path / "run", *arguments, "resume=auto", **options)
+    assert_same_end(resumed, whole, options.get("ranks", 1))
+    assert "going on from" in resumed.output()
+    a, b = curve(resumed.folder), curve(whole.folder)
+    assert [row["step"] for row in a] == ["0", "6", "12", "14"]
+    for key in ("step", "images", "lr", "val/bpd"):
+        assert [row[key] for row in a] == [row[key] for row in b]
+    for row, other in zip(a[1:], b[1:], strict=True):  # over ranks the sum is taken in another order
+        assert float(row["train/bpd"]) == pytest.approx(float(other["train/bpd"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
+    """Rank 1 is slower and the signal comes to either: Lightning's own handlers deadlock here."""
+    options = {"ranks": 2, "slow": 0.02}
+    run = Run(tmp_path / "run", "trainer.max_steps=2000", **options)
+    run.wait_for(lambda: (tmp_path / "run" / "checkpoints").is_dir() and len(run.losses()) > 3)
+    run.signal(number, rank=1 if number == signal.SIGTERM else 0)
+    assert run.wait() == [75, 0]
+    steps = [max(run.losses(rank))[0] + 1 for rank in range(2)]
+    saved = run.final()["global_step"]
+    assert steps == [saved, saved]
+    assert re.search(rf"stopped at step {saved}, which is saved; go on with: .* resume=auto", run.output())
+    assert "Traceback" not in run.output()
+    if number == signal.SIGTERM:
+        whole = Run(tmp_path / "whole", f"trainer.max_steps={saved + 3}", ranks=2)
+        resumed = Run(tmp_path / "run", f"trainer.max_steps={saved + 3}", "resume=auto", ranks=2)
+        assert whole.wait() == resumed.wait() == [0, 0], resumed.output()
+        assert whole.losses(1) == resumed.losses(1)
+
+
+def test_a_stopped_run_is_nobody_elses(tmp_path):
+    """Two processes cannot share a folder, and the lock goes with a killed one."""
+    first = Run(tmp_path / "run", "trainer.max_steps=2000")
+    first.wait_for(lambda: len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 2)
+    second = Run(tmp_path / "run", "trainer.max_steps=2000", "resume=auto")
+    assert second.wait() == [1]
+    assert "is in use by a run that has not ended" in first.output()
+    first.kill()
+    third = Run(tmp_path / "run", "trainer.max_steps=4", "resume=auto")
+    assert third.wait() == [0], third.output()

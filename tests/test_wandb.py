@@ -1,0 +1,310 @@
+"""What a run leaves for W&B, read from the real .wandb file: curves, summary, config, table, pictures, its end."""
+
+import contextlib
+import csv
+import glob
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import wandb
+from omegaconf import OmegaConf
+from PIL import Image
+from wandb_file import parts_of
+
+from reproduce import loggers, realnvp_cifar10
+from reproduce.config import ConfigError, compose
+from reproduce.loggers import close, make_logger, mark_preempting, report
+from reproduce.provenance import git_state
+
+BATCH = 16
+TINY = [
+    "preset=demo",
+    "logger.name=wandb",
+    "flow.hidden_channels=4",
+    "flow.n_blocks=1",
+    "data.size=8",
+    "data.n_train=64",
+    f"data.batch_size={BATCH}",
+    "data.n_val=24",
+    "data.n_test=40",
+    "eval.bn_images=32",
+    "samples.n=4",
+    "samples.every_n_steps=3",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=2",
+    "trainer.precision=32-true",
+]
+RESULT = {  # of a run on the claim's own data
+    "experiment": "realnvp_cifar10",
+    "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": float("nan"), "val/bpd": 3.5, "samples/finite_T1": 1.0},
+    "paper": {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": True},
+    "tested": {"chosen": "best"},
+    "gap": 0.11,
+    "status": "shortened",
+}
+
+
+@contextlib.contextmanager
+def nobody_logged_in(home):
+    """No W&B login, no settings of whoever runs the tests, and a wandb that reads the environment afresh."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", str(home))
+        wandb.teardown()
+        yield patch
+    wandb.teardown()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    with nobody_logged_in(tmp_path) as patch:
+        yield patch
+
+
+def config_for(folder, *arguments):
+    return OmegaConf.merge(compose("realnvp_cifar10", [*TINY, *arguments]), {"run_dir": str(folder)})
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A run of 4 steps that went on to 7 in the same folder: the folder, both outputs, both results."""
+    folder, outputs, results = tmp_path_factory.mktemp("runs") / "a run", [], []
+    for steps in (4, 7):
+        out, err = io.StringIO(), io.StringIO()
+        with nobody_logged_in(folder.parent), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            arguments = [f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"]
+            results.append(realnvp_cifar10.main([*TINY, *arguments]))
+        outputs.append((out.getvalue(), err.getvalue()))
+        (folder / "result.json").rename(folder / f"result-{steps}.json")
+    return SimpleNamespace(folder=folder, outputs=outputs, results=results, parts=parts_of(folder))
+
+
+def test_curves_are_the_curve_over_steps_and_images(resumed):
+    with (resumed.folder / "curve.csv").open() as file:
+        curve = {int(row["step"]): row for row in csv.DictReader(file)}
+    rows = [row for part in resumed.parts for row in part.rows]
+    val = {row["trainer/global_step"]: row["val/bpd"] for row in rows if "val/bpd" in row}
+    assert {3, 6} <= set(val)
+    assert val == {step: float(row["val/bpd"]) for step, row in curve.items() if row["val/bpd"]}
+    assert all(row["trainer/images"] == BATCH * row["trainer/global_step"] for row in rows)
+    train = {row["trainer/global_step"]: row["train/bpd"] for row in rows if "train/bpd" in row}
+    assert {2, 4, 6} <= set(train)
+    assert all(2 < value < 20 for value in train.values())
+    assert {row["lr-Adam"] for row in rows if "lr-Adam" in row} == {1e-3}
+
+
+def test_one_row_a_step_also_over_the_parts_of_a_run(resumed):
+    """W&B orders and merges rows by _step, which it begins anew in every offline part."""
+    first, second = ([row["_step"] for row in part.rows] for part in resumed.parts)
+    assert first == sorted(set(first))
+    assert first == [row["trainer/global_step"] for row in resumed.parts[0].rows]
+    assert second == [row["trainer/global_step"] for row in resumed.parts[1].rows]
+    assert first[0] == 0
+    assert first[-1] == 4 <= second[0]
+    assert second[-1] == 7
+
+
+def test_summary_is_what_was_tested(resumed):
+    for part, result in zip(resumed.parts, resumed.results, strict=True):
+        summary, metrics = part.summary, result["metrics"]
+        assert summary["test/bpd"] == metrics["test/bpd"]
+        assert summary["test/bpd_reestimated"] == metrics["test/bpd_reestimated"]
+        assert summary["best/val/bpd"] == metrics["val/bpd"]
+        assert isinstance(summary["val/bpd"], float)
+        assert summary["paper/bpd"] == 3.49
+        assert summary["status"] == "-"
+        assert not any(key.startswith("gap/") for key in summary)  # photographs beside CIFAR-10's number
+
+
+def test_config_group_name_and_tags(resumed):
+    commit, _ = git_state()
+    for part in resumed.parts:
+        assert part.config["flow"] == {"n_scales": 2, "hidden_channels": 4, "n_blocks": 1, "alpha": 0.05}
+        assert part.config["experiment"] == "realnvp_cifar10"
+        assert part.config["optim"]["lr"] == 1e-3
+        assert (part.run.run_group, part.run.display_name, part.run.project) == (
+            "realnvp_cifar10", "a run", "paperflows",
+        )  # fmt: skip
+        assert list(part.run.tags) == [*([f"commit-{commit[:7]}"] if commit else []), "demo"]
+
+
+def test_table_holds_the_printed_rows(resumed):
+    part, result = resumed.parts[1], resumed.results[1]
+    (path,) = (part.folder / "files" / "media" / "table").glob("comparison_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["experiment", "metric", "paper", "ours", "gap", "status"]
+    metrics = result["metrics"]
+    assert table["data"] == [
+        ["realnvp_cifar10", "test/bpd", 3.49, metrics["test/bpd"], None, "-"],
+        ["realnvp_cifar10", "test/bpd_reestimated", None, metrics["test/bpd_reestimated"], None, "-"],
+    ]
+
+
+def test_pictures_are_those_of_the_run_folder(resumed):
+    shown = {}
+    for part in resumed.parts:
+        for row in part.rows:
+            for key in [key for key in row if key.endswith(".filenames")]:
+                name, (path,) = key.removesuffix(".filenames").split("/")[1], row[key]
+                shown[f"{name}-{row['trainer/global_step']:07d}.png"] = pixels(part.folder / "files" / path)
+    written = {path.name: pixels(path) for path in (resumed.folder / "samples").iterdir()}
+    assert set(shown) == set(written)
+    assert {"samples-0000003.png", "reconstruction-0000007.png"} <= set(shown)
+    for name, picture in shown.items():
+        assert picture.dtype == np.uint8
+        assert np.array_equal(picture, written[name])
+    assert shown["reconstruction-0000007.png"].std() > 20
+    assert shown["reconstruction-0000007.png"].max() > 200
+
+
+def test_a_resumed_run_is_the_same_at_wandb(resumed):
+    kept = (resumed.folder / "wandb-run-id.txt").read_text().strip()
+    assert len(kept) == 16
+    assert [part.run.run_id for part in resumed.parts] == [kept, kept]
+    assert [part.records["exit"][0].exit_code for part in resumed.parts] == [0, 0]
+
+
+def test_another_folder_is_another_run(tmp_path, alone):
+    for name in ("a", "b"):
+        make_logger(config_for(tmp_path / name))
+    first, second = ((tmp_path / name / "wandb-run-id.txt").read_text() for name in ("a", "b"))
+    assert first != second
+
+
+def test_the_upload_is_named_once_and_takes_every_part(resumed):
+    for output, errors in resumed.outputs:
+        (line,) = [line for line in output.splitlines() if "wandb sync" in line]
+        assert str(resumed.folder) in line
+        assert "anonymous" not in output + errors
+    program, _, pattern = shlex.split(line[line.index("wandb sync") :])
+    assert program == "wandb"
+    paths = sorted(glob.glob(pattern))
+    assert paths == [str(part.folder) for part in resumed.parts]
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=resumed.folder, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = done.stdout + done.stderr
+    assert all(part.folder.name in listed for part in resumed.parts), listed
+
+
+# ------------------------------------------------------------------------------------------------ without training
+
+
+def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys):
+    assert make_logger(config_for(tmp_path / "run")).experiment.offline
+    mark_preempting()
+    close(75)
+    (part,) = parts_of(tmp_path / "run")
+    assert len(part.records["preempting"]) == 1
+    assert part.records["exit"][0].exit_code == 75
+    assert capsys.readouterr().out.count("wandb sync") == 1
+    assert wandb.run is None
+
+
+def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
+    """early_terminate, or the button on the run's page: the sweep is not to start that run again."""
+    received, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        run = make_logger(config_for(tmp_path / "run")).experiment
+        thread = threading.Thread(target=run.settings.stop_fn)  # wandb calls it in a thread of its own
+        thread.start()
+        thread.join()
+        mark_preempting()
+        close(75)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]  # the run saves and leaves as it does for Slurm
+    (part,) = parts_of(tmp_path / "run")
+    assert "preempting" not in part.records
+    assert part.records["exit"][0].exit_code == 75
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wanted):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    marked = []
+    run = SimpleNamespace(offline=False, mark_preempting=lambda: marked.append("preempting"))
+    monkeypatch.setattr(loggers, "_active_run", lambda: run)
+    monkeypatch.setattr(loggers, "STOP_WITHIN", 5.0 if wanted else 0.05)
+    loggers._stop_wanted.clear()
+    timer = threading.Timer(0.1, loggers._stop_wanted.set)
+    if wanted:
+        timer.start()
+    mark_preempting()
+    loggers._stop_wanted.clear()
+    assert marked == ([] if wanted else ["preempting"])
+
+
+def test_without_a_run_nothing_happens(monkeypatch, capsys, tmp_path):
+    assert wandb.run is None
+    mark_preempting()
+    close(75)
+    monkeypatch.delitem(sys.modules, "wandb")
+    mark_preempting()
+    close(0)
+    report(None, RESULT)
+    report(make_logger(config_for(tmp_path, "logger.name=csv")), RESULT)
+    assert make_logger(config_for(tmp_path, "logger.name=none")) is False
+    assert "wandb" not in sys.modules
+    assert capsys.readouterr().out == ""
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_report_sets_the_tested_gap_over_the_last_validations(tmp_path, alone):
+    logger = make_logger(config_for(tmp_path / "run"))
+    logger.log_metrics({"gap/bpd": 9.0, "val/bpd": 12.49, "paper/bpd": 3.49}, step=8)
+    report(logger, RESULT)
+    close(0)
+    (part,) = parts_of(tmp_path / "run")
+    summary = part.summary
+    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (3.49, 0.11, "shortened")
+    assert (summary["best/val/bpd"], summary["val/bpd"]) == (3.5, 12.49)
+    assert summary["test/bpd_reestimated"] is None  # not a number
+    assert list(part.run.tags)[-1] == "shortened"
+    assert part.rows[-1]["trainer/images"] == 8 * BATCH
+    (path,) = (part.folder / "files" / "media" / "table").iterdir()
+    assert json.loads(path.read_text())["data"][0] == ["realnvp_cifar10", "test/bpd", 3.49, 3.6, 0.11, "shortened"]
+
+
+def test_the_last_weights_are_not_called_best(tmp_path, alone):
+    logger = make_logger(config_for(tmp_path / "run"))
+    report(logger, RESULT | {"tested": {"chosen": "step"}, "paper": None, "gap": None, "status": "-"})
+    close(0)
+    (part,) = parts_of(tmp_path / "run")
+    assert not {key for key in part.summary if key.startswith(("best/", "paper/", "gap/"))}
+    assert part.summary["test/bpd"] == 3.6
+
+
+def test_in_a_sweep_the_run_is_the_agents(tmp_path, alone):
+    """The id is WANDB_RUN_ID, whatever the folder held, and the run belongs to the sweep."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wandb-run-id.txt").write_text("another\n")
+    alone.setenv("WANDB_SWEEP_ID", "abcd1234")
+    alone.setenv("WANDB_RUN_ID", "efgh5678")
+    make_logger(config_for(folder)).experiment  # noqa: B018
+    close(0)
+    (part,) = parts_of(folder)
+    assert (part.run.run_id, part.run.sweep_id) == ("efgh5678", "abcd1234")
+    assert (folder / "wandb-run-id.txt").read_text() == "efgh5678\n"
+    with pytest.raises(ConfigError, match=r"add logger\.name=wandb to its command"):
+        make_logger(config_for(folder, "logger.name=csv"))
+    alone.delenv("WANDB_SWEEP_ID")
+    make_logger(config_for(folder))
+    assert (folder / "wandb-run-id.txt").read_text() == "efgh5678\n"
