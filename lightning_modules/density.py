@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flows.base import FlowModel
 from flows.likelihood import bits_per_dim
 from lightning_modules.batch_norm import has_batch_norm, reestimated
-from lightning_modules.metrics import full_float32, image_mean
+from lightning_modules.metrics import FiniteMean, full_float32, image_mean
 from lightning_modules.noise import batch_noise, image_noise
 from lightning_modules.optimization import OptimizedModule
 
@@ -52,7 +52,7 @@ class DensityModule(OptimizedModule):
         self.flow, self.dequantizer, self.n_bits, self.seed = flow, dequantizer, n_bits, seed
         self.l2, self.noise_seed, self.bn_images = l2, noise_seed, bn_images
         self.metric = "nll" if n_bits is None else "bpd"
-        self.train_mean = image_mean()
+        self.train_mean = FiniteMean()  # a step that is skipped does not count
         self.eval_means = nn.ModuleDict({"as_is": image_mean(), "_reestimated": image_mean()})
         self._evaluated: dict[str, nn.Module] = {}  # suffix of the metric -> flow
 
@@ -66,8 +66,7 @@ class DensityModule(OptimizedModule):
         x = self._training_input(batch[0], self.current_epoch, batch_idx, self.trainer.accumulate_grad_batches)
         log_prob = self.flow.log_prob(x)
         per_datum = self.loss_per_datum(log_prob.detach())
-        finite = per_datum.isfinite()  # a step that is skipped does not count
-        self.train_mean.update(per_datum.where(finite, 0), finite.to(per_datum.dtype))
+        self.train_mean.update(per_datum)
         self.log(f"train/{self.metric}", per_datum.mean(), prog_bar=True)  # of this rank; the curve's is of all
         loss = -log_prob.mean()
         return self.finite_or_nan(loss + self.l2 * self.flow.l2_penalty() if self.l2 else loss)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -57,7 +59,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        handlers = {number: signal.getsignal(number) for number in MEANING}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
         try:
             result = main(argv)
             close(0)
@@ -214,6 +217,8 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
+    if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
     _accumulate(config, trainer, module)
     return trainer
 
@@ -264,7 +269,8 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
         path, checkpoint = found
         check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
         there = checkpoint["paperflows"]
-        rank_zero_info(f"going on from {path}, saved by job {there['job']} at commit {there['commit']}")
+        origin = f"commit {there['commit']}" + (f", job {there['job']}" if there["job"] else "")
+        rank_zero_info(f"going on from {path} ({origin})")
     elif config.preset is None and not torch.cuda.is_available():
         _say_how_long(config, module)
     n_parameters = sum(p.numel() for p in module.flow.parameters())

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -159,16 +160,22 @@ class Spy(L.Callback):
 
     plain: a flow without batch norm. kill: (steps done, batch of the epoch) before which the process is killed.
     poison: {(steps done, rank)} whose likelihood is infinite, with a finite gradient. slow: seconds added to a batch.
+    full: steps done, after which no file can grow beyond 10,000 bytes. stop: steps done, after which it is asked to.
     """
 
-    def __init__(self, path: str, rank: int, plain=False, kill=None, poison=frozenset(), slow=0.0) -> None:
+    def __init__(self, path, rank, plain=False, kill=None, poison=frozenset(), slow=0.0, full=None, stop=None) -> None:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.rank, self.plain, self.kill, self.poison, self.slow = rank, plain, kill, poison, slow
+        self.rank, self.plain, self.kill, self.poison, self.slow, self.full = rank, plain, kill, poison, slow, full
+        self.stop = stop
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         time.sleep(self.slow * (1 + self.rank))
         if (trainer.global_step, batch_idx) == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.stop is not None and trainer.global_step + 1 == self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.global_step == self.full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         if (trainer.global_step, self.rank) in self.poison:
             log_prob = pl_module.flow.log_prob
             pl_module.flow.log_prob = lambda x: log_prob(x) + float("inf")

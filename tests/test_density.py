@@ -57,8 +57,8 @@ def density(flow=None, data=RandomImages, cls=DensityModule, **arguments):
 def make_trainer(*callbacks, **arguments):
     defaults = {"max_steps": 3, "num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet["accelerator"] = "cpu"
     return L.Trainer(
-        accelerator="cpu",
         use_distributed_sampler=False,
         callbacks=list(callbacks),
         **(defaults | quiet | arguments),

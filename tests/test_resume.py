@@ -1,8 +1,10 @@
 """Killed at any moment, a run goes on bit for bit; asked to stop, it stops at one step on all ranks."""
 
 import csv
+import random
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -65,6 +67,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
         assert float(row["train/bpd"]) == pytest.approx(float(other["train/bpd"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("stops", [(4, 8, 12), (5, 6), (3, 12)], ids=str)
+def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path, stops):
+    """At the ends of epochs of four steps, which Lightning alone miscounts after the second; or where one validates."""
+    whole = Run(tmp_path / "whole", *EVERYTHING)
+    for stop in stops:
+        run = Run(tmp_path / "run", *EVERYTHING, "resume=auto", stop=stop)
+        assert run.wait() == [75], run.output()
+        assert run.final()["global_step"] == stop
+    assert_same_end(Run(tmp_path / "run", *EVERYTHING, "resume=auto"), whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
     """Rank 1 is slower and the signal comes to either: Lightning's own handlers deadlock here."""
@@ -95,3 +108,27 @@ def test_a_stopped_run_is_nobody_elses(tmp_path):
     first.kill()
     third = Run(tmp_path / "run", "trainer.max_steps=4", "resume=auto")
     assert third.wait() == [0], third.output()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_soak_twenty_random_kills(tmp_path, ranks):
+    """While it starts, trains, saves or validates: at the end the weights are those of a run that was never killed."""
+    arguments = [*EVERYTHING, "trainer.max_steps=800", "checkpoint.every_n_steps=3", "trainer.val_check_interval=20"]
+    arguments += [WORKERS, "checkpoint.select=last", "samples.n=1", "samples.every_n_steps=10000"]
+    whole = Run(tmp_path / "whole", *arguments, ranks=ranks)
+    assert whole.wait(600) == [0] * ranks, whole.output()
+    chance, moments = random.Random(ranks), []
+    for _ in range(20):
+        run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks)
+        time.sleep(chance.uniform(0.5, 8))
+        run.kill()
+        assert all(p.exitcode == -signal.SIGKILL for p in run.processes), run.output()
+        trace = tmp_path / "run.trace0"
+        moments.append(max(run.losses())[0] if trace.exists() and trace.stat().st_size else 0)
+    assert moments == sorted(moments)
+    assert moments[-1] > moments[0]
+    run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks)
+    assert_same_end(run, whole, ranks)
+    print(f"killed after steps {moments}")

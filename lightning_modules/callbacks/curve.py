@@ -46,13 +46,13 @@ class Curve(L.Callback):
         """What has been summed for the next row, over all ranks."""
         mean = pl_module.train_mean
         with mean.sync_context():
-            checkpoint["train_mean"] = {"value": mean.mean_value.clone(), "weight": mean.weight.clone()}
+            checkpoint["train_mean"] = {"total": mean.total.clone(), "n": mean.n.clone()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         saved, mean = checkpoint["train_mean"], pl_module.train_mean
-        if trainer.is_global_zero and saved["weight"] > 0:
-            mean.update(0.0, 0.0)  # so that it knows of having been updated
-            mean.mean_value, mean.weight = saved["value"].to(mean.device), saved["weight"].to(mean.device)
+        if trainer.is_global_zero and saved["n"] > 0:
+            mean.update(mean.total.new_empty(0))  # so that it knows of having been updated
+            mean.total, mean.n = saved["total"].to(mean.device), saved["n"].to(mean.device)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":

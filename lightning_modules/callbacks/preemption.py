@@ -30,8 +30,8 @@ class Preemption(Checkpoint):
     Lightning 2.6.6 instead calls collectives inside its handlers, which deadlocks when one rank is in the middle of a
     backward pass (issue 20806), and broadcasts a flag from the GPU in every batch, which waits for it. Neither is used.
 
-    SIGUSR1 asks for the job to be queued again. SIGTERM does not: Slurm sends it to jobs that were cancelled, and
-    queues those again by itself that it preempts.
+    SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that were cancelled;
+    those that were preempted reproduce/slurm.sh queues again.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:

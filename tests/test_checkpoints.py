@@ -1,0 +1,238 @@
+"""Checkpoints: whole or not there at all, the newest that loads, and never what is not finite."""
+
+import os
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Run, start
+from test_density import density, tiny_flow
+
+from lightning_modules.callbacks.checkpoints import finite
+from lightning_modules.checkpoint_io import SafeCheckpointIO
+from reproduce.run_folder import newest_checkpoint, read_checkpoint, step_checkpoints
+
+BIG = {"state_dict": {"w": torch.arange(100_000.0)}}
+OLD = {"state_dict": {"w": torch.ones(3)}}
+
+
+def save(content, path):
+    SafeCheckpointIO().save_checkpoint(content, path)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def alone(function, *arguments, log):
+    """The exit code of `function` in a process of its own."""
+    [process] = start(1, lambda rank, *rest: function(*rest), *arguments, log=log)
+    process.join(60)
+    return process.exitcode
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "a.ckpt"
+    save(OLD, path)
+    save(BIG, str(path))
+    assert torch.equal(load(path)["state_dict"]["w"], BIG["state_dict"]["w"])
+    assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
+
+
+def _killed_while_writing(path):
+    half = torch.save
+
+    def half_then_die(content, file):
+        half(content, file)
+        file.truncate(50_000)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half_then_die
+    save(BIG, path)
+
+
+def test_a_kill_while_writing_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.ckpt"
+    save(OLD, path)
+    assert alone(_killed_while_writing, path, log=tmp_path / "log") == -signal.SIGKILL
+    assert torch.equal(load(path)["state_dict"]["w"], torch.ones(3))
+    assert (tmp_path / "a.ckpt.part").stat().st_size == 50_000
+    save(BIG, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "log"]
+
+
+def _without_space(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    with pytest.raises(OSError, match=r"a\.ckpt could not be written: File too large$"):
+        save(BIG, path)
+
+
+def _as_nobody(path):
+    os.setuid(65534)
+    with pytest.raises(OSError, match=r"a\.ckpt could not be written: Permission denied$"):
+        save(BIG, path)
+
+
+@pytest.mark.parametrize("harm", [_without_space, _as_nobody])
+def test_what_cannot_be_written_is_one_line_and_the_old_one_stays(harm):
+    if harm is _as_nobody and os.getuid():
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp())  # not under tmp_path, into which nobody may look
+    try:
+        path = folder / "a.ckpt"
+        save(OLD, path)
+        folder.chmod(0o555)
+        path.chmod(0o444)
+        log = folder / "log"
+        log.touch()
+        assert alone(harm, path, log=log) == 0, log.read_text()
+        assert torch.equal(load(path)["state_dict"]["w"], torch.ones(3))
+        assert sorted(p.name for p in folder.iterdir()) == ["a.ckpt", "log"]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_the_disk_fills_up_on_rank_0_and_both_ranks_stop_with_one_line(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=50", ranks=2, full=3)
+    assert run.wait() == [1, 0], run.output()
+    line = run.output().strip().splitlines()[-1]
+    assert line.startswith("error: stopped at step 4: ")
+    assert "step-00000004.ckpt could not be written: File too large. The older checkpoints are intact" in line
+    assert "Traceback" not in run.output()
+    path, checkpoint = newest_checkpoint(tmp_path / "run")
+    assert (path.name, checkpoint["global_step"]) == ("step-00000002.ckpt", 2)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    run = Run(folder, "trainer.max_steps=6", "trainer.val_check_interval=3")
+    assert run.wait() == [0], run.output()
+    return folder
+
+
+@pytest.fixture
+def unfinished(six_steps, tmp_path):
+    """As if killed after step 6, before its test."""
+    shutil.copytree(six_steps, tmp_path / "run")
+    shutil.copy(f"{six_steps}.trace0", tmp_path / "run.trace0")
+    (tmp_path / "run" / "result.json").unlink()
+    return tmp_path / "run"
+
+
+def test_the_newest_two_and_the_best_are_kept(six_steps):
+    names = sorted(p.name for p in (six_steps / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
+    best, newest = (read_checkpoint(six_steps / "checkpoints" / name) for name in (names[0], names[2]))
+    assert best["global_step"] in (3, 6)
+    assert newest["callbacks"]["Checkpoints"]["best"] == best["callbacks"]["Checkpoints"]["best"]
+    assert newest["paperflows"]["n_micro_batches"] == 1
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty])
+def test_the_newest_that_loads_is_taken_and_said(unfinished, harm, caplog):
+    harm(unfinished / "checkpoints" / "step-00000006.ckpt")
+    path, checkpoint = newest_checkpoint(unfinished)
+    assert (path.name, checkpoint["global_step"]) == ("step-00000004.ckpt", 4)
+    assert "step-00000006.ckpt in" in caplog.text
+    assert "is damaged: taking step-00000004.ckpt before it" in caplog.text
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_one(unfinished, six_steps):
+    truncate(unfinished / "checkpoints" / "step-00000006.ckpt")
+    resumed = Run(unfinished, "trainer.max_steps=6", "trainer.val_check_interval=3", "resume=auto")
+    assert resumed.wait() == [0], resumed.output()
+    assert len(resumed.losses()) == 6  # steps 5 and 6 again, and the same bits (`losses` compares)
+    whole = load(six_steps / "checkpoints" / "step-00000006.ckpt")["state_dict"]
+    assert all(torch.equal(whole[k], v) for k, v in resumed.final()["state_dict"].items())
+
+
+def test_where_none_loads_nothing_is_begun_anew(unfinished):
+    for path in step_checkpoints(unfinished):
+        truncate(path)
+    before = (unfinished / "curve.csv").read_bytes()
+    run = Run(unfinished, "trainer.max_steps=6", "resume=auto")
+    assert run.wait() == [1]
+    assert "(step-00000006.ckpt, step-00000004.ckpt damaged): give another run_dir" in run.output()
+    assert (unfinished / "curve.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["data.size=16"], "was trained with data.size=8: say the same"),
+        (["optim.lr=0.5"], "was trained with optim.lr=0.001: say the same"),
+    ],
+)
+def test_another_recipe_is_refused_by_name(unfinished, change, said):
+    run = Run(unfinished, "trainer.max_steps=8", "resume=auto", *change)
+    assert run.wait() == [1]
+    assert said in run.output()
+
+
+def test_weights_of_another_shape_are_refused_by_name(unfinished):
+    """The same recipe, but the code has changed."""
+    run = Run(unfinished, "trainer.max_steps=8", "resume=auto", plain=True)
+    assert run.wait() == [1]
+    assert "does not fit this flow: flow." in run.output()
+    assert "Traceback" not in run.output()
+
+
+def test_another_number_of_micro_batches_is_refused(tmp_path):
+    first = Run(tmp_path / "run", "trainer.max_steps=2", "data.micro_batch=8", plain=True)
+    assert first.wait() == [0], first.output()
+    (tmp_path / "run" / "result.json").unlink()
+    second = Run(tmp_path / "run", "trainer.max_steps=4", "data.micro_batch=4", "resume=auto", plain=True)
+    assert second.wait() == [1]
+    assert "trained with 2 micro-batches a step and process, now there are 4" in second.output()
+
+
+def test_a_strangers_hpc_checkpoint_is_refused(tmp_path):
+    """Lightning takes the newest hpc_ckpt in the folder of any job, silently."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "hpc_ckpt_3.ckpt").write_bytes(b"")
+    run = Run(tmp_path / "run", "trainer.max_steps=2")
+    assert run.wait() == [1]
+    assert "holds hpc_ckpt_*.ckpt of another program" in run.output()
+
+
+# ---------------------------------------------------------------------------------------------- finite
+
+
+def test_finite_looks_at_weights_statistics_and_the_newest_step():
+    module = density(tiny_flow())
+    assert finite(module)
+    for harm in (
+        lambda m: m.flow.scales[0].layers[0].log_scale_factor.data.fill_(torch.nan),
+        lambda m: m.flow.scales[0].layers[0].norm.running_var.fill_(torch.inf),
+        lambda m: m.skipped_last.fill_(True),
+    ):
+        module = density(tiny_flow())
+        harm(module)
+        assert not finite(module)

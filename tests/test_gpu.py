@@ -1,0 +1,82 @@
+"""What only a GPU can show. Real processes, since CUDA does not survive a fork."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from test_density import RandomImages, density, make_trainer, tiny_flow
+from test_scripts import TINY
+
+from lightning_modules.callbacks.checkpoints import finite
+from reproduce.run_folder import newest_checkpoint, step_checkpoints
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+SCRIPT = Path(__file__).parent.parent / "reproduce" / "realnvp_cifar10.py"
+GPU = [*TINY, "trainer.accelerator=gpu", "trainer.devices=1", "samples.every_n_steps=10000", "eval.bn_images=0"]
+
+
+def started(folder, *arguments):
+    return subprocess.Popen([sys.executable, SCRIPT, *GPU, f"run_dir={folder}", *arguments])
+
+
+def weights(folder):
+    return newest_checkpoint(folder)[1]["state_dict"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision):
+    arguments = ["trainer.deterministic=true", f"trainer.precision={precision}", "trainer.max_steps=300"]
+    arguments += ["ema.decay=0.9", "data.num_workers=2", "checkpoint.select=last"]
+    whole = started(tmp_path / "whole", *arguments)
+    killed = started(tmp_path / "run", *arguments)
+    while len(step_checkpoints(tmp_path / "run")) < 2:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert newest_checkpoint(tmp_path / "run")[1]["global_step"] < 300
+    assert [whole.wait(300), started(tmp_path / "run", *arguments, "resume=auto").wait(300)] == [0, 0]
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_one_rank_of_nccl_trains_as_none(tmp_path):
+    steps = ["trainer.max_steps=4", "trainer.deterministic=true"]
+    runs = [started(tmp_path / name, *steps, f"trainer.strategy={name}") for name in ("auto", "ddp")]
+    assert [run.wait(300) for run in runs] == [0, 0]
+    a, b = (weights(tmp_path / name) for name in ("auto", "ddp"))
+    assert all(torch.allclose(a[key].double(), b[key].double(), rtol=1e-5, atol=1e-6) for key in a)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_every_precision_trains_and_clips(precision):
+    module, data = density(tiny_flow(), lr=1e-3, clip_norm=0.5), RandomImages()
+    trainer = make_trainer(max_steps=40, precision=precision, accelerator="gpu", devices=1)
+    trainer.fit(module, datamodule=data)
+    assert finite(module)
+    assert module.skipped.item() <= 2
+    assert trainer.callback_metrics["train/bpd"].item() < 8.1
+
+
+def test_no_step_waits_for_the_device():
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if trainer.global_step >= 2 else "default")
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        trainer = make_trainer(Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000)
+        trainer.fit(density(tiny_flow(), clip_norm=10.0), datamodule=RandomImages())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.global_step == 4

@@ -1,0 +1,132 @@
+"""Steps whose loss or gradient is not finite: left out, counted, agreed on, bounded."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from processes import Plain, Run
+from test_density import SHAPE, RandomImages, Recorder, density, make_trainer, tiny_flow
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("does not have many workers", "LeafSpec.* is deprecated")
+]
+
+
+class Harm(Recorder):
+    """Makes the likelihood of one step infinite or NaN, or its gradient NaN; notes the state around every step."""
+
+    def __init__(self, how, at=(2,)):
+        super().__init__()
+        self.how, self.at, self.states = how, at, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        flow = pl_module.flow
+        self.states.append(self.state(trainer, pl_module))
+        vars(flow).pop("log_prob", None)
+        original = flow.log_prob
+        if trainer.global_step in self.at:
+            flow.log_prob = lambda x: self.how(original(x))
+
+    def on_train_end(self, trainer, pl_module):
+        self.states.append(self.state(trainer, pl_module))
+
+    def state(self, trainer, pl_module):
+        state = copy.deepcopy({"weights": pl_module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()})
+        return [t for t in tensors(state) if t.is_floating_point()]
+
+
+def tensors(nested):
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        return [t for v in nested.values() for t in tensors(v)]
+    return [t for v in nested for t in tensors(v)] if isinstance(nested, list) else []
+
+
+def unchanged(before, after):
+    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+HARMS = {
+    "loss-inf": lambda log_prob: log_prob + torch.inf,  # its gradient would be finite
+    "loss-nan": lambda log_prob: log_prob * torch.nan,
+    "gradient-nan": lambda log_prob: log_prob + ((0 * log_prob).sqrt() - (0 * log_prob).sqrt().detach()),
+}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_step_that_is_not_finite_changes_nothing(harm, name):
+    spy, module = Harm(HARMS[harm]), density(tiny_flow(), name=name, weight_decay=0.1, clip_norm=10.0)
+    make_trainer(spy, max_steps=5).fit(module, datamodule=RandomImages())
+    changed = [not unchanged(a, b) for a, b in itertools.pairwise(spy.states)]
+    assert changed == [True, True, False, True, True]
+    assert module.skipped.item() == 1
+    assert all(t.isfinite().all() for t in spy.states[-1])
+    assert module.train_mean.compute().isfinite()
+    assert module.train_mean.n.item() == (5 - (harm != "gradient-nan")) * 16
+
+
+def test_one_bad_micro_batch_skips_the_whole_step():
+    class Second(Harm):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if batch_idx % 2 == 0:
+                vars(pl_module.flow).pop("log_prob", None)
+
+    spy, module = Second(HARMS["loss-inf"]), density(Plain(SHAPE))
+    trainer = make_trainer(spy, max_steps=4)
+    trainer.accumulate_grad_batches = 2
+    trainer.fit(module, datamodule=RandomImages(micro_batch=8))
+    steps = spy.states[::2]
+    assert [not unchanged(a, b) for a, b in itertools.pairwise(steps)] == [True, True, False, True]
+    assert module.skipped.item() == 1
+
+
+def test_without_harm_nothing_is_skipped_and_the_losses_are_those_of_a_plain_loop():
+    """The guard is neutral: the same weights, to the bit, as torch's own loop gives."""
+    module, data = density(tiny_flow(), lr=1e-3), RandomImages()
+    make_trainer(max_steps=4).fit(module, datamodule=data)
+    flow, other = tiny_flow().train(), density(tiny_flow())
+    other.trainer = make_trainer(max_steps=4)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
+    for number, (q, _) in enumerate(list(RandomImages().train_dataloader())):
+        loss = -flow.log_prob(other._training_input(q, 0, number, 1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(torch.equal(v, module.flow.state_dict()[k]) for k, v in flow.state_dict().items())
+    assert module.skipped.item() == 0
+
+
+def test_ranks_agree_on_a_step_that_only_one_could_not_take(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=6", ranks=2, poison={(3, 1)})
+    assert run.wait() == [0, 0], run.output()
+    final = run.final()["state_dict"]
+    assert final["skipped"].item() == 1
+    assert all(v.isfinite().all() for v in final.values())
+    losses = [run.losses(rank) for rank in range(2)]
+    assert [float.fromhex(losses[rank][3, 3]) for rank in range(2)][1] == -float("inf")
+    assert len(losses[0]) == len(losses[1]) == 6
+
+
+def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    arguments = ["trainer.max_steps=100", "optim.max_skipped=5", "trainer.log_every_n_steps=2"]
+    run = Run(tmp_path / "run", *arguments, ranks=2, poison={(step, 0) for step in range(5, 100)})
+    assert run.wait() == [1, 0], run.output()
+    line = run.output().strip().splitlines()[-1]
+    assert line.startswith("error: stopped at step 12: the loss or its gradient was not finite in 7 steps")
+    assert "optim.max_skipped=5" in line
+    assert "Traceback" not in run.output()
+    final = run.final()
+    assert final["global_step"] == 4
+    assert all(v.isfinite().all() for v in final["state_dict"].values())
+    assert "step 6 is not finite: step-00000006.ckpt is not written" in run.output()
+
+
+def test_a_run_that_was_never_finite_says_so(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=3", poison={(step, 0) for step in range(3)})
+    assert run.wait() == [1]
+    assert "holds no checkpoint: no step of the run was finite" in run.output()
