@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(VENV)/python reproduce/realnvp_cifar10.py preset=demo
 
 test: .venv/installed
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(VENV)/ruff check .

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import logging
 import os
@@ -218,7 +219,9 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
     if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
-        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+        known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
+        trainer.strategy._ddp_kwargs[name] = False
     _accumulate(config, trainer, module)
     return trainer
 

@@ -26,6 +26,7 @@ from reproduce import experiment, realnvp_cifar10
 TINY = [
     "preset=demo",
     "logger.name=none",
+    "flow.n_scales=1",
     "flow.hidden_channels=4",
     "flow.n_blocks=1",
     "data.size=8",

@@ -648,18 +648,23 @@ def test_evaluation_noise_is_uniform():
     assert noise.var().item() == pytest.approx(1 / 12, abs=1e-3)
 
 
-def training_inputs(world_size, rank, data, epoch=0, batch_idx=0, seed=0, **whole):
+def training_inputs(world_size, rank, data, epoch=0, batch_idx=0, seed=0, n_micro=1):
     module = DensityModule(RealNVP2d(hidden_channels=4), UniformDequantizer(8), 8, seed)
     module.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
-    return module._training_input(data, epoch, batch_idx, **whole)
+    return module._training_input(data, epoch, batch_idx, n_micro)
 
 
-def test_training_noise_is_the_same_for_one_and_two_ranks():
+def test_training_noise_is_the_same_for_ranks_and_micro_batches():
     data = torch.from_numpy(random_images(64))
     alone = training_inputs(1, 0, data, epoch=3, batch_idx=7)
     halves = [training_inputs(2, rank, data[32 * rank : 32 * rank + 32], 3, 7) for rank in range(2)]
     assert torch.equal(torch.cat(halves), alone)
-    assert torch.equal(training_inputs(2, 1, data, epoch=3, batch_idx=7, whole=True), alone)
+    quarters = [  # two ranks that accumulate two micro-batches each: batches 14 and 15 are of step 7
+        training_inputs(2, rank, data[32 * rank + 16 * part :][:16], 3, 14 + part, n_micro=2)
+        for rank in range(2)
+        for part in range(2)
+    ]
+    assert torch.equal(torch.cat(quarters), alone)
     assert torch.equal((alone * 256).floor(), data.float())
     zeros = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
     assert not torch.equal(training_inputs(2, 0, zeros), training_inputs(2, 1, zeros))

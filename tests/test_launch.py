@@ -110,28 +110,28 @@ def command(*words, cwd, **environment):
     )  # fmt: skip
 
 
-def test_lightning_and_torchrun_start_two_ranks_in_one_folder(tmp_path):
-    """README's commands. Both give the curve of one process, but for rounding."""
-    script, steps = str(ROOT / "reproduce" / "realnvp_cifar10.py"), ["trainer.max_steps=3", "trainer.devices=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    commands = {
-        "lightning": [sys.executable, script, *TINY, *steps, "trainer.strategy=ddp"],
-        "torchrun": [*torchrun, script, *TINY, *steps],
-    }
-    losses = {}
-    for name, words in commands.items():
-        (tmp_path / name).mkdir()
-        done = command(*words, cwd=tmp_path / name)
-        assert done.returncode == 0, done.stdout
-        [folder] = (tmp_path / name / "outputs" / "realnvp_cifar10").iterdir()
-        losses[name] = [float(row["train/bpd"]) for row in curve(folder)[1:]]
-        assert [p.name for p in step_checkpoints(folder)] == ["step-00000003.ckpt", "step-00000002.ckpt"]
-        assert done.stdout.count("realnvp_cifar10  test/bpd  ") == 1
-    alone = realnvp_cifar10.main([*TINY, "trainer.max_steps=3", f"run_dir={tmp_path / 'alone'}"])
-    assert alone["images"] == 48
-    expected = [float(row["train/bpd"]) for row in curve(tmp_path / "alone")[1:]]
-    assert losses["lightning"] == pytest.approx(expected, rel=1e-5)
-    assert losses["torchrun"] == losses["lightning"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        pytest.param([sys.executable], ["trainer.strategy=ddp"], id="lightning"),
+        pytest.param(TORCHRUN, [], id="torchrun", marks=pytest.mark.slow),  # its environment is in processes.py
+    ],
+)
+def test_two_ranks_in_one_folder_train_as_one_process_does(tmp_path, words, more):
+    """README's commands."""
+    steps = [*TINY, "flow.n_scales=1", "trainer.max_steps=3"]
+    script = str(ROOT / "reproduce" / "realnvp_cifar10.py")
+    done = command(*words, script, *steps, "trainer.devices=2", *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("realnvp_cifar10  test/bpd  ") == 1
+    [folder] = (tmp_path / "outputs" / "realnvp_cifar10").iterdir()
+    assert [p.name for p in step_checkpoints(folder)] == ["step-00000003.ckpt", "step-00000002.ckpt"]
+    realnvp_cifar10.main([*steps, f"run_dir={tmp_path / 'alone'}"])
+    losses = [[float(row["train/bpd"]) for row in curve(f)[1:]] for f in (folder, tmp_path / "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_without_a_store_of_torchruns_the_ranks_still_share_an_id(tmp_path):

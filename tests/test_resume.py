@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import Run
 
-EVERYTHING = ["ema.decay=0.9", "optim.schedule=cosine", "optim.warmup_steps=3", "trainer.max_steps=14"]
+EVERYTHING = ["ema.decay=0.9", "optim.schedule=cosine", "optim.warmup_steps=3", "trainer.max_steps=10"]
 WORKERS = "data.num_workers=2"
 
 
@@ -42,13 +42,12 @@ def assert_same_end(run, whole, ranks=1):
 @pytest.mark.parametrize(
     ("arguments", "options", "kill"),
     [
-        ([], {}, (5, 1)),
-        ([WORKERS], {}, (9, 1)),
-        (["data.micro_batch=4"], {"plain": True}, (7, 14)),  # the third of the four micro-batches of a step
+        ([WORKERS], {}, (7, 3)),
+        (["data.micro_batch=4"], {"plain": True}, (5, 6)),  # the third of the four micro-batches of a step
         (["data.micro_batch=2"], {"plain": True, "ranks": 2}, (6, 9)),
         ([WORKERS], {"ranks": 2}, (3, 3)),
     ],
-    ids=["alone", "workers", "accumulating", "ranks-accumulating", "ranks-workers"],
+    ids=["workers", "accumulating", "ranks-accumulating", "ranks-workers"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
     arguments = [*EVERYTHING, *arguments]
@@ -60,18 +59,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
     assert_same_end(resumed, whole, options.get("ranks", 1))
     assert "going on from" in resumed.output()
     a, b = curve(resumed.folder), curve(whole.folder)
-    assert [row["step"] for row in a] == ["0", "6", "12", "14"]
+    assert [row["step"] for row in a] == ["0", "6", "10"]
     for key in ("step", "images", "lr", "val/bpd"):
         assert [row[key] for row in a] == [row[key] for row in b]
     for row, other in zip(a[1:], b[1:], strict=True):  # over ranks the sum is taken in another order
         assert float(row["train/bpd"]) == pytest.approx(float(other["train/bpd"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("stops", [(4, 8, 12), (5, 6), (3, 12)], ids=str)
-def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path, stops):
-    """At the ends of epochs of four steps, which Lightning alone miscounts after the second; or where one validates."""
+def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
+    """At the ends of epochs of four steps, which Lightning alone miscounts after the second."""
     whole = Run(tmp_path / "whole", *EVERYTHING)
-    for stop in stops:
+    for stop in (4, 8, 9):
         run = Run(tmp_path / "run", *EVERYTHING, "resume=auto", stop=stop)
         assert run.wait() == [75], run.output()
         assert run.final()["global_step"] == stop
