@@ -1,5 +1,6 @@
 """What every datamodule shares: data are pure functions of (seed, epoch, index)."""
 
+import signal
 from collections.abc import Iterator
 
 import lightning.pytorch as L
@@ -30,6 +31,12 @@ class ImageArray(Dataset):
         if self._flips[0] != epoch:
             self._flips = (epoch, np.random.default_rng([self.seed, epoch, 1]).random(len(self)) < 0.5)
         return self._flips[1][index]
+
+
+def deaf(worker: int) -> None:
+    """Signals reach every process of a job or a terminal, but whether to stop is the main process's affair."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StatelessDataModule(L.LightningDataModule):
@@ -78,13 +85,15 @@ class StatelessDataModule(L.LightningDataModule):
 
     def _eval_loader(self, data: Dataset) -> DataLoader:
         rank, world_size = self._rank_and_world()
+        if len(data) < world_size:
+            raise ValueError(f"{len(data)} items to evaluate on cannot be shared by {world_size} processes: give more")
         share = self.batch_size // world_size
         local = max(1, share if self.micro_batch is None else min(share, self.micro_batch))
         return DataLoader(data, local, sampler=EvalSampler(len(data), rank, world_size), **self._workers())
 
     def _workers(self) -> dict:
         workers = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        return {**workers, "persistent_workers": True} if self.num_workers else workers
+        return {**workers, "persistent_workers": True, "worker_init_fn": deaf} if self.num_workers else workers
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -16,8 +16,9 @@ class OptimizedModule(L.LightningModule):
     """A module that trains `self.flow`, and leaves it alone in steps whose loss or gradient is not finite.
 
     Such a step changes neither weights nor moments nor running statistics; it is counted in the buffer `skipped`. The
-    gradient norm decides, on the device: no step waits for it. A loss that is not finite makes its gradient NaN
-    (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so ranks agree without another message.
+    gradient norm decides, on the device: no step waits for it, but with `adamax`, which has no fused form. A loss that
+    is not finite makes its gradient NaN (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so
+    ranks agree without another message.
     The count is read every `trainer.log_every_n_steps`; above `max_skipped` the run ends. In fp16 (16-mixed) it is the
     gradient scaler that skips, and is meant to when it tries a larger scale: there the first in a row does not count.
 

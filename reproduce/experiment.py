@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -94,15 +95,16 @@ def command(main):
 def _leave(stop: RunStopped) -> None:
     """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
 
-    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code.
+    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code. That
+    is what they are to do where one rank alone knows.
     """
     if stop.code == TRY_AGAIN:
         mark_preempting()
+    if stop.requeue and not rank_zero_only.rank:  # before what may take long: Slurm waits before it kills
+        requeue()
     close(stop.code)
     if rank_zero_only.rank:
-        sys.exit(0)
-    if stop.requeue:  # the last thing: Slurm begins to end the job
-        requeue()
+        sys.exit(0 if stop.agreed else stop.code)
     if stop.code == 1:
         sys.exit(f"error: {stop.message}")
     print(stop.message, file=sys.stderr, flush=True)
@@ -130,10 +132,12 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
         )
-    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():  # Lightning would take bf16
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if config.trainer.precision == "16-mixed" and on_cpu:  # Lightning would take bf16
         raise ConfigError("trainer.precision=16-mixed needs a GPU: give bf16-mixed or 32-true")
-    if config.trainer.val_check_interval < 1:
-        raise ConfigError(f"trainer.val_check_interval={config.trainer.val_check_interval} are steps: give at least 1")
+    for key in ("val_check_interval", "log_every_n_steps"):
+        if config.trainer[key] < 1:
+            raise ConfigError(f"trainer.{key}={config.trainer[key]} are steps: give at least 1")
     if config.checkpoint.select == "best" and not _validates(config):
         given = f"data.n_val={config.data.n_val} trainer.limit_val_batches={config.trainer.limit_val_batches}"
         raise ConfigError(f"{given} leaves nothing to choose the best weights by: add checkpoint.select=last")
@@ -218,6 +222,7 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
+    trainer._signal_connector.register_signal_handlers = preemption.listen
     if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
         known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
@@ -241,10 +246,15 @@ def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -
 @contextlib.contextmanager
 def _resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
     """Where a run was stopped, or interrupted twice, say how to go on."""
-    again = " ".join([f"python reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"])
+    words = ["python", f"reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"]
+    again = shlex.join(words)
     try:
         yield
     except RunStopped as stop:
+        if not stop.agreed and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(
+                signal.SIGKILL
+            )  # ranks that Lightning has started, and that wait for this one
         if stop.code == TRY_AGAIN:
             stop.message += f"; go on with: {again} resume=auto"
         raise
@@ -272,8 +282,9 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
         path, checkpoint = found
         check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
         there = checkpoint["paperflows"]
-        origin = f"commit {there['commit']}" + (f", job {there['job']}" if there["job"] else "")
+        origin = f"commit {there['commit']}" + (f", job {there['job']}" if there.get("job") else "")
         rank_zero_info(f"going on from {path} ({origin})")
+        del found, checkpoint  # as large as the model and its optimizer
     elif config.preset is None and not torch.cuda.is_available():
         _say_how_long(config, module)
     n_parameters = sum(p.numel() for p in module.flow.parameters())

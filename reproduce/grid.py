@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
     given = arguments(argv)
     try:
-        if len(given) not in (1, 2) or not all(index.isdigit() for index in given[1:]):
+        if len(given) not in (1, 2) or not all(index.isdecimal() for index in given[1:]):
             raise ConfigError("give the sweep file, and for one of its rows a number from 0")
         table = rows(Path(given[0]))
         if len(given) == 1:

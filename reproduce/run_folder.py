@@ -42,7 +42,7 @@ def open_folder(folder: Path) -> None:
     HELD[folder] = (folder / "lock").open("a")
     try:
         fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
     except OSError:
         pass  # a file system without locks
@@ -89,7 +89,10 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, dict]:
     """The checkpoint that is tested: `best` by validation if there is one, else the newest. ValueError: none."""
     best = folder / "checkpoints" / "best.ckpt"
     if select == "best" and best.is_file():
-        return best, read_checkpoint(best)
+        try:
+            return best, read_checkpoint(best)
+        except ValueError:
+            rank_zero_info(f"{best} is damaged: taking the newest in its place")
     newest = newest_checkpoint(folder)
     if newest is None:
         raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite")
@@ -129,10 +132,10 @@ def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: n
     changed = [f"{key}={was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
     if changed:
         raise ConfigError(f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir")
-    if there["n_micro_batches"] != n_micro_batches:
+    if (before := there.get("n_micro_batches", 1)) != n_micro_batches:
         raise ConfigError(
-            f"{path} was trained with {there['n_micro_batches']} micro-batches a step and process, now there are "
-            f"{n_micro_batches}: change data.micro_batch, or the number of processes"
+            f"{path} was trained with {before} micro-batches a step and process, now there are {n_micro_batches}: "
+            "change data.micro_batch, or the number of processes"
         )
     weights, expected = checkpoint["state_dict"], module.state_dict()
     other = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]

@@ -73,6 +73,9 @@ else
 fi
 
 task=${SLURM_ARRAY_TASK_ID:-}
+# One task of an array has the array's number as its SLURM_JOB_ID, by which Slurm understands the whole array.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$task}
+id=${id:-$SLURM_JOB_ID}
 if [ -n "$task" ] && [[ $words == *" run_dir="* ]]; then
     fail "run_dir= is one folder for all tasks of an array: leave it out, every task makes its own"
 elif [ -n "$grid" ]; then
@@ -86,7 +89,7 @@ fi
 
 # One string names an experiment everywhere, unless the user has named the job.
 if [ "${SLURM_JOB_NAME:-paperflows}" = paperflows ]; then
-    scontrol update "JobId=$SLURM_JOB_ID" "JobName=$experiment" 2>/dev/null || true
+    scontrol update "JobId=$id" "JobName=$experiment" 2>/dev/null || true
 fi
 export SLURM_JOB_NAME=$experiment # of the step; Lightning takes a job called bash or interactive for none
 # Since Slurm 22.05 srun does not take this one from sbatch.
@@ -105,7 +108,7 @@ code=0
 srun --kill-on-bad-exit --nodes="$nodes" --ntasks="$all" --ntasks-per-node="$tasks" \
     "$python" -m "reproduce.$experiment" "${layout[@]}" "${overrides[@]}" resume=auto || code=$?
 # Slurm requeues what it preempts at the end of the grace time, and not if it has ended before: it has saved and left.
-if [ "$code" -ne 0 ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
-    scontrol requeue "$SLURM_JOB_ID"
+if [ "$code" -ne 0 ] && scontrol show job "$id" | grep "PreemptTime=[0-9]" >/dev/null; then
+    scontrol requeue "$id"
 fi
 exit "$code"

@@ -66,8 +66,9 @@ class Run:
             process.kill()
             process.join()
 
-    def signal(self, number: int, rank: int = 0) -> None:
-        os.kill(self.processes[rank].pid, number)
+    def signal(self, number: int, rank: int = 0, group: bool = False) -> None:
+        """To one rank, or to it and all that it has started."""
+        (os.killpg if group else os.kill)(self.processes[rank].pid, number)
 
     def wait_for(self, condition: Callable[[], object], timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
@@ -121,6 +122,7 @@ STARTED: list[multiprocessing.Process] = []  # conftest.py kills what a failed t
 
 
 def _child(rank: int, ranks: int, port: int, log: Path, function: Callable, arguments: tuple) -> None:
+    os.setpgid(0, 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -161,13 +163,16 @@ class Spy(L.Callback):
 
     plain: a flow without batch norm. kill: (steps done, batch of the epoch) before which the process is killed.
     poison: {(steps done, rank)} whose likelihood is infinite, with a finite gradient. slow: seconds added to a batch.
-    full: steps done, after which no file can grow beyond 10,000 bytes. stop: steps done, after which it is asked to.
+    full: steps done, after which no file can grow beyond 10,000 bytes. stop: steps done, after which it is asked to, or
+    the hook in which it is.
     """
 
     def __init__(self, path, rank, plain=False, kill=None, poison=frozenset(), slow=0.0, full=None, stop=None) -> None:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
         self.rank, self.plain, self.kill, self.poison, self.slow, self.full = rank, plain, kill, poison, slow, full
         self.stop = stop
+        if isinstance(stop, str):
+            setattr(self, stop, lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         time.sleep(self.slow * (1 + self.rank))

@@ -6,13 +6,14 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import Run, start
 from test_density import density, tiny_flow
 
-from lightning_modules.callbacks.checkpoints import finite
+from lightning_modules.callbacks.checkpoints import Checkpoints, finite
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from reproduce.run_folder import newest_checkpoint, read_checkpoint, step_checkpoints
 
@@ -226,7 +227,42 @@ def test_a_strangers_hpc_checkpoint_is_refused(tmp_path):
     assert "holds hpc_ckpt_*.ckpt of another program" in run.output()
 
 
+def test_where_the_best_is_damaged_the_newest_is_tested(unfinished):
+    truncate(unfinished / "checkpoints" / "best.ckpt")
+    run = Run(unfinished, "trainer.max_steps=6", "trainer.val_check_interval=3", "resume=auto")
+    assert run.wait() == [0], run.output()
+    assert "best.ckpt is damaged: taking the newest in its place" in run.output()
+    assert '"checkpoint": "checkpoints/step-00000006.ckpt"' in (unfinished / "result.json").read_text()
+
+
 # ---------------------------------------------------------------------------------------------- finite
+
+
+class Trainer:
+    """As much of one as a validation's end needs; notes what is saved."""
+
+    sanity_checking, is_global_zero, global_step = False, True, 3
+    state = SimpleNamespace(fn="fit")
+    strategy = SimpleNamespace(broadcast=lambda problem: problem)
+
+    def __init__(self, module, value):
+        self.lightning_module, self.callback_metrics, self.saved = module, {"val/bpd": torch.tensor(value)}, []
+
+    def save_checkpoint(self, path):
+        self.saved.append(path.name)
+
+
+def test_the_best_score_is_that_of_the_best_file(tmp_path):
+    """A score whose weights cannot be kept, or that is no number, does not count."""
+    good, bad = density(tiny_flow()), density(tiny_flow())
+    bad.skipped_last.fill_(True)
+    callback, written = Checkpoints(tmp_path, 100, "val/bpd"), []
+    scores = [(8.0, good), (7.0, bad), (-torch.inf, good), (torch.nan, good), (7.5, good), (7.6, good)]
+    for value, module in scores:
+        trainer = Trainer(module, value)
+        callback.on_validation_end(trainer, module)
+        written.append((trainer.saved, callback.best))
+    assert written == [(["best.ckpt"], 8.0), ([], 8.0), ([], 8.0), ([], 8.0), (["best.ckpt"], 7.5), ([], 7.5)]
 
 
 def test_finite_looks_at_weights_statistics_and_the_newest_step():

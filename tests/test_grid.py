@@ -92,9 +92,9 @@ def test_mistakes_of_the_command_line_are_one_line(sweep, tmp_path):
         assert "a number from 0" in mistake(*argv)
 
 
-def run_script(tmp_path, *arguments, **variables):
+def run_script(tmp_path, *arguments, srun='printf "%s\\n" "$SLURM_JOB_NAME" "$@"', scontrol="exit 1", **variables):
     """What reproduce/slurm.sh hands to srun, one argument a line: an srun that prints stands in for Slurm's."""
-    for name, text in (("srun", 'printf "%s\\n" "$SLURM_JOB_NAME" "$@"'), ("scontrol", "exit 1")):
+    for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN"))}
@@ -154,3 +154,21 @@ def test_outside_slurm_the_script_says_how_to_submit_it(tmp_path):
     done = run_script(tmp_path, "realnvp_cifar10", "seed=1")
     assert done.returncode == 1
     assert done.stderr == "error: this is a job script: sbatch reproduce/slurm.sh realnvp_cifar10 seed=1\n"
+
+
+def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_array(tmp_path):
+    """The last task of an array has the array's own number as its SLURM_JOB_ID."""
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    asked = tmp_path / "asked"
+    told = f'echo "$@" >> {asked}; echo "PreemptTime=2026-11-26T00:00:00"'
+    done = run_script(tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=told, **{**JOB, **array})
+    assert done.returncode == 75
+    assert asked.read_text().splitlines() == [
+        "update JobId=7_2 JobName=realnvp_cifar10",
+        "show job 7_2",
+        "requeue 7_2",
+    ]
+    asked.unlink()
+    done = run_script(tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=f"echo $@ >> {asked}", **JOB)
+    assert done.returncode == 75  # stopped, but not by Slurm
+    assert "requeue" not in asked.read_text()

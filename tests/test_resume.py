@@ -67,9 +67,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
 
 
 def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
-    """At the ends of epochs of four steps, which Lightning alone miscounts after the second."""
+    """At the ends of epochs of four steps, which Lightning alone miscounts after the second; in a step after which it
+    validates; in the last step.
+    """
     whole = Run(tmp_path / "whole", *EVERYTHING)
-    for stop in (4, 8, 9):
+    for stop in (4, 6, 8, 10):
         run = Run(tmp_path / "run", *EVERYTHING, "resume=auto", stop=stop)
         assert run.wait() == [75], run.output()
         assert run.final()["global_step"] == stop
@@ -94,6 +96,57 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
         resumed = Run(tmp_path / "run", f"trainer.max_steps={saved + 3}", "resume=auto", ranks=2)
         assert whole.wait() == resumed.wait() == [0, 0], resumed.output()
         assert whole.losses(1) == resumed.losses(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_a_run_and_its_workers_stops_it_in_order(tmp_path, number):
+    """As Ctrl-C in a terminal and Slurm do: the workers are not to answer it."""
+    run = Run(tmp_path / "run", "trainer.max_steps=2000", WORKERS)
+    run.wait_for(lambda: (tmp_path / "run.trace0").exists() and len(run.losses()) > 3)
+    run.signal(number, group=True)
+    assert run.wait() == [75], run.output()
+    saved = run.final()["global_step"]
+    assert saved == max(run.losses())[0] + 1
+    assert f"stopped at step {saved}, which is saved; go on with" in run.output()
+    assert "Traceback" not in run.output()
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_test_start"])
+def test_outside_of_training_a_signal_ends_the_run_at_once_and_loses_nothing(tmp_path, hook):
+    run = Run(tmp_path / "run", "trainer.max_steps=3", stop=hook)
+    assert run.wait() == [75], run.output()
+    assert "stopped; go on with" in run.output()
+    assert not (tmp_path / "run" / "result.json").exists()
+    again = Run(tmp_path / "run", "trainer.max_steps=3", "resume=auto")
+    assert again.wait() == [0], again.output()
+    assert [row["step"] for row in curve(tmp_path / "run")] == ["0", "3"]
+    assert again.losses().keys() == {(0, 0), (1, 1), (2, 2)}
+    assert (tmp_path / "run" / "curve.png").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=2000", slow=3)
+    run.wait_for(lambda: (tmp_path / "run.trace0").exists() and run.losses())
+    run.signal(signal.SIGINT)
+    run.wait_for(lambda: "SIGINT: stopping after this step" in run.output())
+    run.signal(signal.SIGINT)
+    start = time.monotonic()
+    assert run.wait() == [1], run.output()
+    assert time.monotonic() - start < 2.9
+    assert "go on with: python reproduce/realnvp_cifar10.py" in run.output()
+
+
+def test_two_ranks_that_were_stopped_before_their_test_go_on_to_it(tmp_path):
+    """By epochs, with steps after the last validation: the last row of the curve is made once, by all ranks."""
+    arguments = ["trainer.max_epochs=2", "trainer.max_steps=-1", "trainer.val_check_interval=5"]
+    whole = Run(tmp_path / "run", *arguments, ranks=2)
+    assert whole.wait() == [0, 0], whole.output()
+    before = curve(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = Run(tmp_path / "run", *arguments, "resume=auto", ranks=2)
+    assert again.wait() == [0, 0], again.output()
+    assert [row["step"] for row in before] == ["0", "5", "8"]
+    assert curve(tmp_path / "run") == before
 
 
 def test_a_stopped_run_is_nobody_elses(tmp_path):

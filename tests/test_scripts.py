@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "trainer.precision=16-mixed"], "16-mixed needs a GPU: give bf16-mixed"),
         (["preset=demo", "data.micro_batch=8"], "data.micro_batch=8: RealNVP has batch norms"),
         (["preset=demo", "data.micro_batch=5"], "does not divide the 32 items that a process has"),
+        (["preset=demo", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 are steps"),
         (["preset=demo", "checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0"),
         (["preset=demo", "optim.max_skipped=-1"], "optim.max_skipped must not be negative"),
         (["preset=demo", "eval.bn_images=-1"], "eval.bn_images=-1"),
@@ -332,7 +334,7 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     assert process.returncode == 75, output
     assert "Traceback" not in output
     saved = read_checkpoint(newest(tmp_path / "run"))["global_step"]
-    again = f"go on with: python reproduce/realnvp_cifar10.py {' '.join(TINY)} trainer.max_steps=100000 run_dir="
+    again = f"go on with: python reproduce/realnvp_cifar10.py {shlex.join(TINY)} trainer.max_steps=100000 run_dir="
     assert output.strip().splitlines()[-1].startswith(f"stopped at step {saved}, which is saved; {again}")
     load(tmp_path / "run")
 

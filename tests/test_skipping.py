@@ -126,6 +126,13 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     assert "step 6 is not finite: step-00000006.ckpt is not written" in run.output()
 
 
+def test_asked_to_stop_in_a_step_that_is_not_finite_it_does_not_say_that_it_has_saved(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=20", poison={(4, 0)}, stop=5)
+    assert run.wait() == [75], run.output()
+    assert "stopped at step 5, which is not finite: the newest checkpoint is of an earlier one; go on" in run.output()
+    assert run.final()["global_step"] == 4
+
+
 def test_a_run_that_was_never_finite_says_so(tmp_path):
     run = Run(tmp_path / "run", "trainer.max_steps=3", poison={(step, 0) for step in range(3)})
     assert run.wait() == [1]

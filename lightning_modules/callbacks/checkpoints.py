@@ -28,7 +28,7 @@ class Checkpoints(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps={every_n_steps} are steps: give at least 1")
         self.folder, self.every_n_steps, self.monitor = Path(folder), every_n_steps, monitor
-        self.best, self.waiting = math.inf, False
+        self.best, self.waiting, self.saved = math.inf, False, -1
 
     def state_dict(self) -> dict:
         return {"best": self.best}
@@ -59,19 +59,26 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = math.inf if self.monitor is None else float(trainer.callback_metrics[self.monitor])
-        if value < self.best:
-            self.best = value
-            self._save(trainer, "best.ckpt")
+        if math.isfinite(value) and value < self.best:
+            before, self.best = self.best, value  # the checkpoint holds its own score
+            if not self._save(trainer, "best.ckpt"):
+                self.best = before
         if self.waiting:
             self.waiting = False
             self.save_step(trainer)
 
-    def save_step(self, trainer: L.Trainer) -> None:
-        """Save the state after this step, unless that was done, and remove all but the newest two before it."""
+    def save_step(self, trainer: L.Trainer) -> bool:
+        """Save the state after this step, and remove all but the newest two before it. False: it is not finite."""
+        if self.saved == trainer.global_step:
+            return True
         name = f"step-{trainer.global_step:08d}.ckpt"
-        if self._save(trainer, name) and trainer.is_global_zero:
+        if not self._save(trainer, name):
+            return False
+        self.saved = trainer.global_step
+        if trainer.is_global_zero:
             for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[:-KEPT]:
                 path.unlink(missing_ok=True)
+        return True
 
     def _save(self, trainer: L.Trainer, name: str) -> bool:
         if not finite(trainer.lightning_module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_modules.steps import ends_step
+from lightning_modules.steps import ends_step, last_step, validates_now
 from results.runs import write
 
 
@@ -50,8 +50,9 @@ class Curve(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         saved, mean = checkpoint["train_mean"], pl_module.train_mean
-        if trainer.is_global_zero and saved["n"] > 0:
-            mean.update(mean.total.new_empty(0))  # so that it knows of having been updated
+        if saved["n"] > 0:
+            mean.update(mean.total.new_empty(0))  # so that all ranks know of having been updated, and compute together
+        if trainer.is_global_zero:
             mean.total, mean.n = saved["total"].to(mean.device), saved["n"].to(mean.device)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -69,14 +70,18 @@ class Curve(L.Callback):
             self._add(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        due = ends_step(trainer, batch_idx) and trainer.global_step % self.interval == 0
-        if due and sum(trainer.num_val_batches) == 0:
+        if not ends_step(trainer, batch_idx) or validates_now(trainer):
+            return
+        due = sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0
+        if due or trainer.global_step == last_step(trainer):  # before the checkpoint of this step
             self._add(trainer, pl_module, fresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.rows or self.rows[-1]["step"] < trainer.global_step:
             self._add(trainer, pl_module, fresh=False)
-        if trainer.is_global_zero:
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.rows:
             draw_curve(self.rows, self.folder / "curve.png", self.paper)
 
     def validated(self, metric: str, best: bool) -> dict[str, float]:

@@ -27,8 +27,9 @@ class Preemption(Checkpoint):
     due it is finished first, since it decides which weights are the best. Outside of training nothing can be lost,
     and the signal ends the process at once, as a second Ctrl-C always does.
 
-    Lightning 2.6.6 instead calls collectives inside its handlers, which deadlocks when one rank is in the middle of a
-    backward pass (issue 20806), and broadcasts a flag from the GPU in every batch, which waits for it. Neither is used.
+    make_trainer has it take the place of Lightning's own handlers: version 2.6.6 calls collectives inside them, which
+    deadlocks when one rank is in the middle of a backward pass (issue 20806), and in every batch broadcasts a flag from
+    the GPU, which waits for it.
 
     SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that were cancelled;
     those that were preempted reproduce/slurm.sh queues again.
@@ -37,46 +38,41 @@ class Preemption(Checkpoint):
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.received, self.in_training, self.leaving, self.group = NOTHING, False, NOTHING, None
+        self.message = "stopped"
 
     def listen(self) -> None:
-        """Set the handlers; again before every loop, since Lightning sets its own."""
+        """Set the handlers, of this process."""
+        self.process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in MEANING:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
+        if os.getpid() != self.process:
+            return  # a worker that has just been forked
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         first, self.received = not self.received, max(self.received, MEANING[signal.Signals(number)])
-        if not first:
-            return
-        if self.in_training:
+        if first and self.in_training:
             say(f"{signal.Signals(number).name}: stopping after this step")
-        else:
-            self.leave("stopped")
+        elif first:
+            self._leave(agreed=False)
 
-    def leave(self, message: str) -> None:
-        """RunStopped, to be queued again if that was asked for."""
-        raise RunStopped(message, TRY_AGAIN, requeue=max(self.received, self.leaving) == REQUEUE)
+    def _leave(self, agreed: bool = True) -> None:
+        requeue = max(self.received, self.leaving) == REQUEUE
+        raise RunStopped(self.message, TRY_AGAIN, requeue=requeue, agreed=agreed)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self.group = distributed.new_group(backend="gloo")
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.listen()
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.listen()
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.in_training = True
-        self.listen()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx) -> None:
         if self.leaving:  # here, so that the loggers have had the step that was saved
-            self.leave(f"stopped at step {trainer.global_step}, which is saved")
+            self._leave()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
         if ends_step(trainer, batch_idx) and not validates_now(trainer):
@@ -87,7 +83,10 @@ class Preemption(Checkpoint):
             self._agree(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._agree(trainer)
         self.in_training = False
+        if self.leaving:
+            self._leave()
 
     def _agree(self, trainer: L.Trainer) -> None:
         flag = torch.tensor(self.received)
@@ -95,7 +94,9 @@ class Preemption(Checkpoint):
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group)
         self.leaving = int(flag)
         if self.leaving:
-            self.checkpoints.save_step(trainer)
+            saved = self.checkpoints.save_step(trainer)
+            which = "which is saved" if saved else "which is not finite: the newest checkpoint is of an earlier one"
+            self.message = f"stopped at step {trainer.global_step}, {which}"
 
 
 def say(message: str) -> None:
