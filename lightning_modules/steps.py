@@ -8,11 +8,11 @@ def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-def last_step(trainer: L.Trainer) -> int:
-    """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first."""
+def last_step(trainer: L.Trainer) -> int | None:
+    """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first; None: neither."""
     by_epochs = int((trainer.max_epochs or -1) * trainer.num_training_batches) // trainer.accumulate_grad_batches
     candidates = [n for n in (trainer.max_steps, by_epochs) if n > 0]
-    return min(candidates, default=trainer.global_step)
+    return min(candidates, default=None)
 
 
 def validates_now(trainer: L.Trainer) -> bool:

@@ -13,7 +13,8 @@ from lightning_modules.steps import last_step
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "max_epochs", "expected"), [(100, None, 100), (100, 3, 30), (20, 3, 20), (-1, 3, 30), (-1, None, 7)]
+    ("max_steps", "max_epochs", "expected"),
+    [(100, None, 100), (100, 3, 30), (20, 3, 20), (-1, 3, 30), (-1, None, None)],
 )
 def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expected):
     trainer = SimpleNamespace(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from processes import Run
 
+from reproduce.run_folder import step_checkpoints
+
 EVERYTHING = ["ema.decay=0.9", "optim.schedule=cosine", "optim.warmup_steps=3", "trainer.max_steps=10"]
 WORKERS = "data.num_workers=2"
 
@@ -147,6 +149,15 @@ def test_two_ranks_that_were_stopped_before_their_test_go_on_to_it(tmp_path):
     assert again.wait() == [0, 0], again.output()
     assert [row["step"] for row in before] == ["0", "5", "8"]
     assert curve(tmp_path / "run") == before
+
+
+def test_a_run_that_only_time_ends_saves_when_it_is_due_and_at_the_end(tmp_path):
+    run = Run(tmp_path / "run", "trainer.max_steps=-1", "trainer.max_time=00:00:00:02", "checkpoint.every_n_steps=7")
+    assert run.wait() == [0], run.output()
+    last = len(run.losses())
+    names = [path.name for path in step_checkpoints(tmp_path / "run")]
+    assert names == [f"step-{step:08d}.ckpt" for step in (last, (last - 1) // 7 * 7) if step]
+    assert [int(row["step"]) for row in curve(tmp_path / "run")] == [*range(0, last, 6), last]
 
 
 def test_a_stopped_run_is_nobody_elses(tmp_path):

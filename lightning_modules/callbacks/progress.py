@@ -31,5 +31,6 @@ class Progress(TQDMProgressBar):
         if trainer.training and steps > 0:
             rate = steps / (time.monotonic() - self.started)
             metrics["images/s"] = f"{rate * self.batch_size:.0f}"
-            metrics["left"] = str(timedelta(seconds=int((last_step(trainer) - trainer.global_step) / rate)))
+            if (last := last_step(trainer)) is not None:
+                metrics["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
         return metrics
