@@ -1,28 +1,20 @@
 """The only glue: a config becomes a trainer, a trainer a run folder, a run folder a result."""
 
-import contextlib
 import copy
-import functools
 import inspect
 import json
 import logging
-import os
-import shlex
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 import results
@@ -31,15 +23,15 @@ from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.checkpoints import Checkpoints
 from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
-from lightning_modules.callbacks.preemption import MEANING, Preemption
+from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.density import DensityModule
-from lightning_modules.stopping import TRY_AGAIN, RunStopped
+from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe
-from reproduce.launch import job, processes, requeue, requeued, run_id
-from reproduce.loggers import close, make_logger, mark_preempting, report
+from reproduce.launch import job, processes, requeued, run_id
+from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, machine
 from reproduce.run_folder import (
     check_checkpoint,
@@ -51,64 +43,7 @@ from reproduce.run_folder import (
 from reproduce.sweep import agent_arguments, in_sweep
 from results.runs import write
 
-
-def command(main):
-    """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
-
-    Mistakes: a ConfigError, a setting that Lightning refuses, an OSError (missing file, full disk), a ValueError (an
-    impossible value, whoever finds it). PAPERFLOWS_TRACEBACK=1 shows where it was raised; other errors always do.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
-        try:
-            result = main(argv)
-            close(0)
-            return result
-        except RunStopped as stop:
-            _leave(stop)
-        except (ConfigError, MisconfigurationException, OSError, ValueError) as error:
-            close(1)
-            if os.environ.get("PAPERFLOWS_TRACEBACK"):
-                raise
-            if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
-                sys.exit(1)
-            sys.exit(f"error: {' '.join(str(error).split())}")
-        except KeyboardInterrupt:
-            close(1)
-            sys.exit("stopped")
-        except SystemExit as end:
-            close(1 if end.code else 0)
-            raise
-        except BaseException:
-            close(1)
-            raise
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    return wrapped
-
-
-def _leave(stop: RunStopped) -> None:
-    """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
-
-    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code. That
-    is what they are to do where one rank alone knows.
-    """
-    if stop.code == TRY_AGAIN:
-        mark_preempting()
-    if stop.requeue and not rank_zero_only.rank:  # before what may take long: Slurm waits before it kills
-        requeue()
-    close(stop.code)
-    if rank_zero_only.rank:
-        sys.exit(0 if stop.agreed else stop.code)
-    if stop.code == 1:
-        sys.exit(f"error: {stop.message}")
-    print(stop.message, file=sys.stderr, flush=True)
-    sys.exit(stop.code)
+__all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
 
 
 def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
@@ -222,13 +157,18 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
+    _adapt(trainer, preemption)
+    _accumulate(config, trainer, module)
+    return trainer
+
+
+def _adapt(trainer: L.Trainer, preemption: Preemption) -> None:
+    """Two things that Lightning 2.6 has no argument for."""
     trainer._signal_connector.register_signal_handlers = preemption.listen
     if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
         known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
         trainer.strategy._ddp_kwargs[name] = False
-    _accumulate(config, trainer, module)
-    return trainer
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -> None:
@@ -241,25 +181,6 @@ def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -
         )
     trainer.accumulate_grad_batches = n
     trainer.val_check_interval *= n
-
-
-@contextlib.contextmanager
-def _resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
-    """Where a run was stopped, or interrupted twice, say how to go on."""
-    words = ["python", f"reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"]
-    again = shlex.join(words)
-    try:
-        yield
-    except RunStopped as stop:
-        if not stop.agreed and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(
-                signal.SIGKILL
-            )  # ranks that Lightning has started, and that wait for this one
-        if stop.code == TRY_AGAIN:
-            stop.message += f"; go on with: {again} resume=auto"
-        raise
-    except SystemExit:  # how Lightning ends after a KeyboardInterrupt
-        sys.exit(f"stopped at step {trainer.global_step}; go on with: {again} resume=auto")
 
 
 def _hush() -> None:
@@ -293,7 +214,7 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     )
     if config.trainer.compile:
         module.flow.compile()
-    with _resumable(config, trainer):
+    with resumable(config, trainer):
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         module.check_skipped()
 
@@ -330,7 +251,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     skipped = module.skipped.item()
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
-    with _resumable(config, trainer):
+    with resumable(config, trainer):
         trainer.test(module, datamodule=data, verbose=False, weights_only=True)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
     budget, wandb_run = config.budget.images, getattr(trainer.logger, "experiment", None)

@@ -1,0 +1,97 @@
+"""How a command ends: well, by a mistake, or because it was asked to."""
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from lightning_modules.callbacks.preemption import MEANING
+from lightning_modules.stopping import TRY_AGAIN, RunStopped
+from reproduce.config import ConfigError
+from reproduce.launch import requeue
+from reproduce.loggers import close, mark_preempting
+
+
+def command(main):
+    """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
+
+    Mistakes: a ConfigError, a setting that Lightning refuses, an OSError (missing file, full disk), a ValueError (an
+    impossible value, whoever finds it). PAPERFLOWS_TRACEBACK=1 shows where it was raised; other errors always do.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
+        try:
+            result = main(argv)
+            close(0)
+            return result
+        except RunStopped as stop:
+            _leave(stop)
+        except (ConfigError, MisconfigurationException, OSError, ValueError) as error:
+            close(1)
+            if os.environ.get("PAPERFLOWS_TRACEBACK"):
+                raise
+            if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
+                sys.exit(1)
+            sys.exit(f"error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            close(1)
+            sys.exit("stopped")
+        except SystemExit as end:
+            close(1 if end.code else 0)
+            raise
+        except BaseException:
+            close(1)
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return wrapped
+
+
+def _leave(stop: RunStopped) -> None:
+    """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
+
+    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code. That
+    is what they are to do where one rank alone knows.
+    """
+    if stop.code == TRY_AGAIN:
+        mark_preempting()
+    if stop.requeue and not rank_zero_only.rank:  # before what may take long: Slurm waits before it kills
+        requeue()
+    close(stop.code)
+    if rank_zero_only.rank:
+        sys.exit(0 if stop.agreed else stop.code)
+    if stop.code == 1:
+        sys.exit(f"error: {stop.message}")
+    print(stop.message, file=sys.stderr, flush=True)
+    sys.exit(stop.code)
+
+
+@contextlib.contextmanager
+def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
+    """Where a run was stopped, or interrupted twice, say how to go on."""
+    words = ["python", f"reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"]
+    again = shlex.join(words)
+    try:
+        yield
+    except RunStopped as stop:
+        if not stop.agreed and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # the ranks that it has started wait for this one
+        if stop.code == TRY_AGAIN:
+            stop.message += f"; go on with: {again} resume=auto"
+        raise
+    except SystemExit:  # how Lightning ends after a KeyboardInterrupt
+        sys.exit(f"stopped at step {trainer.global_step}; go on with: {again} resume=auto")
