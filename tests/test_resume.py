@@ -32,8 +32,8 @@ def same(a, b):
     return a == b
 
 
-def assert_same_end(run, whole, ranks=1):
-    assert run.wait() == whole.wait() == [0] * ranks, run.output() + whole.output()
+def assert_same_end(run, whole, ranks=1, timeout=120):
+    assert run.wait(timeout) == whole.wait(timeout) == [0] * ranks, run.output() + whole.output()
     for rank in range(ranks):
         assert run.losses(rank) == whole.losses(rank)
     a, b = run.final(), whole.final()
@@ -177,7 +177,12 @@ def test_a_stopped_run_is_nobody_elses(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_soak_twenty_random_kills(tmp_path, ranks):
     """While it starts, trains, saves or validates: at the end the weights are those of a run that was never killed."""
-    arguments = [*EVERYTHING, "trainer.max_steps=800", "checkpoint.every_n_steps=3", "trainer.val_check_interval=20"]
+    arguments = [
+        *EVERYTHING,
+        f"trainer.max_steps={800 // ranks}",
+        "checkpoint.every_n_steps=3",
+        "trainer.val_check_interval=20",
+    ]
     arguments += [WORKERS, "checkpoint.select=last", "samples.n=1", "samples.every_n_steps=10000"]
     whole = Run(tmp_path / "whole", *arguments, ranks=ranks)
     assert whole.wait(600) == [0] * ranks, whole.output()
@@ -192,5 +197,5 @@ def test_soak_twenty_random_kills(tmp_path, ranks):
     assert moments == sorted(moments)
     assert moments[-1] > moments[0]
     run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks)
-    assert_same_end(run, whole, ranks)
+    assert_same_end(run, whole, ranks, timeout=600)
     print(f"killed after steps {moments}")
