@@ -64,6 +64,23 @@ CASES = [
     Case("RealNVP-3scales", lambda: RealNVP((1, 8, 8), 3, 3, 1), (1, 8, 8), is_model=True, unit_interval=True),
     Case("RealNVP2d", lambda: RealNVP2d(n_couplings=4, hidden_channels=8), (2,), is_model=True),
 ]
+TINY = [  # realnvp_cifar10 as a run of seconds: four steps an epoch, validated after every third
+    "preset=demo",
+    "logger.name=none",
+    "flow.hidden_channels=4",
+    "flow.n_blocks=1",
+    "data.size=8",
+    "data.n_train=64",
+    "data.batch_size=16",
+    "data.n_val=24",
+    "data.n_test=40",
+    "eval.bn_images=32",
+    "samples.n=4",
+    "samples.every_n_steps=3",
+    "trainer.val_check_interval=3",
+    "checkpoint.every_n_steps=2",
+    "trainer.precision=32-true",
+]
 MODELS = [case for case in CASES if case.is_model]
 LAYERS = [case for case in CASES if not case.is_model]
 

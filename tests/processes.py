@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import cases
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -23,24 +24,7 @@ from flows.coupling import MaskedCoupling, checkerboard
 from flows.elementwise import Logit
 from reproduce import experiment, realnvp_cifar10
 
-TINY = [
-    "preset=demo",
-    "logger.name=none",
-    "flow.n_scales=1",
-    "flow.hidden_channels=4",
-    "flow.n_blocks=1",
-    "data.size=8",
-    "data.n_train=64",
-    "data.batch_size=16",
-    "data.n_val=24",
-    "data.n_test=40",
-    "eval.bn_images=32",
-    "samples.n=4",
-    "samples.every_n_steps=100",
-    "trainer.val_check_interval=6",
-    "checkpoint.every_n_steps=2",
-    "trainer.precision=32-true",
-]
+TINY = [*cases.TINY, "flow.n_scales=1", "samples.every_n_steps=100", "trainer.val_check_interval=6"]
 
 
 class Run:

@@ -8,8 +8,8 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from cases import TINY
 from test_density import RandomImages, density, make_trainer, tiny_flow
-from test_scripts import TINY
 
 from lightning_modules.callbacks.checkpoints import finite
 from reproduce.run_folder import newest_checkpoint, step_checkpoints

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import TINY, curve, mistake
+from cases import TINY
+from test_scripts import curve, mistake
 
 from reproduce import launch, realnvp_cifar10
 from reproduce.config import ConfigError

@@ -13,29 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import TINY
 from PIL import Image
 
 from reproduce import load, realnvp_cifar10, realnvp_moons
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
 ROOT = Path(__file__).parent.parent
-TINY = [
-    "preset=demo",
-    "logger.name=none",
-    "flow.hidden_channels=4",
-    "flow.n_blocks=1",
-    "data.size=8",
-    "data.n_train=64",
-    "data.batch_size=16",
-    "data.n_val=24",
-    "data.n_test=40",
-    "eval.bn_images=32",
-    "samples.n=4",
-    "samples.every_n_steps=3",
-    "trainer.val_check_interval=3",
-    "checkpoint.every_n_steps=2",
-    "trainer.precision=32-true",
-]
 
 
 def run(folder, *arguments):

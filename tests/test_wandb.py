@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import numpy as np
 import pytest
 import wandb
@@ -26,23 +27,7 @@ from reproduce.loggers import close, make_logger, mark_preempting, report
 from reproduce.provenance import git_state
 
 BATCH = 16
-TINY = [
-    "preset=demo",
-    "logger.name=wandb",
-    "flow.hidden_channels=4",
-    "flow.n_blocks=1",
-    "data.size=8",
-    "data.n_train=64",
-    f"data.batch_size={BATCH}",
-    "data.n_val=24",
-    "data.n_test=40",
-    "eval.bn_images=32",
-    "samples.n=4",
-    "samples.every_n_steps=3",
-    "trainer.val_check_interval=3",
-    "trainer.log_every_n_steps=2",
-    "trainer.precision=32-true",
-]
+TINY = [*cases.TINY, "logger.name=wandb", "trainer.log_every_n_steps=2"]
 RESULT = {  # of a run on the claim's own data
     "experiment": "realnvp_cifar10",
     "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": float("nan"), "val/bpd": 3.5, "samples/finite_T1": 1.0},
