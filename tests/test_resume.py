@@ -32,7 +32,7 @@ def same(a, b):
     return a == b
 
 
-def assert_same_end(run, whole, ranks=1, timeout=120):
+def assert_same_end(run, whole, ranks=1, timeout=180):
     assert run.wait(timeout) == whole.wait(timeout) == [0] * ranks, run.output() + whole.output()
     for rank in range(ranks):
         assert run.losses(rank) == whole.losses(rank)
