@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node=2 -m benchmarks.overhead trainer.devices=
 Every second step runs bare: with Lightning's own clipping and signal broadcast instead of the guard, the exchange of
 flags and the copies of running statistics. The ratio is of medians within this one run; the time to write a checkpoint
 is measured apart, over the steps between two. Measured on two AVX2 cores: guarded over bare 0.996 in one process
-(batch 64, steps of 1.06 s), 1.007 over two gloo ranks (batch 16, 0.84 s); a checkpoint every 500 steps 0.0002 to 0.0004.
+(batch 64, steps of 1.06 s), 1.007 over two gloo ranks (batch 16, 0.84 s); a checkpoint every 500 steps: 0.0004.
 """
 
 import statistics
