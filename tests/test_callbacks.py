@@ -73,7 +73,7 @@ def test_gap_is_logged_only_on_the_claims_own_data(comparable, expected):
     logged = {}
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)})
     paper = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": comparable}
-    module = SimpleNamespace(log=lambda key, value, rank_zero_only: logged.__setitem__(key, float(value)))
+    module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
     PaperComparison(paper).on_validation_epoch_end(trainer, module)
     assert logged == pytest.approx(expected)
 

@@ -19,10 +19,10 @@ class PaperComparison(L.Callback):
         if self.paper is None or trainer.sanity_checking:
             return
         name = self.paper["metric"].split("/")[-1]
-        pl_module.log(f"paper/{name}", self.paper["value"], rank_zero_only=True)
+        pl_module.log(f"paper/{name}", self.paper["value"])
         ours = trainer.callback_metrics.get(f"val/{name}")
         if ours is not None and self.paper["comparable"]:
-            pl_module.log(f"gap/{name}", ours - self.paper["value"], rank_zero_only=True)
+            pl_module.log(f"gap/{name}", ours - self.paper["value"])
 
 
 def comparison_rows(result: dict) -> list[tuple]:
