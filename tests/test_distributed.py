@@ -96,7 +96,7 @@ def _far_apart(rank):
 
 def make_flow(plain):
     torch.manual_seed(0)
-    return Plain(SHAPE) if plain else RealNVP(SHAPE, n_scales=2, hidden_channels=4, n_blocks=1)
+    return Plain(SHAPE) if plain else RealNVP(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
 
 
 def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None, steps=50):
