@@ -46,11 +46,12 @@ class Alternate(L.Callback):
         if self.last is not None and trainer.global_step > WARM_UP:
             self.seconds[kinds[(trainer.global_step - 1) % 2]].append(now - self.last)
         bare = trainer.global_step % 2 == 1
-        for name, plain in {"finite_or_nan": _as_it_is, "on_train_batch_start": _nothing}.items():
-            vars(pl_module).pop(name, None) if not bare else vars(pl_module).update({name: plain})
-        vars(pl_module).pop("configure_gradient_clipping", None)
-        if bare:
-            pl_module.configure_gradient_clipping = lambda *a, **k: _clip(pl_module)
+        plain = {"finite_or_nan": _as_it_is, "on_train_batch_start": _nothing}
+        plain["configure_gradient_clipping"] = lambda *arguments, **keywords: _clip(pl_module)
+        for name, function in plain.items():
+            vars(pl_module).pop(name, None)
+            if bare:
+                setattr(pl_module, name, function)
         Preemption._agree = _nothing if bare else self.agree
         if trainer.world_size > 1:
             loop = trainer.fit_loop.epoch_loop

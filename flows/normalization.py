@@ -31,7 +31,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)  # what a reduction needs, whatever a gradient's strides
         distributed.all_reduce(total)
         return total
 

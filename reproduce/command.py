@@ -32,29 +32,27 @@ def command(main):
     def wrapped(argv=None):
         in_main_thread = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
+        code = 1
         try:
             result = main(argv)
-            close(0)
+            code = 0
             return result
         except RunStopped as stop:
+            code = stop.code
             _leave(stop)
         except (ConfigError, MisconfigurationException, OSError, ValueError) as error:
-            close(1)
             if os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
             if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
                 sys.exit(1)
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
-            close(1)
             sys.exit("stopped")
         except SystemExit as end:
-            close(1 if end.code else 0)
-            raise
-        except BaseException:
-            close(1)
+            code = 1 if end.code else 0
             raise
         finally:
+            close(code)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -71,7 +69,6 @@ def _leave(stop: RunStopped) -> None:
         mark_preempting()
     if stop.requeue and not rank_zero_only.rank:  # before what may take long: Slurm waits before it kills
         requeue()
-    close(stop.code)
     if rank_zero_only.rank:
         sys.exit(0 if stop.agreed else stop.code)
     if stop.code == 1:

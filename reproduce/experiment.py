@@ -36,6 +36,7 @@ from reproduce.provenance import Provenance, best_precision, machine
 from reproduce.run_folder import (
     check_checkpoint,
     check_run_dir,
+    holds_run,
     newest_checkpoint,
     open_folder,
     selected_weights,
@@ -97,7 +98,7 @@ def _decide_run_dir(config: DictConfig) -> None:
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
-    if job() is not None and not in_sweep() and not requeued() and (folder / "checkpoints").exists():
+    if job() is not None and not in_sweep() and not requeued() and holds_run(folder):
         raise ConfigError(
             f"{folder} holds a run of an earlier job {job()}: add run_dir={folder} to go on with it, or move it away"
         )

@@ -18,13 +18,18 @@ from lightning_modules.checkpoint_io import PART
 from reproduce.config import ConfigError
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether something was trained there: a run has a curve from step 0 on."""
+    return (folder / "curve.csv").is_file() or bool(step_checkpoints(folder))
+
+
 def check_run_dir(config: DictConfig) -> None:
     """Refuse to mix two runs in one folder; end with 0 where the run in it is finished."""
     folder = Path(config.run_dir)
     if any(folder.glob("hpc_ckpt_*")):  # Lightning would take the newest of them, whosever it is
         raise ConfigError(f"{folder} holds hpc_ckpt_*.ckpt of another program: give another run_dir")
-    if not (folder / "curve.csv").is_file() and not step_checkpoints(folder):
-        return  # nothing was trained there
+    if not holds_run(folder):
+        return
     if config.resume is None:
         raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
     if (folder / "result.json").is_file():
