@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.dequantization import UniformDequantizer
-from datamodules.stateless import ImageArray, StatelessDataModule
+from datamodules.images import ImageArray
+from datamodules.stateless import StatelessDataModule
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
@@ -29,18 +30,35 @@ class CIFAR10(StatelessDataModule):
     root: the folder that holds cifar-10-batches-py/ (or the archive cifar-10-python.tar.gz, which is then unpacked).
     n_val: images of the training set held out for validation, a split of our own (the authors publish none); 0 for
     a final run on all 50,000. hflip: horizontal flips in training (Dinh et al. 2017, section 4.1).
-    download: fetch the official archive where the files are missing.
+    download: fetch the official archive where the files are missing. n_bits: the most significant ones are kept.
+    shift: the largest shift along each axis in training, as a share of the side (openai/glow, --dal 1: 0.1).
+    labels: batches are (image, index, label), with the number of the class among `class_names`.
     """
 
-    n_bits = 8
-    dequantizer = UniformDequantizer(8)
     shape = (3, 32, 32)
+    n_classes = 10
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(
-        self, root: str, batch_size: int, n_val=5000, hflip=True, download=True, num_workers=0, micro_batch=None, seed=0
+        self,
+        root: str,
+        batch_size: int,
+        n_val=5000,
+        hflip=True,
+        download=True,
+        num_workers=0,
+        micro_batch=None,
+        seed=0,
+        n_bits=8,
+        shift=0.0,
+        labels=False,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
+        if not 0 <= shift < 1:
+            raise ValueError(f"data.shift={shift} is a share of the side: give 0 to less than 1")
         self.root, self.n_val, self.hflip, self.download = Path(root), n_val, hflip, download
+        self.n_bits, self.dequantizer = n_bits, UniformDequantizer(n_bits)
+        self.shift, self.labels = shift, labels
 
     def prepare_data(self) -> None:
         """Have the pickles under `root`: as they are, from the archive beside them, or from the official host."""
@@ -69,14 +87,22 @@ class CIFAR10(StatelessDataModule):
             raise ValueError(f"data.n_val={self.n_val} leaves no training batch: give 0 to {50_000 - self.batch_size}")
         if hasattr(self, "test"):
             return
-        images = np.concatenate([self._read(name, md5) for name, md5 in TRAIN_MD5.items()])
+        images, labels = self._read_all(TRAIN_MD5)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-        self.train = ImageArray(images[np.sort(order[self.n_val :])], self.seed, self.hflip)
-        self.val = ImageArray(images[np.sort(order[: self.n_val])])
-        self.test = ImageArray(np.concatenate([self._read(name, md5) for name, md5 in TEST_MD5.items()]))
+        train, val = np.sort(order[self.n_val :]), np.sort(order[: self.n_val])
+        self.train = self._images(images[train], labels[train], seed=self.seed, hflip=self.hflip, shift=self.shift)
+        self.val = self._images(images[val], labels[val])
+        self.test = self._images(*self._read_all(TEST_MD5))
 
-    def _read(self, name: str, md5: str) -> np.ndarray:
-        """One pickle's images, (N, 3, 32, 32) uint8. The md5 also makes unpickling safe."""
+    def _images(self, images: np.ndarray, labels: np.ndarray, **augmentation) -> ImageArray:
+        return ImageArray(images, n_bits=self.n_bits, labels=labels if self.labels else None, **augmentation)
+
+    def _read_all(self, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = zip(*(self._read(name, md5) for name, md5 in files.items()), strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    def _read(self, name: str, md5: str) -> tuple[np.ndarray, list[int]]:
+        """One pickle's images, (N, 3, 32, 32) uint8, and their classes. The md5 also makes unpickling safe."""
         path = self.root / FOLDER / name
         if not path.is_file():
             raise FileNotFoundError(
@@ -88,4 +114,5 @@ class CIFAR10(StatelessDataModule):
                 f"{path} is damaged ({len(content):,} bytes, not the official md5 {md5}): "
                 f"delete {path.parent} and unpack {ARCHIVE} again (data.download=true fetches it)"
             )
-        return pickle.loads(content, encoding="bytes")[b"data"].reshape(-1, *self.shape)
+        batch = pickle.loads(content, encoding="bytes")
+        return batch[b"data"].reshape(-1, *self.shape), batch[b"labels"]

@@ -16,6 +16,10 @@ class UniformDequantizer:
 
     n_bits: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.n_bits, int) or not 1 <= self.n_bits <= 8:
+            raise ValueError(f"data.n_bits={self.n_bits} does not fit integers of 8 bits: give 1 to 8")
+
     def __call__(self, q: Tensor, u: Tensor) -> Tensor:
         """q: (B, C, H, W) uint8, 0 .. 2^n_bits - 1. u: the same shape, float, in [0, 1). Returns x in [0, 1)."""
         x = (q.to(u.dtype) + u) / 2**self.n_bits

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.dequantization import UniformDequantizer
-from datamodules.stateless import ImageArray, StatelessDataModule
+from datamodules.images import ImageArray
+from datamodules.stateless import StatelessDataModule
 
 # Columns of every photograph, as fractions of its width: the splits share no pixel.
 REGIONS = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
@@ -58,10 +59,8 @@ class Photos(StatelessDataModule):
     """The embedded default: no download, no network; splits are disjoint regions of the same photographs.
 
     size: of a crop in pixels. n_train, n_val, n_test: crops an epoch; those for val and test are always the same.
+    n_bits: the most significant ones are kept.
     """
-
-    n_bits = 8
-    dequantizer = UniformDequantizer(8)
 
     def __init__(
         self,
@@ -74,15 +73,16 @@ class Photos(StatelessDataModule):
         num_workers=0,
         micro_batch=None,
         seed=0,
+        n_bits=8,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
         if min(n_val, n_test) < 0:
             raise ValueError(f"data.n_val={n_val}, data.n_test={n_test}: numbers of crops are not negative")
-        self.shape = (3, size, size)
+        self.shape, self.n_bits, self.dequantizer = (3, size, size), n_bits, UniformDequantizer(n_bits)
         self.size, self.sizes, self.hflip = size, {"train": n_train, "val": n_val, "test": n_test}, hflip
 
     def setup(self, stage: str | None = None) -> None:
-        photos = photographs()
+        photos = [photo >> (8 - self.n_bits) for photo in photographs()]  # crops and flips move pixels only
         widest = min(region(p, split).shape[1] for p in photos for split in REGIONS)
         if not 1 <= self.size <= widest:
             raise ValueError(f"data.size={self.size} does not fit the photographs' regions: give 1 to {widest}")

@@ -2,35 +2,14 @@
 
 import signal
 from collections.abc import Iterator
+from itertools import islice
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
-
-
-class ImageArray(Dataset):
-    """uint8 images (N, C, H, W); item (epoch, index) is (image, index), flips a function of (seed, epoch, index)."""
-
-    def __init__(self, images: np.ndarray, seed: int = 0, hflip: bool = False) -> None:
-        self.images, self.seed, self.hflip = images, seed, hflip
-        self._flips = (-1, None)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image = torch.from_numpy(self.images[index])
-        return (image.flip(-1) if self.hflip and self._flip(epoch, index) else image), index
-
-    def _flip(self, epoch: int, index: int) -> bool:
-        if self._flips[0] != epoch:
-            self._flips = (epoch, np.random.default_rng([self.seed, epoch, 1]).random(len(self)) < 0.5)
-        return self._flips[1][index]
 
 
 def deaf(worker: int) -> None:
@@ -42,13 +21,16 @@ def deaf(worker: int) -> None:
 class StatelessDataModule(L.LightningDataModule):
     """What every datamodule shares. Subclasses set `shape`, and `train`, `val`, `test` data sets in `setup`.
 
-    Batches are (datum, index). `n_bits` and `dequantizer` are None where data are real numbers (points).
+    Batches are (datum, index) or, with classes, (datum, index, label). `n_bits` and `dequantizer` are None where data
+    are real numbers (points); `n_classes` and `class_names` are None where data have no classes.
     batch_size: of an optimizer step, over all processes. micro_batch: data that one process holds at once, or None
     for all of its share; an optimizer step then accumulates several.
     """
 
     n_bits: int | None = None
     dequantizer = None
+    n_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
     shape: tuple[int, ...]
     train: Dataset
     val: Dataset
@@ -74,7 +56,7 @@ class StatelessDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader(self.test)
 
-    def train_batches(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, n: int) -> Iterator[list[Tensor]]:
         """This rank's share of the first epoch's batches until n items came (batch-norm re-estimation)."""
         rank, world_size = self._rank_and_world()
         size = min(self.batch_size, len(self.train), n)
@@ -82,6 +64,15 @@ class StatelessDataModule(L.LightningDataModule):
         sampler = TrainSampler(len(self.train), size, self.seed, rank, world_size)
         loader = DataLoader(self.train, sampler.local, sampler=sampler)
         return (batch for _, batch in zip(range(-(-n // size)), loader, strict=False))
+
+    def initialization_batch(self, n: int) -> list[Tensor]:
+        """The first n training data of epoch 0 (all, where there are fewer), collated; equal on every rank.
+
+        What data-dependent initialisation sees (Kingma & Dhariwal 2018, section 3.1). Not from a loader, which would
+        draw from torch's generator.
+        """
+        sampler = TrainSampler(len(self.train), min(n, len(self.train)), self.seed)
+        return default_collate([self.train[key] for key in islice(sampler, sampler.batch_size)])
 
     def _eval_loader(self, data: Dataset) -> DataLoader:
         rank, world_size = self._rank_and_world()

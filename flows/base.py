@@ -24,6 +24,13 @@ class Flow(nn.Module, ABC):
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         """Latent to data: x = f^-1(z) and log|det df^-1/dz|, (B,): minus that of `forward` at x."""
 
+    def initialize(self, x: Tensor, context=None) -> Tensor:
+        """Set what depends on data (`ActNorm`) from a first batch, as far as it is not yet set. Returns f(x).
+
+        A layer that holds others hands it on, in the order of `forward`. Call it under `torch.no_grad()`, once.
+        """
+        return self(x, context)[0]
+
 
 class Compose(Flow):
     """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, section 3.5)."""
@@ -46,6 +53,11 @@ class Compose(Flow):
             total = total + log_det
         return z, total
 
+    def initialize(self, x: Tensor, context=None) -> Tensor:
+        for layer in self.layers:
+            x = layer.initialize(x, context)
+        return x
+
 
 class Inverted(Flow):
     """The same bijection read backwards: `forward` is the wrapped flow's `inverse`."""
@@ -65,11 +77,13 @@ class FlowModel(Flow):
     """A whole model: a bijection from data of `shape` onto a base of equal size.
 
     Differs from a layer in one thing: the latent is a tuple, one tensor a level, also where there is one level.
-    Subclasses set `shape` (of one datum) and `latent_shapes` (of one latent each).
+    Subclasses set `shape` (of one datum) and `latent_shapes` (of one latent each), and `n_classes` where the context
+    is a class, (B,) int64.
     """
 
     shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
+    n_classes: int | None = None
     base = StandardNormal()
 
     @abstractmethod
@@ -89,15 +103,29 @@ class FlowModel(Flow):
         latents, log_det = self(x, context)
         return self.base.log_prob(latents) + log_det
 
-    def sample(self, n: int, temperature: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, temperature: float = 1.0, context=None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draw n data points, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
 
+        With a context of B rows (a tensor, or a tuple of them) n are drawn for each row: (n, B, *shape).
         Images come out in about [0, 1]: a model whose data passed a logit reaches a little beyond.
         """
-        parameter = next(self.parameters())
-        return self.inverse(self.base.sample(n, self.latent_shapes, temperature, generator, parameter))[0]
+        like = next(self.parameters())
+        if context is None:
+            return self.inverse(self.base.sample(n, self.latent_shapes, temperature, generator, like))[0]
+        rows = len(context[0] if isinstance(context, tuple) else context)
+        latents = self.base.sample(n * rows, self.latent_shapes, temperature, generator, like)
+        return self.inverse(latents, repeated(context, n))[0].unflatten(0, (n, rows))
 
 
 def no_log_det(x: Tensor) -> Tensor:
     """The log-determinant of a volume-preserving map: zeros, (B,), at least float32."""
     return torch.zeros(x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def repeated(context: Tensor | tuple[Tensor, ...], n: int) -> Tensor | tuple[Tensor, ...]:
+    """All rows of a context n times over: B rows become n * B."""
+    if isinstance(context, tuple):
+        return tuple(repeated(part, n) for part in context)
+    return context.repeat(n, *[1] * (context.dim() - 1))

@@ -1,4 +1,4 @@
-"""The networks inside couplings. Each returns (shift, raw log-scale), float32 whatever the ambient autocast."""
+"""The networks inside couplings. Their outputs are float32 whatever the ambient autocast."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flows.normalization import BiasOnlyBatchNorm2d
+from flows.normalization import ActNorm, BiasOnlyBatchNorm2d
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -103,3 +103,92 @@ class MLPConditioner(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.shift(x).to(x.dtype), self.log_scale(x).to(x.dtype)
+
+
+class EdgeConv2d(nn.Conv2d):
+    """A 3x3 "same" convolution without bias that knows where the border is; weights N(0, .05).
+
+    The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside (`add_edge_padding`).
+    Its convolution does not depend on the image: here it is a map, (1, C_out, H, W), added to every one, in float32.
+    Public ports leave it out: edges=False.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        self.edge = nn.Parameter(torch.empty(out_channels, 1, 3, 3)) if edges else None
+        self.reset()
+
+    def reset(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.edge is None else y + edge_map(self.edge, *x.shape[-2:])
+
+
+def edge_map(weight: Tensor, height: int, width: int) -> Tensor:
+    """What a 3x3 convolution, weight (C_out, 1, 3, 3), makes of a padding of ones around zeros: (1, C_out, H, W)."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return F.conv2d(F.pad(weight.new_zeros(1, 1, height, width), (1, 1, 1, 1), value=1.0), weight)
+
+
+class ZeroConv2d(EdgeConv2d):
+    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first: what starts from it starts as the identity.
+
+    Authors' code, `conv2d_zeros`. The bias is added in float32: bfloat16 would round what the couplings rest on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
+        super().__init__(in_channels, out_channels, edges)
+        self.shift = nn.Parameter(torch.zeros(out_channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(out_channels, 1, 1))
+
+    def reset(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).to(self.shift.dtype)
+        return (y + self.shift) * torch.exp(3 * self.log_scale)
+
+
+class ZeroLinear(nn.Linear):
+    """(W x + b) exp(3 s), with W, b and s 0 at first (authors' code, `linear_zeros`)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.log_scale = nn.Parameter(torch.zeros(out_features))
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x) * torch.exp(3 * self.log_scale)
+
+
+class GlowConditioner(nn.Module):
+    """3x3 -> actnorm -> ReLU -> 1x1 -> actnorm -> ReLU -> zero-initialised 3x3 (authors' code).
+
+    The paper's appendix B has no actnorm inside; public Glows without it are those that turn NaN.
+
+    x: (B, C_in, H, W). Returns (B, C_out, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool = True) -> None:
+        super().__init__()
+        self.conv_in = EdgeConv2d(in_channels, hidden_channels, edges)
+        self.norm_in = ActNorm(hidden_channels)
+        self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1, bias=False)
+        nn.init.normal_(self.conv_mid.weight, std=0.05)
+        self.norm_mid = ActNorm(hidden_channels)
+        self.conv_out = ZeroConv2d(hidden_channels, out_channels, edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm_in.normalize(self.conv_in(x)).relu()
+        h = self.norm_mid.normalize(self.conv_mid(h)).relu()
+        return self.conv_out(h)
+
+    def initialize(self, x: Tensor) -> None:
+        h = self.norm_in.initialize(self.conv_in(x)).relu()
+        self.norm_mid.initialize(self.conv_mid(h))

@@ -5,7 +5,21 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from flows.base import Flow
+from flows.base import Flow, no_log_det
+
+
+class Shift(Flow):
+    """y = x + offset; log_det is 0. Glow's data are x - 1/2 (authors' code)."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return x + self.offset, no_log_det(x)
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return z - self.offset, no_log_det(z)
 
 
 class Logit(Flow):

@@ -1,4 +1,4 @@
-"""Normalisation: one inside conditioners, one that is itself a flow."""
+"""Normalisation by the batch (RealNVP) and by a first batch (Glow), inside conditioners and as flows."""
 
 import torch
 from torch import Tensor, distributed, nn
@@ -118,3 +118,49 @@ def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean), rate)
     norm.running_var.lerp_(var.to(norm.running_var), rate)
+
+
+class ActNorm(Flow):
+    """y = (x + b) exp(3 s) per channel, both learned (Kingma & Dhariwal 2018, section 3.1).
+
+        log_det = H W sum(3 s)
+
+    `initialize` sets b = -mean and 3 s = -ln(std + 1e-6) of the channel over a first batch, so that y has mean 0 and
+    variance 1 there; until then it is the identity. What is initialised stays as it is: `initialized` is a buffer
+    and travels with the weights, so that a loaded flow is never set anew. The factor 3 multiplies the step size of s
+    (authors' code, `logscale_factor`).
+    """
+
+    LOG_SCALE_FACTOR = 3.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return self.normalize(x), self._log_det(x)
+
+    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        return z * torch.exp(-self.LOG_SCALE_FACTOR * self.log_scale) - self.bias, -self._log_det(z)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """y alone: inside a conditioner nobody asks for the log-determinant."""
+        return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
+
+    def initialize(self, x: Tensor, context=None) -> Tensor:
+        if not self.initialized:
+            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            self.bias.copy_(-mean[:, None, None])
+            self.log_scale.copy_(-torch.log(var.sqrt() + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR)
+            self.initialized.fill_(True)
+        return self.normalize(x)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (x.shape[2] * x.shape[3] * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(len(x))
+
+
+def uninitialized(flow: nn.Module) -> bool:
+    """Whether the flow holds an `ActNorm` that `initialize` has not set: then it is not ready to be trained."""
+    return any(isinstance(m, ActNorm) and not m.initialized for m in flow.modules())

@@ -23,7 +23,7 @@ class DensityModule(OptimizedModule):
     have no running statistics of their own, so for them every evaluation uses re-estimated ones. bn_images=0: never.
 
     dequantizer: (integers, noise) -> x, or None. seed: of the training noise. noise_seed: of the evaluation noise.
-    The optimizer's arguments are those of `OptimizedModule`.
+    The optimizer's arguments are those of `OptimizedModule`. Batches are (datum, index) or (datum, index, context).
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class DensityModule(OptimizedModule):
         l2=0.0,
         warmup_steps=0,
         schedule="constant",
+        cooldown_steps=0,
         clip_norm: float | None = None,
         max_skipped=20,
         noise_seed=0,
         bn_images=10_000,
     ) -> None:
-        super().__init__(name, lr, betas, weight_decay, warmup_steps, schedule, clip_norm, max_skipped)
+        super().__init__(name, lr, betas, weight_decay, warmup_steps, schedule, cooldown_steps, clip_norm, max_skipped)
         if l2 and not hasattr(flow, "l2_penalty"):
             raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
         if bn_images < 0:
@@ -64,12 +65,16 @@ class DensityModule(OptimizedModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x = self._training_input(batch[0], self.current_epoch, batch_idx, self.trainer.accumulate_grad_batches)
-        log_prob = self.flow.log_prob(x)
+        log_prob, loss = self._objective(x, *batch[2:])
         per_datum = self.loss_per_datum(log_prob.detach())
         self.train_mean.update(per_datum)
         self.log(f"train/{self.metric}", per_datum.mean(), prog_bar=True)  # of this rank; the curve's is of all
-        loss = -log_prob.mean()
         return self.finite_or_nan(loss + self.l2 * self.flow.l2_penalty() if self.l2 else loss)
+
+    def _objective(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        """log p(x), (B,) nats, and what is minimised but for the L2 penalty, a scalar."""
+        log_prob = self.flow.log_prob(x, context)
+        return log_prob, -log_prob.mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -84,16 +89,27 @@ class DensityModule(OptimizedModule):
         self._prepare_evaluation(both=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
-        data, indices = batch
+        data, indices, *context = batch
         if self.dequantizer is not None:
             noise = image_noise(indices, data.shape[1:], self.noise_seed).to(data.device, self.dtype)
             data = self.dequantizer(data, noise)
         for suffix, flow in self._evaluated.items():
             with full_float32(self.device.type):
-                per_datum = self.loss_per_datum(flow.log_prob(data))
+                per_datum = self.loss_per_datum(self._log_prob(flow, data, *context))
             mean = self.eval_means[suffix or "as_is"]
             mean.update(per_datum)
             self.log(f"{split}/{self.metric}{suffix}", mean, on_step=False, on_epoch=True, prog_bar=not suffix)
+
+    def _log_prob(self, flow: FlowModel, x: Tensor, context=None) -> Tensor:
+        return flow.log_prob(x, context)
+
+    @torch.no_grad()
+    def initialize(self, batch: tuple[Tensor, ...]) -> None:
+        """Set the flow's ActNorms from a batch, with the noise of a first step; float32."""
+        with full_float32(self.device.type):
+            data, _, *context = batch
+            noise = batch_noise(tuple(data.shape), self.seed, 0, 0, data.device).to(self.dtype)
+            self.flow.initialize(data if self.dequantizer is None else self.dequantizer(data, noise), *context)
 
     def _prepare_evaluation(self, both: bool) -> None:
         self._evaluated = {"": self.flow}
@@ -103,7 +119,7 @@ class DensityModule(OptimizedModule):
             return
         with full_float32(self.device.type):
             batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))
-            inputs = (self._training_input(data.to(self.device), 0, i, n_micro=1) for i, (data, _) in batches)
+            inputs = (self._training_input(data.to(self.device), 0, i, n_micro=1) for i, (data, *_) in batches)
             fresh = reestimated(self.flow, inputs)
         self._evaluated = {"": fresh} if averaged else {"": self.flow, "_reestimated": fresh}
 

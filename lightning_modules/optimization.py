@@ -23,12 +23,15 @@ class OptimizedModule(L.LightningModule):
     gradient scaler that skips, and is meant to when it tries a larger scale: there the first in a row does not count.
 
     name, lr, betas, weight_decay: the optimizer's. warmup_steps: linear from 0, per optimizer step. schedule: after
-    the warm-up, `constant` or a `cosine` to 0 at the last step. clip_norm: of the global gradient norm, in nats.
+    the warm-up, `constant` or a `cosine` to 0 at the last step. cooldown_steps: a constant rate falls linearly to 0 in
+    the last so many. clip_norm: of the global gradient norm, in nats.
     """
 
     flow: nn.Module
 
-    def __init__(self, name, lr, betas, weight_decay, warmup_steps, schedule, clip_norm, max_skipped) -> None:
+    def __init__(
+        self, name, lr, betas, weight_decay, warmup_steps, schedule, cooldown_steps, clip_norm, max_skipped
+    ) -> None:
         super().__init__()
         if name not in OPTIMIZERS:
             raise ValueError(f"optim.name={name} is not known: give one of {', '.join(OPTIMIZERS)}")
@@ -36,11 +39,15 @@ class OptimizedModule(L.LightningModule):
             raise ValueError(f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}")
         if len(betas) != 2:
             raise ValueError(f"optim.betas={list(betas)} are not two numbers")
-        if min(warmup_steps, max_skipped) < 0 or (clip_norm is not None and clip_norm <= 0):
-            raise ValueError("optim.warmup_steps, optim.clip_norm and optim.max_skipped must not be negative")
+        counts = {"warmup_steps": warmup_steps, "cooldown_steps": cooldown_steps, "max_skipped": max_skipped}
+        for key, value in {**counts, "clip_norm": clip_norm}.items():
+            if value is not None and (value < 0 or (key == "clip_norm" and value == 0)):
+                raise ValueError(f"optim.{key}={value}: it must not be negative")
+        if cooldown_steps and schedule == "cosine":
+            raise ValueError(f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0")
         self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
-        self.warmup_steps, self.schedule, self.clip_norm = warmup_steps, schedule, clip_norm
-        self.max_skipped = max_skipped
+        self.warmup_steps, self.schedule, self.cooldown_steps = warmup_steps, schedule, cooldown_steps
+        self.clip_norm, self.max_skipped = clip_norm, max_skipped
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps, in the whole run
         self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))  # whether the newest step was
 
@@ -50,9 +57,11 @@ class OptimizedModule(L.LightningModule):
         optimizer = OPTIMIZERS[self.name](
             self.flow.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
         )
-        if self.schedule == "cosine" and self.trainer.max_steps < 1:
-            raise ValueError("optim.schedule=cosine ends at the last step: set trainer.max_steps")
-        factor = WarmUp(self.warmup_steps, self.trainer.max_steps if self.schedule == "cosine" else None)
+        ends = self.schedule == "cosine" or self.cooldown_steps > 0
+        if ends and self.trainer.max_steps < 1:
+            given = "schedule=cosine" if self.schedule == "cosine" else f"cooldown_steps={self.cooldown_steps}"
+            raise ValueError(f"optim.{given} ends at the last step: set trainer.max_steps")
+        factor = WarmUp(self.warmup_steps, self.trainer.max_steps if ends else None, self.cooldown_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

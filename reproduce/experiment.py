@@ -22,6 +22,7 @@ from datamodules.samplers import n_micro_batches
 from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.checkpoints import Checkpoints
 from lightning_modules.callbacks.curve import Curve
+from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
@@ -125,6 +126,7 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     preemption.listen()
     callbacks = [
         Provenance(config),
+        Initialization(),
         Curve(folder, batch_size, interval, paper),
         Samples(folder / "samples", **config.samples),
         PaperComparison(paper),

@@ -9,23 +9,30 @@ import torch
 from torch import Tensor
 
 from flows.base import Compose, Flow, Inverted
-from flows.conditioners import MLPConditioner, ResidualConditioner
-from flows.coupling import ChannelCoupling, MaskedCoupling, checkerboard
-from flows.elementwise import Logit
-from flows.normalization import CouplingBatchNorm
+from flows.conditioners import GlowConditioner, MLPConditioner, ResidualConditioner
+from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
+from flows.elementwise import Logit, Shift
+from flows.glow import Glow
+from flows.learned_priors import SplitPrior, TopPrior
+from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
+from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
 
 
 @dataclass(frozen=True)
 class Case:
-    """make: a fresh flow in float32. shape: of one datum. unit_interval: x lies in [0, 1] and not on the line."""
+    """make: a fresh flow in float32. shape: of one datum. unit_interval: x lies in [0, 1] and not on the line.
+
+    noise: standard deviation of what `trained` adds to the weights; exp(3 s) of Glow makes much of little.
+    """
 
     name: str
     make: Callable[[], Flow]
     shape: tuple[int, ...]
     is_model: bool = False
     unit_interval: bool = False
+    noise: float = 0.3
 
     def data(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """(n, *shape), drawn in float64 so that every dtype sees the same numbers; off centre, so that means matter."""
@@ -48,6 +55,13 @@ def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
     return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None)
 
 
+def glow(name: str, shape: tuple[int, ...], **arguments) -> Case:
+    def make() -> Glow:
+        return Glow(shape, depth=2, hidden_channels=5, **arguments)
+
+    return Case(name, make, shape, is_model=True, unit_interval=True, noise=0.05)
+
+
 CASES = [
     Case("Compose", lambda: Compose([channel_coupling(False), Squeeze(), OrderedSqueeze(16)]), (4, 4, 4)),
     Case("Inverted", lambda: Inverted(channel_coupling(True, norm=False)), (4, 2, 3)),
@@ -60,6 +74,23 @@ CASES = [
     Case("ChannelCoupling-swap", lambda: channel_coupling(True), (4, 2, 3)),
     Case("CouplingBatchNorm", lambda: CouplingBatchNorm(3), (3, 2, 4)),
     Case("CouplingBatchNorm-mask", lambda: CouplingBatchNorm(3, checkerboard(2, 4, 0)), (3, 2, 4)),
+    Case("Shift", lambda: Shift(-0.5), (2, 3, 5)),
+    Case("ActNorm", lambda: ActNorm(3), (3, 2, 4)),
+    Case("ChannelPermutation", lambda: ChannelPermutation(torch.randperm(6)), (6, 2, 3)),
+    Case("InvertibleConv1x1", lambda: InvertibleConv1x1(4), (4, 2, 3)),
+    Case("InvertibleConv1x1LU", lambda: InvertibleConv1x1LU(4), (4, 2, 3)),
+    Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5)), (4, 2, 3)),
+    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5)), (4, 2, 3), noise=0.1),
+    Case(
+        "SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, edges=False)), (4, 2, 3), noise=0.1
+    ),
+    Case("SplitPrior", lambda: SplitPrior(4), (4, 2, 3)),
+    Case("TopPrior", lambda: TopPrior(4), (4, 2, 3)),
+    glow("Glow", (3, 4, 8), n_levels=2),
+    glow("Glow-1level", (1, 4, 4), n_levels=1),
+    glow("Glow-additive-shuffle-logit", (2, 8, 8), n_levels=3, coupling="additive", permutation="shuffle", alpha=0.05),
+    glow("Glow-reverse-no-edges", (2, 4, 4), n_levels=2, permutation="reverse", edges=False),
+    glow("Glow-plain-W", (2, 4, 4), n_levels=2, permutation="invertible_plain"),
     Case("RealNVP-2scales", lambda: RealNVP((3, 4, 6), 2, 4, 1), (3, 4, 6), is_model=True, unit_interval=True),
     Case("RealNVP-3scales", lambda: RealNVP((1, 8, 8), 3, 3, 1), (1, 8, 8), is_model=True, unit_interval=True),
     Case("RealNVP2d", lambda: RealNVP2d(n_couplings=4, hidden_channels=8), (2,), is_model=True),
@@ -99,8 +130,11 @@ def trained(case: Case, dtype: torch.dtype = torch.float32) -> Flow:
 
 @functools.cache
 def _trained(case: Case, dtype: torch.dtype) -> Flow:
-    flow = perturb(fresh(case, dtype=dtype))
+    flow = fresh(case, dtype=dtype)
     with torch.no_grad():
+        if uninitialized(flow):
+            flow.initialize(case.data(64, dtype, seed=20))
+        perturb(flow, case.noise)
         for seed in range(20):
             flow(case.data(16, dtype, seed))
     return flow.eval()

@@ -15,9 +15,9 @@ import torch
 from datamodules import DATA, cifar10, make_data, photos
 from datamodules.cifar10 import CIFAR10
 from datamodules.dequantization import UniformDequantizer
+from datamodules.images import ImageArray, shifted
 from datamodules.photos import REGIONS, Crops, Photos, photographs, region
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
-from datamodules.stateless import ImageArray
 from datamodules.two_moons import TwoMoons
 from flows.realnvp import RealNVP2d
 from lightning_modules.density import DensityModule
@@ -70,6 +70,14 @@ def test_dequantizer_keeps_the_integers(n_bits):
     assert ((off == 0) | (off == 1)).all()
     assert off.sum() <= 20
     assert 0 <= x.min() < x.max() < 1
+
+
+@pytest.mark.parametrize("n_bits", [0, -1, 9, 16, 5.5, 5.0, None])
+def test_bits_that_uint8_does_not_have(n_bits):
+    for make in (UniformDequantizer, lambda n: CIFAR10("data", 8, n_bits=n), lambda n: Photos(8, n_bits=n)):
+        with pytest.raises(ValueError, match=rf"data\.n_bits={n_bits} .* give 1 to 8") as error:
+            make(n_bits)
+        one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------- samplers
@@ -152,7 +160,7 @@ def loader(num_workers, images, epoch=1):
     sampler = TrainSampler(len(images), 4, seed=0)
     sampler.set_epoch(epoch)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
-    return TrainLoader(ImageArray(images, hflip=True), 4, sampler=sampler, drop_last=True, **workers)
+    return TrainLoader(ImageArray(images, hflip=True, shift=0.1), 4, sampler=sampler, drop_last=True, **workers)
 
 
 def same(a, b):
@@ -235,8 +243,96 @@ def test_flips_are_a_function_of_seed_epoch_and_index():
     assert np.array_equal(data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0])  # in any order
 
 
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_the_stream_of_flips_never_changes(epoch):
+    """Golden results hang on it."""
+    expected = (np.random.default_rng([3, epoch, 1]).random(400) < 0.5).tolist()
+    images = random_images(400)
+    assert flipped(ImageArray(images, seed=3, hflip=True), epoch) == expected
+    both, shifts = (ImageArray(images, seed=3, hflip=hflip, shift=0.1) for hflip in (True, False))
+    pairs = [(both[epoch, i][0], shifts[epoch, i][0]) for i in range(400)]
+    assert [torch.equal(a, b.flip(-1)) for a, b in pairs] == expected
+    assert [torch.equal(a, b) for a, b in pairs] == [not f for f in expected]
+
+
 def test_no_flips_unless_asked_for():
     assert not any(flipped(ImageArray(random_images(50), seed=3), 1))
+
+
+# ---------------------------------------------------------------------------------------------- shifts and bits
+
+
+def test_shift_by_whole_pixels_moves_and_repeats_the_edges():
+    image = random_images(1)[0]
+    moved = np.roll(image, (2, -1), axis=(1, 2))  # two down, one to the left
+    moved[:, :2], moved[:, :, -1] = moved[:, 2:3], moved[:, :, -2]
+    assert np.array_equal(shifted(image, (2, -1)), moved)
+    assert shifted(image, (2, -1)).dtype == np.uint8
+    assert np.array_equal(shifted(image, (0, 5))[:, :, :6], image[:, :, :1].repeat(6, 2))
+    assert np.array_equal(shifted(image, (0, -5))[:, :, 2:], image[:, :, -1:].repeat(6, 2))
+    assert np.array_equal(shifted(image, (7.9, 0))[:, :7], image[:, :1].repeat(7, 1))
+
+
+def test_shift_by_half_a_pixel_is_the_mean_of_two():
+    image = random_images(1)[0]
+    above, left = (np.concatenate([image.take([0], axis), image], axis).astype(int) for axis in (1, 2))
+    assert np.array_equal(shifted(image, (0.5, 0)), (above[:, :-1] + above[:, 1:]) // 2)
+    assert np.array_equal(shifted(image, (0, 0.5)), (left[:, :, :-1] + left[:, :, 1:]) // 2)
+
+
+def test_shift_is_bilinear_and_floors():
+    image = np.array([[[0, 100, 200], [10, 111, 255]]], dtype=np.uint8)
+    assert shifted(image, (0, 0.25)).tolist() == [[[0, 75, 175], [10, 85, 219]]]  # 85.75, 219.0
+    assert shifted(image, (-0.25, 0.5)).tolist() == [[[2, 52, 158], [10, 60, 183]]]  # 2.5, 52.625, 158.25
+
+
+def test_shift_leaves_even_areas_alone():
+    """Weights that sum to 1 - 1e-16 and a floor would take off a level: in float64 of 6 % of the pixels."""
+    for value, by in zip(range(0, 256, 5), np.random.default_rng(0).uniform(-3.2, 3.2, (52, 2)), strict=True):
+        assert set(shifted(np.full((1, 32, 32), value, np.uint8), by).flat) == {value}
+
+
+def test_shift_of_zero_is_the_image():
+    images = random_images(20)
+    data = ImageArray(images, seed=3, shift=0.0)
+    assert all(np.array_equal(data[epoch, i][0], images[i]) for epoch in range(3) for i in range(20))
+    assert all(np.array_equal(shifted(image, (0.0, 0.0)), image) for image in images)
+
+
+def test_shifts_are_a_function_of_seed_epoch_and_index():
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 16), dtype=np.uint8)
+
+    def items(epoch, seed=3):
+        data = ImageArray(images, seed, shift=0.1)
+        assert [data[epoch, i][1] for i in range(40)] == list(range(40))
+        return [data[epoch, i][0].numpy() for i in range(40)]
+
+    by = np.random.default_rng([3, 2, 2]).uniform(-0.1, 0.1, (40, 2)) * [8, 16]  # down, right
+    assert np.array_equal(items(2), [shifted(*pair) for pair in zip(images, by, strict=True)])
+    assert set(contents(items(2))).isdisjoint(contents([*items(1), *items(2, seed=4), *images]))
+    data = ImageArray(images, 3, shift=0.1)
+    later = data[2, 7][0], data[1, 30][0], data[2, 3][0]  # in any order
+    assert contents(later) == contents([items(2)[7], items(1)[30], items(2)[3]])
+
+
+def test_bits_are_the_most_significant_ones():
+    image = np.array([0, 7, 8, 127, 128, 200, 248, 255], dtype=np.uint8).reshape(1, 1, 2, 4)
+    for n_bits, values in {
+        8: [0, 7, 8, 127, 128, 200, 248, 255],
+        5: [0, 0, 1, 15, 16, 25, 31, 31],
+        1: [0, 0, 0, 0, 1, 1, 1, 1],
+    }.items():
+        item = ImageArray(image, n_bits=n_bits)[0, 0][0]
+        assert item.dtype == torch.uint8
+        assert item.flatten().tolist() == values
+
+
+def test_bits_are_taken_from_augmented_images():
+    images = random_images(30)
+    eight, five = (ImageArray(images, hflip=True, shift=0.1, n_bits=n_bits) for n_bits in (8, 5))
+    assert all(torch.equal(five[1, i][0], eight[1, i][0] // 8) for i in range(30))
+    coarse = ImageArray(images // 8, hflip=True, shift=0.1)  # the other order of things
+    assert not any(torch.equal(five[1, i][0], coarse[1, i][0]) for i in range(30))
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-10
@@ -244,19 +340,25 @@ def test_no_flips_unless_asked_for():
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """Six pickles of 40 images each in the official format; .train (200, 3, 32, 32), .test (40, 3, 32, 32)."""
+    """Six pickles of 40 images each in the official format; .train (200, 3, 32, 32), .test (40, 3, 32, 32).
+
+    .train_labels, .test_labels: their classes.
+    """
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    images = {}
+    images, labels = {}, {}
     for number, table in enumerate(["TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TEST_MD5"]):
         name = "test_batch" if table == "TEST_MD5" else f"data_batch_{number + 1}"
         images[name] = random_images(40, 32, seed=number)
-        batch = {b"data": images[name].reshape(40, 3072), b"labels": [i % 10 for i in range(40)]}
+        labels[name] = np.random.default_rng(number).integers(0, 10, 40).tolist()
+        batch = {b"data": images[name].reshape(40, 3072), b"labels": labels[name]}
         (folder / name).write_bytes(pickle.dumps(batch))
         md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
         monkeypatch.setitem(getattr(cifar10, table), name, md5)
     train = np.concatenate([images[f"data_batch_{i}"] for i in range(1, 6)])
-    return SimpleNamespace(root=tmp_path, folder=folder, train=train, test=images["test_batch"])
+    train_labels = [label for i in range(1, 6) for label in labels[f"data_batch_{i}"]]
+    classes = {"train_labels": train_labels, "test_labels": labels["test_batch"]}
+    return SimpleNamespace(root=tmp_path, folder=folder, train=train, test=images["test_batch"], **classes)
 
 
 def ready(root, **arguments):
@@ -305,6 +407,60 @@ def test_cifar_flips_in_training_only(cifar):
     assert 50 < sum(flipped(data.train, 0)) < 120
     assert not any(flipped(data.val, 0) + flipped(data.test, 0))
     assert not any(flipped(ready(cifar.root, hflip=False).train, 0))
+
+
+def test_cifar_shifts_in_training_only(cifar):
+    data = ready(cifar.root, shift=0.1, hflip=False, seed=5)
+    by = np.random.default_rng([5, 1, 2]).uniform(-3.2, 3.2, (170, 2))
+    assert all(np.array_equal(data.train[1, i][0], shifted(data.train.images[i], by[i])) for i in range(170))
+    assert not any(np.array_equal(data.train[1, i][0], data.train.images[i]) for i in range(170))
+    assert not any(flipped(data.val, 1) + flipped(data.test, 1))  # fails where an item is not the image
+    plain = ready(cifar.root, hflip=False)
+    assert all(np.array_equal(plain.train[1, i][0], plain.train.images[i]) for i in range(170))
+
+
+@pytest.mark.parametrize("shift", [-0.1, 1.0, 3, float("nan")])
+def test_cifar_shift_is_a_share(shift):
+    with pytest.raises(ValueError, match=rf"data\.shift={shift} .* give 0 to less than 1") as error:
+        CIFAR10("data", 8, shift=shift)
+    one_line(error)
+
+
+def test_cifar_of_five_bits(cifar):
+    data, eight = ready(cifar.root, n_bits=5), ready(cifar.root)
+    assert (data.n_bits, data.dequantizer) == (5, UniformDequantizer(5))
+    assert (eight.n_bits, eight.dequantizer) == (8, UniformDequantizer(8))
+    batch = next(iter(data.test_dataloader()))[0]
+    assert batch.dtype == torch.uint8
+    assert np.array_equal(batch, cifar.test[:8] // 8)
+    assert all(torch.equal(data.train[1, i][0], eight.train[1, i][0] // 8) for i in range(170))
+    assert all(torch.equal(data.val[1, i][0], eight.val[1, i][0] // 8) for i in range(30))
+    x = data.dequantizer(batch, torch.zeros(batch.shape))
+    assert (x.min(), x.max()) == (0, 31 / 32)
+
+
+def test_cifar_labels_belong_to_their_images(cifar):
+    data = ready(cifar.root, labels=True, shift=0.1, n_bits=5)
+    plain = ready(cifar.root, shift=0.1, n_bits=5)
+    classes = dict(
+        zip(contents(cifar.train) + contents(cifar.test), cifar.train_labels + cifar.test_labels, strict=True)
+    )
+    for split in ("train", "val", "test"):
+        loader, same_loader = (getattr(d, f"{split}_dataloader")() for d in (data, plain))
+        for (images, indices, labels), without in zip(loader, same_loader, strict=True):
+            assert (labels.dtype, labels.shape) == (torch.int64, indices.shape)
+            assert same([[images, indices]], [without])
+            assert labels.tolist() == [classes[c] for c in contents(getattr(data, split).images[indices])]
+    assert next(iter(data.test_dataloader()))[2].tolist() == cifar.test_labels[:8]
+    assert [len(batch) for batch in data.train_batches(16)] == [3, 3]
+    assert same(list(data.train_batches(16)), list(data.train_dataloader())[:2])
+    assert data.train[0, 5][2] == ready(cifar.root, labels=True, seed=1).train[7, 5][2]  # whatever the augmentation
+
+
+def test_class_names(cifar):
+    assert (CIFAR10.n_classes, len(CIFAR10.class_names)) == (10, 10)
+    assert [CIFAR10.class_names[i] for i in (0, 3, 6, 9)] == ["airplane", "cat", "frog", "truck"]
+    assert (Photos.n_classes, Photos.class_names, TwoMoons.n_classes, TwoMoons.class_names) == (None,) * 4
 
 
 @pytest.mark.parametrize("n_val", [-1, 50_000, 60_000])
@@ -407,6 +563,27 @@ def test_cifar_real_files():
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)  # as widely published
 
 
+@pytest.mark.data
+def test_cifar_real_labels():
+    if not (REAL / "cifar-10-batches-py" / "test_batch").is_file():
+        pytest.skip("CIFAR-10 is not under data/")
+    data = ready(REAL, n_val=0, labels=True, n_bits=5)
+    first = [[data.class_names[split[0, i][2]] for i in range(5)] for split in (data.train, data.test)]
+    assert first == [["frog", "truck", "truck", "deer", "automobile"], ["cat", "ship", "ship", "airplane", "frog"]]
+    assert [np.bincount(split.labels).tolist() for split in (data.train, data.test)] == [[5000] * 10, [1000] * 10]
+    meta = REAL / "cifar-10-batches-py" / "batches.meta"
+    if meta.is_file():
+        names = pickle.loads(meta.read_bytes(), encoding="bytes")[b"label_names"]
+        assert tuple(name.decode() for name in names) == data.class_names
+    part = ready(REAL, n_val=5000, labels=True)  # what is held out takes its labels along
+    whole = dict(zip(contents(data.train.images[::97]), data.train.labels[::97].tolist(), strict=True))
+    for split in (part.train, part.val):
+        found = [(whole[c], split.labels[i]) for i, c in enumerate(contents(split.images)) if c in whole]
+        assert len(found) > 30
+        assert all(a == b for a, b in found)
+    assert data.test[0, 0][0][:, 0, 0].tolist() == [158 // 8, 112 // 8, 49 // 8]
+
+
 # ---------------------------------------------------------------------------------------------- photographs
 
 
@@ -504,6 +681,17 @@ def test_photos_of_another_size(size):
     assert image.shape == (8, 3, size, size)
     assert image.dtype == torch.uint8
     assert indices.shape == (8,)
+
+
+def test_photos_of_five_bits():
+    five, eight = made_photos(n_bits=5), made_photos()
+    assert (five.n_bits, five.dequantizer) == (5, UniformDequantizer(5))
+    assert (eight.n_bits, eight.dequantizer) == (8, UniformDequantizer(8))
+    for split in ("train", "val", "test"):
+        pairs = [[getattr(data, split)[1, i][0] for data in (five, eight)] for i in range(20)]
+        assert all(torch.equal(a, b // 8) for a, b in pairs)
+        assert {a.dtype for a, _ in pairs} == {torch.uint8}
+    assert max(int(five.train[0, i][0].max()) for i in range(40)) == 31
 
 
 @pytest.mark.parametrize("size", [0, 300])
@@ -621,6 +809,32 @@ def test_train_batches(cifar, n, batches, size):
     else:
         assert same(found, together)
         assert same(found, list(small("cifar10", cifar, n_val=0).train_dataloader())[:batches])
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_initialization_batch_is_the_start_of_the_first_epoch(name, cifar):
+    data = small(name, cifar, seed=4, n_val=31)
+    state = torch.get_rng_state()
+    found = data.initialization_batch(20)
+    assert torch.equal(torch.get_rng_state(), state)
+    order = np.random.default_rng([4, 0]).permutation(data.n_train)
+    assert found[1].tolist() == order[:20].tolist()
+    assert torch.equal(found[0], torch.stack([data.train[0, i][0] for i in found[1].tolist()]))
+    batches = list(data.train_dataloader())[:2]
+    assert same([[part[:16] for part in found]], [[torch.cat(parts) for parts in zip(*batches, strict=True)]])
+    for rank in range(4):
+        other = small(name, cifar, seed=4, n_val=31, batch_size=16, micro_batch=2)
+        other.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        assert same([other.initialization_batch(20)], [found])
+    assert data.initialization_batch(10**6)[1].tolist() == order.tolist()  # all there are
+
+
+def test_initialization_batch_with_labels(cifar):
+    data = small("cifar10", cifar, n_val=0, labels=True)
+    images, indices, labels = data.initialization_batch(20)
+    assert (images.dtype, indices.dtype, labels.dtype) == (torch.uint8, torch.int64, torch.int64)
+    assert labels.tolist() == [cifar.train_labels[i] for i in indices.tolist()]
+    assert same([[images, indices]], [small("cifar10", cifar, n_val=0).initialization_batch(20)])
 
 
 # ---------------------------------------------------------------------------------------------- noise

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datamodules.dequantization import UniformDequantizer
+from datamodules.images import ImageArray
 from datamodules.samplers import TrainSampler
-from datamodules.stateless import ImageArray, StatelessDataModule
+from datamodules.stateless import StatelessDataModule
 from datamodules.two_moons import TwoMoons
 from flows.base import FlowModel
 from flows.realnvp import RealNVP, RealNVP2d

@@ -31,6 +31,7 @@ class Samples(L.Callback):
         self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
         self.every_n_steps, self.drawn_at = every_n_steps, 0
         self.images: Tensor | None = None
+        self.context: Tensor | None = None  # of the images
         self.finite: dict[str, float] = {}
 
     def state_dict(self) -> dict:
@@ -42,6 +43,7 @@ class Samples(L.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if batch_idx == 0 and pl_module.dequantizer is not None:
             data, indices = batch[0][:N_SHOWN], batch[1][:N_SHOWN]
+            self.context = batch[2][:N_SHOWN] if len(batch) > 2 else None
             noise = image_noise(indices, data.shape[1:], pl_module.noise_seed).to(data.device)
             self.images = pl_module.dequantizer(data, noise)
 
@@ -64,16 +66,20 @@ class Samples(L.Callback):
             rows = self._sample(pl_module)
             pictures = {"samples": picture(rows)}
             if self.images is not None:
-                z, _ = pl_module.flow(self.images)
-                pictures["reconstruction"] = picture([self.images, pl_module.flow.inverse(z)[0]])
+                z, _ = pl_module.flow(self.images, self.context)
+                pictures["reconstruction"] = picture([self.images, pl_module.flow.inverse(z, self.context)[0]])
         pl_module.flow.train(was_training)
         self._write(trainer, pictures)
 
     def _sample(self, pl_module: L.LightningModule) -> list[Tensor]:
-        rows = []
+        rows, flow = [], pl_module.flow
         for temperature in self.temperatures:
             generator = torch.Generator().manual_seed(self.seed)
-            samples = pl_module.flow.sample(self.n, temperature, generator=generator)
+            if flow.n_classes is None:
+                samples = flow.sample(self.n, temperature, generator=generator)
+            else:  # a class a column
+                classes = torch.arange(self.n, device=pl_module.device) % flow.n_classes
+                samples = flow.sample(1, temperature, classes, generator=generator)[0]
             rows.append(samples[:N_SHOWN])
             share = samples.isfinite().flatten(1).all(1).float().mean().item()
             self.finite[f"samples/finite_T{temperature:g}"] = share

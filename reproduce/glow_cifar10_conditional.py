@@ -1,0 +1,29 @@
+"""Class-conditional Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039): samples of a chosen class.
+
+python reproduce/glow_cifar10_conditional.py                # the authors' recipe
+python reproduce/glow_cifar10_conditional.py preset=cpu     # a smaller model for two cores
+"""
+
+from datamodules import make_data
+from flows.glow import Glow
+from lightning_modules.class_conditional import ClassConditionalModule
+from reproduce.experiment import command, fit, load_config, make_trainer, record
+
+
+def make_flow(config, shape):
+    return Glow(shape, **config.flow)
+
+
+@command
+def main(argv=None):
+    config = load_config(__file__, __doc__, argv)
+    data = make_data(seed=config.seed, **config.data)
+    flow = make_flow(config, data.shape)
+    module = ClassConditionalModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
+    trainer = make_trainer(config, module)
+    fit(config, trainer, module, data)
+    return record(config, trainer, module, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""RealNVP on crops of the photographs inside scikit-image and scikit-learn: no download, no paper's number.
+
+python reproduce/realnvp_photos.py                # wants a GPU
+python reproduce/realnvp_photos.py preset=cpu     # a smaller model for two cores
+"""
+
+from datamodules import make_data
+from flows.realnvp import RealNVP
+from lightning_modules.density import DensityModule
+from reproduce.experiment import command, fit, load_config, make_trainer, record
+
+
+def make_flow(config, shape):
+    return RealNVP(shape, **config.flow)
+
+
+@command
+def main(argv=None):
+    config = load_config(__file__, __doc__, argv)
+    data = make_data(seed=config.seed, **config.data)
+    flow = make_flow(config, data.shape)
+    module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
+    trainer = make_trainer(config, module)
+    fit(config, trainer, module, data)
+    return record(config, trainer, module, data)
+
+
+if __name__ == "__main__":
+    main()
