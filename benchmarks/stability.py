@@ -1,0 +1,145 @@
+"""Whether an affine Glow stays finite: many seeds of a short deep one, a few of a long shallow one, on CIFAR-10.
+
+python -m benchmarks.stability short                # 20 seeds, 32 steps a level, 300 training steps
+python -m benchmarks.stability long                 # 3 seeds, 4 steps a level, 10,000 training steps
+python -m benchmarks.stability short seeds=[0,1] --json FILE trainer.max_steps=100 data.root=data
+
+Public Glows jump from 6.8 to 1959 bits/dim on the second step without a warm-up from 0, or turn NaN late. Both kinds
+are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and smaller batches.
+FILE is written after every seed; a seed that it holds is not run again.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from datamodules import make_data
+from lightning_modules.density import DensityModule
+from lightning_modules.metrics import full_float32
+from lightning_modules.noise import image_noise
+from reproduce import glow_cifar10
+from reproduce.config import ConfigError, arguments
+from reproduce.experiment import command, fit, load_config, make_trainer
+from reproduce.provenance import git_state, machine
+from results.runs import write
+
+RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
+QUIET = ["preset=cpu", "logger.name=none", "trainer.limit_val_batches=0", "checkpoint.select=last"]
+QUIET += [
+    "samples.n=1",
+    "samples.temperatures=[0.7]",
+    "samples.every_n_steps=1000000",
+    "checkpoint.every_n_steps=100000",
+]
+KINDS = {
+    "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=16", "trainer.max_steps=300"]),
+    "long": (range(3), ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]),
+}
+N_IMAGES, N_SAMPLES = 256, 256
+
+
+class FixedBatch(L.Callback):
+    """bits/dim of the same images with the same noise, before training and every `every` steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.bpd = every, []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: DensityModule) -> None:
+        self.x = fixed_images(trainer.datamodule.val, pl_module)
+        self._measure(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DensityModule, outputs, batch, batch_idx: int) -> None:
+        if trainer.global_step % self.every == 0:
+            self._measure(pl_module)
+
+    @torch.no_grad()
+    def _measure(self, module: DensityModule) -> None:
+        with full_float32(module.device.type):
+            self.bpd.append(module.loss_per_datum(module.flow.log_prob(self.x)).mean().item())
+
+
+def fixed_images(data, module: DensityModule) -> Tensor:
+    """The first images of a split, dequantised with their own evaluation noise, (256, C, H, W)."""
+    images, indices = default_collate([data[0, i][:2] for i in range(min(N_IMAGES, len(data)))])
+    noise = image_noise(indices, images.shape[1:], module.noise_seed)
+    return module.dequantizer(images, noise).to(module.device)
+
+
+def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
+    """One seed: its curve on the fixed batch, skipped steps, worst round trip in grey levels, finite samples."""
+    given = [*QUIET, *RECIPE, *KINDS[kind][1], *overrides, f"seed={seed}", f"run_dir={folder}"]
+    config = load_config(glow_cifar10.__file__, __doc__, given)
+    data = make_data(seed=config.seed, **config.data)
+    flow = glow_cifar10.make_flow(config, data.shape)
+    module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
+    watch = FixedBatch(every)
+    trainer = make_trainer(config, module, watch)
+    fit(config, trainer, module, data)
+    flow.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), full_float32(module.device.type):
+        images = fixed_images(data.test, module)
+        noise = torch.rand(images.shape, generator=generator).to(images)
+        finite = {f"finite_T{t:g}": finite_share(flow.sample(N_SAMPLES, t, generator=generator)) for t in (0.7, 1.0)}
+        errors = {"images": round_trip(flow, images), "noise": round_trip(flow, noise)}
+    return {
+        "seed": seed,
+        "steps": trainer.global_step,
+        "skipped_steps": module.skipped.item(),
+        "bpd_every": every,
+        "bpd": watch.bpd,
+        "highest_rise": max(watch.bpd) - watch.bpd[0],
+        "round_trip_grey_levels": errors,
+        **finite,
+        "depth": config.flow.depth,
+        "hidden_channels": config.flow.hidden_channels,
+        "batch_size": config.data.batch_size,
+        "optim": OmegaConf.to_container(config.optim),
+        "device": machine(trainer)["device"],
+        "commit": git_state()[0],
+        "dirty": git_state()[1],
+    }
+
+
+def round_trip(flow, x: Tensor) -> float:
+    """The largest |f^-1(f(x)) - x| over all pixels, in grey levels of 8 bits."""
+    return 256 * (flow.inverse(flow(x)[0])[0] - x).abs().max().item()
+
+
+def finite_share(samples: Tensor) -> float:
+    return samples.isfinite().flatten(1).all(1).float().mean().item()
+
+
+@command
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run the seeds that FILE lacks. Returns all rows."""
+    kind, *given = arguments(argv) or [""]
+    if kind not in KINDS:
+        raise ConfigError(f"'{kind}' is no kind: give one of {', '.join(KINDS)}")
+    path = Path(given.pop(given.index("--json") + 1)) if "--json" in given[:-1] else None
+    given = [word for word in given if word != "--json"]
+    seeds = OmegaConf.create({"seeds": list(KINDS[kind][0])})
+    seeds.merge_with_dotlist([word for word in given if word.startswith("seeds=")])
+    overrides = [word for word in given if not word.startswith("seeds=")]
+    rows = json.loads(path.read_text())["runs"] if path is not None and path.is_file() else []
+    for seed in seeds.seeds:
+        if seed in [row["seed"] for row in rows]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100))
+        shown = {k: v for k, v in rows[-1].items() if k not in ("bpd", "optim")}
+        print(json.dumps({**shown, "last_bpd": rows[-1]["bpd"][-1]}), flush=True)
+        if path is not None:
+            write(path, json.dumps({"kind": kind, "overrides": overrides, "runs": rows}, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
