@@ -31,6 +31,7 @@ class StatelessDataModule(L.LightningDataModule):
     dequantizer = None
     n_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    labels = False  # whether batches have them
     shape: tuple[int, ...]
     train: Dataset
     val: Dataset

@@ -26,7 +26,7 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     no value may change its type.
     """
     recipe = _read(CONFIGS / f"{experiment}.yaml")
-    overrides = _parse(arguments)
+    overrides = parse(arguments)
     preset = OmegaConf.select(overrides, "preset")
     config = OmegaConf.create({"experiment": experiment, "preset": preset})
     for base in recipe.pop("bases"):
@@ -45,8 +45,8 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     for layer in layers:
         if "name" in layer.get("data", {}) and layer.data.name != name:
             del layer.data  # of the data set that the command line has replaced
-        config = _merge(config, layer, before)
-    config = _merge(config, overrides, before)
+        config = merge(config, layer, before)
+    config = merge(config, overrides, before)
     _check_choices(config)
     return config
 
@@ -80,7 +80,7 @@ def _data_file(name: str) -> Path:
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"data.name={name} is not known{_nearest(str(name), known)}: give one of {', '.join(known)}")
+        raise ConfigError(f"data.name={name} is not known{nearest(str(name), known)}: give one of {', '.join(known)}")
     return path
 
 
@@ -90,11 +90,12 @@ def _preset(experiment: str, preset: str | None, own: DictConfig) -> list[DictCo
         return []
     if preset not in own:
         known = f"give one of {', '.join(own)}" if own else f"{experiment} has none"
-        raise ConfigError(f"preset={preset} is not known{_nearest(str(preset), list(own))}: {known}")
+        raise ConfigError(f"preset={preset} is not known{nearest(str(preset), list(own))}: {known}")
     return [_read(CONFIGS / "presets" / f"{preset}.yaml"), own[preset]]
 
 
-def _parse(arguments: list[str]) -> DictConfig:
+def parse(arguments: list[str]) -> DictConfig:
+    """Words key=value as a config. ConfigError: not of that form, or no value that YAML can read."""
     for argument in arguments:
         if not re.match(r"[\w.]+=", argument):
             raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
@@ -111,7 +112,7 @@ def _last(layers: list[DictConfig], key: str, otherwise):
     return values[-1] if values else otherwise
 
 
-def _merge(config: DictConfig, layer: DictConfig, before: list[DictConfig]) -> DictConfig:
+def merge(config: DictConfig, layer: DictConfig, before: list[DictConfig]) -> DictConfig:
     """`layer` over `config`; a value has the type of what it replaces, there or in the recipe or base it came from."""
     for key, value in _leaves(layer):
         _check_type([config, *before], key, value)
@@ -133,7 +134,7 @@ def _check_type(configs: list[DictConfig], key: str, value) -> None:
         inside = [k for k in keys if k.startswith(f"{key}.")]
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
-        raise ConfigError(f"{key} is no key of this recipe{_nearest(key, keys)}: see --help")
+        raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
     replaced = [OmegaConf.select(config, key) for config in configs if key in dict(_leaves(config))]
     fits = any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
     if not fits and key not in CHOICES:
@@ -159,12 +160,10 @@ def _check_choices(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in choices:
             names = [str(c) for c in choices if c is not None]
-            raise ConfigError(
-                f"{key}={value} is not known{_nearest(str(value), names)}: give one of {', '.join(names)}"
-            )
+            raise ConfigError(f"{key}={value} is not known{nearest(str(value), names)}: give one of {', '.join(names)}")
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts."""
     by_lower = {k.lower(): k for k in known} | {k.lower().split(".")[-1]: k for k in reversed(known)}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)

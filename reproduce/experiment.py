@@ -201,6 +201,10 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
     """Train, from the newest checkpoint of the run folder where resume=auto finds one."""
+    wanted, there = module.flow.n_classes, data.n_classes if data.labels else None
+    if wanted is not None and wanted != there:
+        has = f"has {data.n_classes or 'no'} classes" + ("" if data.labels else ", without data.labels=true none")
+        raise ConfigError(f"flow.n_classes={wanted}, but data.name={config.data.name} {has}")
     folder, path = Path(config.run_dir), None
     found = newest_checkpoint(folder) if config.resume == "auto" else None
     if found is not None:
@@ -243,7 +247,8 @@ def paper_of(config: DictConfig) -> dict | None:
     if config.paper is None:
         return None
     claim = results.load_claim(config.paper)
-    comparable = config.data.name == claim["data"] and config.trainer.limit_test_batches is None
+    same_data = config.data.name == claim["data"] and results.same_n_bits(claim, config.data)
+    comparable = same_data and config.trainer.limit_test_batches is None
     return {"claim": config.paper, "metric": claim["metric"], "value": claim["value"], "comparable": comparable}
 
 

@@ -167,6 +167,11 @@ def load_flow(folder: str | Path):
 
     Batch-norm statistics are the running ones. ValueError or FileNotFoundError, one line: nothing there to load.
     """
+    return read_run(folder)[0]
+
+
+def read_run(folder: str | Path):
+    """The flow as `load_flow` gives it, and what its checkpoint says of the run: experiment, config, shape, commit."""
     path = Path(folder)
     finished = path / "result.json"
     if path.is_dir() and not finished.is_file():
@@ -185,4 +190,4 @@ def load_flow(folder: str | Path):
     flow.load_state_dict(
         {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     )
-    return flow.eval()
+    return flow.eval(), there

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -44,11 +45,17 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def same_n_bits(claim: Mapping, data: Mapping) -> bool:
+    """Whether the images of a run (its config's `data`) have the claim's bits; 8 where a run was recorded without."""
+    wanted = claim["protocol"].get("n_bits")
+    return wanted is None or wanted == data.get("n_bits", 8)
+
+
 def compare(result: dict, root: Path = ROOT) -> dict:
     """Set a result beside its paper's number.
 
-    Reads `metrics`, `paper` (claim, metric, comparable) and `budget.fraction`; value, tolerance and direction come from
-    the claim.
+    Reads `metrics`, `paper` (claim, metric, comparable), `budget.fraction` and `config.data.n_bits`; value, tolerance,
+    direction and `protocol.n_bits` come from the claim. 5-bit and 8-bit images are different data.
 
     Returns:
         gap: ours minus the paper's, in the claim's unit; None when not comparable or the metric is no finite number.
@@ -62,6 +69,8 @@ def compare(result: dict, root: Path = ROOT) -> dict:
     if not paper or not paper.get("comparable", False):
         return {"gap": None, "status": "-"}
     claim = load_claim(paper["claim"], root)
+    if not same_n_bits(claim, (result.get("config") or {}).get("data") or {}):
+        return {"gap": None, "status": "-"}
     ours = result["metrics"].get(paper["metric"])
     gap = ours - claim["value"] if is_number(ours) else None
     worse = math.inf if gap is None else gap if claim["direction"] == "lower" else -gap

@@ -1,32 +1,35 @@
-"""`python -m results` writes results/README.md; `python -m results add RUN` takes a finished run in first."""
+"""`python -m results` writes results/README.md; `add RUN` and `ablation FOLDER` take in what has finished first."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from results import ROOT
+from results import ROOT, ablation
 from results.page import write_page
 from results.runs import add
 
-USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."]]'
+USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | ablation outputs/figure3/<name>]'
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Exit code: 0 done, 1 one line on what is wrong, 2 usage."""
-    command: tuple[str, str | None] | None
+    take_in: Callable[[], list[str]]
     match sys.argv[1:] if argv is None else argv:
         case []:
-            command = None
+            take_in = list
         case ["add", run]:
-            command = (run, None)
+            take_in = partial(add, run, None, root)
         case ["add", run, option] if option.startswith("suspect="):
-            command = (run, option.removeprefix("suspect="))
+            take_in = partial(add, run, option.removeprefix("suspect="), root)
+        case ["ablation", folder]:
+            take_in = partial(ablation.add, folder, root)
         case _:
             print(USAGE, file=sys.stderr)
             return 2
     try:
-        if command:
-            for line in add(command[0], command[1], root):
-                print(line)
+        for line in take_in():
+            print(line)
         print(f"wrote {write_page(root)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

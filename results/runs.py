@@ -91,15 +91,18 @@ def portable(value: Any) -> Any:
 
 
 def picture(folder: Path) -> bytes | None:
-    """The newest samples/samples*.png, else density.png, as a PNG below PICTURE_BYTES; None when there is neither."""
+    """The newest samples/samples*.png, else density.png, as `small_png`; None when there is neither."""
     samples = sorted(folder.glob("samples/samples*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     path = samples[-1] if samples else folder / "density.png"
-    if not path.is_file():
-        return None
+    return small_png(path) if path.is_file() else None
+
+
+def small_png(path: Path) -> bytes:
+    """A picture as a PNG below PICTURE_BYTES, smaller where it must be. ValueError, one line: not readable."""
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error}): delete it or sample again") from error
+        raise ValueError(f"{path} is not a readable picture ({error}): delete it or make it again") from error
     while True:
         stream = io.BytesIO()
         image.save(stream, "PNG", optimize=True)

@@ -633,7 +633,7 @@ def test_crops_are_uniform_over_all_positions():
     """4 x 5 positions of a 2x2 crop in the first photograph, one in the second."""
     first = np.arange(5 * 6, dtype=np.uint8).reshape(5, 6, 1).repeat(3, 2)
     second = np.full((2, 2, 3), 99, dtype=np.uint8)
-    crops = Crops([first, second], 21_000, 2, seed=0, hflip=False)
+    crops = Crops([first, second], 21_000, 2, seed=0, hflip=False, labels=False)
     corners = [int(crops[0, i][0][0, 0, 0]) for i in range(len(crops))]
     values, counts = np.unique(corners, return_counts=True)
     assert values.tolist() == [6 * row + column for row in range(4) for column in range(5)] + [99]

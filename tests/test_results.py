@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 import results
+from results import ablation
 from results.__main__ import main
 from results.page import budget, count, render, wall_time
 from results.runs import PICTURE_BYTES, portable, write
@@ -99,6 +100,31 @@ def test_realnvp_table_has_its_seven_rows():
     assert all({"n_bits", "weights", "images", "flips"} <= set(claim["protocol"]) for claim in claims.values())
 
 
+def test_glow_tables():
+    claims = {name[5:]: claim for name, claim in results.load_claims().items() if name.startswith("glow.")}
+    assert {name: (c["table"], c["value"], c["protocol"]["n_bits"], c["data"]) for name, c in claims.items()} == {
+        "cifar10": ("Table 2", 3.35, 8, "cifar10"),
+        "imagenet32": ("Table 2", 4.09, 8, "imagenet32_old"),
+        "imagenet64": ("Table 2", 3.81, 8, "imagenet64_old"),
+        "lsun_bedroom": ("Table 2", 2.38, 8, "lsun_bedroom"),
+        "lsun_tower": ("Table 2", 2.46, 8, "lsun_tower"),
+        "lsun_church": ("Table 2", 2.67, 8, "lsun_church"),
+        "cifar10_additive5bit": ("Table 3", 1.67, 5, "cifar10"),
+        "imagenet32_additive5bit": ("Table 3", 1.99, 5, "imagenet32_old"),
+        "imagenet64_additive5bit": ("Table 3", 1.76, 5, "imagenet64_old"),
+        "celebahq256_additive5bit": ("Table 3", 1.03, 5, "celebahq256"),
+    }
+    realnvp = {name: results.load_claim(f"realnvp.{name}")["value"] for name in claims if "5bit" not in name}
+    quoted = {name: c["compared"]["RealNVP"]["value"] for name, c in claims.items() if c["compared"]}
+    assert quoted == realnvp  # as its own paper has them
+    keys = {"dequantization", "noise_samples", "weights", "checkpoint", "augmentation", "training_length"}
+    assert all(
+        keys | {"n_bits", "K", "L", "batch", "coupling", "images"} == set(c["protocol"]) for c in claims.values()
+    )
+    couplings = {(c["protocol"]["n_bits"], c["protocol"]["coupling"]) for c in claims.values()}
+    assert couplings == {(8, "affine"), (5, "additive")}
+
+
 def test_every_claim_is_read_somewhere_and_complete():
     for claim_id, claim in results.load_claims().items():
         assert claim["verified"] in ("seed", "stored"), claim_id
@@ -162,6 +188,30 @@ def test_nothing_to_compare_with(root):
     other = PAPER | {"comparable": False}
     assert results.compare(result(3.0, paper=None), root) == {"gap": None, "status": "-"}
     assert results.compare(result(3.0, paper=other), root) == {"gap": None, "status": "-"}
+
+
+@pytest.mark.parametrize(
+    ("claimed", "data", "compared"),
+    [
+        ({"n_bits": 8}, {"n_bits": 8}, True),
+        ({"n_bits": 8}, {}, True),  # recorded before there was a choice
+        ({"n_bits": 8}, {"n_bits": 5}, False),
+        ({"n_bits": 5}, {"n_bits": 5}, True),
+        ({"n_bits": 5}, {"n_bits": 8}, False),
+        ({"n_bits": 5}, {}, False),
+        ({}, {"n_bits": 5}, True),
+    ],
+)
+def test_bits_are_compared_with_the_same_bits_only(root, claimed, data, compared):
+    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"protocol": claimed}}}))
+    record = result(3.0, config={"data": {"name": "cifar10", **data}})
+    found = {"gap": pytest.approx(-0.49), "status": "reproduced"} if compared else {"gap": None, "status": "-"}
+    assert results.compare(record, root) == found
+    assert results.same_n_bits(CLAIM | {"protocol": claimed}, data) is compared
+
+
+def test_runs_without_a_config_have_8_bits(root):
+    assert results.compare(result(3.0, config=None), root)["status"] == "reproduced"
 
 
 # Taking a run in
@@ -269,11 +319,13 @@ def test_two_dimensional_run(root, run):
     assert "flow_cifar10, nll<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
 
 
-@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"]])
+@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["ablation"]])
 def test_usage(root, argv, capsys):
     assert main(argv, root) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ['usage: python -m results [add outputs/<experiment>/<run> [suspect="..."]]']
+    assert lines == [
+        'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | ablation outputs/figure3/<name>]'
+    ]
 
 
 # The page
@@ -316,6 +368,18 @@ def test_other_data_and_reestimated_statistics(root):
     assert "Measured: test/bpd 3.900, test/bpd_reestimated 3.800." in without
 
 
+def test_other_bits_stand_without_the_papers_number_and_say_so(root):
+    recorded(root, run="a", config={"data": {"name": "cifar10", "n_bits": 5}})
+    write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    files = render(root)
+    beside, _, without = files[root / "README.md"].partition("## Runs without a paper number")
+    assert "3.900" not in beside
+    assert "| flow_cifar10 | cifar10, 5 bit | test/bpd 3.900 |" in without
+    assert (
+        "| flow_cifar10 | cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |" in files[root.parent / "README.md"]
+    )
+
+
 def test_curve_has_both_lines_and_the_papers_value(root):
     steps = range(1, 2001)
     rows = [{"images": 64 * k, "train/bpd": 3.5 + 4 / k, "val/bpd": None if k % 10 else 3.6 + 4 / k} for k in steps]
@@ -356,9 +420,242 @@ def test_formats():
     assert shares == ["0", "0.12", "3.2", "29", "99", "100"]
 
 
+# The ablation
+
+BPD = {  # of seeds 0, 1, 2
+    ("reverse", "additive"): (3.60, 3.62, 3.61), ("shuffle", "additive"): (3.58, 3.59, 3.60),
+    ("invertible", "additive"): (3.55, 3.56, 3.57), ("reverse", "affine"): (3.55, 3.56, 3.57),
+    ("shuffle", "affine"): (3.56, 3.55, 3.57), ("invertible", "affine"): (3.60, 3.61, 3.62),
+}  # fmt: skip
+SPEED = {"reverse": 1.0, "shuffle": 1.02, "invertible": 1.1}  # seconds for 100 images
+
+
+def ablation_run(permutation, coupling, seed, bpd, **more):
+    """A run as reproduce/figure3.py writes it; its first 100 seconds and 64 images are the start."""
+    curve = [
+        [0, 5.0, 8.0],
+        [6400, 5.0 + 64 * SPEED[permutation], bpd + 0.5],
+        [12800, 5.0 + 128 * SPEED[permutation], bpd],
+    ]
+    return {
+        "permutation": permutation, "coupling": coupling, "seed": seed, "test/bpd": bpd, "val/bpd": bpd, "curve": curve,
+        "images": 12_800, "seconds": 200.0, "skipped_steps": 0, "commit": "0123456789abcdef", "dirty": False,
+        "device": "CPU", "precision": "32-true", "parameters": 1000, **more,
+    }  # fmt: skip
+
+
+def ablation_runs():
+    return [ablation_run(p, c, seed, bpd) for (p, c), values in BPD.items() for seed, bpd in enumerate(values)]
+
+
+@pytest.fixture
+def figure(tmp_path):
+    """The folder of an ablation."""
+    folder = tmp_path / "outputs/figure3/cpu"
+    content = {
+        "experiment": "glow_cifar10", "ablation": "figure3", "name": "cpu", "runs": ablation_runs(),
+        "overrides": ["preset=cpu", "data.root=/home/me/data"],
+        "config": {"data": {"name": "cifar10", "root": "/home/me/data"}, "flow": {"n_levels": 3, "depth": 4}},
+    }  # fmt: skip
+    write(folder / "figure3.json", json.dumps(content))
+    Image.effect_noise((700, 700), 80).save(folder / "figure3.png")
+    return folder
+
+
+def edit(folder, **more):
+    content = json.loads((folder / "figure3.json").read_text())
+    write(folder / "figure3.json", json.dumps(content | more))
+
+
+def test_mean_and_standard_error():
+    assert ablation.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3 / 4)))
+    assert ablation.mean_and_error([2.5]) == (2.5, None)
+
+
+def test_ablation_table():
+    assert ablation.rows(ablation_runs()) == [
+        ["reverse", "additive", "0, 1, 2", "3.6100 ± 0.0058", "1.00"],
+        ["shuffle", "additive", "0, 1, 2", "3.5900 ± 0.0058", "1.02"],
+        ["invertible", "additive", "0, 1, 2", "3.5600 ± 0.0058", "1.10"],
+        ["reverse", "affine", "0, 1, 2", "3.5600 ± 0.0058", "1.00"],
+        ["shuffle", "affine", "0, 1, 2", "3.5600 ± 0.0058", "1.02"],
+        ["invertible", "affine", "0, 1, 2", "3.6100 ± 0.0058", "1.10"],
+    ]
+
+
+def test_ablation_table_of_few_runs():
+    runs = [
+        ablation_run("shuffle", "affine", 3, 3.5),
+        ablation_run("reverse", "affine", 4, 3.6, device="GPU"),
+        ablation_run("invertible", "affine", 4, 3.5) | {"test/bpd": None},
+        ablation_run("invertible", "affine", 5, 3.25, curve=[]),
+    ]
+    assert ablation.rows(runs) == [
+        ["reverse", "affine", "4", "3.6000", "1.00"],
+        ["shuffle", "affine", "3", "3.5000", "-"],  # reverse has not run with this seed
+        ["invertible", "affine", "4, 5", "3.2500 (1 not finite)", "-"],  # nor on this machine
+    ]
+    assert ablation.rows([]) == []
+    assert ablation.missing(runs) == ["reverse-additive", "shuffle-additive", "invertible-additive"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "word", "mean", "error"),
+    [
+        ([-0.03, -0.02, -0.01], "agrees", -0.02, 0.01 / math.sqrt(3)),
+        ([0.03, 0.02, 0.01], "disagrees", 0.02, 0.01 / math.sqrt(3)),
+        ([-0.03, 0.02, -0.01], "within noise", -0.02 / 3, 0.0145297),
+        ([-0.02, -0.02], "agrees", -0.02, 0.0),
+        ([0.0, 0.0], "within noise", 0.0, 0.0),
+        ([-1.0], "within noise", -1.0, None),
+        ([], "no seed in common", None, None),
+    ],
+)
+def test_verdict(differences, word, mean, error):
+    found = ablation.verdict(differences)
+    assert (found["n"], found["word"]) == (len(differences), word)
+    assert (found["mean"], found["error"]) == (pytest.approx(mean), pytest.approx(error, abs=1e-7))
+
+
+def test_verdicts_are_pair_by_pair_and_over_the_same_seeds():
+    found = ablation.verdicts(ablation_runs())
+    assert [ablation.verdict_line(v) for v in found] == [
+        "additive: invertible < shuffle: -0.0300 ± 0.0000 over 3 seeds: agrees",
+        "additive: shuffle < reverse: -0.0200 ± 0.0058 over 3 seeds: agrees",
+        "additive: invertible < reverse: -0.0500 ± 0.0058 over 3 seeds: agrees",
+        "affine: invertible < shuffle: +0.0500 ± 0.0058 over 3 seeds: disagrees",
+        "affine: shuffle < reverse: +0.0000 ± 0.0058 over 3 seeds: within noise",
+        "affine: invertible < reverse: +0.0500 ± 0.0000 over 3 seeds: disagrees",
+        "reverse: affine < additive: -0.0500 ± 0.0058 over 3 seeds: agrees",
+        "shuffle: affine < additive: -0.0300 ± 0.0058 over 3 seeds: agrees",
+        "invertible: affine < additive: +0.0500 ± 0.0000 over 3 seeds: disagrees",
+    ]
+    assert ablation.summary(found) == (
+        "The order disagrees with the paper's (1x1 < shuffle < reverse, affine < additive): "
+        "5 of 9 pairs agree, 3 disagree, 1 within noise"
+    )
+
+
+def test_summary_says_no_more_than_the_pairs():
+    def answer(*words):
+        return re.match(r"The order (.*?) \(", ablation.summary([{"word": word} for word in words]))[1]
+
+    assert answer("agrees", "agrees") == "agrees with the paper's"
+    assert answer("agrees", "within noise") == "does not contradict the paper's"
+    assert answer("agrees", "disagrees", "within noise") == "disagrees with the paper's"
+    assert answer("within noise", "no seed in common") == "is not decided"
+    seeds = {("reverse", "affine"): (0, 1), ("shuffle", "affine"): (1, 2)}
+    runs = [ablation_run(p, c, seed, 3.5 + 0.1 * seed) for (p, c), found in seeds.items() for seed in found]
+    found = ablation.verdicts(runs)
+    assert ablation.verdict_line(found[4]) == "affine: shuffle < reverse: +0.0000 over 1 seed: within noise"
+    assert ablation.verdict_line(found[0]) == "additive: invertible < shuffle: no seed in common"
+    assert ablation.summary(found).endswith(
+        "0 of 9 pairs agree, 0 disagree, 1 within noise, 8 without a seed in common"
+    )
+
+
+def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, capsys):
+    assert main(["ablation", str(figure)], root) == 0
+    assert "The order disagrees with the paper's" in capsys.readouterr().out
+    content = (root / "ablations/glow_cifar10-figure3-cpu.json").read_text()
+    assert "/home" not in content
+    assert json.loads(content)["overrides"] == ["preset=cpu", "data.root=data"]
+    picture = root / "ablations/glow_cifar10-figure3-cpu.png"
+    assert picture.stat().st_size < PICTURE_BYTES < (figure / "figure3.png").stat().st_size
+    page = (root / "README.md").read_text()
+    section = page[page.index("## Ablations") : page.index("## A flow")]
+    assert "### glow_cifar10-figure3-cpu\n" in section
+    assert "python -m reproduce.figure3 'seeds=[0,1,2]' preset=cpu data.root=data\n" in section
+    assert "| permutation | coupling | seeds | test/bpd | time a step |\n" in section
+    assert "| shuffle | additive | 0, 1, 2 | 3.5900 ± 0.0058 | 1.02 |\n" in section
+    assert "* affine: invertible < reverse: +0.0500 ± 0.0000 over 3 seeds: disagrees\n" in section
+    assert (
+        "\nThe order disagrees with the paper's (1x1 < shuffle < reverse, affine < additive): 5 of 9 pairs" in section
+    )
+    assert (
+        "Runs: data cifar10; flow.n_levels 3; flow.depth 4; 12.8 k images a run; CPU; 32-true; commit 0123456; "
+        "1.0 h in all.\n" in section
+    )
+    assert "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
+    assert "skipped" not in section
+    before = snapshot(root)
+    assert main(["ablation", str(figure)], root) == 0
+    assert "already recorded, with the same content" in capsys.readouterr().out
+    assert main([], root) == 0
+    assert snapshot(root) == before
+
+
+def test_a_page_without_ablations_has_no_section(root):
+    assert "Ablations" not in render(root)[root / "README.md"]
+
+
+def test_what_differs_between_runs_is_said(root, figure, capsys):
+    runs = ablation_runs()
+    runs[1] |= {"device": "GPU", "dirty": True, "images": 6400, "skipped_steps": 2}
+    edit(figure, runs=runs, config={"data": {"name": "cifar10", "n_bits": 5}})
+    assert main(["ablation", str(figure)], root) == 0
+    assert "warning: some of its runs ran on uncommitted changes" in capsys.readouterr().out
+    page = (root / "README.md").read_text()
+    assert (
+        "Runs: data cifar10, 5 bit; 6.4 k to 12.8 k images a run; CPU and GPU; 32-true; "
+        "commit 0123456 and commit 0123456 (dirty); 1.0 h in all.\n" in page
+    )
+    assert "Steps skipped as not finite: 2 in reverse-additive-seed1.\n" in page
+
+
+def broken(**more):
+    return {"runs": [ablation_run("reverse", "affine", 0, 3.5) | more]}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"name": "../x"}, "lacks a usable name"),
+        ({"runs": {}}, "lacks a usable runs"),
+        ({"runs": [{}]}, r"lacks a usable runs\[0\]\.permutation, runs\[0\]\.coupling"),
+        (broken(permutation="none"), r"lacks a usable runs\[0\]\.permutation"),
+        (broken(curve=[[0, None, 3.5]]), r"lacks a usable runs\[0\]\.curve"),
+        (broken(seconds=None), r"lacks a usable runs\[0\]\.seconds"),
+        (
+            {"runs": [run for run in ablation_runs() if run["permutation"] != "shuffle"]},
+            r"not complete, no run of shuffle-additive, shuffle-affine: go on with .*figure3 'seeds=\[0,1,2\]' preset=",
+        ),
+    ],
+)
+def test_a_bad_ablation_is_one_line_and_writes_nothing(root, figure, capsys, more, message):
+    edit(figure, **more)
+    before = snapshot(root)
+    assert main(["ablation", str(figure)], root) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert snapshot(root) == before
+
+
+def test_missing_and_damaged_ablations(root, figure, capsys):
+    assert main(["ablation", str(figure.parent)], root) == 1
+    assert "give the folder of an ablation, outputs/figure3/<name>" in capsys.readouterr().err
+    assert main(["ablation", str(figure)], root) == 0
+    edit(figure, runs=[run for run in ablation_runs() if run["seed"] == 0])  # a seed each is enough
+    assert main(["ablation", str(figure)], root) == 1
+    assert "already recorded, with other content" in capsys.readouterr().err
+    write(figure / "figure3.json", "{")
+    assert main(["ablation", str(figure)], root) == 1
+    assert "figure3.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_an_ablation_without_its_picture_is_not_recorded(root, figure, capsys):
+    (figure / "figure3.png").unlink()
+    assert main(["ablation", str(figure)], root) == 1
+    assert "figure3.png is not a readable picture" in capsys.readouterr().err
+    assert not (root / "ablations").exists()
+
+
 def test_committed_page_is_up_to_date():
     for path, content in render().items():
         current = path.read_text(encoding="utf-8") if path.is_file() else None
         assert current == content, f"{path} is old: run `python -m results`"
     drawn = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
+    stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
+    assert stems == set(ablation.read_ablations()), "an ablation without its picture, or the other way round"

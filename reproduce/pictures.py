@@ -1,0 +1,202 @@
+"""Pictures of a run of an image flow: what it draws and what its latents hold (Glow, arXiv 1807.03039, section 5).
+
+python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12                   # all of them
+python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
+
+They go into <run folder>/pictures/. Latents are eps, standard normal on every level under the model.
+  temperature.png    rows: T = 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1 (authors' grids), the same base samples in each;
+                     columns: samples, or the classes of a class-conditional flow
+  interpolation.png  rows: two test images and what lies between them, linear in eps of all levels (figure 5)
+  levels.png         first row: test images; next: from only the coarsest level to all of them, the other eps 0; last:
+                     from only the coarsest to all but the finest, the other eps drawn at temperature 0.7
+  attributes.png     rows: the classes; a test image, in the middle, moved by -1.6 to 1.6 times mean(eps | class) -
+                     mean(eps | not class) of training images (figure 6). It is of the class after the row's, so what
+                     to the right turns into the row's class is of another. For data with labels.
+  attributes-X.png   in its place with attribute=X: test images of other classes, all moved along X
+
+keys: n=8 pictures a row, seed=0 of samples and of the choice of images, n_images=1000 training images for means,
+attribute=CLASS, device=cpu or cuda (default: cuda where there is one), out=FOLDER
+"""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from datamodules import DATA, make_data
+from lightning_modules.callbacks.samples import picture
+from lightning_modules.metrics import full_float32
+from lightning_modules.noise import image_noise
+from reproduce.command import command
+from reproduce.config import ConfigError, arguments, merge, nearest, parse
+from reproduce.run_folder import read_run
+
+Latents = tuple[Tensor, ...]
+DEFAULTS = {"n": 8, "seed": 0, "n_images": 1000, "attribute": None, "device": None, "out": None}
+TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # authors' code
+STRENGTHS = 0.8 * torch.arange(-2, 3)  # to 1.6, in five steps, as in the authors' demo
+N_PAIRS = 5  # rows of interpolation.png
+N_CANDIDATES = 256  # test images among which those for attributes.png are looked for
+CHUNK = 100  # images encoded at once
+
+
+def move(eps: Latents, direction: Latents, strengths: Tensor) -> Latents:
+    """eps + s * direction for every strength s. Levels: (...) to (len(strengths), ...)."""
+    return tuple(torch.stack([z + s * d for s in strengths]) for z, d in zip(eps, direction, strict=True))
+
+
+def interpolate(eps_a: Latents, eps_b: Latents, n: int) -> Latents:
+    """eps_a + w (eps_b - eps_a) for n weights w from 0 to 1 (authors' demo). Levels: (...) to (n, ...)."""
+    return move(eps_a, tuple(b - a for a, b in zip(eps_a, eps_b, strict=True)), torch.linspace(0, 1, n))
+
+
+def attribute_direction(eps: Latents, labels: Tensor, cls: int) -> Latents:
+    """mean(eps | cls) - mean(eps | not cls) (section 5). Levels: (N, ...) to (...). ValueError: one side is empty."""
+    if (labels == cls).all() or (labels != cls).all():
+        raise ValueError(f"all of {len(labels)} training images are of class {cls}, or none is: give more n_images")
+    return tuple(z[labels == cls].mean(0) - z[labels != cls].mean(0) for z in eps)
+
+
+def keep_levels(eps: Latents, k: int, others: Latents | None = None) -> Latents:
+    """The k coarsest levels, which are the last ones; the rest from `others`, or 0."""
+    n_others = len(eps) - k
+    others = others or tuple(torch.zeros_like(z) for z in eps)
+    return (*others[:n_others], *eps[n_others:])
+
+
+class Run:
+    """A trained flow and its data, not yet read. `labels` are (B,) int64 on the CPU, None where the data have none."""
+
+    def __init__(self, folder: Path, options: DictConfig) -> None:
+        flow, there = read_run(folder)
+        if len(flow.shape) != 3:
+            raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
+        self.options, self.flow, config = options, flow.to(options.device), there["config"]
+        known = inspect.signature(DATA[config["data"]["name"]]).parameters
+        ours = {key: value for key, value in {"download": False, "labels": True}.items() if key in known}
+        self.data = make_data(seed=config["seed"], **{**config["data"], **ours})
+        self.noise_seed = config["eval"]["noise_seed"]
+
+    def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
+        """x, n images (or all there are) chosen by the seed, dequantised as in evaluation, and labels."""
+        images = getattr(self.data, split)
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
+        chosen = np.random.default_rng(self.options.seed).permutation(len(images))[:n]
+        q, index, *labels = default_collate([images[0, i] for i in chosen.tolist()])
+        x = self.data.dequantizer(q, image_noise(index, q.shape[1:], self.noise_seed))
+        return x, labels[0] if labels else None
+
+    def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
+        """Latents of images, a tuple of (B, *latent_shape) on the flow's device."""
+        chunks = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
+        parts = [self.flow(x[c].to(self.options.device), self._context(labels, c))[0] for c in chunks]
+        return tuple(torch.cat(level) for level in zip(*parts, strict=True))
+
+    def decode(self, eps: Latents, labels: Tensor | None, rows=slice(None)) -> Tensor:
+        """Images of latents, on the CPU; `rows` of `labels` are theirs."""
+        return self.flow.inverse(eps, self._context(labels, rows))[0].cpu()
+
+    def _context(self, labels: Tensor | None, rows) -> Tensor | None:
+        return None if self.flow.n_classes is None else labels[rows].to(self.options.device)
+
+
+def temperature(run: Run) -> tuple[list[Tensor], str]:
+    """A row a temperature, and the shares of samples whose every value is finite."""
+    rows, n_classes = [], run.flow.n_classes
+    classes = None if n_classes is None else torch.arange(n_classes, device=run.options.device)
+    for t in TEMPERATURES:
+        generator = torch.Generator().manual_seed(run.options.seed)
+        samples = run.flow.sample(run.options.n if classes is None else 1, t, context=classes, generator=generator)
+        rows.append(samples if classes is None else samples[0])
+    shares = [row.isfinite().flatten(1).all(1).float().mean() for row in rows]
+    said = ", ".join(f"{share:.0%} at T={t:g}" for share, t in zip(shares, TEMPERATURES, strict=True))
+    return rows, f"finite of {len(rows[0])} samples: {said}"
+
+
+def interpolation(run: Run) -> tuple[list[Tensor], str]:
+    """A row a pair. A class-conditional flow has the first image's class in its first half, then the second's."""
+    (x, labels), n = run.images("test", 2 * N_PAIRS), run.options.n
+    eps, rows = run.encode(x, labels), []
+    for i in range(0, len(x) - 1, 2):
+        between = interpolate(tuple(z[i] for z in eps), tuple(z[i + 1] for z in eps), n)
+        rows.append(run.decode(between, labels, [i] * (n - n // 2) + [i + 1] * (n // 2)))
+    return rows, f"{len(rows)} pairs of test images"
+
+
+def levels(run: Run) -> tuple[list[Tensor], str]:
+    """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
+    x, labels = run.images("test", run.options.n)
+    eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
+    drawn = run.flow.base.sample(len(x), run.flow.latent_shapes, 0.7, generator, eps[0])
+    kept = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
+    kept += [keep_levels(eps, k, drawn) for k in range(1, len(eps))]
+    return [x, *(run.decode(z, labels) for z in kept)], f"test images from 1 to {len(eps)} levels"
+
+
+def attributes(run: Run, cls: int | None) -> tuple[list[Tensor], str]:
+    """A row an image, and what becomes what. Directions are found, and followed, under each image's own label."""
+    (x_train, labels), (x, own) = run.images("train", run.options.n_images), run.images("test", N_CANDIDATES)
+    eps_train, eps, names, rows = run.encode(x_train, labels), run.encode(x, own), run.data.class_names, []
+    if cls is None:  # classes after the row's: the nearest one that an image here is of
+        moves = [(int(np.argmin((own.numpy() - c - 1) % len(names))), c) for c in range(len(names))]
+    else:
+        moves = [(i, cls) for i in (own != cls).nonzero()[: run.options.n, 0].tolist()]
+    for i, c in moves:
+        direction = attribute_direction(eps_train, labels.to(run.options.device), c)
+        rows.append(run.decode(move(tuple(z[i] for z in eps), direction, STRENGTHS), own, [i] * len(STRENGTHS)))
+    return rows, ", ".join(f"{names[own[i]]} to {names[c]}" for i, c in moves)
+
+
+def read_options(words: list[str]) -> tuple[Path, DictConfig]:
+    """The run folder and the keys behind it. ConfigError: a mistake in them."""
+    if not words or not Path(words[0]).is_dir():
+        raise ConfigError(f"{words[0] if words else 'nothing'} is no run's folder: give outputs/<experiment>/<run id>")
+    options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]), [])
+    if min(options.n, options.n_images) < 2 or options.seed < 0:
+        raise ConfigError("n and n_images must be at least 2, and seed at least 0")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    options.device = options.device or devices[0]
+    if options.device not in devices:
+        raise ConfigError(f"device={options.device} is not here: give {' or '.join(devices)}")
+    return Path(words[0]), options
+
+
+def write(path: Path, rows: list[Tensor], said: str) -> None:
+    """One picture, and a line that says what it shows."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(rows).permute(1, 2, 0).numpy()).save(path, optimize=True)
+    print(f"{path}: {said}", flush=True)
+
+
+@command
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Draw and write; one line and exit code 1 for a user's mistake, also where the run's data are missing."""
+    if {"--help", "-h"} & set(words := arguments(argv)):
+        return print(__doc__.strip())
+    folder, options = read_options(words)
+    run, asked, out = Run(folder, options), options.attribute, Path(str(options.out or folder / "pictures"))
+    if asked is not None and asked not in (names := run.data.class_names or [asked]):
+        raise ConfigError(f"attribute={asked} is not known{nearest(str(asked), names)}: give {', '.join(names)}")
+    with full_float32(options.device):
+        write(out / "temperature.png", *temperature(run))
+        run.data.prepare_data()
+        run.data.setup()
+        write(out / "interpolation.png", *interpolation(run))
+        write(out / "levels.png", *levels(run))
+        if names := run.data.class_names:
+            name = "attributes.png" if asked is None else f"attributes-{asked}.png"
+            write(out / name, *attributes(run, None if asked is None else names.index(asked)))
+        else:
+            print(f"{type(run.data).__name__} has no labels: no attributes.png")
+
+
+if __name__ == "__main__":
+    main()
