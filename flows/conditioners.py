@@ -128,9 +128,11 @@ class EdgeConv2d(nn.Conv2d):
 
 
 def edge_map(weight: Tensor, height: int, width: int) -> Tensor:
-    """What a 3x3 convolution, weight (C_out, 1, 3, 3), makes of a padding of ones around zeros: (1, C_out, H, W)."""
+    """What a 3x3 convolution, weight (C_out, 1, 3, 3), makes of a padding of ones around zeros: (C_out, H, W)."""
+    border = F.pad(weight.new_zeros(1, 1, height, width), (1, 1, 1, 1), value=1.0)
     with torch.autocast(weight.device.type, enabled=False):
-        return F.conv2d(F.pad(weight.new_zeros(1, 1, height, width), (1, 1, 1, 1), value=1.0), weight)
+        response = F.unfold(border, 3)[0].T @ weight.flatten(1).T  # (H W, C_out): channels last, as the images
+    return response.unflatten(0, (height, width)).movedim(-1, 0)
 
 
 class ZeroConv2d(EdgeConv2d):

@@ -53,7 +53,7 @@ class InvertibleConv1x1(Flow):
 
     def _multiply(self, weight: Tensor, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
+            return F.linear(x.movedim(1, -1), weight.to(x.dtype)).movedim(-1, 1)
 
     def _volume(self, log_det: Tensor, x: Tensor) -> Tensor:
         return (x.shape[2] * x.shape[3] * log_det).to(no_log_det(x).dtype).expand(len(x))

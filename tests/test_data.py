@@ -460,7 +460,29 @@ def test_cifar_labels_belong_to_their_images(cifar):
 def test_class_names(cifar):
     assert (CIFAR10.n_classes, len(CIFAR10.class_names)) == (10, 10)
     assert [CIFAR10.class_names[i] for i in (0, 3, 6, 9)] == ["airplane", "cat", "frog", "truck"]
-    assert (Photos.n_classes, Photos.class_names, TwoMoons.n_classes, TwoMoons.class_names) == (None,) * 4
+    assert (Photos.n_classes, len(Photos.class_names), Photos.class_names[1]) == (7, 7, "cat")
+    assert (TwoMoons.n_classes, TwoMoons.class_names) == (None, None)
+
+
+def is_crop(crop, photo):
+    n = len(crop)
+    starts = np.argwhere((photo[: -n + 1, : -n + 1] == crop[0, 0]).all(-1))
+    return any(np.array_equal(photo[row : row + n, column : column + n], crop) for row, column in starts)
+
+
+def test_labels_of_photographs_say_which_one_a_crop_is_of():
+    data, without = (Photos(8, size=16, n_train=40, n_val=30, n_test=30, labels=labels) for labels in (True, False))
+    data.setup()
+    without.setup()
+    for split, n in (("train", 40), ("val", 30), ("test", 30)):
+        parts = [region(photo, split) for photo in photographs()]
+        for index in range(n):
+            image, i, label = getattr(data, split)[3, index]
+            assert (i, type(label)) == (index, int)
+            assert torch.equal(image, getattr(without, split)[3, index][0])
+            wanted = image.permute(1, 2, 0).numpy()
+            assert any(is_crop(w, parts[label]) for w in (wanted, wanted[:, ::-1]))
+    assert len({data.train[0, i][2] for i in range(40)}) == 7
 
 
 @pytest.mark.parametrize("n_val", [-1, 50_000, 60_000])
