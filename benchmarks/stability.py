@@ -39,7 +39,7 @@ QUIET += [
     "checkpoint.every_n_steps=100000",
 ]
 KINDS = {
-    "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=16", "trainer.max_steps=300"]),
+    "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=4", "trainer.max_steps=300"]),
     "long": (range(3), ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]),
 }
 N_IMAGES, N_SAMPLES = 256, 256
