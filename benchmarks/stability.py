@@ -6,7 +6,8 @@ python -m benchmarks.stability short seeds=[0,1] --json FILE trainer.max_steps=1
 
 Public Glows jump from 6.8 to 1959 bits/dim on the second step without a warm-up from 0, or turn NaN late. Both kinds
 are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and smaller batches.
-FILE is written after every seed; a seed that it holds is not run again.
+FILE is written after every seed; a seed that it holds is not run again. results/stability/*.json are shown on the
+results page.
 """
 
 import json
@@ -28,7 +29,7 @@ from reproduce import glow_cifar10
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.provenance import git_state, machine
-from results.runs import write
+from results.runs import portable, write
 
 RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
 QUIET = ["preset=cpu", "logger.name=none", "trainer.limit_val_batches=0", "checkpoint.select=last"]
@@ -95,7 +96,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "skipped_steps": module.skipped.item(),
         "bpd_every": every,
         "bpd": watch.bpd,
-        "highest_rise": max(watch.bpd) - watch.bpd[0],
+        "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],  # NaN if one is
         "round_trip_grey_levels": errors,
         **finite,
         "depth": config.flow.depth,
@@ -137,7 +138,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         shown = {k: v for k, v in rows[-1].items() if k not in ("bpd", "optim")}
         print(json.dumps({**shown, "last_bpd": rows[-1]["bpd"][-1]}), flush=True)
         if path is not None:
-            write(path, json.dumps({"kind": kind, "overrides": overrides, "runs": rows}, indent=1) + "\n")
+            content = portable({"kind": kind, "overrides": overrides, "runs": rows})  # NaN as null, no one's paths
+            write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return rows
 
 

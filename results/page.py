@@ -1,5 +1,6 @@
 """The page: README.md and one SVG curve a run, made from paper/*.yaml, runs/ and the file names in configs/ alone."""
 
+import json
 import math
 import shlex
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     lines += ["## Ablations", ""] if ablations else []
     for stem, recorded in ablations.items():
         lines += ablation_section(stem, recorded)
+    lines += stability_section(root)
     lines += ["## Runs", ""] if ordered else []
     for run in ordered:
         lines += run_section(run, claims.get(claim_of(run) or ""), name(run) in curves, root)
@@ -265,6 +267,42 @@ def ablation_section(stem: str, recorded: dict) -> list[str]:
     skipped = [f"{run['skipped_steps']} in {ablation.name(run)}" for run in runs if run["skipped_steps"]]
     lines += [f"Steps skipped as not finite: {', '.join(skipped)}.", ""] if skipped else []
     return [*lines, f"![curves of {stem}](ablations/{stem}.png)", ""]
+
+
+def stability_section(root: Path) -> list[str]:
+    """Whether Glow stayed finite: a row a file that `python -m benchmarks.stability` wrote to results/stability/."""
+    found = {path.stem: read_stability(path) for path in sorted((root / "stability").glob("*.json"))}
+    rows = []
+    for stem, runs in found.items():
+        first, errors = runs[0], [run["round_trip_grey_levels"] for run in runs]
+        size = f"K={first['depth']}, {first['hidden_channels']} channels, batch {first['batch_size']}"
+        start, end = ([run["bpd"][i] for run in runs if is_number(run["bpd"][i])] for i in (0, -1))
+        span = " then ".join(f"{fixed(min(v, default=None))} to {fixed(max(v, default=None))}" for v in (start, end))
+        worst = [worst_of([error[kind] for error in errors]) for kind in ("images", "noise")]
+        finite = [f"{min(r[f'finite_T{t}'] for r in runs):.1%}" for t in ("0.7", "1")]
+        rows.append([stem, size, len(runs), first["steps"], sum(run["skipped_steps"] for run in runs), span])
+        rows[-1] += [worst_of([run["highest_rise"] for run in runs]), *worst, *finite, commit(first), first["device"]]
+    columns = ["runs", "size", "seeds", "steps", "skipped", "bpd of 256 fixed images", "highest rise"]
+    columns += ["round trip, images", "round trip, noise", "finite at T=0.7", "at T=1", "commit", "device"]
+    text = "Affine Glow on CIFAR-10 at the recipe's schedule. Worst seed each; round trips in grey levels, float32."
+    return ["## Stability", "", text, "", *table(columns, rows)] if rows else []
+
+
+def worst_of(values: list[float | None]) -> str:
+    """The largest of them, and in how many seeds there was none, since they were not finite."""
+    finite = [value for value in values if is_number(value)]
+    lost = [f"not finite in {len(values) - len(finite)}"] if len(finite) < len(values) else []
+    return ", ".join([*([f"{max(finite):.2g}"] if finite else []), *lost])
+
+
+def read_stability(path: Path) -> list[dict]:
+    """The runs of one file. ValueError, one line: not of benchmarks.stability."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        runs[0]["round_trip_grey_levels"]["noise"], runs[0]["bpd"][0]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is not what benchmarks.stability writes ({error}): write it again") from error
+    return runs
 
 
 def paper_section(paper: dict) -> list[str]:

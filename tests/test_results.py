@@ -13,7 +13,7 @@ from PIL import Image
 import results
 from results import ablation
 from results.__main__ import main
-from results.page import budget, count, render, wall_time
+from results.page import budget, count, render, stability_section, wall_time
 from results.runs import PICTURE_BYTES, portable, write
 
 CLAIM = {
@@ -659,3 +659,28 @@ def test_committed_page_is_up_to_date():
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
     stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
     assert stems == set(ablation.read_ablations()), "an ablation without its picture, or the other way round"
+
+
+def stability_run(seed, **other):
+    return {
+        "seed": seed, "steps": 300, "skipped_steps": 0, "bpd": [6.8, 6.0], "highest_rise": 0.0, "depth": 32,
+        "round_trip_grey_levels": {"images": 0.001, "noise": 0.5}, "finite_T0.7": 1.0, "finite_T1": 0.95,
+        "hidden_channels": 8, "batch_size": 4, "commit": "a" * 40, "dirty": False, "device": "CPU",
+    } | other  # fmt: skip
+
+
+def test_stability_shows_the_worst_seed(tmp_path):
+    worst = {"images": 0.02, "noise": None}
+    runs = [stability_run(0), stability_run(1, bpd=[6.9, 6.2], skipped_steps=2, round_trip_grey_levels=worst)]
+    write(tmp_path / "stability/short.json", json.dumps({"kind": "short", "runs": runs}))
+    lines = stability_section(tmp_path)
+    cells = ["short", "K=32, 8 channels, batch 4", "2", "300", "2", "6.800 to 6.900 then 6.000 to 6.200", "0"]
+    cells += ["0.02", "0.5, not finite in 1", "100.0%", "95.0%", "aaaaaaa", "CPU"]
+    assert [cell.strip() for cell in lines[-2].strip("| ").split("|")] == cells
+    assert stability_section(tmp_path / "nothing") == []
+
+
+def test_a_damaged_stability_file_is_named(tmp_path):
+    write(tmp_path / "stability/short.json", "[]")
+    with pytest.raises(ValueError, match=r"short\.json is not what benchmarks\.stability writes"):
+        stability_section(tmp_path)
