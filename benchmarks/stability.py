@@ -2,10 +2,12 @@
 
 python -m benchmarks.stability short                # 20 seeds, 32 steps a level, 300 training steps
 python -m benchmarks.stability long                 # 3 seeds, 4 steps a level, 10,000 training steps
+python -m benchmarks.stability long-authors         # the same with the authors' scales, which have no lower bound
 python -m benchmarks.stability short seeds=[0,1] --json FILE trainer.max_steps=100 data.root=data
 
 Public Glows jump from 6.8 to 1959 bits/dim on the second step without a warm-up from 0, or turn NaN late. Both kinds
 are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and smaller batches.
+The long ones are also inverted, on test images and on images of noise, far from the data.
 FILE is written after every seed; a seed that it holds is not run again. results/stability/*.json are shown on the
 results page.
 """
@@ -39,9 +41,11 @@ QUIET += [
     "samples.every_n_steps=1000000",
     "checkpoint.every_n_steps=100000",
 ]
+SMALL = ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]
 KINDS = {
     "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=4", "trainer.max_steps=300"]),
-    "long": (range(3), ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]),
+    "long": (range(3), [*SMALL, "flow.min_scale=0.25"]),
+    "long-authors": (range(1), SMALL),
 }
 N_IMAGES, N_SAMPLES = 256, 256
 
@@ -99,6 +103,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],  # NaN if one is
         "round_trip_grey_levels": errors,
         **finite,
+        "min_scale": config.flow.min_scale,
         "depth": config.flow.depth,
         "hidden_channels": config.flow.hidden_channels,
         "batch_size": config.data.batch_size,

@@ -96,12 +96,19 @@ class FlowModel(Flow):
 
     def log_prob(self, x: Tensor, context=None) -> Tensor:
         """log p(x) = log p(z) + log|det dz/dx|, nats, (B,) (Dinh et al. 2017, section 3.1). ValueError: wrong shape."""
+        self.check_shape(x)
+        latents, log_det = self(x, context)
+        return self.base.log_prob(latents) + log_det
+
+    def check_shape(self, x: Tensor) -> None:
+        """ValueError, one line: x is not (B, *shape)."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"{type(self).__name__} was built for data of shape {self.shape}, not {tuple(x.shape[1:])}"
             )
-        latents, log_det = self(x, context)
-        return self.base.log_prob(latents) + log_det
+
+    def initialize(self, x: Tensor, context=None) -> None:
+        """Set what depends on data from a first batch, (B, *shape), where the model has such layers."""
 
     def sample(
         self, n: int, temperature: float = 1.0, context=None, *, generator: torch.Generator | None = None

@@ -125,20 +125,36 @@ class AdditiveCoupling(Flow):
 
 
 class SigmoidCoupling(AdditiveCoupling):
-    """y2 = (x2 + t) sigmoid(r + 2), y1 = x1, with (t, r) from x1: Glow's affine coupling.
+    """y2 = (x2 + t) scale, y1 = x1, scale = m + (1 - m) sigmoid(r + 2), with (t, r) from x1: Glow's affine coupling.
 
-        log_det = sum ln sigmoid(r + 2)
+        log_det = sum ln scale
 
     Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. The authors' code bounds the scale by 1, since without a
-    bound training did not converge (openai/glow issue 62), and shifts first; it made the numbers, so it wins.
+    bound training did not converge (openai/glow issue 62), and shifts first; it made the numbers, so it wins. There
+    m = 0: then far from the data scales reach 1e-8, and what has been squeezed so cannot be taken back in float32.
 
-    conditioner: maps the first half of the channels to (t, r), (B, C, H, W).
+    conditioner: maps the first half of the channels to (t, r), (B, C, H, W). min_scale: m, in [0, 1).
     """
 
+    def __init__(self, conditioner: nn.Module, min_scale: float = 0.0) -> None:
+        super().__init__(conditioner)
+        if not 0 <= min_scale < 1:
+            raise ValueError(f"flow.min_scale={min_scale} bounds no scale below 1: give 0 to less than 1")
+        self.min_scale = min_scale
+
     def _forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = h.chunk(2, dim=1)
-        return (x + shift) * torch.sigmoid(raw + 2), F.logsigmoid(raw + 2).flatten(1).sum(1)
+        shift, scale, log_det = self._affine(h)
+        return (x + shift) * scale, log_det
 
     def _inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale, log_det = self._affine(h)
+        return y / scale - shift, -log_det
+
+    def _affine(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t, scale and the log-determinant, (B,)."""
         shift, raw = h.chunk(2, dim=1)
-        return y / torch.sigmoid(raw + 2) - shift, -F.logsigmoid(raw + 2).flatten(1).sum(1)
+        scale = torch.sigmoid(raw + 2)
+        if self.min_scale:
+            scale = self.min_scale + (1 - self.min_scale) * scale
+            return shift, scale, scale.log().flatten(1).sum(1)
+        return shift, scale, F.logsigmoid(raw + 2).flatten(1).sum(1)  # a scale of 0 has a finite logarithm

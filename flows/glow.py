@@ -40,6 +40,7 @@ class Glow(FlowModel):
 
     permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (section 4, "class
     conditional"), which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
+    min_scale: of affine couplings; the authors' is 0 (`SigmoidCoupling`).
     x: (B, *shape) in [0, 1]. Latents: one a level.
     """
 
@@ -54,6 +55,7 @@ class Glow(FlowModel):
         edges=True,
         n_classes: int | None = None,
         alpha: float | None = None,
+        min_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.shape, self.n_classes = tuple(shape), n_classes
@@ -73,8 +75,8 @@ class Glow(FlowModel):
         def step(channels: int) -> list[Flow]:
             out = channels if coupling == "affine" else channels // 2
             conditioner = GlowConditioner(channels // 2, out, hidden_channels, edges)
-            kind = SigmoidCoupling if coupling == "affine" else AdditiveCoupling
-            return [ActNorm(channels), PERMUTATIONS[permutation](channels), kind(conditioner)]
+            affine = SigmoidCoupling(conditioner, min_scale) if coupling == "affine" else AdditiveCoupling(conditioner)
+            return [ActNorm(channels), PERMUTATIONS[permutation](channels), affine]
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
         levels, latent_shapes = [], []
@@ -120,6 +122,7 @@ class Glow(FlowModel):
         The logits are a `ZeroLinear` of that level's mean over space, before its prior, so they do not know the class
         (authors' code, `classifier`).
         """
+        self.check_shape(x)
         latents, top, total = self._levels(x)
         z, log_det = self.prior(top, self._label(context))
         return self.base.log_prob((*latents, z)) + total + log_det, self.classifier(top.mean((2, 3)))

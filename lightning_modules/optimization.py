@@ -3,6 +3,7 @@
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_modules.schedule import WarmUp
 from lightning_modules.steps import ends_step
@@ -66,8 +67,8 @@ class OptimizedModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        running = (b for b in self.flow.state_dict(keep_vars=True).values() if not isinstance(b, nn.Parameter))
-        self._statistics = [b for b in running if b.is_floating_point()]  # of batch norms
+        norms = (m for m in self.flow.modules() if isinstance(m, _BatchNorm))
+        self._statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

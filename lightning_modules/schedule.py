@@ -13,11 +13,10 @@ class WarmUp:
         self.steps, self.total, self.cooldown = steps, total, cooldown
 
     def __call__(self, step: int) -> float:
-        if step < self.steps:
-            return step / self.steps
-        if self.total is None:
-            return 1.0
+        factor = step / self.steps if step < self.steps else 1.0
         if self.cooldown:
-            return min(1.0, max(0, self.total - step) / self.cooldown)
+            return min(factor, max(0, self.total - step) / self.cooldown)
+        if step < self.steps or self.total is None:
+            return factor
         done = (step - self.steps) / max(1, self.total - self.steps)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

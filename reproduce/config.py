@@ -114,8 +114,9 @@ def _last(layers: list[DictConfig], key: str, otherwise):
 
 def merge(config: DictConfig, layer: DictConfig, before: list[DictConfig]) -> DictConfig:
     """`layer` over `config`; a value has the type of what it replaces, there or in the recipe or base it came from."""
+    there = [dict(_leaves(c)) for c in (config, *before)]
     for key, value in _leaves(layer):
-        _check_type([config, *before], key, value)
+        _check_type(there, key, value)
         if isinstance(OmegaConf.select(config, key), float) and type(value) is int:
             OmegaConf.update(layer, key, float(value))
     return OmegaConf.merge(config, layer)
@@ -128,14 +129,15 @@ def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
         )
 
 
-def _check_type(configs: list[DictConfig], key: str, value) -> None:
-    keys = [k for k, _ in _leaves(configs[0]) if k != "experiment"]
+def _check_type(there: list[dict], key: str, value) -> None:
+    """there: the leaves of the config and of what it was composed from."""
+    keys = [k for k in there[0] if k != "experiment"]
     if key not in keys:
         inside = [k for k in keys if k.startswith(f"{key}.")]
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
         raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
-    replaced = [OmegaConf.select(config, key) for config in configs if key in dict(_leaves(config))]
+    replaced = [leaves[key] for leaves in there if key in leaves]
     fits = any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
     if not fits and key not in CHOICES:
         kind = "list like it" if isinstance(replaced[0], ListConfig) else type(replaced[0]).__name__

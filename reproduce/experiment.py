@@ -201,15 +201,13 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
     """Train, from the newest checkpoint of the run folder where resume=auto finds one."""
-    wanted, there = module.flow.n_classes, data.n_classes if data.labels else None
-    if wanted is not None and wanted != there:
-        has = f"has {data.n_classes or 'no'} classes" + ("" if data.labels else ", without data.labels=true none")
-        raise ConfigError(f"flow.n_classes={wanted}, but data.name={config.data.name} {has}")
+    _check_classes(config, module.flow.n_classes, data)
     folder, path = Path(config.run_dir), None
     found = newest_checkpoint(folder) if config.resume == "auto" else None
     if found is not None:
         path, checkpoint = found
         check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
+        module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
         there = checkpoint["paperflows"]
         origin = f"commit {there['commit']}" + (f", job {there['job']}" if there.get("job") else "")
         rank_zero_info(f"going on from {path} ({origin})")
@@ -227,14 +225,25 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
         module.check_skipped()
 
 
+def _check_classes(config: DictConfig, wanted: int | None, data: L.LightningDataModule) -> None:
+    if wanted is not None and not data.labels:
+        raise ConfigError(f"flow.n_classes={wanted} needs classes: give data.labels=true, where the data have them")
+    if wanted is not None and wanted != data.n_classes:
+        name = config.data.name
+        raise ConfigError(
+            f"flow.n_classes={wanted}, but {name} has {data.n_classes}: give flow.n_classes={data.n_classes}"
+        )
+
+
 def _say_how_long(config: DictConfig, module: L.LightningModule) -> None:
     """One line, measured: how long the whole budget would take on this machine without a GPU."""
     if config.budget.images is None or len(module.flow.shape) != 3:
         return
     flow, x = copy.deepcopy(module.flow), torch.rand(4, *module.flow.shape)
+    classes = None if flow.n_classes is None else torch.zeros(len(x), dtype=torch.int64)
     start = time.monotonic()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-        flow.log_prob(x).mean().backward()
+        flow.log_prob(x, classes).mean().backward()
     days = (time.monotonic() - start) / len(x) * config.budget.images / 86_400
     rank_zero_info(
         f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about {days:,.0f} days; "

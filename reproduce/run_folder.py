@@ -33,6 +33,9 @@ def check_run_dir(config: DictConfig) -> None:
     if config.resume is None:
         raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
     if (folder / "result.json").is_file():
+        there = json.loads((folder / "result.json").read_text())["experiment"]
+        if there != config.experiment:
+            raise ConfigError(f"{folder} holds a finished run of {there}: give another run_dir")
         rank_zero_only(print)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
 

@@ -276,6 +276,7 @@ def stability_section(root: Path) -> list[str]:
     for stem, runs in found.items():
         first, errors = runs[0], [run["round_trip_grey_levels"] for run in runs]
         size = f"K={first['depth']}, {first['hidden_channels']} channels, batch {first['batch_size']}"
+        size += f", scales from {first['min_scale']:g}" if first.get("min_scale") else ""
         start, end = ([run["bpd"][i] for run in runs if is_number(run["bpd"][i])] for i in (0, -1))
         span = " then ".join(f"{fixed(min(v, default=None))} to {fixed(max(v, default=None))}" for v in (start, end))
         worst = [worst_of([error[kind] for error in errors]) for kind in ("images", "noise")]

@@ -84,10 +84,11 @@ CASES = [
     Case(
         "SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, edges=False)), (4, 2, 3), noise=0.1
     ),
+    Case("SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5), 0.25), (4, 2, 3), noise=0.1),
     Case("SplitPrior", lambda: SplitPrior(4), (4, 2, 3)),
     Case("TopPrior", lambda: TopPrior(4), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),
-    glow("Glow-1level", (1, 4, 4), n_levels=1),
+    glow("Glow-1level", (1, 4, 4), n_levels=1, min_scale=0.25),
     glow("Glow-additive-shuffle-logit", (2, 8, 8), n_levels=3, coupling="additive", permutation="shuffle", alpha=0.05),
     glow("Glow-reverse-no-edges", (2, 4, 4), n_levels=2, permutation="reverse", edges=False),
     glow("Glow-plain-W", (2, 4, 4), n_levels=2, permutation="invertible_plain"),

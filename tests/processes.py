@@ -168,7 +168,7 @@ class Spy(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         if (trainer.global_step, self.rank) in self.poison:
             log_prob = pl_module.flow.log_prob
-            pl_module.flow.log_prob = lambda x: log_prob(x) + float("inf")
+            pl_module.flow.log_prob = lambda *given: log_prob(*given) + float("inf")
         else:
             vars(pl_module.flow).pop("log_prob", None)
         self.before = trainer.global_step

@@ -142,6 +142,31 @@ def test_cosine_after_the_warm_up_ends_at_zero():
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
+@pytest.mark.parametrize(("cooldown", "expected"), [(4, [1, 1, 1, 1, 0.75, 0.5, 0.25]), (1, [1] * 7), (20, None)])
+def test_cooldown_is_linear_to_zero_in_the_last_steps(cooldown, expected):
+    """And never above the warm-up's line: where both are at work the lower one counts."""
+    module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=cooldown)
+    trainer = make_trainer(recorder := Recorder(), max_steps=9)
+    trainer.fit(module, datamodule=RandomImages())
+    factors = [0, 0.5, *expected] if expected else [0, *((9 - i) / 20 for i in range(1, 9))]
+    assert recorder.rates == pytest.approx([2e-3 * factor for factor in factors], rel=1e-12)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_without_a_cooldown_the_rate_stays():
+    assert fit(density(Uniform(), lr=2e-3, cooldown_steps=0), max_steps=5).rates == [2e-3] * 5
+
+
+def test_a_cooldown_is_of_a_constant_rate():
+    with pytest.raises(ValueError, match=r"optim\.cooldown_steps=3: a cosine ends at 0 by itself") as error:
+        density(schedule="cosine", cooldown_steps=3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"optim\.cooldown_steps=-1"):
+        density(cooldown_steps=-1)
+    with pytest.raises(ValueError, match=r"optim\.cooldown_steps=3 ends at the last step: set trainer\.max_steps"):
+        fit(density(Uniform(), cooldown_steps=3), max_steps=-1, max_epochs=1)
+
+
 def test_cosine_needs_a_last_step():
     with pytest.raises(ValueError, match=r"trainer\.max_steps"):
         fit(density(schedule="cosine"), max_steps=-1, max_epochs=1)

@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flows.base import Compose
-from flows.conditioners import BiasOnlyBatchNorm2d, MLPConditioner, ResidualConditioner, WeightNormConv2d
-from flows.coupling import ChannelCoupling, MaskedCoupling, checkerboard
-from flows.elementwise import Logit
+from flows.conditioners import (
+    BiasOnlyBatchNorm2d,
+    EdgeConv2d,
+    GlowConditioner,
+    MLPConditioner,
+    ResidualConditioner,
+    WeightNormConv2d,
+    ZeroConv2d,
+    ZeroLinear,
+)
+from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
+from flows.elementwise import Logit, Shift
+from flows.learned_priors import SplitPrior, TopPrior
 from flows.likelihood import bits_per_dim
-from flows.normalization import CouplingBatchNorm
+from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, rotation
+from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.reshape import OrderedSqueeze, Squeeze, factor_in, factor_out
 
 EPS = 1e-4
@@ -408,3 +419,311 @@ def test_compose_applies_in_order_and_inverts_in_reverse_order():
     assert torch.equal(z, expected)
     assert_close(log_det, expected_log_det)
     assert_close(Compose(layers).inverse(z)[0], x)
+
+
+# Activation normalisation
+
+
+@torch.no_grad()
+def initialised(norm, x):
+    norm.initialize(x)
+    return norm
+
+
+def test_actnorm_by_hand():
+    norm, x = perturb(ActNorm(3)).double(), randn(2, 3, 4, 6)
+    y, log_det = norm(x)
+    for c in range(3):
+        bias, scale = norm.bias[c].item(), math.exp(3 * norm.log_scale[c].item())
+        assert_close(y[:, c].detach(), (x[:, c] + bias) * scale)
+    assert_close(log_det.detach(), [4 * 6 * 3 * norm.log_scale.sum().item()] * 2)
+    assert_close(norm.inverse(y)[0], x)
+
+
+def test_actnorm_is_the_identity_until_it_is_initialised():
+    norm, x = ActNorm(3).double(), randn(2, 3, 4, 6)
+    assert uninitialized(norm)
+    assert torch.equal(norm(x)[0], x)
+    assert torch.equal(norm(x)[1], torch.zeros(2, dtype=torch.float64))
+
+
+def test_actnorm_starts_with_mean_0_and_variance_1():
+    x = shifted() * torch.tensor([1.0, 1e-3, 100.0])[:, None, None]
+    norm = ActNorm(3).double()
+    with torch.no_grad():
+        returned = norm.initialize(x)
+    y, _ = norm(x)
+    assert not uninitialized(norm)
+    assert torch.equal(returned, y)
+    std = x.var((0, 2, 3), correction=0).sqrt()
+    assert_close(y.mean((0, 2, 3)), torch.zeros(3), 1e-12)
+    assert_close(y.var((0, 2, 3), correction=0).sqrt(), std / (std + 1e-6), 1e-12)
+    assert_close(norm.bias[:, 0, 0], -x.mean((0, 2, 3)))
+
+
+def test_actnorm_of_a_constant_channel_is_finite():
+    x = shifted()
+    x[:, 1] = 0.7
+    norm = initialised(ActNorm(3).double(), x)
+    y, log_det = norm(x)
+    assert y.isfinite().all()
+    assert log_det.isfinite().all()
+    assert y[:, 1].abs().max() < 1e-6
+    assert_close((3 * norm.log_scale[1]).exp().flatten(), [1e6], 1e-3)  # 1 / (0 + 1e-6)
+    assert_close(norm.inverse(y)[0], x)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_actnorm_is_initialised_from_few_values_without_nan(n):
+    norm = initialised(ActNorm(3), randn(n, 3, 1, 1).float())
+    assert norm.bias.isfinite().all()
+    assert norm.log_scale.isfinite().all()
+
+
+def test_actnorm_is_initialised_once():
+    norm = initialised(ActNorm(3).double(), shifted())
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    y = initialised(norm, 5 + 7 * shifted(seed=1)).normalize(shifted())
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert_close(y.mean((0, 2, 3)), torch.zeros(3))
+
+
+# Convolutions that know the border, and layers that start at 0
+
+
+def padded(x):
+    """Zeros around x and one more channel: 1 on them, 0 inside."""
+    x = nn.functional.pad(x, (1, 1, 1, 1))
+    border = torch.ones_like(x[:, :1])
+    border[..., 1:-1, 1:-1] = 0
+    return torch.cat([x, border], 1)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3), (2, 2), (7, 5)])
+def test_edge_convolution_is_one_over_an_appended_border_channel(size):
+    conv, x = perturb(EdgeConv2d(2, 3, edges=True)).double(), randn(2, 2, *size)
+    weight = torch.cat([conv.weight, conv.edge], 1)
+    assert_close(conv(x), nn.functional.conv2d(padded(x), weight))
+    assert conv.bias is None
+
+
+def test_edge_weights_touch_the_border_only():
+    with_edges, without = EdgeConv2d(2, 3, edges=True).double(), EdgeConv2d(2, 3, edges=False).double()
+    without.weight = with_edges.weight
+    assert without.edge is None
+    x = randn(2, 2, 8, 9)
+    difference = with_edges(x) - without(x)
+    assert torch.equal(difference[..., 1:-1, 1:-1], torch.zeros(2, 3, 6, 7, dtype=torch.float64))
+    border = torch.ones(8, 9, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert difference[..., border].abs().min() > 0
+    assert_close(without(x), nn.functional.conv2d(x, without.weight, padding=1))
+
+
+def test_hidden_convolutions_start_as_n_0_0_05():
+    torch.manual_seed(0)
+    net = GlowConditioner(20, 8, 40)
+    for weight in (net.conv_in.weight, net.conv_in.edge, net.conv_mid.weight):
+        assert abs(weight.std() / 0.05 - 1) < 0.1
+        assert abs(weight.mean()) < 0.01
+    assert all((parameter == 0).all() for parameter in net.conv_out.parameters())
+    assert net.conv_mid.bias is None
+    assert net.conv_mid.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize("edges", [True, False])
+def test_zero_convolution(edges):
+    conv, x = ZeroConv2d(2, 3, edges).double(), randn(2, 2, 4, 6)
+    assert torch.equal(conv(x), torch.zeros(2, 3, 4, 6, dtype=torch.float64))
+    perturb(conv)
+    weight = torch.cat([conv.weight, conv.edge], 1) if edges else conv.weight
+    y = nn.functional.conv2d(padded(x)[:, : weight.shape[1]], weight)
+    for c in range(3):
+        expected = (y[:, c] + conv.shift[c]) * math.exp(3 * conv.log_scale[c].item())
+        assert_close(conv(x)[:, c], expected)
+
+
+def test_zero_linear():
+    linear, x = ZeroLinear(3, 2).double(), randn(4, 3)
+    assert torch.equal(linear(x), torch.zeros(4, 2, dtype=torch.float64))
+    perturb(linear)
+    assert_close(linear(x), (x @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp())
+
+
+@pytest.mark.parametrize("edges", [True, False])
+def test_glow_conditioner_by_hand(edges):
+    net, x = perturb(GlowConditioner(2, 6, 5, edges)).double(), randn(3, 2, 4, 6)
+
+    def norm(h, layer):
+        return (h + layer.bias) * (3 * layer.log_scale).exp()
+
+    def conv(h, layer):
+        weight = torch.cat([layer.weight, layer.edge], 1) if edges else layer.weight
+        return nn.functional.conv2d(padded(h)[:, : weight.shape[1]], weight)
+
+    h = norm(conv(x, net.conv_in), net.norm_in).relu()
+    h = norm(torch.einsum("ij,bjhw->bihw", net.conv_mid.weight[..., 0, 0], h), net.norm_mid).relu()
+    assert_close(net(x), (conv(h, net.conv_out) + net.conv_out.shift) * (3 * net.conv_out.log_scale).exp())
+
+
+# Permutations of channels
+
+
+def test_reverse_is_its_own_inverse():
+    x, reverse = randn(2, 6, 2, 3), ChannelPermutation(torch.arange(6).flip(0))
+    y, log_det = reverse(x)
+    assert torch.equal(y, x.flip(1))
+    assert torch.equal(reverse(y)[0], x)
+    assert torch.equal(reverse.inverse(x)[0], y)
+    assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
+
+
+def test_channel_permutation_by_hand():
+    order = torch.tensor([2, 0, 3, 1])
+    x, shuffle = randn(2, 4, 2, 3), ChannelPermutation(order)
+    y, _ = shuffle(x)
+    assert all(torch.equal(y[:, c], x[:, order[c]]) for c in range(4))
+    assert torch.equal(shuffle.inverse(y)[0], x)
+    assert torch.equal(shuffle.state_dict()["order"], order)
+
+
+@pytest.mark.parametrize("n", [1, 5, 48])
+def test_w_starts_orthogonal(n):
+    torch.manual_seed(0)
+    weight = rotation(n)
+    assert_close(weight @ weight.T, torch.eye(n), 1e-12)
+    for layer in (InvertibleConv1x1(n), InvertibleConv1x1LU(n)):
+        weight, log_det = layer.matrix()
+        assert weight.dtype == log_det.dtype == torch.float64
+        assert_close((weight @ weight.T).detach(), torch.eye(n), 1e-5)  # held in float32
+        assert_close(log_det.detach(), 0.0, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [InvertibleConv1x1, InvertibleConv1x1LU])
+def test_w_multiplies_every_pixel(kind):
+    torch.manual_seed(0)
+    layer, x = perturb(kind(4)).double(), randn(2, 4, 3, 5)
+    weight, _ = layer.matrix()
+    y, log_det = layer(x)
+    for row in range(3):
+        for column in range(5):
+            assert_close(y[:, :, row, column], x[:, :, row, column] @ weight.T)
+    sign, log_abs_det = torch.linalg.slogdet(weight)
+    assert abs(log_abs_det) > 0.05
+    assert_close(log_det, (15 * log_abs_det).expand(2))
+    assert_close(layer.inverse(y)[0], x)
+    assert sign != 0
+
+
+def test_w_and_its_triangles_are_the_same_map():
+    torch.manual_seed(0)
+    lu, plain, x = perturb(InvertibleConv1x1LU(6)).double(), InvertibleConv1x1(6).double(), randn(2, 6, 3, 5)
+    plain.weight.data = lu.matrix()[0].detach()
+    for one, other in ((lu(x), plain(x)), (lu.inverse(x), plain.inverse(x))):
+        assert_close(one[0], other[0])
+        assert_close(one[1], other[1])
+    assert_close(lu.log_scale.sum(), torch.linalg.slogdet(plain.weight).logabsdet)
+
+
+def test_the_triangles_are_those_of_the_rotation():
+    """P, L, U and s multiply to an orthogonal matrix; the unused triangles move nothing, the signs and P stay."""
+    torch.manual_seed(0)
+    layer = InvertibleConv1x1LU(6)
+    assert {name for name, _ in layer.named_parameters()} == {"lower", "upper", "log_scale"}
+    assert {name for name, _ in layer.named_buffers()} == {"permutation", "sign"}
+    assert layer.sign.abs().tolist() == [1.0] * 6
+    assert (layer.permutation.sum(0) == 1).all()
+    assert (layer.permutation.sum(1) == 1).all()
+    before = layer.matrix()[0].detach()
+    with torch.no_grad():
+        layer.lower += torch.ones(6, 6).triu()
+        layer.upper += torch.ones(6, 6).tril()
+    assert torch.equal(layer.matrix()[0], before)
+
+
+# Glow's couplings and learned priors
+
+
+class Answer(nn.Module):
+    """A conditioner with one output, which remembers what it was shown."""
+
+    def __init__(self, h):
+        super().__init__()
+        self.h = h
+
+    def forward(self, x):
+        self.seen = x
+        return self.h
+
+
+def test_additive_coupling_by_hand():
+    x, h = randn(2, 4, 3, 3), randn(2, 2, 3, 3, seed=1)
+    coupling = AdditiveCoupling(Answer(h))
+    y, log_det = coupling(x)
+    assert torch.equal(coupling.conditioner.seen, x[:, :2])
+    assert torch.equal(y, torch.cat([x[:, :2], x[:, 2:] + h], 1))
+    assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
+    assert_close(coupling.inverse(y)[0], x)
+
+
+def test_sigmoid_coupling_by_hand():
+    x, h = randn(2, 4, 3, 3), 3 * randn(2, 4, 3, 3, seed=1)
+    coupling = SigmoidCoupling(Answer(h))
+    y, log_det = coupling(x)
+    scale = 1 / (1 + (-h[:, 2:] - 2).exp())
+    assert torch.equal(coupling.conditioner.seen, x[:, :2])
+    assert torch.equal(y[:, :2], x[:, :2])
+    assert_close(y[:, 2:], (x[:, 2:] + h[:, :2]) * scale)
+    assert_close(log_det, scale.log().sum((1, 2, 3)))
+    assert_close(coupling.inverse(y)[0], x)
+
+
+def log_normal(z, mean, log_std):
+    return torch.distributions.Normal(mean, log_std.exp()).log_prob(z).sum((1, 2, 3))
+
+
+def test_split_prior_is_a_normal_given_the_kept_half():
+    prior, x = perturb(SplitPrior(6), 0.1).double(), randn(3, 6, 4, 5)
+    y, log_det = prior(x)
+    mean, log_std = prior.net(x[:, :3]).chunk(2, 1)
+    kept, eps = y.chunk(2, 1)
+    assert torch.equal(kept, x[:, :3])
+    assert_close(eps, (x[:, 3:] - mean) / log_std.exp())
+    standard = log_normal(eps, torch.zeros(()), torch.zeros(()))
+    assert_close(standard + log_det, log_normal(x[:, 3:], mean, log_std), 1e-9)
+    hot = prior.inverse(torch.cat([kept, 0.7 * eps], 1))[0][:, 3:]
+    assert_close(hot, mean + 0.7 * (x[:, 3:] - mean))
+
+
+@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("n_classes", [None, 3])
+def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
+    """Constant per channel but for the border; a class adds its own row of a `ZeroLinear`."""
+    prior, x = perturb(TopPrior(2, n_classes, edges), 0.2).double(), randn(3, 2, 4, 5)
+    y = None if n_classes is None else torch.tensor([2, 0, 2])
+    conv = ZeroConv2d(4, 4, edges).double()
+    conv.shift, conv.log_scale, conv.edge = prior.shift, prior.log_scale, prior.edge
+    h = conv(torch.zeros(3, 4, 4, 5, dtype=torch.float64))
+    if n_classes is not None:
+        h = h + prior.by_class(torch.eye(3, dtype=torch.float64)[y])[:, :, None, None]
+    mean, log_std = h.chunk(2, 1)
+    assert (mean.std((2, 3)).max() > 1e-2) == edges
+    assert_close(mean[:, :, 1:-1, 1:-1].std((2, 3)), torch.zeros(3, 2))
+    eps, log_det = prior(x, y)
+    standard = log_normal(eps, torch.zeros(()), torch.zeros(()))
+    assert_close(standard + log_det, log_normal(x, mean, log_std), 1e-9)
+    assert_close(prior.inverse(0.7 * eps, y)[0], mean + 0.7 * (x - mean))
+
+
+@pytest.mark.parametrize("prior", [SplitPrior(4), TopPrior(4), TopPrior(4, 3)], ids=["split", "top", "class"])
+def test_a_learned_prior_starts_as_a_standard_normal(prior):
+    x, y = randn(2, 4, 3, 3), torch.tensor([0, 2])
+    eps, log_det = prior.double()(x, y)
+    assert torch.equal(eps, x)
+    assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
+
+
+def test_shift():
+    x = randn(2, 3, 4, 4)
+    assert torch.equal(Shift(-0.5)(x)[0], x - 0.5)
+    assert_close(Shift(-0.5).inverse(x)[0], x + 0.5)

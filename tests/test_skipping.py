@@ -27,7 +27,7 @@ class Harm(Recorder):
         vars(flow).pop("log_prob", None)
         original = flow.log_prob
         if trainer.global_step in self.at:
-            flow.log_prob = lambda x: self.how(original(x))
+            flow.log_prob = lambda *given: self.how(original(*given))
 
     def on_train_end(self, trainer, pl_module):
         self.states.append(self.state(trainer, pl_module))

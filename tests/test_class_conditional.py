@@ -1,0 +1,249 @@
+"""Glow given the class: the flow's context, and the module's loss, likelihood and accuracy under a real Trainer."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cases import perturb
+from test_density import SHAPE, RandomImages, Recorder, bits_by_hand, density, make_trainer
+from torch.nn import functional as F
+
+from datamodules.images import ImageArray
+from datamodules.samplers import TrainSampler
+from flows.glow import Glow
+from lightning_modules.class_conditional import ClassConditionalModule
+from lightning_modules.noise import batch_noise
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+]
+N_CLASSES = 3
+
+
+def fresh(**arguments):
+    """Not yet initialised, float32."""
+    torch.manual_seed(0)
+    return Glow(SHAPE, **({"n_levels": 2, "depth": 1, "hidden_channels": 4, "n_classes": N_CLASSES} | arguments))
+
+
+def perturbed():
+    """Every weight moved, so that the class and the classifier count; float64, eval."""
+    return perturb(fresh(), 0.05).double().eval()
+
+
+def images(n, seed=0):
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(*classes):
+    return torch.tensor(classes)
+
+
+class LabelledImages(RandomImages):
+    """The same images; class i mod 3, but for every fifth."""
+
+    n_classes, labels = N_CLASSES, True
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        for split in (self.train, self.val, self.test):
+            split.labels = np.array([(i + i // 5) % N_CLASSES for i in range(len(split))])
+
+
+def conditional(flow, data=LabelledImages, **arguments):
+    return density(flow, data, ClassConditionalModule, **arguments)
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- the flow
+
+
+def test_the_class_makes_no_difference_before_training():
+    flow, x = fresh().double(), images(3)
+    unconditional = fresh(n_classes=None).double()
+    unconditional.load_state_dict({k: v for k, v in flow.state_dict().items() if k in unconditional.state_dict()})
+    for y in range(N_CLASSES):
+        assert torch.equal(flow.log_prob(x, labels(y, y, y)), unconditional.log_prob(x))
+
+
+def test_the_class_moves_mean_and_scale_of_the_last_level_alone():
+    flow, x = perturbed(), images(4)
+    (lower, top), log_det = flow(x, labels(0, 0, 0, 0))
+    (lower_1, top_1), log_det_1 = flow(x, labels(0, 1, 2, 1))
+    assert torch.equal(lower, lower_1)
+    same = torch.tensor([True, False, False, False])
+    assert torch.equal((top == top_1).flatten(1).all(1), same)
+    by_class = flow.prior.by_class
+    rows = (by_class.weight.T + by_class.bias) * (3 * by_class.log_scale).exp()  # one a class: means, log-deviations
+    log_std = rows[:, 24:].sum(1) * 2 * 2  # over the 24 channels of 2x2
+    assert_close(log_det_1 - log_det, log_std[0] - log_std[[0, 1, 2, 1]])
+    assert (log_det_1 - log_det)[1:].abs().min() > 1e-3
+    assert flow.log_prob(x, labels(0, 1, 2, 1))[1:].ne(flow.log_prob(x, labels(0, 0, 0, 0))[1:]).all()
+
+
+def test_a_conditional_flow_inverts_given_the_class():
+    flow, x, y = perturbed(), images(4), labels(2, 0, 1, 1)
+    latents, log_det = flow(x, y)
+    back, inverse_log_det = flow.inverse(latents, y)
+    assert_close(back, x)
+    assert_close(inverse_log_det, -log_det)
+    assert (flow.inverse(latents, labels(0, 0, 1, 1))[0] - x)[0].abs().max() > 1e-3
+
+
+CALLS = {
+    "log_prob": lambda flow, x, z: flow.log_prob(x),
+    "inverse": lambda flow, x, z: flow.inverse(z),
+    "sample": lambda flow, x, z: flow.sample(2),
+    "logits": lambda flow, x, z: flow.log_prob_and_class_logits(x, None),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_without_the_class_it_is_an_error_of_one_line(call):
+    flow, x = perturbed(), images(2)
+    z, _ = flow(x, labels(0, 1))
+    with pytest.raises(ValueError, match=r"class-conditional: give the classes as context, \(B,\) int64") as error:
+        CALLS[call](flow, x, z)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_have_a_row_for_each_class_given():
+    """(n, B, *shape): sample i of class b is the inverse of base sample i B + b."""
+    flow, y, n = perturbed(), labels(2, 0), 3
+    samples = flow.sample(n, 0.8, y, generator=torch.Generator().manual_seed(4))
+    assert samples.shape == (n, 2, *SHAPE)
+    generator = torch.Generator().manual_seed(4)
+    eps = [torch.randn(n * 2, *shape, generator=generator, dtype=torch.float64) for shape in flow.latent_shapes]
+    for i in range(n):
+        for b in range(2):
+            latents = tuple(0.8 * level[2 * i + b][None] for level in eps)
+            assert_close(samples[i, b], flow.inverse(latents, y[b : b + 1])[0][0])
+
+
+def test_of_a_class_the_mean_is_another():
+    flow = perturbed()
+    means = flow.sample(2, 0.0, labels(0, 1, 2))
+    assert_close(means[0], means[1])
+    assert (means[0, 0] - means[0, 1]).abs().max() > 1e-3
+    assert (means[0, 1] - means[0, 2]).abs().max() > 1e-3
+
+
+def test_logits_are_linear_in_the_mean_of_the_last_level_and_do_not_know_the_class():
+    flow, x = perturbed(), images(4)
+    log_prob, logits = flow.log_prob_and_class_logits(x, labels(0, 0, 0, 0))
+    other_log_prob, other = flow.log_prob_and_class_logits(x, labels(2, 1, 2, 1))
+    assert torch.equal(logits, other)
+    assert not torch.equal(log_prob, other_log_prob)
+    assert_close(log_prob, flow.log_prob(x, labels(0, 0, 0, 0)))
+    top = flow.prior.inverse(flow(x, labels(0, 1, 2, 0))[0][-1], labels(0, 1, 2, 0))[0]  # before its prior
+    linear = flow.classifier
+    expected = (top.mean((2, 3)) @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp()
+    assert_close(logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------- the module
+
+
+def first_step(data):
+    """x and y of the first training batch."""
+    items = [data.train[key] for key in list(TrainSampler(64, 16, 0))[:16]]
+    q, y = torch.stack([item[0] for item in items]), torch.tensor([item[2] for item in items])
+    return (q.float() + batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"))) / 256, y
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.0])
+def test_the_loss_is_nats_and_a_cross_entropy_per_dimension(weight):
+    """.01 bits a bit of cross entropy, added to bits per dimension, are .01 D CE nats an image."""
+    data, flow = LabelledImages(), perturb(fresh(), 0.05)
+    x, y = first_step(data)
+    log_prob, logits = flow.log_prob_and_class_logits(x, y)
+    nats, cross_entropy = -log_prob.mean().item(), F.cross_entropy(logits, y).item()
+    by_hand = -torch.log_softmax(logits, 1)[torch.arange(16), y].mean().item()
+    assert cross_entropy == pytest.approx(by_hand, rel=1e-5)
+    assert abs(cross_entropy - math.log(N_CLASSES)) > 1e-3
+    trainer = make_trainer(recorder := Recorder(), max_steps=1)
+    trainer.fit(conditional(flow, class_weight=weight), datamodule=data)
+    assert recorder.losses[0] == pytest.approx(nats + weight * 192 * cross_entropy, rel=1e-6)
+    bits = 8 + nats / (192 * math.log(2))  # without the class term
+    assert trainer.callback_metrics["train/bpd"].item() == pytest.approx(bits, rel=1e-6)
+    assert trainer.callback_metrics["train/class_loss"].item() == pytest.approx(cross_entropy, rel=1e-5)
+
+
+def test_the_default_weight_is_the_authors():
+    assert conditional(fresh()).class_weight == 0.01
+
+
+def test_bpd_is_that_of_x_given_its_class():
+    data, flow = LabelledImages(), perturb(fresh(), 0.05)
+    [found] = make_trainer(limit_val_batches=None).validate(conditional(flow), data, verbose=False)
+    assert set(found) == {"val/bpd", "val/accuracy"}
+    y = torch.from_numpy(data.val.labels)
+    given, wrong = (
+        bits_by_hand(SimpleNamespace(log_prob=lambda x, y=classes: flow.log_prob(x, y)), data.val.images).mean().item()
+        for classes in (y, (y + 1) % N_CLASSES)
+    )
+    assert found["val/bpd"] == pytest.approx(given, abs=1e-6)
+    assert abs(given - wrong) > 1e-4
+
+
+@pytest.mark.parametrize("answer", range(N_CLASSES))
+def test_accuracy_of_a_classifier_that_always_says_the_same(answer):
+    """The share of that class among 23 images, in batches of 16 and 7; of the test too."""
+    data, flow = LabelledImages(), fresh()
+    with torch.no_grad():
+        flow.classifier.bias[answer] = 1.0
+    share = (data.val.labels == answer).mean()
+    trainer = make_trainer(limit_val_batches=None)
+    [validated] = trainer.validate(conditional(flow), data, verbose=False)
+    [tested] = trainer.test(conditional(flow), data, verbose=False)
+    assert validated["val/accuracy"] == pytest.approx(share, abs=1e-6)
+    assert tested["test/accuracy"] == pytest.approx((data.test.labels == answer).mean(), abs=1e-6)
+    assert set(tested) == {"test/bpd", "test/accuracy"}
+
+
+def test_accuracy_by_hand():
+    """Bright images are of class 2, dark ones of class 0: a linear map of the mean tells them apart, all but two."""
+    data, flow = LabelledImages(), fresh(n_levels=1, permutation="reverse", coupling="additive")
+    levels = np.where(np.arange(23) % 2, 200, 30).astype(np.uint8)
+    data.val = ImageArray(np.broadcast_to(levels[:, None, None, None], (23, *SHAPE)).copy())
+    data.val.labels = np.where(np.arange(23) % 2, 2, 0)
+    data.val.labels[[3, 8]] = 1
+    with torch.no_grad():
+        flow.classifier.weight[2] = 1.0  # the flow is the identity on x - 1/2
+        flow.classifier.bias[1] = -100.0
+    [found] = make_trainer(limit_val_batches=None).validate(conditional(flow), data, verbose=False)
+    assert found["val/accuracy"] == pytest.approx(21 / 23, abs=1e-6)
+
+
+def test_a_flow_without_classes_is_refused():
+    with pytest.raises(ValueError, match=r"this Glow knows no classes: give flow\.n_classes") as error:
+        conditional(fresh(n_classes=None))
+    assert "\n" not in str(error.value)
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.class_weight=-0\.1 is negative"):
+        conditional(fresh(), class_weight=-0.1)
+
+
+def test_it_learns_the_class():
+    """Of images that are bright or dark by class, in a few steps of the classifier's alone."""
+    data = LabelledImages()
+    data.train.labels = (data.train.images.mean((1, 2, 3)) > data.train.images.mean()).astype(int)
+    data.train.images[data.train.labels == 1] += 60
+    data.val = data.train
+    flow = fresh()
+    with torch.no_grad():
+        flow.initialize(first_step(data)[0])
+    for name, parameter in flow.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    trainer = make_trainer(max_steps=20, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=4)
+    trainer.fit(conditional(flow, lr=0.1), datamodule=data)
+    assert trainer.callback_metrics["val/accuracy"].item() == 1.0
+    assert trainer.callback_metrics["train/class_loss"].item() < 0.5
