@@ -1,7 +1,7 @@
 """Learned Gaussian priors N(m, e^(2s)), written as the bijection eps = (z - m) e^-s onto a standard normal.
 
 The density is the same, the inverse exact, and a temperature is one factor on eps: sigma becomes tau sigma at every
-level, as in the authors' samples (Kingma & Dhariwal 2018, section 5; openai/glow).
+level, as in the authors' samples (Kingma & Dhariwal 2018, section 6; openai/glow).
 """
 
 import torch

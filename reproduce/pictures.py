@@ -1,4 +1,4 @@
-"""Pictures of a run of an image flow: what it draws and what its latents hold (Glow, arXiv 1807.03039, section 5).
+"""Pictures of a run of an image flow: what it draws and what its latents hold (Glow, arXiv 1807.03039, section 6).
 
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12                   # all of them
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
@@ -55,7 +55,7 @@ def interpolate(eps_a: Latents, eps_b: Latents, n: int) -> Latents:
 
 
 def attribute_direction(eps: Latents, labels: Tensor, cls: int) -> Latents:
-    """mean(eps | cls) - mean(eps | not cls) (section 5). Levels: (N, ...) to (...). ValueError: one side is empty."""
+    """mean(eps | cls) - mean(eps | not cls) (section 6). Levels: (N, ...) to (...). ValueError: one side is empty."""
     if (labels == cls).all() or (labels != cls).all():
         raise ValueError(f"all of {len(labels)} training images are of class {cls}, or none is: give more n_images")
     return tuple(z[labels == cls].mean(0) - z[labels != cls].mean(0) for z in eps)

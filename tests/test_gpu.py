@@ -11,6 +11,7 @@ import torch
 from cases import TINY
 from test_density import RandomImages, density, make_trainer, tiny_flow
 
+from flows.glow import Glow
 from lightning_modules.callbacks.checkpoints import finite
 from reproduce.run_folder import newest_checkpoint, step_checkpoints
 
@@ -66,7 +67,8 @@ def test_every_precision_trains_and_clips(precision):
     assert trainer.callback_metrics["train/bpd"].item() < 8.1
 
 
-def test_no_step_waits_for_the_device():
+@pytest.mark.parametrize("flow", [tiny_flow, lambda: Glow((3, 8, 8), 2, 2, 4)], ids=["RealNVP", "Glow"])
+def test_no_step_waits_for_the_device(flow):
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             torch.cuda.set_sync_debug_mode("error" if trainer.global_step >= 2 else "default")
@@ -76,7 +78,7 @@ def test_no_step_waits_for_the_device():
 
     try:
         trainer = make_trainer(Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000)
-        trainer.fit(density(tiny_flow(), clip_norm=10.0), datamodule=RandomImages())
+        trainer.fit(density(flow(), clip_norm=10.0), datamodule=RandomImages())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.global_step == 4
