@@ -38,8 +38,8 @@ class Glow(FlowModel):
     differ the code made the numbers: scale sigmoid(. + 2) (`SigmoidCoupling`), actnorm inside the networks
     (`GlowConditioner`), a channel that marks the border (`EdgeConv2d`; edges=False leaves it out as public ports do).
 
-    permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (authors' code, `ycond`),
-    which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
+    permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (authors' code,
+    `ycond`), which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
     min_scale: of affine couplings; the authors' is 0 (`SigmoidCoupling`).
     x: (B, *shape) in [0, 1]. Latents: one a level.
     """
