@@ -3,17 +3,16 @@
 python -m benchmarks.stability short                # 20 seeds, 32 steps a level, 300 training steps
 python -m benchmarks.stability long                 # 3 seeds, 4 steps a level, 10,000 training steps
 python -m benchmarks.stability long-authors         # the same with the authors' scales, which have no lower bound
-python -m benchmarks.stability short seeds=[0,1] --json FILE trainer.max_steps=100 data.root=data
+python -m benchmarks.stability short seeds=0,1 --json FILE trainer.max_steps=100 data.root=data
 
-Public Glows jump from 6.8 to 1959 bits/dim on the second step without a warm-up from 0, or turn NaN late. Both kinds
-are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and smaller batches.
-The long ones are also inverted, on test images and on images of noise, far from the data.
+A public Glow was seen to jump from 6.8 to 1959 bits/dim on its second step without a warm-up from 0; others turn NaN
+late. All kinds are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and
+smaller batches. The long ones are also inverted, on test images and on images of noise, far from the data.
 FILE is written after every seed; a seed that it holds is not run again. results/stability/*.json are shown on the
 results page.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from datamodules import make_data
 from lightning_modules.density import DensityModule
 from lightning_modules.metrics import full_float32
 from lightning_modules.noise import image_noise
+from lightning_modules.stopping import RunStopped
 from reproduce import glow_cifar10
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command, fit, load_config, make_trainer
+from reproduce.figure3 import parse_seeds, settings
 from reproduce.provenance import git_state, machine
 from results.runs import portable, write
 
@@ -108,6 +109,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "hidden_channels": config.flow.hidden_channels,
         "batch_size": config.data.batch_size,
         "optim": OmegaConf.to_container(config.optim),
+        "precision": config.trainer.precision,
         "device": machine(trainer)["device"],
         "commit": git_state()[0],
         "dirty": git_state()[1],
@@ -124,29 +126,54 @@ def finite_share(samples: Tensor) -> float:
 
 
 @command
-def main(argv: list[str] | None = None) -> list[dict]:
+def main(argv: list[str] | None = None) -> list[dict] | None:
     """Run the seeds that FILE lacks. Returns all rows."""
     kind, *given = arguments(argv) or [""]
+    if {"--help", "-h"} & {kind, *given}:
+        print(__doc__.strip())
+        return None
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is no kind: give one of {', '.join(KINDS)}")
-    path = Path(given.pop(given.index("--json") + 1)) if "--json" in given[:-1] else None
-    given = [word for word in given if word != "--json"]
-    seeds = OmegaConf.create({"seeds": list(KINDS[kind][0])})
-    seeds.merge_with_dotlist([word for word in given if word.startswith("seeds=")])
-    overrides = [word for word in given if not word.startswith("seeds=")]
-    rows = json.loads(path.read_text())["runs"] if path is not None and path.is_file() else []
-    for seed in seeds.seeds:
-        if seed in [row["seed"] for row in rows]:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100))
-        shown = {k: v for k, v in rows[-1].items() if k not in ("bpd", "optim")}
-        print(json.dumps({**shown, "last_bpd": rows[-1]["bpd"][-1]}), flush=True)
-        if path is not None:
-            content = portable({"kind": kind, "overrides": overrides, "runs": rows})  # NaN as null, no one's paths
-            write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return rows
+    path, seeds, overrides = read(given, list(KINDS[kind][0]))
+    content = {"kind": kind, "overrides": portable(overrides), "runs": []}
+    if path is not None and path.is_file():
+        content = json.loads(path.read_text())
+        if (content["kind"], settings(content["overrides"])) != (kind, settings(overrides)):
+            raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
+    try:
+        for seed in seeds:
+            if seed not in [row["seed"] for row in content["runs"]]:
+                with tempfile.TemporaryDirectory() as folder:
+                    row = train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100)
+                content["runs"].append(portable(row))  # NaN as null
+                shown = {k: v for k, v in row.items() if k not in ("bpd", "optim")}
+                print(json.dumps({**shown, "last_bpd": row["bpd"][-1]}), flush=True)
+                if path is not None:
+                    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except RunStopped as stop:
+        stop.message = f"stopped in seed {seed}: repeat the command, finished seeds are kept in the file of --json"
+        raise
+    return content["runs"]
+
+
+def read(given: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
+    """The file, the seeds, and what every run is given. ConfigError: a mistake in them."""
+    path, overrides = None, []
+    words = iter(given)
+    for word in words:
+        key, _, value = word.partition("=")
+        if word == "--json":
+            if not (name := next(words, "")):
+                raise ConfigError("--json needs a file: give for example --json stability.json")
+            path = Path(name)
+        elif key == "seeds":
+            seeds = parse_seeds(value)
+        elif key in ("seed", "run_dir", "resume"):
+            raise ConfigError(f"{key} is not to be given here: give seeds=0,1 and --json FILE")
+        else:
+            overrides.append(word)
+    return path, seeds, overrides
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -172,7 +172,8 @@ class ZeroLinear(nn.Linear):
 class GlowConditioner(nn.Module):
     """3x3 -> actnorm -> ReLU -> 1x1 -> actnorm -> ReLU -> zero-initialised 3x3 (authors' code).
 
-    The paper's appendix B has no actnorm inside; public Glows without it are those that turn NaN.
+    The paper's text does not mention the actnorms inside. A public Glow without them, and without a warm-up, turns NaN
+    (rosinality/glow-pytorch issue 25).
 
     x: (B, C_in, H, W). Returns (B, C_out, H, W).
     """

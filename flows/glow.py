@@ -26,11 +26,11 @@ class Glow(FlowModel):
 
     | data             | n_levels | depth | coupling | n_bits | batch | source                                        |
     |------------------|----------|-------|----------|--------|-------|-----------------------------------------------|
-    | CIFAR-10         | 3        | 32    | affine   | 8      | 512   | table 2; authors' README                      |
-    | ImageNet 32x32   | 3        | 48    | affine   | 8      | 512   | table 2; authors' README                      |
-    | ImageNet 64x64   | 4        | 48    | affine   | 8      | 128   | table 2; authors' README                      |
-    | LSUN 64x64       | 4        | 48    | affine   | 8      | 128   | table 2 (the README's commands say 3 levels)  |
-    | CelebA-HQ 256    | 6        | 32    | additive | 5      | 40    | authors' README                               |
+    | CIFAR-10         | 3        | 32    | affine   | 8      | 512   | authors' README and code                      |
+    | ImageNet 32x32   | 3        | 48    | affine   | 8      | 512   | authors' README and code                      |
+    | ImageNet 64x64   | 4        | 48    | affine   | 8      | 128   | authors' README and code                      |
+    | LSUN 64x64       | 4        | 48    | affine   | 8      | 128   | the paper's appendix; README: 3 levels        |
+    | CelebA-HQ 256    | 6        | 32    | additive | 5      | 40    | authors' README and code                      |
 
     n_levels (L) times: squeeze, depth (K) steps, half of the channels factored out. A step is actnorm, a permutation of
     the channels, a coupling. The priors of factored-out halves depend on the half that goes on, and that of the last
@@ -40,7 +40,7 @@ class Glow(FlowModel):
 
     permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (authors' code,
     `ycond`), which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
-    min_scale: of affine couplings; the authors' is 0 (`SigmoidCoupling`).
+    min_scale: of affine couplings (additive ones have no scales); the authors' is 0 (`SigmoidCoupling`).
     x: (B, *shape) in [0, 1]. Latents: one a level.
     """
 
@@ -92,11 +92,19 @@ class Glow(FlowModel):
         self.levels, self.latent_shapes = nn.ModuleList(levels), tuple(latent_shapes)
         self.prior = TopPrior(channels, n_classes, edges)
         self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
-        self.to(memory_format=torch.channels_last)  # as `_levels` and `inverse` make the data: convolutions are faster
+        self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
 
     def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        latents, top, total = self._levels(x)
-        z, log_det = self.prior(top, self._label(context))
+        x, total = self.preprocess(x.contiguous(memory_format=torch.channels_last))
+        latents = []
+        for level in self.levels[:-1]:
+            x, log_det = level(x)
+            x, z = factor_out(x)
+            latents.append(z)
+            total = total + log_det
+        x, log_det = self.levels[-1](x)
+        total = total + log_det
+        z, log_det = self.prior(x, self._label(context))
         return (*latents, z), total + log_det
 
     def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
@@ -123,21 +131,9 @@ class Glow(FlowModel):
         (authors' code, `classifier`).
         """
         self.check_shape(x)
-        latents, top, total = self._levels(x)
-        z, log_det = self.prior(top, self._label(context))
-        return self.base.log_prob((*latents, z)) + total + log_det, self.classifier(top.mean((2, 3)))
-
-    def _levels(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """eps of all levels but the last, the last level before its prior, log_det without that prior's."""
-        x, total = self.preprocess(x.contiguous(memory_format=torch.channels_last))
-        latents = []
-        for level in self.levels[:-1]:
-            x, log_det = level(x)
-            x, z = factor_out(x)
-            latents.append(z)
-            total = total + log_det
-        x, log_det = self.levels[-1](x)
-        return latents, x, total + log_det
+        latents, log_det = self(x, context)  # what may be compiled; the last level is taken back from its eps
+        top, _ = self.prior.inverse(latents[-1], self._label(context))
+        return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))
 
     def _label(self, context: Tensor | None) -> Tensor | None:
         if self.n_classes is not None and context is None:

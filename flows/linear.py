@@ -60,7 +60,7 @@ class InvertibleConv1x1(Flow):
 
 
 class InvertibleConv1x1LU(InvertibleConv1x1):
-    """The same map with W = P (L + I) (U + diag(sign e^s)), section 3.2, equations 10 and 11.
+    """The same map with W = P (L + I) (U + diag(d)), section 3.2, equations 10 and 11; d = sign e^s is the code's.
 
         log_det = H W sum(s)
 

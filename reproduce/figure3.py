@@ -1,7 +1,7 @@
 """Glow's ablation (Kingma & Dhariwal 2018, Figure 3): {reverse, shuffle, invertible 1x1} x {additive, affine}, as runs.
 
 python -m reproduce.figure3                                     # CIFAR-10, the paper's model, three seeds: 18 runs
-python -m reproduce.figure3 preset=cpu seeds=[0]                # a smaller model for two cores, one seed
+python -m reproduce.figure3 preset=cpu seeds=0                  # a smaller model for two cores, one seed
 
 Further key=value arguments go to every run, as in reproduce/glow_cifar10.py. The runs, figure3.json and figure3.png lie
 in out=FOLDER, by default outputs/figure3/<preset, or paper>. Seeds are the outermost loop. The same command, repeated,

@@ -250,7 +250,7 @@ def ablation_section(stem: str, recorded: dict) -> list[str]:
     lines += table(list(ablation.COLUMNS), ablation.rows(runs))
     lines += [
         "Mean ± standard error over seeds; time, validations included, relative to `reverse` with the same coupling.",
-        "The paper's pairs, with differences paired over seeds; within noise: below two standard errors, or one seed.",
+        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, or one seed.",
         "",
         *(f"* {ablation.verdict_line(verdict)}" for verdict in verdicts),
         "",
@@ -282,11 +282,23 @@ def stability_section(root: Path) -> list[str]:
         worst = [worst_of([error[kind] for error in errors]) for kind in ("images", "noise")]
         finite = [f"{min(r[f'finite_T{t}'] for r in runs):.1%}" for t in ("0.7", "1")]
         rows.append([stem, size, len(runs), first["steps"], sum(run["skipped_steps"] for run in runs), span])
-        rows[-1] += [worst_of([run["highest_rise"] for run in runs]), *worst, *finite, commit(first), first["device"]]
+        rows[-1] += [
+            worst_of([run["highest_rise"] for run in runs]),
+            *worst,
+            *finite,
+            ", ".join(dict.fromkeys(commit(run) for run in runs)),
+        ]
+        rows[-1] += [", ".join(dict.fromkeys(run["device"] for run in runs))]
     columns = ["runs", "size", "seeds", "steps", "skipped", "bpd of 256 fixed images", "highest rise"]
     columns += ["round trip, images", "round trip, noise", "finite at T=0.7", "at T=1", "commit", "device"]
     text = "Affine Glow on CIFAR-10 at the recipe's schedule. Worst seed each; round trips in grey levels, float32."
     return ["## Stability", "", text, "", *table(columns, rows)] if rows else []
+
+
+STABILITY = [  # what a run of one has
+    *("depth", "hidden_channels", "batch_size", "steps", "skipped_steps", "bpd", "highest_rise"),
+    *("round_trip_grey_levels", "finite_T0.7", "finite_T1", "commit", "dirty", "device"),
+]
 
 
 def worst_of(values: list[float | None]) -> str:
@@ -300,7 +312,9 @@ def read_stability(path: Path) -> list[dict]:
     """The runs of one file. ValueError, one line: not of benchmarks.stability."""
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        runs[0]["round_trip_grey_levels"]["noise"], runs[0]["bpd"][0]
+        missing = [key for run in runs for key in STABILITY if key not in run]
+        if missing or not runs:
+            raise KeyError(*missing[:1])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is not what benchmarks.stability writes ({error}): write it again") from error
     return runs

@@ -55,11 +55,11 @@ def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
     return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None)
 
 
-def glow(name: str, shape: tuple[int, ...], **arguments) -> Case:
+def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05, **arguments) -> Case:
     def make() -> Glow:
-        return Glow(shape, depth=2, hidden_channels=5, **arguments)
+        return Glow(shape, depth=depth, hidden_channels=5, **arguments)
 
-    return Case(name, make, shape, is_model=True, unit_interval=True, noise=0.05)
+    return Case(name, make, shape, is_model=True, unit_interval=True, noise=noise)
 
 
 CASES = [
@@ -89,6 +89,7 @@ CASES = [
     Case("TopPrior", lambda: TopPrior(4), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),
     glow("Glow-1level", (1, 4, 4), n_levels=1, min_scale=0.25),
+    glow("Glow-depth32", (1, 4, 4), n_levels=2, depth=32, noise=0.01),
     glow("Glow-additive-shuffle-logit", (2, 8, 8), n_levels=3, coupling="additive", permutation="shuffle", alpha=0.05),
     glow("Glow-reverse-no-edges", (2, 4, 4), n_levels=2, permutation="reverse", edges=False),
     glow("Glow-plain-W", (2, 4, 4), n_levels=2, permutation="invertible_plain"),

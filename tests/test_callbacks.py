@@ -55,6 +55,8 @@ def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
 
 def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
     class Broken(torch.nn.Module):
+        n_classes = None
+
         def sample(self, n, temperature, generator):
             samples = torch.zeros(n, 3, 4, 4)
             if temperature > 0.8:

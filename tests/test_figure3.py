@@ -249,7 +249,7 @@ def test_a_run_that_diverged_has_no_number(script, tmp_path, capsys):
 
 def test_help(script, capsys):
     assert figure3.main(["--help"]) is None
-    assert "python -m reproduce.figure3 preset=cpu seeds=[0]" in capsys.readouterr().out
+    assert "python -m reproduce.figure3 preset=cpu seeds=0" in capsys.readouterr().out
     assert script.calls == []
 
 

@@ -148,14 +148,21 @@ def test_levels_are_kept_from_the_coarsest_on():
 def test_a_run_is_drawn_and_twice_the_same(finished, tmp_path, capsys):
     draw(finished, "device=cpu")
     lines = capsys.readouterr().out.splitlines()
-    names = ["interpolation.png", "levels.png", "temperature.png"]
+    names = ["attributes.png", "interpolation.png", "levels.png", "temperature.png"]
     assert sorted(path.name for path in (finished / "pictures").iterdir()) == names
     assert lines[0].startswith(f"{finished / 'pictures' / 'temperature.png'}: finite of 8 samples: 100% at T=0, ")
-    assert lines[-1] == "Photos has no labels: no attributes.png"
+    assert lines[-1].startswith(f"{finished / 'pictures' / 'attributes.png'}: ")
     draw(finished, f"out={tmp_path}", "seed=0", "device=cpu")
     assert all((tmp_path / name).read_bytes() == (finished / "pictures" / name).read_bytes() for name in names)
     draw(finished, f"out={tmp_path}", "seed=1")
     assert all((tmp_path / name).read_bytes() != (finished / "pictures" / name).read_bytes() for name in names)
+
+
+def test_data_without_labels_have_no_attributes(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Photos, "class_names", None)
+    draw(finished, f"out={tmp_path}", "n=2")
+    assert capsys.readouterr().out.splitlines()[-1] == "Photos has no labels: no attributes.png"
+    assert not (tmp_path / "attributes.png").exists()
 
 
 def test_what_the_pictures_show(finished, tmp_path):

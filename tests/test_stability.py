@@ -1,12 +1,15 @@
 """An affine Glow stays finite (benchmarks/stability.py), on real CIFAR-10: an hour and more on two cores."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import stability
 from benchmarks.stability import KINDS, main, round_trip, train
 from flows.glow import Glow
+from lightning_modules.stopping import RunStopped
 
 DATA = Path(__file__).parent.parent / "data"
 needs_cifar = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10 under data/")
@@ -62,7 +65,40 @@ def test_round_trip_is_in_grey_levels():
     assert round_trip(flow, x) == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("given", [["shrot"], []])
-def test_an_unknown_kind_is_one_line(given):
-    with pytest.raises(SystemExit, match="is no kind: give one of short, long"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["shrot"], "is no kind: give one of short, long"),
+        ([], "is no kind: give one of short, long"),
+        (["short", "seeds=a"], "seeds=a are no seeds"),
+        (["short", "seed=3"], "seed is not to be given here"),
+        (["short", "--json"], "--json needs a file"),
+    ],
+)
+def test_mistakes_are_one_line(given, said):
+    with pytest.raises(SystemExit, match=said):
         main(given)
+
+
+def test_every_seed_is_written_and_not_run_again(tmp_path, monkeypatch):
+    trained = []
+
+    def fake(kind, seed, folder, overrides, every):
+        if seed == 7:
+            raise RunStopped("stopped at step 3; go on with: ...", 75)
+        trained.append((kind, seed, overrides, every))
+        return {"seed": seed, "bpd": [7.0, float("nan")], "optim": {}}
+
+    monkeypatch.setattr(stability, "train", fake)
+    command = ["long", "--json", str(tmp_path / "long.json"), "optim.lr=1e-4", "data.root=/somewhere"]
+    main([*command, "seeds=2,0"])
+    main([*command, "seeds=0,1"])
+    assert trained == [("long", seed, ["optim.lr=1e-4", "data.root=/somewhere"], 100) for seed in (2, 0, 1)]
+    content = json.loads((tmp_path / "long.json").read_text())
+    assert content["overrides"] == ["optim.lr=1e-4", "data.root=somewhere"]
+    assert [(run["seed"], run["bpd"]) for run in content["runs"]] == [(seed, [7.0, None]) for seed in (2, 0, 1)]
+    with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
+        main(["short", *command[1:]])
+    with pytest.raises(SystemExit) as end:
+        main([*command, "seeds=7"])
+    assert end.value.code == 75

@@ -20,6 +20,12 @@ from reproduce.sweep import agent_arguments, in_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+QUICK = {"realnvp_cifar10_grid", "realnvp_moons", "realnvp_photos", "glow_cifar10_conditional"}  # the others: slow
+RUN = [
+    pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow)
+    for path in FILES
+    if path.stem != "realnvp_cifar10"  # has a test of its own
+]
 CIFAR, RUN_ID = "realnvp_cifar10", "kd83hsl0"
 OF_THE_RUN = {"run_dir", "resume", "overrides"}  # keys of a config that a resumed run may change
 TWO_PHOTO_STEPS = [
@@ -230,7 +236,7 @@ def curve_rows(folder):
     return path.read_text().splitlines() if path.is_file() else []
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != CIFAR], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_the_expanded_command_runs_two_steps(path, clean, tmp_path):
     sweep = load(path)
     command, _ = started_by_the_agent(sweep, draw(sweep, 0), tmp_path, clean)
