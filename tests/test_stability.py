@@ -16,8 +16,7 @@ needs_cifar = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), re
 LOCAL = [f"data.root={DATA}", "data.download=false"]
 
 
-@pytest.mark.slow
-@pytest.mark.data
+@pytest.mark.slow  # and not `data`: `pytest -m data` is to take seconds
 @needs_cifar
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", KINDS["short"][0])
@@ -30,8 +29,7 @@ def test_300_steps_of_a_deep_one_never_rise(seed, tmp_path):
     assert row["bpd"][-1] < row["bpd"][0] - 0.5
 
 
-@pytest.mark.slow
-@pytest.mark.data
+@pytest.mark.slow  # and not `data`: `pytest -m data` is to take seconds
 @needs_cifar
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("seed", KINDS["long"][0])
