@@ -223,7 +223,7 @@ def test_a_job_preempted_by_slurm_goes_on_and_a_cancelled_one_has_saved_and_stay
 
 MISTAKES = {  # flags of sbatch, arguments, what the one line says
     "nothing": ([], [], "no experiment given: sbatch reproduce/slurm.sh EXPERIMENT key=value ..."),
-    "unknown": ([], ["realnvp"], "experiment realnvp is not known: give one of realnvp_cifar10, realnvp_moons"),
+    "unknown": ([], ["realnvp"], "experiment realnvp is not known: give one of glow_cifar10, "),
     "option": ([], [EXPERIMENT, "--array=3"], "sbatch's own flags stand before reproduce/slurm.sh"),
     "run_dir": (["--array=0"], [EXPERIMENT, "run_dir=x"], "run_dir= is one folder for all tasks of an array"),
     "seed": (["--array=0"], [EXPERIMENT, "seed=3"], "the index of an array is the seed: leave seed= out"),
