@@ -189,6 +189,7 @@ def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -
 def _hush() -> None:
     """Silence what Lightning says in every run and nobody can act on."""
     texts = ("does not have many workers", "srun. command is available", "LeafSpec", "exists and is not empty")
+    texts += ("Grad strides do not match bucket view",)  # DDP, of convolutions with one input channel
     for text in (*texts, r"self.log\('(paper|gap)/"):  # the last: over ranks, of what is equal on all of them
         warnings.filterwarnings("ignore", f".*{text}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
