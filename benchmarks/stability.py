@@ -45,7 +45,7 @@ QUIET += [
 SMALL = ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]
 KINDS = {
     "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=4", "trainer.max_steps=300"]),
-    "long": (range(3), [*SMALL, "flow.min_scale=0.25"]),
+    "long": (range(3), [*SMALL, "flow.min_scale=0.5"]),
     "long-authors": (range(1), SMALL),
 }
 N_IMAGES, N_SAMPLES = 256, 256
