@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import make_data
+from lightning_modules.callbacks.samples import finite_share
 from lightning_modules.density import DensityModule
 from lightning_modules.metrics import full_float32
-from lightning_modules.noise import image_noise
+from lightning_modules.noise import evaluation_input
 from lightning_modules.stopping import RunStopped
 from reproduce import glow_cifar10
 from reproduce.config import ConfigError, arguments
@@ -48,6 +49,7 @@ KINDS = {
     "long": (range(3), [*SMALL, "flow.min_scale=0.5"]),
     "long-authors": (range(1), SMALL),
 }
+OURS = ("seed", "run_dir", "resume")  # keys that this command decides
 N_IMAGES, N_SAMPLES = 256, 256
 
 
@@ -74,8 +76,7 @@ class FixedBatch(L.Callback):
 def fixed_images(data, module: DensityModule) -> Tensor:
     """The first images of a split, dequantised with their own evaluation noise, (256, C, H, W)."""
     images, indices = default_collate([data[0, i][:2] for i in range(min(N_IMAGES, len(data)))])
-    noise = image_noise(indices, images.shape[1:], module.noise_seed)
-    return module.dequantizer(images, noise).to(module.device)
+    return evaluation_input(module.dequantizer, images, indices, module.noise_seed).to(module.device)
 
 
 def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
@@ -89,6 +90,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
     trainer = make_trainer(config, module, watch)
     fit(config, trainer, module, data)
     flow.eval()
+    commit, dirty = git_state()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), full_float32(module.device.type):
         images = fixed_images(data.test, module)
@@ -111,18 +113,14 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "optim": OmegaConf.to_container(config.optim),
         "precision": config.trainer.precision,
         "device": machine(trainer)["device"],
-        "commit": git_state()[0],
-        "dirty": git_state()[1],
+        "commit": commit,
+        "dirty": dirty,
     }
 
 
 def round_trip(flow, x: Tensor) -> float:
     """The largest |f^-1(f(x)) - x| over all pixels, in grey levels of 8 bits."""
     return 256 * (flow.inverse(flow(x)[0])[0] - x).abs().max().item()
-
-
-def finite_share(samples: Tensor) -> float:
-    return samples.isfinite().flatten(1).all(1).float().mean().item()
 
 
 @command
@@ -138,7 +136,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     content = {"kind": kind, "overrides": portable(overrides), "runs": []}
     if path is not None and path.is_file():
         content = json.loads(path.read_text())
-        if (content["kind"], settings(content["overrides"])) != (kind, settings(overrides)):
+        if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
             raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
     try:
         for seed in seeds:
@@ -168,7 +166,7 @@ def read(given: list[str], seeds: list[int]) -> tuple[Path | None, list[int], li
             path = Path(name)
         elif key == "seeds":
             seeds = parse_seeds(value)
-        elif key in ("seed", "run_dir", "resume"):
+        elif key in OURS:
             raise ConfigError(f"{key} is not to be given here: give seeds=0,1 and --json FILE")
         else:
             overrides.append(word)

@@ -10,7 +10,7 @@ from flows.base import FlowModel
 from flows.likelihood import bits_per_dim
 from lightning_modules.batch_norm import has_batch_norm, reestimated
 from lightning_modules.metrics import FiniteMean, full_float32, image_mean
-from lightning_modules.noise import batch_noise, image_noise
+from lightning_modules.noise import batch_noise, evaluation_input
 from lightning_modules.optimization import OptimizedModule
 
 
@@ -91,8 +91,7 @@ class DensityModule(OptimizedModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
         data, indices, *context = batch
         if self.dequantizer is not None:
-            noise = image_noise(indices, data.shape[1:], self.noise_seed).to(data.device, self.dtype)
-            data = self.dequantizer(data, noise)
+            data = evaluation_input(self.dequantizer, data, indices, self.noise_seed, self.dtype)
         for suffix, flow in self._evaluated.items():
             with full_float32(self.device.type):
                 per_datum = self.loss_per_datum(self._log_prob(flow, data, *context))

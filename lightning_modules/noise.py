@@ -1,5 +1,7 @@
 """Dequantisation noise u ~ U[0, 1) as a function of where it is used, not of what was drawn before."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,3 +24,10 @@ def image_noise(indices: Tensor, shape: tuple[int, ...], seed: int, k: int = 0) 
     """
     draws = [np.random.default_rng([seed, index, k]).random(shape, dtype=np.float32) for index in indices.tolist()]
     return torch.from_numpy(np.stack(draws))
+
+
+def evaluation_input(
+    dequantizer: Callable[[Tensor, Tensor], Tensor], q: Tensor, indices: Tensor, seed: int, dtype=torch.float32
+) -> Tensor:
+    """x of integers q (B, *shape), with each one's own `image_noise`, on their device."""
+    return dequantizer(q, image_noise(indices, q.shape[1:], seed).to(q.device, dtype))

@@ -41,9 +41,11 @@ class OptimizedModule(L.LightningModule):
         if len(betas) != 2:
             raise ValueError(f"optim.betas={list(betas)} are not two numbers")
         counts = {"warmup_steps": warmup_steps, "cooldown_steps": cooldown_steps, "max_skipped": max_skipped}
-        for key, value in {**counts, "clip_norm": clip_norm}.items():
-            if value is not None and (value < 0 or (key == "clip_norm" and value == 0)):
+        for key, value in counts.items():
+            if value < 0:
                 raise ValueError(f"optim.{key}={value}: it must not be negative")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm={clip_norm}: it must not be negative")
         if cooldown_steps and schedule == "cosine":
             raise ValueError(f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0")
         self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay

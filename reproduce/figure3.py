@@ -123,11 +123,11 @@ def check_settings(root: Path, overrides: list[str]) -> None:
             raise ConfigError(f"{folder} was run with {was}, not with {now}: say the same, or give another out=FOLDER")
 
 
-def settings(overrides: list[str]) -> dict[str, object]:
-    """Arguments as keys and values, without those that runs differ in and those that change no number."""
+def settings(overrides: list[str], own=tuple(OWN)) -> dict[str, object]:
+    """Arguments as keys and values, without `own`, in which runs differ, and those that change no number."""
     words = dict(word.partition("=")[::2] for word in overrides)
     values = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])) for key, text in words.items()}
-    free = {key for key in values if key in OWN or key.startswith("logger.") or key.split(".")[-1] in FREE}
+    free = {key for key in values if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE}
     return {key: value["value"] for key, value in values.items() if key not in free}
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
-from lightning_modules.callbacks.samples import picture
+from lightning_modules.callbacks.samples import drawn, finite_share, picture
 from lightning_modules.metrics import full_float32
-from lightning_modules.noise import image_noise
+from lightning_modules.noise import evaluation_input
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, nearest, parse
 from reproduce.run_folder import read_run
@@ -88,7 +88,7 @@ class Run:
             raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
         chosen = np.random.default_rng(self.options.seed).permutation(len(images))[:n]
         q, index, *labels = default_collate([images[0, i] for i in chosen.tolist()])
-        x = self.data.dequantizer(q, image_noise(index, q.shape[1:], self.noise_seed))
+        x = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
         return x, labels[0] if labels else None
 
     def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
@@ -107,14 +107,9 @@ class Run:
 
 def temperature(run: Run) -> tuple[list[Tensor], str]:
     """A row a temperature, and the shares of samples whose every value is finite."""
-    rows, n_classes = [], run.flow.n_classes
-    classes = None if n_classes is None else torch.arange(n_classes, device=run.options.device)
-    for t in TEMPERATURES:
-        generator = torch.Generator().manual_seed(run.options.seed)
-        samples = run.flow.sample(run.options.n if classes is None else 1, t, context=classes, generator=generator)
-        rows.append(samples if classes is None else samples[0])
-    shares = [row.isfinite().flatten(1).all(1).float().mean() for row in rows]
-    said = ", ".join(f"{share:.0%} at T={t:g}" for share, t in zip(shares, TEMPERATURES, strict=True))
+    n = run.options.n if run.flow.n_classes is None else run.flow.n_classes
+    rows = [drawn(run.flow, n, t, run.options.seed) for t in TEMPERATURES]
+    said = ", ".join(f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True))
     return rows, f"finite of {len(rows[0])} samples: {said}"
 
 

@@ -97,6 +97,8 @@ def test_every_seed_is_written_and_not_run_again(tmp_path, monkeypatch):
     assert [(run["seed"], run["bpd"]) for run in content["runs"]] == [(seed, [7.0, None]) for seed in (2, 0, 1)]
     with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
         main(["short", *command[1:]])
+    with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
+        main([*command, "flow.coupling=additive"])
     with pytest.raises(SystemExit) as end:
         main([*command, "seeds=7"])
     assert end.value.code == 75

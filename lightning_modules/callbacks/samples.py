@@ -6,8 +6,9 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from flows.base import FlowModel
 from lightning_modules.metrics import full_float32
-from lightning_modules.noise import image_noise
+from lightning_modules.noise import evaluation_input
 
 N_SHOWN = 16  # pictures a row
 
@@ -44,8 +45,7 @@ class Samples(L.Callback):
         if batch_idx == 0 and pl_module.dequantizer is not None:
             data, indices = batch[0][:N_SHOWN], batch[1][:N_SHOWN]
             self.context = batch[2][:N_SHOWN] if len(batch) > 2 else None
-            noise = image_noise(indices, data.shape[1:], pl_module.noise_seed).to(data.device)
-            self.images = pl_module.dequantizer(data, noise)
+            self.images = evaluation_input(pl_module.dequantizer, data, indices, pl_module.noise_seed)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.global_step >= self.drawn_at + self.every_n_steps:
@@ -72,17 +72,11 @@ class Samples(L.Callback):
         self._write(trainer, pictures)
 
     def _sample(self, pl_module: L.LightningModule) -> list[Tensor]:
-        rows, flow = [], pl_module.flow
+        rows = []
         for temperature in self.temperatures:
-            generator = torch.Generator().manual_seed(self.seed)
-            if flow.n_classes is None:
-                samples = flow.sample(self.n, temperature, generator=generator)
-            else:  # a class a column
-                classes = torch.arange(self.n, device=pl_module.device) % flow.n_classes
-                samples = flow.sample(1, temperature, classes, generator=generator)[0]
+            samples = drawn(pl_module.flow, self.n, temperature, self.seed)
             rows.append(samples[:N_SHOWN])
-            share = samples.isfinite().flatten(1).all(1).float().mean().item()
-            self.finite[f"samples/finite_T{temperature:g}"] = share
+            self.finite[f"samples/finite_T{temperature:g}"] = finite_share(samples)
         return rows
 
     def _write(self, trainer: L.Trainer, pictures: dict[str, Tensor]) -> None:
@@ -96,6 +90,20 @@ class Samples(L.Callback):
                 trainer.logger.log_image(f"pictures/{name}", [array], step=trainer.global_step)
         if trainer.logger is not None:
             trainer.logger.log_metrics(self.finite, step=trainer.global_step)
+
+
+def drawn(flow: FlowModel, n: int, temperature: float, seed: int) -> Tensor:
+    """n samples, (n, *shape), of the same eps at every temperature; of a class-conditional flow its classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    if flow.n_classes is None:
+        return flow.sample(n, temperature, generator=generator)
+    classes = torch.arange(n, device=next(flow.parameters()).device) % flow.n_classes
+    return flow.sample(1, temperature, classes, generator=generator)[0]
+
+
+def finite_share(samples: Tensor) -> float:
+    """The share of samples (n, *shape) whose every value is finite."""
+    return samples.isfinite().flatten(1).all(1).float().mean().item()
 
 
 def picture(rows: list[Tensor]) -> Tensor:
