@@ -7,32 +7,37 @@ python -m benchmarks.stability short seeds=0,1 --json FILE trainer.max_steps=100
 
 A public Glow was seen to jump from 6.8 to 1959 bits/dim on its second step without a warm-up from 0; others turn NaN
 late. All kinds are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and
-smaller batches. The long ones are also inverted, on test images and on images of noise, far from the data.
-FILE is written after every seed; a seed that it holds is not run again. results/stability/*.json are shown on the
-results page.
+smaller batches. At the end each is inverted, on test images and on images of noise, far from the data.
+FILE is written after every seed; a seed that it holds is not run again. A run of which too many steps were not finite
+ends there: its row has fewer steps. results/stability/*.json are shown on the results page.
 """
 
+import contextlib
+import functools
 import json
+import math
 import tempfile
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import make_data
+from flows.glow import Glow
 from lightning_modules.callbacks.samples import finite_share
 from lightning_modules.density import DensityModule
 from lightning_modules.metrics import full_float32
 from lightning_modules.noise import evaluation_input
-from lightning_modules.stopping import RunStopped
+from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
-from reproduce.config import ConfigError, arguments
+from reproduce.config import ConfigError, arguments, compose
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.figure3 import parse_seeds, settings
 from reproduce.provenance import git_state, machine
+from results import stability
 from results.runs import portable, write
 
 RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
@@ -79,23 +84,40 @@ def fixed_images(data, module: DensityModule) -> Tensor:
     return evaluation_input(module.dequantizer, images, indices, module.noise_seed).to(module.device)
 
 
+def given(kind: str, overrides: list[str]) -> list[str]:
+    """The arguments that all runs of a command share."""
+    return [*QUIET, *RECIPE, *KINDS[kind][1], *overrides]
+
+
+def described(config: DictConfig) -> dict:
+    """What a row says of its model."""
+    return {
+        "min_scale": config.flow.min_scale,
+        "depth": config.flow.depth,
+        "hidden_channels": config.flow.hidden_channels,
+        "batch_size": config.data.batch_size,
+        "optim": OmegaConf.to_container(config.optim),
+    }
+
+
 def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
     """One seed: its curve on the fixed batch, skipped steps, worst round trip in grey levels, finite samples."""
-    given = [*QUIET, *RECIPE, *KINDS[kind][1], *overrides, f"seed={seed}", f"run_dir={folder}"]
-    config = load_config(glow_cifar10.__file__, __doc__, given)
+    words = [*given(kind, overrides), f"seed={seed}", f"run_dir={folder}"]
+    config = load_config(glow_cifar10.__file__, __doc__, words)
     data = make_data(seed=config.seed, **config.data)
     flow = glow_cifar10.make_flow(config, data.shape)
     module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
     watch = FixedBatch(every)
     trainer = make_trainer(config, module, watch)
-    fit(config, trainer, module, data)
+    with contextlib.suppress(Diverged):  # what is looked for: measured as far as it came
+        fit(config, trainer, module, data)
     flow.eval()
     commit, dirty = git_state()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), full_float32(module.device.type):
         images = fixed_images(data.test, module)
         noise = torch.rand(images.shape, generator=generator).to(images)
-        finite = {f"finite_T{t:g}": finite_share(flow.sample(N_SAMPLES, t, generator=generator)) for t in (0.7, 1.0)}
+        finite = {f"finite_T{t:g}": finite_samples(flow, t, generator) for t in (0.7, 1.0)}
         errors = {"images": round_trip(flow, images), "noise": round_trip(flow, noise)}
     return {
         "seed": seed,
@@ -106,11 +128,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],  # NaN if one is
         "round_trip_grey_levels": errors,
         **finite,
-        "min_scale": config.flow.min_scale,
-        "depth": config.flow.depth,
-        "hidden_channels": config.flow.hidden_channels,
-        "batch_size": config.data.batch_size,
-        "optim": OmegaConf.to_container(config.optim),
+        **described(config),
         "precision": config.trainer.precision,
         "device": machine(trainer)["device"],
         "commit": commit,
@@ -118,50 +136,82 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
     }
 
 
-def round_trip(flow, x: Tensor) -> float:
+def or_nan(measure):
+    """The same, NaN where a matrix of the flow has no inverse."""
+
+    @functools.wraps(measure)
+    def wrapped(*arguments):
+        try:
+            return measure(*arguments)
+        except torch.linalg.LinAlgError:
+            return math.nan
+
+    return wrapped
+
+
+@or_nan
+def round_trip(flow: Glow, x: Tensor) -> float:
     """The largest |f^-1(f(x)) - x| over all pixels, in grey levels of 8 bits."""
     return 256 * (flow.inverse(flow(x)[0])[0] - x).abs().max().item()
+
+
+@or_nan
+def finite_samples(flow: Glow, temperature: float, generator: torch.Generator) -> float:
+    """The share of samples that are finite."""
+    return finite_share(flow.sample(N_SAMPLES, temperature, generator=generator))
 
 
 @command
 def main(argv: list[str] | None = None) -> list[dict] | None:
     """Run the seeds that FILE lacks. Returns all rows."""
-    kind, *given = arguments(argv) or [""]
-    if {"--help", "-h"} & {kind, *given}:
+    kind, *words = arguments(argv) or [""]
+    if {"--help", "-h"} & {kind, *words}:
         print(__doc__.strip())
         return None
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is no kind: give one of {', '.join(KINDS)}")
-    path, seeds, overrides = read(given, list(KINDS[kind][0]))
+    path, seeds, overrides = read(words, list(KINDS[kind][0]))
     content = {"kind": kind, "overrides": portable(overrides), "runs": []}
     if path is not None and path.is_file():
-        content = json.loads(path.read_text())
-        if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
-            raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
-    try:
-        for seed in seeds:
-            if seed not in [row["seed"] for row in content["runs"]]:
-                with tempfile.TemporaryDirectory() as folder:
-                    row = train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100)
-                content["runs"].append(portable(row))  # NaN as null
-                shown = {k: v for k, v in row.items() if k not in ("bpd", "optim")}
-                print(json.dumps({**shown, "last_bpd": row["bpd"][-1]}), flush=True)
-                if path is not None:
-                    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except RunStopped as stop:
-        stop.message = f"stopped in seed {seed}: repeat the command, finished seeds are kept in the file of --json"
-        raise
+        content = stored(path, kind, overrides)
+    for seed in seeds:
+        if seed in [row["seed"] for row in content["runs"]]:
+            continue
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                row = train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100)
+        except RunStopped as stop:
+            if stop.code == TRY_AGAIN:  # its folder is gone
+                kept = f": repeat the command, {path} keeps finished seeds" if path else ""
+                stop.message = f"stopped in seed {seed}{kept}"
+            raise
+        content["runs"].append(portable(row))  # NaN as null
+        shown = {k: v for k, v in row.items() if k not in ("bpd", "optim")}
+        print(json.dumps({**shown, "last_bpd": row["bpd"][-1]}), flush=True)
+        if path is not None:
+            write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content["runs"]
 
 
-def read(given: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
+def stored(path: Path, kind: str, overrides: list[str]) -> dict:
+    """What FILE holds. ConfigError, ValueError: it is not of this command, or its runs had another model."""
+    content = stability.read(path)
+    if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
+        raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
+    here = described(compose(glow_cifar10.__name__.split(".")[-1], given(kind, overrides)))
+    if found := stability.changes(stability.model(content["runs"][0]), stability.model(here)):
+        raise ConfigError(f"{path} holds runs with {found[0]}, not with {found[1]}: give another file")
+    return content
+
+
+def read(words: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
     """The file, the seeds, and what every run is given. ConfigError: a mistake in them."""
     path, overrides = None, []
-    words = iter(given)
-    for word in words:
+    left = iter(words)
+    for word in left:
         key, _, value = word.partition("=")
         if word == "--json":
-            if not (name := next(words, "")):
+            if not (name := next(left, "")):
                 raise ConfigError("--json needs a file: give for example --json stability.json")
             path = Path(name)
         elif key == "seeds":

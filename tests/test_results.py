@@ -667,21 +667,51 @@ def stability_run(seed, **other):
         "seed": seed, "steps": 300, "skipped_steps": 0, "bpd": [6.8, 6.0], "highest_rise": 0.0, "depth": 32,
         "round_trip_grey_levels": {"images": 0.001, "noise": 0.5}, "finite_T0.7": 1.0, "finite_T1": 0.95,
         "hidden_channels": 8, "batch_size": 4, "commit": "a" * 40, "dirty": False, "device": "CPU",
+        "optim": {"name": "adamax", "lr": 1e-3, "warmup_steps": 980},
     } | other  # fmt: skip
 
 
-def test_stability_shows_the_worst_seed(tmp_path):
+def stability_file(root, stem, *runs):
+    content = {"kind": stem, "overrides": ["data.root=data", "data.name=a b"], "runs": runs}
+    write(root / f"stability/{stem}.json", json.dumps(content))
+
+
+def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path):
     worst = {"images": 0.02, "noise": None}
-    runs = [stability_run(0), stability_run(1, bpd=[6.9, 6.2], skipped_steps=2, round_trip_grey_levels=worst)]
-    write(tmp_path / "stability/short.json", json.dumps({"kind": "short", "runs": runs}))
+    stopped = stability_run(1, steps=50, bpd=[6.9, 6.2], skipped_steps=21, round_trip_grey_levels=worst)
+    stability_file(tmp_path, "short", stability_run(0), stopped | {"min_scale": 0.0})  # recorded without, and with
+    stability_file(tmp_path, "long", stability_run(0, min_scale=0.5))
     lines = stability_section(tmp_path)
-    cells = ["short", "K=32, 8 channels, batch 4", "2", "300", "2", "6.800 to 6.900 then 6.000 to 6.200", "0"]
-    cells += ["0.02", "0.5, not finite in 1", "100.0%", "95.0%", "aaaaaaa", "CPU"]
-    assert [cell.strip() for cell in lines[-2].strip("| ").split("|")] == cells
+    long, short = ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "K=32" in line)
+    assert short == [
+        *("short", "K=32, 8 channels, batch 4", "authors'", "adamax 0.001, warm-up 980", "2", "50 to 300", "21"),
+        *("6.800 to 6.900 then 6.000 to 6.200", "0", "0.02", "0.5, not finite in 1", "100.0%", "95.0%"),
+        *("aaaaaaa", "CPU"),
+    ]
+    assert long[:6] == ["long", *short[1:2], "from 0.5", *short[3:4], "1", "300"]
+    assert "python -m benchmarks.stability short data.root=data 'data.name=a b'" in lines
     assert stability_section(tmp_path / "nothing") == []
 
 
-def test_a_damaged_stability_file_is_named(tmp_path):
-    write(tmp_path / "stability/short.json", "[]")
-    with pytest.raises(ValueError, match=r"short\.json is not what benchmarks\.stability writes"):
+@pytest.mark.parametrize(
+    ("key", "there", "said"),
+    [
+        ("depth", 4, "depth=32 and depth=4"),
+        ("batch_size", 8, "batch_size=4 and batch_size=8"),
+        ("min_scale", 0.25, "min_scale=0.0 and min_scale=0.25"),
+        ("optim", {"name": "adam", "lr": 1e-3, "warmup_steps": 980}, "optim.name=adamax and optim.name=adam"),
+    ],
+)
+def test_a_stability_file_of_two_models_is_refused(tmp_path, key, there, said):
+    stability_file(tmp_path, "short", stability_run(0), stability_run(1, **{key: there}))
+    with pytest.raises(ValueError, match=rf"short\.json mixes runs of {said}: ") as error:
         stability_section(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"kind": "short", ', '{"kind": 1, "overrides": [], "runs": 3}'])
+def test_a_damaged_stability_file_is_named(tmp_path, content):
+    write(tmp_path / "stability/short.json", content)
+    with pytest.raises(ValueError, match=r"short\.json is not what benchmarks\.stability writes") as error:
+        stability_section(tmp_path)
+    assert "\n" not in str(error.value)

@@ -10,6 +10,8 @@ from benchmarks import stability
 from benchmarks.stability import KINDS, main, round_trip, train
 from flows.glow import Glow
 from lightning_modules.stopping import RunStopped
+from reproduce.config import compose
+from results import stability as stored
 
 DATA = Path(__file__).parent.parent / "data"
 needs_cifar = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10 under data/")
@@ -78,16 +80,41 @@ def test_mistakes_are_one_line(given, said):
         main(given)
 
 
-def test_every_seed_is_written_and_not_run_again(tmp_path, monkeypatch):
-    trained = []
+def test_a_run_that_blows_up_is_a_row_and_the_next_seed_is_run(tmp_path, capsys):
+    """A step of 1e30: from then on nothing is finite."""
+    tiny = ["data.name=photos", "data.size=8", "data.n_train=64", "data.n_val=8", "data.n_test=8", "flow.depth=1"]
+    tiny += ["flow.hidden_channels=4", "optim.lr=1e30", "optim.warmup_steps=0", "optim.max_skipped=3"]
+    path = tmp_path / "short.json"
+    main(["short", "seeds=0,1", "--json", str(path), "trainer.log_every_n_steps=1", *tiny])
+    rows = stored.read(path)["runs"]
+    assert [(row["seed"], row["steps"], row["skipped_steps"]) for row in rows] == [(0, 5, 4), (1, 5, 4)]
+    for row in rows:
+        assert row["round_trip_grey_levels"] == {"images": None, "noise": None}
+        assert not row["finite_T0.7"]  # or null: no inverse
+        assert not row["finite_T1"]
+        assert 5 < row["bpd"][0] < 9
+        assert row["optim"]["max_skipped"] == 3
+    assert capsys.readouterr().out.count('"skipped_steps": 4') == 2
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `train` was given. It fails in seed 7, asked to stop, and in seed 8, for another reason."""
+    given = []
 
     def fake(kind, seed, folder, overrides, every):
-        if seed == 7:
-            raise RunStopped("stopped at step 3; go on with: ...", 75)
-        trained.append((kind, seed, overrides, every))
-        return {"seed": seed, "bpd": [7.0, float("nan")], "optim": {}}
+        if seed >= 7:
+            raise RunStopped("stopped at step 3; go on with: ...", 75 if seed == 7 else 1)
+        given.append((kind, seed, overrides, every))
+        config = compose("glow_cifar10", stability.given(kind, overrides))
+        rest = dict.fromkeys([key for key in stored.RUN if key not in stored.MODEL])
+        return {**rest, "seed": seed, "bpd": [7.0, float("nan")], **stability.described(config)}
 
     monkeypatch.setattr(stability, "train", fake)
+    return given
+
+
+def test_every_seed_is_written_and_not_run_again(tmp_path, trained, capsys):
     command = ["long", "--json", str(tmp_path / "long.json"), "optim.lr=1e-4", "data.root=/somewhere"]
     main([*command, "seeds=2,0"])
     main([*command, "seeds=0,1"])
@@ -99,6 +126,58 @@ def test_every_seed_is_written_and_not_run_again(tmp_path, monkeypatch):
         main(["short", *command[1:]])
     with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
         main([*command, "flow.coupling=additive"])
-    with pytest.raises(SystemExit) as end:
-        main([*command, "seeds=7"])
-    assert end.value.code == 75
+    for words, said in (
+        (command, f": repeat the command, {tmp_path / 'long.json'} keeps finished seeds"),
+        (["long"], ""),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([*words, "seeds=7"])
+        assert (end.value.code, capsys.readouterr().err) == (75, f"stopped in seed 7{said}\n")
+    with pytest.raises(SystemExit, match="error: stopped at step 3; go on with"):  # as of a full disk
+        main(["long", "seeds=8"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("depth", 8, "depth=8, not with depth=4"),
+        ("min_scale", None, "min_scale=0.0, not with min_scale=0.5"),  # recorded by a program that did not say
+        ("min_scale", 0.25, "min_scale=0.25, not with min_scale=0.5"),
+        ("optim", {"lr": 0.01}, "optim.lr=0.01, not with optim.lr=0.001"),
+    ],
+)
+def test_a_file_of_another_model_is_not_gone_on_with(tmp_path, trained, key, value, said):
+    """Written by a program whose `long` was another."""
+    path = tmp_path / "long.json"
+    main(["long", "seeds=0", "--json", str(path)])
+    content = json.loads(path.read_text())
+    [run] = content["runs"]
+    run[key] = run[key] | value if isinstance(value, dict) else value
+    if value is None:
+        del run[key]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"long\.json holds runs with .*: give another file$") as end:
+        main(["long", "seeds=1", "--json", str(path)])
+    assert said in end.value.code
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"kind": "long", "overr'])
+def test_a_file_of_another_program_is_named(tmp_path, trained, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"^error: .*other\.json is not what benchmarks\.stability writes") as end:
+        main(["long", "--json", str(path)])
+    assert "\n" not in end.value.code
+    assert (path.read_text(), trained) == (content, [])
+
+
+@pytest.mark.parametrize("path", sorted((Path(stored.ROOT) / "stability").glob("*.json")), ids=lambda path: path.stem)
+def test_what_is_recorded_can_be_gone_on_with(tmp_path, trained, path):
+    content = stored.read(path)
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text())
+    seeds = ",".join(str(run["seed"]) for run in content["runs"])
+    assert main([content["kind"], *content["overrides"], f"seeds={seeds}", "--json", str(copy)]) == content["runs"]
+    assert trained == []
