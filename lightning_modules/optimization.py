@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_modules.schedule import WarmUp
+from lightning_modules.schedule import Schedule, warm_up
 from lightning_modules.steps import ends_step
-from lightning_modules.stopping import RunStopped
+from lightning_modules.stopping import Diverged
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine")
@@ -60,13 +60,24 @@ class OptimizedModule(L.LightningModule):
         optimizer = OPTIMIZERS[self.name](
             self.flow.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
         )
-        ends = self.schedule == "cosine" or self.cooldown_steps > 0
-        if ends and self.trainer.max_steps < 1:
-            given = "schedule=cosine" if self.schedule == "cosine" else f"cooldown_steps={self.cooldown_steps}"
-            raise ValueError(f"optim.{given} ends at the last step: set trainer.max_steps")
-        factor = WarmUp(self.warmup_steps, self.trainer.max_steps if ends else None, self.cooldown_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = Schedule(optimizer, warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _last_step(self) -> int | None:
+        """At which the rate is 0; None where it stays. ValueError, one line: there is none, or it comes too early."""
+        if self.schedule != "cosine" and not self.cooldown_steps:
+            return None
+        last, warmup, cooldown = self.trainer.max_steps, self.warmup_steps, self.cooldown_steps
+        if last < 1:
+            given = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
+            raise ValueError(f"optim.{given} ends at the last step: set trainer.max_steps")
+        if warmup + cooldown > last:
+            advice = f"optim.warmup_steps={last // 10}" + (f" optim.cooldown_steps={last // 10}" if cooldown else "")
+            raise ValueError(
+                f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} are more than "
+                f"trainer.max_steps={last}: give these as well, for example {advice}"
+            )
+        return last
 
     def on_train_start(self) -> None:
         norms = (m for m in self.flow.modules() if isinstance(m, _BatchNorm))
@@ -102,9 +113,9 @@ class OptimizedModule(L.LightningModule):
             self.check_skipped()
 
     def check_skipped(self) -> None:
-        """RunStopped where more than `max_skipped` steps were not finite; waits for the device."""
+        """Diverged where more than `max_skipped` steps were not finite; waits for the device."""
         if (n := self.skipped.item()) > self.max_skipped:
-            raise RunStopped(
+            raise Diverged(
                 f"stopped at step {self.trainer.global_step}: the loss or its gradient was not finite in {n} steps, "
                 f"which were skipped; optim.max_skipped={self.max_skipped}. Lower optim.lr, lengthen "
                 "optim.warmup_steps or set optim.clip_norm, in a new run_dir"

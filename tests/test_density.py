@@ -142,14 +142,16 @@ def test_cosine_after_the_warm_up_ends_at_zero():
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
-@pytest.mark.parametrize(("cooldown", "expected"), [(4, [1, 1, 1, 1, 0.75, 0.5, 0.25]), (1, [1] * 7), (20, None)])
+@pytest.mark.parametrize(
+    ("cooldown", "expected"),
+    [(4, [1, 1, 1, 1, 0.75, 0.5, 0.25]), (1, [1] * 7), (7, [1 - i / 7 for i in range(7)])],
+)
 def test_cooldown_is_linear_to_zero_in_the_last_steps(cooldown, expected):
-    """And never above the warm-up's line: where both are at work the lower one counts."""
+    """At most from the end of the warm-up on."""
     module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=cooldown)
     trainer = make_trainer(recorder := Recorder(), max_steps=9)
     trainer.fit(module, datamodule=RandomImages())
-    factors = [0, 0.5, *expected] if expected else [0, *((9 - i) / 20 for i in range(1, 9))]
-    assert recorder.rates == pytest.approx([2e-3 * factor for factor in factors], rel=1e-12)
+    assert recorder.rates == pytest.approx([2e-3 * factor for factor in (0, 0.5, *expected)], rel=1e-12)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
@@ -165,6 +167,48 @@ def test_a_cooldown_is_of_a_constant_rate():
         density(cooldown_steps=-1)
     with pytest.raises(ValueError, match=r"optim\.cooldown_steps=3 ends at the last step: set trainer\.max_steps"):
         fit(density(Uniform(), cooldown_steps=3), max_steps=-1, max_epochs=1)
+
+
+@pytest.mark.parametrize("settings", [{"cooldown_steps": 7}, {"schedule": "cosine", "warmup_steps": 10}])
+def test_a_rate_that_cannot_fall_in_the_steps_there_are_is_refused(settings):
+    """What `trainer.max_steps=` alone makes of a recipe with a cooldown."""
+    module = density(**({"warmup_steps": 3} | settings))
+    module.trainer = SimpleNamespace(max_steps=9, precision_plugin=None)
+    with pytest.raises(ValueError, match=r"are more than trainer\.max_steps=9: give .* optim\.warmup_steps=0") as error:
+        module.configure_optimizers()
+    assert "\n" not in str(error.value)
+
+
+def scheduled(max_steps):
+    """Optimizer and scheduler of a run of so many steps, of which the last five are a cooldown."""
+    module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=5)
+    module.trainer = SimpleNamespace(max_steps=max_steps, precision_plugin=None)
+    made = module.configure_optimizers()
+    return made["optimizer"], made["lr_scheduler"]["scheduler"]
+
+
+def rates(optimizer, scheduler, n):
+    """Of the next n steps."""
+    found = []
+    for _ in range(n):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("at", [3, 7, 10])
+def test_a_resumed_run_falls_towards_the_end_that_is_given_now(at):
+    """Also from a checkpoint that was written when the old end lay in it."""
+    whole = rates(*scheduled(40), 40)
+    optimizer, scheduler = scheduled(10)
+    begun = rates(optimizer, scheduler, at)
+    assert begun == [whole[i] if i <= 5 else 2e-3 * ((10 - i) / 5) for i in range(at)]
+    for lambdas in (scheduler.state_dict()["lr_lambdas"], [{"steps": 2, "total": 10, "cooldown": 5}]):
+        longer, restored = scheduled(40)
+        longer.load_state_dict(optimizer.state_dict())
+        restored.load_state_dict(scheduler.state_dict() | {"lr_lambdas": lambdas})
+        assert rates(longer, restored, 40 - at) == whole[at:]
 
 
 def test_cosine_needs_a_last_step():
