@@ -14,3 +14,7 @@ class RunStopped(SystemExit):
     def __init__(self, message: str, code: int = 1, requeue: bool = False, agreed: bool = True) -> None:
         super().__init__(code)
         self.message, self.requeue, self.agreed = message, requeue, agreed
+
+
+class Diverged(RunStopped):
+    """Too many steps were not finite: the run has an outcome, and nothing to go on with."""

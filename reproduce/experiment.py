@@ -29,12 +29,14 @@ from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.density import DensityModule
+from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe
 from reproduce.launch import job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, machine
 from reproduce.run_folder import (
+    DIVERGED,
     check_checkpoint,
     check_run_dir,
     holds_run,
@@ -201,7 +203,7 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 
 def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
-    """Train, from the newest checkpoint of the run folder where resume=auto finds one."""
+    """Train, from the newest checkpoint of the run folder where resume=auto finds one. Diverged: see diverged.json."""
     _check_classes(config, module.flow.n_classes, data)
     folder, path = Path(config.run_dir), None
     found = newest_checkpoint(folder) if config.resume == "auto" else None
@@ -221,9 +223,14 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     )
     if config.trainer.compile:
         module.flow.compile()
-    with resumable(config, trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-        module.check_skipped()
+    try:
+        with resumable(config, trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+            module.check_skipped()
+    except Diverged:
+        if trainer.is_global_zero:
+            write(folder / DIVERGED, json.dumps(_outcome(config, trainer, module, data), indent=1))
+        raise
 
 
 def _check_classes(config: DictConfig, wanted: int | None, data: L.LightningDataModule) -> None:
@@ -264,36 +271,16 @@ def paper_of(config: DictConfig) -> dict | None:
 
 def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict:
     """Test the selected weights, write result.json, print the table. Returns the result (schema: results/runs.py)."""
-    folder, images = Path(config.run_dir), trainer.global_step * config.data.batch_size
-    curve, samples, provenance = (_callback(trainer, kind) for kind in (Curve, Samples, Provenance))
-    seconds = round(curve.seconds, 1)
-    skipped = module.skipped.item()
+    folder, outcome = Path(config.run_dir), _outcome(config, trainer, module, data)
+    curve, samples = (_callback(trainer, kind) for kind in (Curve, Samples))
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
     with resumable(config, trainer):
         trainer.test(module, datamodule=data, verbose=False, weights_only=True)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    budget, wandb_run = config.budget.images, getattr(trainer.logger, "experiment", None)
-    result = {
-        "experiment": config.experiment,
-        "run": folder.name,
-        "preset": config.preset,
-        "overrides": list(config.overrides),
+    wandb_run = getattr(trainer.logger, "experiment", None)
+    result = outcome | {
         "metrics": {**samples.finite, **curve.validated(module.metric, weights.stem == "best"), **tested},
-        "paper": paper_of(config),
-        "budget": budget and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
-        "seed": config.seed,
-        "commit": provenance.commit,
-        "dirty": provenance.dirty,
-        "config": OmegaConf.to_container(config),
-        **machine(trainer),
-        "precision": config.trainer.precision,
-        "deterministic": bool(config.trainer.deterministic),
-        "images": images,
-        "seconds": seconds,
-        "skipped_steps": skipped,
-        "n_train": data.n_train,
-        "parameters": sum(p.numel() for p in module.flow.parameters()),
         "checkpoint": str(weights.relative_to(folder)),
         "tested": {
             "weights": "raw" if config.ema.decay is None else f"averaged with decay {config.ema.decay}",
@@ -310,6 +297,33 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
         report(trainer.logger, result)
         _say_what_there_is(folder, result)
     return result
+
+
+def _outcome(config: DictConfig, trainer: L.Trainer, module: DensityModule, data: L.LightningDataModule) -> dict:
+    """What a result says of the training that has ended: all but the metrics, which are empty."""
+    images, budget = trainer.global_step * config.data.batch_size, config.budget.images
+    curve, provenance = (_callback(trainer, kind) for kind in (Curve, Provenance))
+    return {
+        "experiment": config.experiment,
+        "run": Path(config.run_dir).name,
+        "preset": config.preset,
+        "overrides": list(config.overrides),
+        "metrics": {},
+        "paper": paper_of(config),
+        "budget": budget and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
+        "seed": config.seed,
+        "commit": provenance.commit,
+        "dirty": provenance.dirty,
+        "config": OmegaConf.to_container(config),
+        **machine(trainer),
+        "precision": config.trainer.precision,
+        "deterministic": bool(config.trainer.deterministic),
+        "images": images,
+        "seconds": round(curve.seconds, 1),
+        "skipped_steps": module.skipped.item(),
+        "n_train": data.n_train,
+        "parameters": sum(p.numel() for p in module.flow.parameters()),
+    }
 
 
 def _callback(trainer: L.Trainer, kind: type):

@@ -5,8 +5,9 @@ python -m reproduce.figure3 preset=cpu seeds=0                  # a smaller mode
 
 Further key=value arguments go to every run, as in reproduce/glow_cifar10.py. The runs, figure3.json and figure3.png lie
 in out=FOLDER, by default outputs/figure3/<preset, or paper>. Seeds are the outermost loop. The same command, repeated,
-runs what is not finished and goes on where it was stopped; other seeds join those that are there. One process: where
-there are several GPUs give each its seeds.
+runs what is not finished and goes on where it was stopped; other seeds join those that are there. A run that diverges
+counts as not finite, and the others go on: delete its diverged.json to try again. One process: where there are several
+GPUs give each its seeds.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from lightning_modules.stopping import TRY_AGAIN
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, compose
 from reproduce.launch import processes
-from reproduce.run_folder import FREE
+from reproduce.run_folder import DIVERGED, FREE
 from results import ablation, is_number
 from results.ablation import COUPLINGS, NAME, PERMUTATIONS
 from results.runs import read_curve, read_json, write
@@ -58,10 +59,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     written = None
     with repeatable(given):
         for n, (run, folder) in enumerate(folders.items(), 1):
-            if (folder / "result.json").is_file():
+            if outcome(folder):
                 continue
             print(f"\nrun {n} of {len(todo)}: {folder}", flush=True)
-            train([*overrides, *run_arguments(*run), f"run_dir={folder}", "resume=auto"])
+            train([*overrides, *run_arguments(*run)], folder)
             written = conclude(root, overrides)
         return written or conclude(root, overrides)
 
@@ -113,7 +114,7 @@ def check_settings(root: Path, overrides: list[str]) -> None:
     """ConfigError, one line, where finished runs in `root` had other settings: they would be compared with these."""
     here = settings(overrides)
     for folder in finished(root):
-        result = read_json(folder / "result.json")
+        result = read_json(outcome(folder))
         there = settings(result.get("overrides", []))
         if result["experiment"] != EXPERIMENT:
             raise ConfigError(f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: give another out=FOLDER")
@@ -131,12 +132,14 @@ def settings(overrides: list[str], own=tuple(OWN)) -> dict[str, object]:
     return {key: value["value"] for key, value in values.items() if key not in free}
 
 
-def train(words: list[str]) -> None:
-    """One run in this process."""
+def train(words: list[str], folder: Path) -> None:
+    """One run in this process. That it diverged is a result too."""
     try:
-        import_module(f"reproduce.{EXPERIMENT}").main(words)
+        import_module(f"reproduce.{EXPERIMENT}").main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
-        if end.code:  # else it had been finished
+        if (folder / DIVERGED).is_file():
+            print(f"{end.code}\n{folder} has no number, the other runs go on", file=sys.stderr, flush=True)
+        elif end.code:  # else it had been finished
             raise
 
 
@@ -157,14 +160,19 @@ def repeatable(given: list[str]) -> Iterator[None]:
 
 
 def finished(root: Path) -> list[Path]:
-    """The folders of finished runs, of whatever seeds, in the order of the table."""
-    found = [root.glob(f"{p}-{c}-seed*/result.json") for c in COUPLINGS for p in PERMUTATIONS]
-    return [path.parent for paths in found for path in sorted(paths)]
+    """The folders of runs with an outcome, of whatever seeds, in the order of the table."""
+    found = [sorted(root.glob(f"{p}-{c}-seed*")) for c in COUPLINGS for p in PERMUTATIONS]
+    return [folder for folders in found for folder in folders if outcome(folder)]
+
+
+def outcome(folder: Path) -> Path | None:
+    """The file that says what a run came to: result.json, or diverged.json; None as long as it has not ended."""
+    return next((path for name in ("result.json", DIVERGED) if (path := folder / name).is_file()), None)
 
 
 def entry(folder: Path) -> dict:
     """A finished run as figure3.json has it. curve: rows [images, seconds, val/bpd or None], from step 0 on."""
-    result, curve = read_json(folder / "result.json"), read_curve(folder / "curve.csv")
+    result, curve = read_json(outcome(folder)), read_curve(folder / "curve.csv")
     flow = result["config"]["flow"]
     validated = [row["val/bpd"] for row in curve[1:] if is_number(row.get("val/bpd"))]
     kept = ("seed", "images", "seconds", "skipped_steps", "commit", "dirty", "device", "precision", "parameters")
@@ -181,7 +189,7 @@ def conclude(root: Path, overrides: list[str]) -> dict:
     """Write figure3.json and figure3.png over all that is finished in `root`, print the table."""
     folders = finished(root)
     runs = [entry(folder) for folder in folders]
-    config = dict(read_json(folders[0] / "result.json")["config"])
+    config = dict(read_json(outcome(folders[0]))["config"])
     config["flow"] = {key: value for key, value in config["flow"].items() if f"flow.{key}" not in OWN}
     shared = {key: value for key, value in config.items() if key not in (*OWN, "overrides")}
     content = {

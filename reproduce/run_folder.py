@@ -17,6 +17,8 @@ from torch import nn
 from lightning_modules.checkpoint_io import PART
 from reproduce.config import ConfigError
 
+DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
+
 
 def holds_run(folder: Path) -> bool:
     """Whether something was trained there: a run has a curve from step 0 on."""

@@ -62,6 +62,7 @@ def test_every_recipe_composes(recipe, preset):
     assert "presets" not in config
     assert "bases" not in config
     assert config.trainer.max_steps > 0 or config.trainer.max_epochs
+    assert config.optim.warmup_steps + config.optim.cooldown_steps <= config.trainer.max_steps  # all of the schedule
 
 
 def constructors(recipe):

@@ -17,6 +17,7 @@ from results import ablation
 
 NAMES = [f"{p}-{c}" for c in ("additive", "affine") for p in ("reverse", "shuffle", "invertible")]
 BETTER = {"reverse": 0.0, "shuffle": 0.02, "invertible": 0.05, "additive": 0.0, "affine": 0.1}
+DIVERGES = "error: stopped at step 300: the loss or its gradient was not finite in 21 steps"
 CURVE = "step,images,seconds,lr,train/bpd,val/bpd\n0,0,1.0,0.0,,8.0\n2,64,3.0,0.1,4.1,{}\n4,128,{},0.1,4.0,{}\n"
 
 
@@ -31,8 +32,9 @@ def script(monkeypatch, tmp_path):
 
     def main(words):
         fake.calls.append(words)
-        if len(fake.calls) in fake.ends:
-            raise fake.ends[len(fake.calls)]
+        end = fake.ends.get(len(fake.calls))
+        if end is not None and str(end) != DIVERGES:
+            raise end
         permutation, coupling = value(words, "flow.permutation"), value(words, "flow.coupling")
         folder, seed = tmp_path / value(words, "run_dir"), int(value(words, "seed"))
         bpd = 3.8 - BETTER[permutation] - BETTER[coupling] + 0.01 * seed
@@ -49,6 +51,10 @@ def script(monkeypatch, tmp_path):
             "images": 128, "seconds": 6.5, "n_train": 100, "skipped_steps": 1, "parameters": 1000,
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
+        if end is not None:  # as reproduce/experiment.py leaves it
+            (folder / "diverged.json").write_text(json.dumps(result | {"metrics": {}, "skipped_steps": 21}))
+            (folder / "curve.csv").write_text("step,images,seconds,lr,train/bpd,val/bpd\n0,0,1.0,0.0,,8.0\n")
+            raise end
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "curve.csv").write_text(CURVE.format(bpd - 0.05, 5.5 if permutation == "invertible" else 5.0, bpd))
         return result
@@ -239,7 +245,26 @@ def test_a_folder_of_another_experiment_is_refused(script, tmp_path):
     assert "result.json is not valid JSON" in stopped("seeds=[0]", "out=a")
 
 
-def test_a_run_that_diverged_has_no_number(script, tmp_path, capsys):
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path, capsys, first):
+    """Also where nothing else is finished yet; the command, repeated, leaves it as it is."""
+    script.ends = {first: SystemExit(DIVERGES)}
+    content = figure3.main(["seeds=[0]"])
+    assert names(script) == [f"{name}-seed0" for name in NAMES]
+    said = capsys.readouterr()
+    diverged = f"{NAMES[first - 1]}-seed0"
+    assert f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on" in said.err
+    assert said.out.count("- (1 not finite)") == 7 - first  # in every table from then on
+    runs = ablation.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
+    [found] = [run for run in runs if run["test/bpd"] is None]
+    assert (ablation.name(found), found["skipped_steps"], found["curve"]) == (diverged, 21, [[0, 1.0, 8.0]])
+    assert len(runs) == 6
+    assert figure3.main(["seeds=[0]"]) == content
+    assert len(script.calls) == 6
+    assert stopped("seeds=[0]", "optim.lr=1").startswith("error: outputs/figure3/paper/")  # its settings count too
+
+
+def test_a_run_whose_test_is_not_finite_has_no_number(script, tmp_path, capsys):
     script.bpd = {"reverse-affine-seed0": math.nan}
     figure3.main(["seeds=[0]"])
     runs = ablation.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]

@@ -8,6 +8,8 @@ import torch
 from processes import Plain, Run
 from test_density import SHAPE, RandomImages, Recorder, density, make_trainer, tiny_flow
 
+from results.runs import read_json
+
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
     for text in ("does not have many workers", "LeafSpec.* is deprecated")
@@ -124,6 +126,10 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     assert final["global_step"] == 4
     assert all(v.isfinite().all() for v in final["state_dict"].values())
     assert "step 6 is not finite: step-00000006.ckpt is not written" in run.output()
+    found = read_json(run.folder / "diverged.json")
+    assert (found["metrics"], found["skipped_steps"], found["images"]) == ({}, 7, 12 * 16)
+    assert (found["config"]["optim"]["max_skipped"], found["parameters"] > 0) == (5, True)
+    assert not (run.folder / "result.json").exists()
 
 
 def test_asked_to_stop_in_a_step_that_is_not_finite_it_does_not_say_that_it_has_saved(tmp_path):

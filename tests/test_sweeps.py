@@ -42,7 +42,7 @@ TWO_STEPS = {  # of a sweep's command, on what fits a test
         *("trainer.val_check_interval=1", "trainer.max_steps=2"),
     ],
     "glow_cifar10": TWO_GLOW_STEPS,
-    "glow_cifar10_modern": TWO_GLOW_STEPS,
+    "glow_cifar10_modern": [*TWO_GLOW_STEPS, "optim.warmup_steps=1", "optim.cooldown_steps=1"],
     "glow_cifar10_additive5bit": [*TWO_GLOW_STEPS, "data.n_bits=5"],
     "glow_cifar10_conditional": [*TWO_GLOW_STEPS, "data.n_bits=5", "data.labels=true", "flow.n_classes=7"],
     "glow_photos": TWO_GLOW_STEPS,
