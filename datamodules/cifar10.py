@@ -70,7 +70,8 @@ class CIFAR10(StatelessDataModule):
         place = f"put {ARCHIVE} (md5 {ARCHIVE_MD5}, any mirror's copy) into {self.root}/"
         if not check_integrity(str(archive), ARCHIVE_MD5):
             if not self.download:
-                raise FileNotFoundError(f"CIFAR-10 is not in data.root={self.root}: {place}, or set data.download=true")
+                other = "give another data.root, or data.download=true"
+                raise FileNotFoundError(f"CIFAR-10 is not in data.root={self.root}: {place}, {other}")
             print(
                 f"Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). Faster: {place}", flush=True
             )

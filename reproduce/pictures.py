@@ -15,7 +15,8 @@ They go into <run folder>/pictures/. Latents are eps, standard normal on every l
   attributes-X.png   in its place with attribute=X: test images of other classes, all moved along X
 
 keys: n=8 pictures a row, seed=0 of samples and of the choice of images, n_images=1000 training images for means,
-attribute=CLASS, device=cpu or cuda (default: cuda where there is one), out=FOLDER
+attribute=CLASS, device=cpu or cuda (default: cuda where there is one), out=FOLDER, data.root=FOLDER of the images where
+it is not the run's, data.download=true to fetch them
 """
 
 import inspect
@@ -37,6 +38,7 @@ from reproduce.run_folder import read_run
 
 Latents = tuple[Tensor, ...]
 DEFAULTS = {"n": 8, "seed": 0, "n_images": 1000, "attribute": None, "device": None, "out": None}
+DEFAULTS |= {"data": {"root": None, "download": False}}
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # authors' code
 STRENGTHS = 0.8 * torch.arange(-2, 3)  # to 1.6, in five steps, as in the authors' demo
 N_PAIRS = 5  # rows of interpolation.png
@@ -76,9 +78,12 @@ class Run:
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
         self.options, self.flow, config = options, flow.to(options.device), there["config"]
-        known = inspect.signature(DATA[config["data"]["name"]]).parameters
+        name, given = config["data"]["name"], {key: value for key, value in options.data.items() if value}
+        known = inspect.signature(DATA[name]).parameters
+        if other := sorted(given.keys() - known):
+            raise ConfigError(f"data.{other[0]} is no key of {name}, the data of {folder}: leave it out")
         ours = {key: value for key, value in {"download": False, "labels": True}.items() if key in known}
-        self.data = make_data(seed=config["seed"], **{**config["data"], **ours})
+        self.data = make_data(seed=config["seed"], **{**config["data"], **ours, **given})
         self.noise_seed = config["eval"]["noise_seed"]
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
@@ -161,12 +166,12 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     return Path(words[0]), options
 
 
-def write(path: Path, rows: list[Tensor], said: str) -> None:
+def write(path: Path, rows: list[Tensor], said: str, n_bits: int) -> None:
     """One picture, and a line that says what it shows."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(rows).permute(1, 2, 0).numpy()).save(path, optimize=True)
+    Image.fromarray(picture(rows, n_bits).permute(1, 2, 0).numpy()).save(path, optimize=True)
     print(f"{path}: {said}", flush=True)
 
 
@@ -180,15 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     run, asked, out = Run(folder, options), options.attribute, Path(str(options.out or folder / "pictures"))
     if asked is not None and asked not in (names := run.data.class_names or [asked]):
         raise ConfigError(f"attribute={asked} is not known{nearest(str(asked), names)}: give {', '.join(names)}")
+    n_bits = run.data.n_bits
     with full_float32(options.device):
-        write(out / "temperature.png", *temperature(run))
+        write(out / "temperature.png", *temperature(run), n_bits)
         run.data.prepare_data()
         run.data.setup()
-        write(out / "interpolation.png", *interpolation(run))
-        write(out / "levels.png", *levels(run))
+        write(out / "interpolation.png", *interpolation(run), n_bits)
+        write(out / "levels.png", *levels(run), n_bits)
         if names := run.data.class_names:
             name = "attributes.png" if asked is None else f"attributes-{asked}.png"
-            write(out / name, *attributes(run, None if asked is None else names.index(asked)))
+            write(out / name, *attributes(run, None if asked is None else names.index(asked)), n_bits)
         else:
             print(f"{type(run.data).__name__} has no labels: no attributes.png")
 

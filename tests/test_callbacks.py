@@ -45,12 +45,19 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
 
 def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
     images = torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
-    grid = picture([images[:3], images[3:]])
+    grid = picture([images[:3], images[3:]], 8)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 66 + 2, 3 * 66 + 2)
     centres = [[grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)]
     assert centres == [[0, 128, 255], [0, 255, 0]]
     assert grid[0, 0, 0] == 255  # the border
+
+
+def test_a_picture_of_5_bits_has_their_grey_levels():
+    """The lower end of each of the 32 bins (authors' code), and 255 for what lies above them."""
+    q = torch.arange(33).repeat_interleave(3)
+    images = ((q + torch.tensor([0, 0.5, 0.999]).repeat(33)) / 32).view(1, 1, 1, 99).expand(1, 3, 64, 99)
+    assert picture([images], 5)[0, 0].tolist() == [min(8 * k, 255) for k in q.tolist()]
 
 
 def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):

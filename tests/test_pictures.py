@@ -230,16 +230,24 @@ def test_too_few_training_images_are_one_line(finished, tmp_path, capsys, labell
 
 def test_missing_data_are_said_after_the_samples(finished, tmp_path, capsys, monkeypatch):
     class Missing(Photos):
-        def __init__(self, download=True, **arguments):
+        def __init__(self, root="data", download=True, **arguments):
             super().__init__(**arguments)
-            self.download = download
+            self.root, self.download = root, download
 
         def prepare_data(self):
-            raise FileNotFoundError(f"not here, download={self.download}")
+            raise FileNotFoundError(f"not in data.root={self.root}, download={self.download}")
 
     monkeypatch.setitem(DATA, "photos", Missing)
-    assert mistake(capsys, finished, f"out={tmp_path}") == "error: not here, download=False"
+    assert mistake(capsys, finished, f"out={tmp_path}") == "error: not in data.root=data, download=False"
     assert [path.name for path in tmp_path.iterdir()] == ["temperature.png"]
+    line = mistake(capsys, finished, f"out={tmp_path}", "data.root=/else where", "data.download=true")
+    assert line == "error: not in data.root=/else where, download=True"
+
+
+def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
+    line = mistake(capsys, finished, f"out={tmp_path / 'new'}", "data.root=data")
+    assert line == f"error: data.root is no key of photos, the data of {finished}: leave it out"
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,4 +281,5 @@ def test_folders_without_pictures_are_one_line(tmp_path, capsys):
 def test_help_says_what_there_is(capsys):
     draw("--help")
     said = capsys.readouterr().out
-    assert all(f"{key}=" in said for key in pictures.DEFAULTS)
+    keys = [*pictures.DEFAULTS, *(f"data.{key}" for key in pictures.DEFAULTS["data"])]
+    assert all(f"{key}=" in said for key in keys if key != "data")

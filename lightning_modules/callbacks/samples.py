@@ -64,10 +64,11 @@ class Samples(L.Callback):
         pl_module.flow.eval()
         with full_float32(pl_module.device.type):
             rows = self._sample(pl_module)
-            pictures = {"samples": picture(rows)}
+            pictures = {"samples": picture(rows, pl_module.n_bits)}
             if self.images is not None:
                 z, _ = pl_module.flow(self.images, self.context)
-                pictures["reconstruction"] = picture([self.images, pl_module.flow.inverse(z, self.context)[0]])
+                again, _ = pl_module.flow.inverse(z, self.context)
+                pictures["reconstruction"] = picture([self.images, again], pl_module.n_bits)
         pl_module.flow.train(was_training)
         self._write(trainer, pictures)
 
@@ -106,11 +107,15 @@ def finite_share(samples: Tensor) -> float:
     return samples.isfinite().flatten(1).all(1).float().mean().item()
 
 
-def picture(rows: list[Tensor]) -> Tensor:
-    """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width); non-finite is black."""
+def picture(rows: list[Tensor], n_bits: int) -> Tensor:
+    """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width); non-finite is black.
+
+    A pixel has the lower end of its bin among the 2^n_bits, as in Glow's authors' code.
+    """
     from torchvision.utils import make_grid
 
     images = torch.cat(rows).float().cpu().nan_to_num(0.0, 0.0, 0.0)
-    grid = make_grid((images * 256).floor().clamp(0, 255).to(torch.uint8), nrow=len(rows[0]), pad_value=255)
+    levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
+    grid = make_grid(levels, nrow=len(rows[0]), pad_value=255)
     scale = max(1, 64 // images.shape[-1])
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
