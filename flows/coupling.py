@@ -131,7 +131,8 @@ class SigmoidCoupling(AdditiveCoupling):
 
     Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. The authors' code bounds the scale by 1, since without a
     bound training did not converge (openai/glow issue 62), and shifts first; it made the numbers, so it wins. There
-    m = 0: then far from the data scales reach 1e-8, and what has been squeezed so cannot be taken back in float32.
+    m = 0. Measured at K=4, 16 channels, 10,000 steps, float32: the inverses of images of noise were not finite, those
+    of test images within .0023 grey levels. With m = .5: results/README.md. K=32: not measured beyond 300 steps.
 
     conditioner: maps the first half of the channels to (t, r), (B, C, H, W). min_scale: m, in [0, 1).
     """

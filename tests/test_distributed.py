@@ -5,12 +5,14 @@ import functools
 import pytest
 import torch
 from processes import Plain, start
+from test_class_conditional import LabelledImages, conditional, fresh
 from test_density import SHAPE, RandomImages, Recorder, density, make_trainer
 from torch import distributed
 
 from flows.coupling import checkerboard
 from flows.normalization import BiasOnlyBatchNorm2d, CouplingBatchNorm, over_ranks
 from flows.realnvp import RealNVP
+from lightning_modules.callbacks.initialization import Initialization
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec.* is deprecated")
 
@@ -99,7 +101,7 @@ def make_flow(plain):
     return Plain(SHAPE) if plain else RealNVP(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
 
 
-def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None, steps=50):
+def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None, steps=25):
     """Losses over the global batches, weights and buffers after training, and what is tested."""
     data = RandomImages(micro_batch=micro_batch, n_val=23)
     module = density(make_flow(plain), lr=1e-3, warmup_steps=10, clip_norm=100.0, l2=5e-5)
@@ -131,7 +133,7 @@ def alone(plain):
     ("plain", "micro_batch"), [(False, None), (True, None), (True, 4)], ids=["RealNVP", "plain", "plain-accumulating"]
 )
 def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
-    """64 in one process, 2 x 32, 2 x 2 x 16 (here 16, 8 and 4): float64, 50 steps, to 1e-10."""
+    """64 in one process, 2 x 32, 2 x 2 x 16 (here 16, 8 and 4): float64, 25 steps, to 1e-10."""
     one = alone(plain)
     a, b = on_two_ranks(tmp_path, _trained, {"plain": plain, "micro_batch": micro_batch})
     assert ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs().max() < 1e-10
@@ -141,6 +143,42 @@ def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
     assert largest(a["state"], one["state"]) < 1e-7
     assert largest({k: v for k, v in a["state"].items() if k not in free}, one["state"]) < 1e-10
     assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
+    assert a["tested"] == b["tested"] == pytest.approx(one["tested"], abs=1e-6)
+
+
+class Begun(Recorder):
+    """The weights that training begins with, too."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.state = {k: v.clone() for k, v in pl_module.flow.state_dict().items()}
+
+
+def trained_glow(rank=0, ranks=1):
+    """Of a class-conditional Glow: losses, weights that the data have set, weights after five steps, what is tested."""
+    module = conditional(fresh(), name="adamax", lr=1e-3, warmup_steps=2)
+    trainer = make_trainer(
+        begun := Begun(), Initialization(), max_steps=5, precision="64-true", devices=ranks, num_nodes=1
+    )
+    trainer.fit(module, datamodule=(data := LabelledImages()))
+    [tested] = trainer.test(module, data, verbose=False)
+    losses = torch.tensor(begun.losses, dtype=torch.float64)
+    return {"losses": losses, "begun": begun.state, "state": module.flow.state_dict(), "tested": tested}
+
+
+def _trained_glow(rank):
+    return trained_glow(rank, 2)
+
+
+def test_two_ranks_initialise_and_train_a_glow_as_one_process_does(tmp_path):
+    """Actnorms of a batch that both take whole, then halves of it; classes; Adamax."""
+    one, (a, b) = trained_glow(), on_two_ranks(tmp_path, _trained_glow)
+    assert ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs().max() < 1e-10
+    assert all(torch.equal(a["begun"][k], v) for k, v in one["begun"].items())
+    assert largest(a["begun"], fresh().state_dict()) > 0.1
+    assert largest(a["begun"], a["state"]) > 1e-4
+    assert largest(a["state"], one["state"]) < 1e-10
+    assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
+    assert set(one["tested"]) == {"test/bpd", "test/accuracy"}
     assert a["tested"] == b["tested"] == pytest.approx(one["tested"], abs=1e-6)
 
 

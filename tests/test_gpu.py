@@ -69,6 +69,11 @@ def test_every_precision_trains_and_clips(precision):
 
 @pytest.mark.parametrize("flow", [tiny_flow, lambda: Glow((3, 8, 8), 2, 2, 4)], ids=["RealNVP", "Glow"])
 def test_no_step_waits_for_the_device(flow):
+    """With Adam, which is fused: it reads on the device whether the step is finite.
+
+    Not with adamax, which every Glow recipe has: torch has no fused one, so each step waits to know whether to skip.
+    """
+
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             torch.cuda.set_sync_debug_mode("error" if trainer.global_step >= 2 else "default")
