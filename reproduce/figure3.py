@@ -231,6 +231,7 @@ def draw(runs: list[dict]) -> bytes:
             shown += [value for images, values in points.items() if images > 0 for value in values]
         axes.set(title=coupling, xlabel="training images seen")
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)  # with more their numbers touch
     if shown:  # not the value before training, which would flatten the rest
         low, high = min(shown), max(shown)
         panels[0].set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)

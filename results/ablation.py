@@ -18,7 +18,7 @@ from results.runs import lacking, portable, small_png, write
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
 COUPLINGS = ("additive", "affine")
-COLUMNS = ("permutation", "coupling", "seeds", "test/bpd", "time a step")
+COLUMNS = ("permutation", "coupling", "seeds", "test/bpd")
 ORDER = (("invertible", "shuffle"), ("shuffle", "reverse"), ("invertible", "reverse"))  # the first has the lower bpd
 AGREES, DISAGREES, NOISE, NOTHING = "agrees", "disagrees", "within noise", "no seed in common"
 
@@ -51,22 +51,6 @@ def name(run: dict) -> str:
 def missing(runs: list[dict]) -> list[str]:
     """The combinations that no run has, as `<permutation>-<coupling>`."""
     return [f"{p}-{c}" for c in COUPLINGS for p in PERMUTATIONS if not seeds_of(runs, p, c)]
-
-
-def pace(run: dict) -> float | None:
-    """Seconds an image, validations with it, from the first row of the curve to the last: the start does not count."""
-    rows = run["curve"]
-    images, seconds = (rows[-1][k] - rows[0][k] if rows else 0 for k in (0, 1))
-    return seconds / images if images > 0 and seconds > 0 else None
-
-
-def relative_time(runs: list[dict], permutation: str, coupling: str) -> float | None:
-    """Time a step over that of `reverse` with the same coupling, mean over the seeds; None: not on one machine."""
-    ours, base = seeds_of(runs, permutation, coupling), seeds_of(runs, "reverse", coupling)
-    pairs = [(run, base[seed]) for seed, run in ours.items() if seed in base]
-    alike = [(a, b) for a, b in pairs if (a["device"], a["precision"]) == (b["device"], b["precision"])]
-    ratios = [p / q for p, q in ((pace(a), pace(b)) for a, b in alike) if p is not None and q is not None]
-    return statistics.fmean(ratios) if ratios else None
 
 
 def claims() -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
@@ -122,11 +106,10 @@ def rows(runs: list[dict]) -> list[list[str]]:
             if not (found := seeds_of(runs, permutation, coupling)):
                 continue
             values = [run["test/bpd"] for run in found.values() if is_number(run["test/bpd"])]
-            time = relative_time(runs, permutation, coupling)
             bpd = plus_minus(*mean_and_error(values)) if values else "-"
             bpd += f" ({len(found) - len(values)} not finite)" if len(values) < len(found) else ""
             seeds = ", ".join(str(seed) for seed in found)
-            table.append([permutation, coupling, seeds, bpd, "-" if time is None else f"{time:.2f}"])
+            table.append([permutation, coupling, seeds, bpd])
     return table
 
 

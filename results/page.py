@@ -248,7 +248,7 @@ def ablation_section(stem: str, recorded: dict) -> list[str]:
     lines = [f"### {stem}", "", "```bash", ablation.command(recorded), "```", ""]
     lines += table(list(ablation.COLUMNS), ablation.rows(runs))
     lines += [
-        "Mean ± standard error over seeds; time, validations included, relative to `reverse` with the same coupling.",
+        "Mean ± standard error over seeds.",
         "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, or one seed.",
         "",
         *(f"* {ablation.verdict_line(verdict)}" for verdict in verdicts),
