@@ -100,6 +100,17 @@ class FlowModel(Flow):
         latents, log_det = self(x, context)
         return self.base.log_prob(latents) + log_det
 
+    def compile(self, *args, **kwargs) -> None:
+        """torch.compile every conditioner: those of one shape share their graphs. The whole flow would take minutes.
+
+        All conditioners are one piece of code, with a graph for each shape, batch size and mode (training, evaluation):
+        more than the 8 after which torch stops compiling and says so in a log only.
+        """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for layer in self.modules():
+            if hasattr(layer, "conditioner"):
+                layer.conditioner.compile(*args, **kwargs)
+
     def check_shape(self, x: Tensor) -> None:
         """ValueError, one line: x is not (B, *shape)."""
         if tuple(x.shape[1:]) != self.shape:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flows.caching import once
+from flows.convolution import add_relu, conv3x3
 from flows.normalization import ActNorm, BiasOnlyBatchNorm2d
 
 
@@ -26,10 +28,11 @@ class WeightNormConv2d(nn.Conv2d):
         self.magnitude = nn.Parameter(torch.full((out_channels, 1, 1, 1), start)) if magnitude else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.weight.square().sum((1, 2, 3), keepdim=True).rsqrt()
-        if self.magnitude is not None:
-            weight = weight * self.magnitude
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
+        return F.conv2d(x, once(self, "normalized", self.normalized), self.bias, padding=self.padding)
+
+    def normalized(self) -> Tensor:
+        norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+        return self.weight * (1 / norm if self.magnitude is None else self.magnitude / norm)
 
 
 class ResidualBlock(nn.Module):
@@ -39,15 +42,25 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             BiasOnlyBatchNorm2d(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             WeightNormConv2d(channels, channels, 3, bias=False),
             BiasOnlyBatchNorm2d(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             WeightNormConv2d(channels, channels, 3, magnitude=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        if self.training:
+            return x + self.layers(x)
+        weight, bias = once(self, "folded", self._folded)
+        h = F.conv2d(self.layers[0](x).relu_(), weight, bias, padding=1).relu_()
+        return x + self.layers[5](h)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first convolution with the batch norm after it, by its running averages."""
+        conv, norm = self.layers[2], self.layers[3]
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        return conv.normalized() * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 class ResidualConditioner(nn.Module):
@@ -78,12 +91,12 @@ class ResidualConditioner(nn.Module):
             h = torch.cat([h, -h], dim=1)
         else:
             h = torch.cat([2 * h, -2 * h, self.mask.expand(len(x), -1, -1, -1)], dim=1)
-        h = self.conv_in(h.relu())
+        h = self.conv_in(h.relu_())
         out = self.skips[0](h)
         for block, skip in zip(self.blocks, self.skips[1:], strict=True):
             h = block(h)
             out = out + skip(h)
-        shift, log_scale = self.conv_out(self.bn_out(out).relu()).to(x.dtype).chunk(2, dim=1)
+        shift, log_scale = self.conv_out(self.bn_out(out).relu_()).to(x.dtype).chunk(2, dim=1)
         return shift, log_scale
 
 
@@ -109,13 +122,14 @@ class EdgeConv2d(nn.Conv2d):
     """A 3x3 "same" convolution without bias that knows where the border is; weights N(0, .05).
 
     The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside (`add_edge_padding`).
-    Its convolution does not depend on the image: here it is a map, (1, C_out, H, W), added to every one, in float32.
-    Public ports leave it out: edges=False.
+    Its convolution does not depend on the image: here it is a map, (C_out, H, W), added to every one.
+
+    edges: (H, W) of the images whose border is marked. None: public ports leave it out.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, edges: tuple[int, int] | None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
-        self.edge = nn.Parameter(torch.empty(out_channels, 1, 3, 3)) if edges else None
+        self.edge = Edge(out_channels, edges) if edges else None
         self.reset()
 
     def reset(self) -> None:
@@ -123,16 +137,32 @@ class EdgeConv2d(nn.Conv2d):
             nn.init.normal_(parameter, std=0.05)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if self.edge is None else y + edge_map(self.edge, *x.shape[-2:])
+        y = F.conv2d(x, self.weight, padding=1)
+        return y if self.edge is None else y + self.edge()
+
+    def normalized(self, norm: ActNorm) -> tuple[Tensor, Tensor]:
+        """Weight and bias of norm(conv(x)), the actnorm folded in: ((W x + e) + b) s = (W s) x + (e s + b s)."""
+        scale, bias = norm.scale_and_bias()
+        bias = bias[:, None, None] if self.edge is None else self.edge(scale, bias)
+        return self.weight * scale[:, None, None, None], bias
 
 
-def edge_map(weight: Tensor, height: int, width: int) -> Tensor:
-    """What a 3x3 convolution, weight (C_out, 1, 3, 3), makes of a padding of ones around zeros: (C_out, H, W)."""
-    border = F.pad(weight.new_zeros(1, 1, height, width), (1, 1, 1, 1), value=1.0)
-    with torch.autocast(weight.device.type, enabled=False):
-        response = F.unfold(border, 3)[0].T @ weight.flatten(1).T  # (H W, C_out): channels last, as the images
-    return response.unflatten(0, (height, width)).movedim(-1, 0)
+class Edge(nn.Module):
+    """What a 3x3 convolution of one channel makes of a padding of ones around zeros, (C_out, H, W), float32."""
+
+    def __init__(self, out_channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.zeros(out_channels, 1, 3, 3))
+        border = F.pad(torch.zeros(1, 1, *size), (1, 1, 1, 1), value=1.0)
+        self.register_buffer("border", F.unfold(border, 3)[0].T.contiguous(), persistent=False)  # (H W, 9)
+
+    def forward(self, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """e, or scale e + bias, (C_out,) each."""
+        weight = self.weight.flatten(1) if scale is None else self.weight.flatten(1) * scale[:, None]
+        with torch.autocast(weight.device.type, enabled=False):
+            y = F.linear(self.border, weight, bias)  # channels last, as the images
+        return y.unflatten(0, self.size).movedim(-1, 0)
 
 
 class ZeroConv2d(EdgeConv2d):
@@ -141,7 +171,7 @@ class ZeroConv2d(EdgeConv2d):
     Authors' code, `conv2d_zeros`. The bias is added in float32: bfloat16 would round what the couplings rest on.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, edges: tuple[int, int] | None) -> None:
         super().__init__(in_channels, out_channels, edges)
         self.shift = nn.Parameter(torch.zeros(out_channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(out_channels, 1, 1))
@@ -151,8 +181,9 @@ class ZeroConv2d(EdgeConv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x).to(self.shift.dtype)
-        return (y + self.shift) * torch.exp(3 * self.log_scale)
+        y = conv3x3(x, self.weight).to(self.shift.dtype)
+        shift = self.shift if self.edge is None else self.edge(bias=self.shift.flatten())
+        return (y + shift) * torch.exp(3 * self.log_scale)
 
 
 class ZeroLinear(nn.Linear):
@@ -173,12 +204,14 @@ class GlowConditioner(nn.Module):
     """3x3 -> actnorm -> ReLU -> 1x1 -> actnorm -> ReLU -> zero-initialised 3x3 (authors' code).
 
     The paper's text does not mention the actnorms inside. A public Glow without them, and without a warm-up, turns NaN
-    (rosinality/glow-pytorch issue 25).
+    (rosinality/glow-pytorch issue 25). They are folded into the convolutions before them.
 
-    x: (B, C_in, H, W). Returns (B, C_out, H, W).
+    x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden_channels: int, edges: tuple[int, int] | None
+    ) -> None:
         super().__init__()
         self.conv_in = EdgeConv2d(in_channels, hidden_channels, edges)
         self.norm_in = ActNorm(hidden_channels)
@@ -188,10 +221,18 @@ class GlowConditioner(nn.Module):
         self.conv_out = ZeroConv2d(hidden_channels, out_channels, edges)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm_in.normalize(self.conv_in(x)).relu()
-        h = self.norm_mid.normalize(self.conv_mid(h)).relu()
-        return self.conv_out(h)
+        (weight_in, bias_in), (weight_mid, bias_mid) = once(self, "folded", self._folded)
+        h = add_relu(F.conv2d(x, weight_in, padding=1), bias_in)
+        pixels = h.movedim(1, -1).flatten(0, -2)  # a view of channels_last images: the 1x1 is a matrix product
+        pixels = add_relu(F.linear(pixels, weight_mid), bias_mid)
+        return self.conv_out(pixels.unflatten(0, (len(x), *x.shape[2:])).movedim(-1, 1))
+
+    def _folded(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weights and biases of the hidden layers with their actnorms inside."""
+        scale, bias = self.norm_mid.scale_and_bias()
+        return self.conv_in.normalized(self.norm_in), (self.conv_mid.weight.flatten(1) * scale[:, None], bias)
 
     def initialize(self, x: Tensor) -> None:
+        """Set both actnorms from what comes to them; here they are not folded."""
         h = self.norm_in.initialize(self.conv_in(x)).relu()
         self.norm_mid.initialize(self.conv_mid(h))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow, no_log_det
+from flows.recompute import recomputed
 
 
 def checkerboard(height: int, width: int, parity: int) -> Tensor:
@@ -20,8 +21,10 @@ class AffineCoupling(Flow):
     same maps (t exp(s) for t), and wins. `log_scale_factor` is a, one learned scalar a coupling.
 
     conditioner: maps the kept part to (shift, raw log-scale). norm: an optional flow on the changed part, after the
-    affine map (`CouplingBatchNorm`).
+    affine map (`CouplingBatchNorm`). recompute: the conditioner keeps only its input for the backward pass.
     """
+
+    recompute = False
 
     def __init__(self, conditioner: nn.Module, log_scale_factor: float, norm: Flow | None = None) -> None:
         super().__init__()
@@ -30,7 +33,10 @@ class AffineCoupling(Flow):
         self.norm = norm
 
     def _shift_and_log_scale(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self.conditioner(kept)
+        if self.recompute:
+            shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept)
+        else:
+            shift, raw = self.conditioner(kept)
         return shift, self.log_scale_factor * torch.tanh(raw)
 
     def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from flows.learned_priors import SplitPrior, TopPrior
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm
 from flows.reshape import Squeeze, factor_in, factor_out
+from flows.steps import Steps
 
 PERMUTATIONS = {  # section 3.2; figure 3 compares the first three
     "reverse": lambda channels: ChannelPermutation(torch.arange(channels).flip(0)),
@@ -72,25 +73,26 @@ class Glow(FlowModel):
             if value not in known:
                 raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(known)}")
 
-        def step(channels: int) -> list[Flow]:
+        def step(channels: int, size: tuple[int, int] | None) -> tuple[Flow, Flow, Flow]:
             out = channels if coupling == "affine" else channels // 2
-            conditioner = GlowConditioner(channels // 2, out, hidden_channels, edges)
+            conditioner = GlowConditioner(channels // 2, out, hidden_channels, size)
             affine = SigmoidCoupling(conditioner, min_scale) if coupling == "affine" else AdditiveCoupling(conditioner)
-            return [ActNorm(channels), PERMUTATIONS[permutation](channels), affine]
+            return ActNorm(channels), PERMUTATIONS[permutation](channels), affine
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
         levels, latent_shapes = [], []
         for i in range(n_levels):
             channels, height, width = 4 * channels, height // 2, width // 2
-            steps = [layer for _ in range(depth) for layer in step(channels)]
+            size = (height, width) if edges else None
+            steps = Steps(step(channels, size) for _ in range(depth))
             if i < n_levels - 1:
-                levels.append(Compose([Squeeze(), *steps, SplitPrior(channels, edges)]))
+                levels.append(Compose([Squeeze(), steps, SplitPrior(channels, size)]))
                 channels //= 2
             else:
-                levels.append(Compose([Squeeze(), *steps]))
+                levels.append(Compose([Squeeze(), steps]))
             latent_shapes.append((channels, height, width))
         self.levels, self.latent_shapes = nn.ModuleList(levels), tuple(latent_shapes)
-        self.prior = TopPrior(channels, n_classes, edges)
+        self.prior = TopPrior(channels, size, n_classes)
         self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
         self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
 

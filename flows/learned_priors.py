@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.conditioners import ZeroConv2d, ZeroLinear, edge_map
+from flows.conditioners import Edge, ZeroConv2d, ZeroLinear
 
 
 class SplitPrior(Flow):
@@ -18,22 +18,27 @@ class SplitPrior(Flow):
         log_det = -sum s
 
     m and s come from one zero-initialised convolution of z1 (authors' code, `split2d_prior`), so eps = z2 at first.
-    x: (B, C, H, W); the halves are those of the channels.
+    x: (B, C, H, W); the halves are those of the channels. edges: as in `EdgeConv2d`.
     """
 
-    def __init__(self, channels: int, edges: bool = True) -> None:
+    def __init__(self, channels: int, edges: tuple[int, int] | None) -> None:
         super().__init__()
         self.net = ZeroConv2d(channels // 2, channels, edges)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, z = x.chunk(2, dim=1)
-        eps, log_det = standardized(z, *self.net(kept).chunk(2, dim=1))
+        eps, log_det = standardized(z, *self._moments(kept))
         return torch.cat([kept, eps], dim=1), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, eps = z.chunk(2, dim=1)
-        z, log_det = unstandardized(eps, *self.net(kept).chunk(2, dim=1))
+        z, log_det = unstandardized(eps, *self._moments(kept))
         return torch.cat([kept, z], dim=1), log_det
+
+    def _moments(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """m and s, in float32 under autocast too, as all that is no coupling network."""
+        with torch.autocast(kept.device.type, enabled=False):
+            return self.net(kept).chunk(2, dim=1)
 
 
 class TopPrior(Flow):
@@ -46,11 +51,11 @@ class TopPrior(Flow):
     (B,) int64. m = s = 0 at first.
     """
 
-    def __init__(self, channels: int, n_classes: int | None = None, edges: bool = True) -> None:
+    def __init__(self, channels: int, edges: tuple[int, int] | None, n_classes: int | None = None) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(2 * channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(2 * channels, 1, 1))
-        self.edge = nn.Parameter(torch.zeros(2 * channels, 1, 3, 3)) if edges else None
+        self.edge = Edge(2 * channels, edges) if edges else None
         self.by_class = None if n_classes is None else ZeroLinear(n_classes, 2 * channels)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -61,7 +66,7 @@ class TopPrior(Flow):
 
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and s, each broadcastable to x."""
-        h = self.shift if self.edge is None else self.shift + edge_map(self.edge, *x.shape[-2:])
+        h = self.shift if self.edge is None else self.edge(bias=self.shift.flatten())
         h = h * torch.exp(3 * self.log_scale)
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)

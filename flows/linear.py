@@ -14,9 +14,16 @@ class ChannelPermutation(Flow):
     of a name, which differs from process to process.
     """
 
+    PARTS = ("order",)
+
     def __init__(self, order: Tensor) -> None:
         super().__init__()
         self.register_buffer("order", order)
+
+    @staticmethod
+    def product(order: Tensor) -> tuple[Tensor, Tensor]:
+        """Its matrix, (..., C, C) float64, and ln|det| = 0."""
+        return F.one_hot(order, order.shape[-1]).double(), order.new_zeros(order.shape[:-1], dtype=torch.float64)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], no_log_det(x)
@@ -34,28 +41,28 @@ class InvertibleConv1x1(Flow):
     and no product is autocast: bfloat16 would not invert.
     """
 
+    PARTS: tuple[str, ...] = ("weight",)  # what `product` takes
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(rotation(channels).float())
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        """W (C, C) and ln|det W|, a scalar, both float64."""
-        weight = self.weight.double()
+    @staticmethod
+    def product(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """W (..., C, C) and ln|det W|, (...), both float64."""
+        weight = weight.double()
         return weight, torch.linalg.slogdet(weight).logabsdet
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        weight, log_det = self.matrix()
-        return self._multiply(weight, x), self._volume(log_det, x)
+        weight, log_det = matrices([self])
+        return multiply(weight[0].to(x.dtype), x), self._volume(log_det, x)
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        weight, log_det = self.matrix()
-        return self._multiply(torch.linalg.inv(weight), z), self._volume(-log_det, z)
+        weight, log_det = matrices([self])
+        return multiply(torch.linalg.inv(weight)[0].to(z.dtype), z), self._volume(-log_det, z)
 
-    def _multiply(self, weight: Tensor, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.movedim(1, -1), weight.to(x.dtype)).movedim(-1, 1)
-
-    def _volume(self, log_det: Tensor, x: Tensor) -> Tensor:
+    @staticmethod
+    def _volume(log_det: Tensor, x: Tensor) -> Tensor:
         return (x.shape[2] * x.shape[3] * log_det).to(no_log_det(x).dtype).expand(len(x))
 
 
@@ -68,6 +75,8 @@ class InvertibleConv1x1LU(InvertibleConv1x1):
     singular as long as s is finite, which W itself can ("input is not invertible" of public Glows).
     """
 
+    PARTS = ("permutation", "lower", "upper", "sign", "log_scale")
+
     def __init__(self, channels: int) -> None:
         Flow.__init__(self)
         permutation, lower, upper = torch.linalg.lu(rotation(channels))
@@ -78,11 +87,26 @@ class InvertibleConv1x1LU(InvertibleConv1x1):
         self.upper = nn.Parameter(upper.triu(1).float())
         self.log_scale = nn.Parameter(diagonal.abs().log().float())
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        log_scale = self.log_scale.double()
-        lower = self.lower.double().tril(-1) + torch.eye(len(log_scale), dtype=torch.float64, device=log_scale.device)
-        upper = self.upper.double().triu(1) + torch.diag(self.sign.double() * log_scale.exp())
-        return self.permutation.double() @ lower @ upper, log_scale.sum()  # autocast leaves float64 alone
+    @staticmethod
+    def product(permutation, lower, upper, sign, log_scale) -> tuple[Tensor, Tensor]:
+        permutation, lower, upper, sign, log_scale = (
+            part.double() for part in (permutation, lower, upper, sign, log_scale)
+        )  # which autocast leaves alone
+        lower = lower.tril(-1) + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        upper = upper.triu(1) + torch.diag_embed(sign * log_scale.exp())
+        return permutation @ lower @ upper, log_scale.sum(-1)
+
+
+def matrices(layers: list[ChannelPermutation | InvertibleConv1x1]) -> tuple[Tensor, Tensor]:
+    """W of n layers of one kind, (n, C, C), and their ln|det W|, (n,); float64. All in a few batched operations."""
+    kind = type(layers[0])
+    return kind.product(*(torch.stack([getattr(layer, part) for layer in layers]) for part in kind.PARTS))
+
+
+def multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b at every pixel, as one matrix product over the pixels of channels_last images; never autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def rotation(channels: int) -> Tensor:

@@ -149,6 +149,11 @@ class ActNorm(Flow):
         """y alone: inside a conditioner nobody asks for the log-determinant."""
         return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
 
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """exp(3 s) and b exp(3 s), (C,) each: y = scale x + bias, to be folded into a linear map beside it."""
+        scale = torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
+        return scale.flatten(), (self.bias * scale).flatten()
+
     def initialize(self, x: Tensor, context=None) -> Tensor:
         if not self.initialized:
             var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)

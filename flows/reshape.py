@@ -34,10 +34,15 @@ class OrderedSqueeze(Flow):
         self.register_buffer("unorder", order.argsort(), persistent=False)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2)[:, self.order], no_log_det(x)
+        return channels(F.pixel_unshuffle(x, 2), self.order), no_log_det(x)
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z[:, self.unorder], 2), no_log_det(z)
+        return F.pixel_shuffle(channels(z, self.unorder), 2), no_log_det(z)
+
+
+def channels(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order], channels_last: indexing the second dimension would make it contiguous."""
+    return x.movedim(1, -1)[..., order].movedim(-1, 1)
 
 
 def factor_out(x: Tensor) -> tuple[Tensor, Tensor]:

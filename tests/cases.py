@@ -18,6 +18,7 @@ from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
+from flows.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
     return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None)
 
 
+def glow_step() -> tuple[Flow, Flow, Flow]:
+    return ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3)))
+
+
 def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05, **arguments) -> Case:
     def make() -> Glow:
         return Glow(shape, depth=depth, hidden_channels=5, **arguments)
@@ -79,14 +84,15 @@ CASES = [
     Case("ChannelPermutation", lambda: ChannelPermutation(torch.randperm(6)), (6, 2, 3)),
     Case("InvertibleConv1x1", lambda: InvertibleConv1x1(4), (4, 2, 3)),
     Case("InvertibleConv1x1LU", lambda: InvertibleConv1x1LU(4), (4, 2, 3)),
-    Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5)), (4, 2, 3)),
-    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5)), (4, 2, 3), noise=0.1),
+    Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5, (2, 3))), (4, 2, 3)),
+    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3))), (4, 2, 3), noise=0.1),
+    Case("SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, None)), (4, 2, 3), noise=0.1),
     Case(
-        "SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, edges=False)), (4, 2, 3), noise=0.1
+        "SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3)), 0.25), (4, 2, 3), noise=0.1
     ),
-    Case("SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5), 0.25), (4, 2, 3), noise=0.1),
-    Case("SplitPrior", lambda: SplitPrior(4), (4, 2, 3)),
-    Case("TopPrior", lambda: TopPrior(4), (4, 2, 3)),
+    Case("Steps", lambda: Steps(glow_step() for _ in range(3)), (4, 2, 3), noise=0.03),
+    Case("SplitPrior", lambda: SplitPrior(4, (2, 3)), (4, 2, 3)),
+    Case("TopPrior", lambda: TopPrior(4, (2, 3)), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),
     glow("Glow-1level", (1, 4, 4), n_levels=1, min_scale=0.25),
     glow("Glow-depth32", (1, 4, 4), n_levels=2, depth=32, noise=0.01),

@@ -24,7 +24,7 @@ from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, Si
 from flows.elementwise import Logit, Shift
 from flows.learned_priors import SplitPrior, TopPrior
 from flows.likelihood import bits_per_dim
-from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, rotation
+from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, matrices, rotation
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.reshape import OrderedSqueeze, Squeeze, factor_in, factor_out
 
@@ -501,14 +501,14 @@ def padded(x):
 
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3), (2, 2), (7, 5)])
 def test_edge_convolution_is_one_over_an_appended_border_channel(size):
-    conv, x = perturb(EdgeConv2d(2, 3, edges=True)).double(), randn(2, 2, *size)
-    weight = torch.cat([conv.weight, conv.edge], 1)
+    conv, x = perturb(EdgeConv2d(2, 3, size)).double(), randn(2, 2, *size)
+    weight = torch.cat([conv.weight, conv.edge.weight], 1)
     assert_close(conv(x), nn.functional.conv2d(padded(x), weight))
     assert conv.bias is None
 
 
 def test_edge_weights_touch_the_border_only():
-    with_edges, without = EdgeConv2d(2, 3, edges=True).double(), EdgeConv2d(2, 3, edges=False).double()
+    with_edges, without = EdgeConv2d(2, 3, (8, 9)).double(), EdgeConv2d(2, 3, None).double()
     without.weight = with_edges.weight
     assert without.edge is None
     x = randn(2, 2, 8, 9)
@@ -522,8 +522,8 @@ def test_edge_weights_touch_the_border_only():
 
 def test_hidden_convolutions_start_as_n_0_0_05():
     torch.manual_seed(0)
-    net = GlowConditioner(20, 8, 40)
-    for weight in (net.conv_in.weight, net.conv_in.edge, net.conv_mid.weight):
+    net = GlowConditioner(20, 8, 40, (4, 4))
+    for weight in (net.conv_in.weight, net.conv_in.edge.weight, net.conv_mid.weight):
         assert abs(weight.std() / 0.05 - 1) < 0.1
         assert abs(weight.mean()) < 0.01
     assert all((parameter == 0).all() for parameter in net.conv_out.parameters())
@@ -531,12 +531,12 @@ def test_hidden_convolutions_start_as_n_0_0_05():
     assert net.conv_mid.kernel_size == (1, 1)
 
 
-@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("edges", [(4, 6), None])
 def test_zero_convolution(edges):
     conv, x = ZeroConv2d(2, 3, edges).double(), randn(2, 2, 4, 6)
     assert torch.equal(conv(x), torch.zeros(2, 3, 4, 6, dtype=torch.float64))
     perturb(conv)
-    weight = torch.cat([conv.weight, conv.edge], 1) if edges else conv.weight
+    weight = torch.cat([conv.weight, conv.edge.weight], 1) if edges else conv.weight
     y = nn.functional.conv2d(padded(x)[:, : weight.shape[1]], weight)
     for c in range(3):
         expected = (y[:, c] + conv.shift[c]) * math.exp(3 * conv.log_scale[c].item())
@@ -550,7 +550,7 @@ def test_zero_linear():
     assert_close(linear(x), (x @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp())
 
 
-@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("edges", [(4, 6), None])
 def test_glow_conditioner_by_hand(edges):
     net, x = perturb(GlowConditioner(2, 6, 5, edges)).double(), randn(3, 2, 4, 6)
 
@@ -558,7 +558,7 @@ def test_glow_conditioner_by_hand(edges):
         return (h + layer.bias) * (3 * layer.log_scale).exp()
 
     def conv(h, layer):
-        weight = torch.cat([layer.weight, layer.edge], 1) if edges else layer.weight
+        weight = torch.cat([layer.weight, layer.edge.weight], 1) if edges else layer.weight
         return nn.functional.conv2d(padded(h)[:, : weight.shape[1]], weight)
 
     h = norm(conv(x, net.conv_in), net.norm_in).relu()
@@ -587,13 +587,18 @@ def test_channel_permutation_by_hand():
     assert torch.equal(shuffle.state_dict()["order"], order)
 
 
+def matrix(layer):
+    (weight,), (log_det,) = matrices([layer])
+    return weight, log_det
+
+
 @pytest.mark.parametrize("n", [1, 5, 48])
 def test_w_starts_orthogonal(n):
     torch.manual_seed(0)
     weight = rotation(n)
     assert_close(weight @ weight.T, torch.eye(n), 1e-12)
     for layer in (InvertibleConv1x1(n), InvertibleConv1x1LU(n)):
-        weight, log_det = layer.matrix()
+        weight, log_det = matrix(layer)
         assert weight.dtype == log_det.dtype == torch.float64
         assert_close((weight @ weight.T).detach(), torch.eye(n), 1e-5)  # held in float32
         assert_close(log_det.detach(), 0.0, 1e-5)
@@ -603,7 +608,7 @@ def test_w_starts_orthogonal(n):
 def test_w_multiplies_every_pixel(kind):
     torch.manual_seed(0)
     layer, x = perturb(kind(4)).double(), randn(2, 4, 3, 5)
-    weight, _ = layer.matrix()
+    weight, _ = matrix(layer)
     y, log_det = layer(x)
     for row in range(3):
         for column in range(5):
@@ -618,7 +623,7 @@ def test_w_multiplies_every_pixel(kind):
 def test_w_and_its_triangles_are_the_same_map():
     torch.manual_seed(0)
     lu, plain, x = perturb(InvertibleConv1x1LU(6)).double(), InvertibleConv1x1(6).double(), randn(2, 6, 3, 5)
-    plain.weight.data = lu.matrix()[0].detach()
+    plain.weight.data = matrix(lu)[0].detach()
     for one, other in ((lu(x), plain(x)), (lu.inverse(x), plain.inverse(x))):
         assert_close(one[0], other[0])
         assert_close(one[1], other[1])
@@ -634,11 +639,11 @@ def test_the_triangles_are_those_of_the_rotation():
     assert layer.sign.abs().tolist() == [1.0] * 6
     assert (layer.permutation.sum(0) == 1).all()
     assert (layer.permutation.sum(1) == 1).all()
-    before = layer.matrix()[0].detach()
+    before = matrix(layer)[0].detach()
     with torch.no_grad():
         layer.lower += torch.ones(6, 6).triu()
         layer.upper += torch.ones(6, 6).tril()
-    assert torch.equal(layer.matrix()[0], before)
+    assert torch.equal(matrix(layer)[0], before)
 
 
 # Glow's couplings and learned priors
@@ -683,7 +688,7 @@ def log_normal(z, mean, log_std):
 
 
 def test_split_prior_is_a_normal_given_the_kept_half():
-    prior, x = perturb(SplitPrior(6), 0.1).double(), randn(3, 6, 4, 5)
+    prior, x = perturb(SplitPrior(6, (4, 5)), 0.1).double(), randn(3, 6, 4, 5)
     y, log_det = prior(x)
     mean, log_std = prior.net(x[:, :3]).chunk(2, 1)
     kept, eps = y.chunk(2, 1)
@@ -695,11 +700,11 @@ def test_split_prior_is_a_normal_given_the_kept_half():
     assert_close(hot, mean + 0.7 * (x[:, 3:] - mean))
 
 
-@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("edges", [(4, 5), None])
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     """Constant per channel but for the border; a class adds its own row of a `ZeroLinear`."""
-    prior, x = perturb(TopPrior(2, n_classes, edges), 0.2).double(), randn(3, 2, 4, 5)
+    prior, x = perturb(TopPrior(2, edges, n_classes), 0.2).double(), randn(3, 2, 4, 5)
     y = None if n_classes is None else torch.tensor([2, 0, 2])
     conv = ZeroConv2d(4, 4, edges).double()
     conv.shift, conv.log_scale, conv.edge = prior.shift, prior.log_scale, prior.edge
@@ -707,7 +712,7 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     if n_classes is not None:
         h = h + prior.by_class(torch.eye(3, dtype=torch.float64)[y])[:, :, None, None]
     mean, log_std = h.chunk(2, 1)
-    assert (mean.std((2, 3)).max() > 1e-2) == edges
+    assert (mean.std((2, 3)).max() > 1e-2) == (edges is not None)
     assert_close(mean[:, :, 1:-1, 1:-1].std((2, 3)), torch.zeros(3, 2))
     eps, log_det = prior(x, y)
     standard = log_normal(eps, torch.zeros(()), torch.zeros(()))
@@ -715,7 +720,9 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     assert_close(prior.inverse(0.7 * eps, y)[0], mean + 0.7 * (x - mean))
 
 
-@pytest.mark.parametrize("prior", [SplitPrior(4), TopPrior(4), TopPrior(4, 3)], ids=["split", "top", "class"])
+@pytest.mark.parametrize(
+    "prior", [SplitPrior(4, (3, 3)), TopPrior(4, (3, 3)), TopPrior(4, None, 3)], ids=["split", "top", "class"]
+)
 def test_a_learned_prior_starts_as_a_standard_normal(prior):
     x, y = randn(2, 4, 3, 3), torch.tensor([0, 2])
     eps, log_det = prior.double()(x, y)

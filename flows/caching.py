@@ -1,0 +1,43 @@
+"""What depends on weights alone, made once while they do not change: inverses, folded weights."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Made(dict):
+    """What a module has made, by name. A copy of the module, whose weights may change, starts without."""
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def cached(flow: nn.Module) -> Iterator[None]:
+    """Within the block, and without gradients, `once` keeps what it has made. Leave the weights alone there.
+
+    A block, since no version counter tells of every change of weights: an average that is swapped in writes to `.data`.
+    """
+    before = {module: module.__dict__.get("made_once") for module in flow.modules()}
+    for module, made in before.items():
+        module.made_once = Made() if made is None else made
+    try:
+        yield
+    finally:
+        for module, made in before.items():
+            module.made_once = made
+
+
+def once(module: nn.Module, name: str, make: Callable[[], T]) -> T:
+    """make(), or within a block of `cached` what it gave the first time."""
+    made = module.__dict__.get("made_once")
+    if made is None or torch.is_grad_enabled():
+        return make()
+    if name not in made:
+        made[name] = make()
+    return made[name]

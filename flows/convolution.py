@@ -1,0 +1,71 @@
+"""What surrounds the convolutions of a conditioner, and their gradients, in fewer passes over memory.
+
+Gradients can be differentiated again; the transforms of torch.func cannot take these functions apart.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3)."""
+    narrow = weight.shape[0] < weight.shape[1]
+    if narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return NarrowConvolution.apply(x, weight)
+    return F.conv2d(x, weight, padding=1)
+
+
+class NarrowConvolution(torch.autograd.Function):
+    """The same with few channels out of many: both gradients are products with the 3x3 patches of the narrow one.
+
+    On a CPU in float32 a third faster than oneDNN's at Glow's sizes.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (n, _, height, width), (c_out, c_in) = x.shape, weight.shape[:2]
+        padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
+        rows, columns, pixels, _ = padded.stride()
+        patches = padded.as_strided((n, height, width, 3, 3 * c_out), (rows, columns, pixels, columns, 1))
+        patches = patches.reshape(-1, 9 * c_out)
+        flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * c_out, c_in)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = (patches @ flipped).view(n, height, width, c_in).movedim(-1, 1)
+            grad_weight = patches.T @ x.movedim(1, -1).reshape(-1, c_in)
+        return grad_x, grad_weight.view(3, 3, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
+
+
+def add_relu(y: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(y + bias), in the memory of y: y (B, C, H, W) and bias (C, H, W) or (C, 1, 1); y (N, C) and bias (C,)."""
+    bias = bias.to(y.dtype)
+    return (y + bias).relu() if torch.compiler.is_compiling() else AddReLU.apply(y, bias)
+
+
+class AddReLU(torch.autograd.Function):
+    """A sum over the batch of channels_last gradients is ten times faster in rows than as autograd writes it."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        y.add_(bias).relu_()
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y)
+        ctx.shape = bias.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (y,) = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        if grad.dim() == 2:
+            return grad, grad.sum(0)
+        pixels = grad.movedim(1, -1)  # (B, H, W, C)
+        if ctx.shape[-1] == 1 < grad.shape[-1]:
+            return grad, pixels.flatten(0, 2).sum(0).view(ctx.shape)
+        return grad, pixels.flatten(1).sum(0).view(pixels.shape[1:]).movedim(-1, 0).sum_to_size(ctx.shape)

@@ -1,0 +1,46 @@
+"""Memory for time: what a part of a flow would keep for the backward pass is made again there."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(flow: nn.Module) -> None:
+    """Let every layer that can, those with an attribute `recompute`, keep no more than its inputs."""
+    for module in flow.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = True
+
+
+def recomputed(function: Callable, module: nn.Module, *inputs):
+    """function(module, *inputs), of which only the inputs are kept. Gradients are the same to the bit.
+
+    Batch norms of `module` see the batch again in the backward pass, and must not count it twice.
+    """
+    if not torch.is_grad_enabled():
+        return function(module, *inputs)
+    return checkpoint(
+        function,
+        module,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing in a flow is random
+        context_fn=lambda: (contextlib.nullcontext(), _running_averages_kept(module)),
+    )
+
+
+@contextlib.contextmanager
+def _running_averages_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what batch norms have counted. The second pass may end before it has reached all of them."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.data.copy_(value)  # autograd holds them too, and would take a change for one that matters
