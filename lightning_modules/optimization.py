@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_modules.adamax import Adamax
 from lightning_modules.schedule import Schedule, warm_up
 from lightning_modules.steps import ends_step
 from lightning_modules.stopping import Diverged
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": Adamax, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine")
 
 
@@ -17,9 +18,9 @@ class OptimizedModule(L.LightningModule):
     """A module that trains `self.flow`, and leaves it alone in steps whose loss or gradient is not finite.
 
     Such a step changes neither weights nor moments nor running statistics; it is counted in the buffer `skipped`. The
-    gradient norm decides, on the device: no step waits for it, but with `adamax`, which has no fused form. A loss that
-    is not finite makes its gradient NaN (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so
-    ranks agree without another message.
+    gradient norm decides, on the device: no step waits for it, but in fp16 for the scaler. A loss that is not finite
+    makes its gradient NaN (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so ranks agree
+    without another message.
     The count is read every `trainer.log_every_n_steps`; above `max_skipped` the run ends. In fp16 (16-mixed) it is the
     gradient scaler that skips, and is meant to when it tries a larger scale: there the first in a row does not count.
 
@@ -102,7 +103,7 @@ class OptimizedModule(L.LightningModule):
         finite = norm.isfinite()
         self._restore_statistics(finite)
         if not self._scaled():
-            self._skip_unless(finite, optimizer)
+            optimizer.found_inf = (~finite).float()  # read on the device, where others would have to be asked here
         self.skipped += ~finite & self.skipped_last if self._scaled() else ~finite
         self.skipped_last.copy_(~finite)
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped.float()})
@@ -123,13 +124,6 @@ class OptimizedModule(L.LightningModule):
 
     def _scaled(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _skip_unless(self, finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """A fused optimizer reads the flag on the device. Others cannot: they take no step without gradients."""
-        if optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~finite).float()
-        elif not finite.item():
-            optimizer.zero_grad()
 
     def _restore_statistics(self, finite: Tensor) -> None:
         """Take back the running statistics of a step that is skipped, without asking the host whether it is."""

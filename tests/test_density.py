@@ -21,6 +21,7 @@ from datamodules.stateless import StatelessDataModule
 from datamodules.two_moons import TwoMoons
 from flows.base import FlowModel
 from flows.realnvp import RealNVP, RealNVP2d
+from lightning_modules.adamax import Adamax
 from lightning_modules.density import DensityModule
 from lightning_modules.metrics import full_float32
 from lightning_modules.noise import batch_noise
@@ -217,7 +218,7 @@ def test_cosine_needs_a_last_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "cls"), [("adam", torch.optim.Adam), ("adamax", torch.optim.Adamax), ("adamw", torch.optim.AdamW)]
+    ("name", "cls"), [("adam", torch.optim.Adam), ("adamax", Adamax), ("adamw", torch.optim.AdamW)]
 )
 def test_optimizer_by_name(name, cls):
     module = density(name=name, lr=2e-3, betas=[0.8, 0.95], weight_decay=0.01)
