@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import results
 from datamodules.samplers import n_micro_batches
+from flows.recompute import recompute
 from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.checkpoints import Checkpoints
 from lightning_modules.callbacks.curve import Curve
@@ -115,7 +116,8 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     """A Trainer with everything that a run of this house has; makes the run folder and its log."""
     folder, batch_size, paper = Path(config.run_dir), config.data.batch_size, paper_of(config)
     settings = OmegaConf.to_container(config.trainer)
-    settings.pop("compile")
+    for ours in ("compile", "recompute"):
+        settings.pop(ours)
     settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
@@ -221,6 +223,8 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     rank_zero_info(
         f"{config.experiment}: {n_parameters:,} parameters, {config.trainer.precision}, run {config.run_dir}"
     )
+    if config.trainer.recompute:
+        recompute(module.flow)
     if config.trainer.compile:
         module.flow.compile()
     try:

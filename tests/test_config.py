@@ -87,7 +87,7 @@ def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
     assert [b.arguments["shape"] for b in bound] == [(3, 32, 32)]
     assert config.flow.items() <= bound[0].arguments.items()
     inspect.signature(module).bind(None, None, None, config.seed, **config.optim, **config.eval)
-    trainer = {k: v for k, v in config.trainer.items() if k != "compile"}  # ours: torch.compile
+    trainer = {k: v for k, v in config.trainer.items() if k not in ("compile", "recompute")}  # ours
     inspect.signature(L.Trainer).bind(**trainer)
 
 

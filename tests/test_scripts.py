@@ -16,6 +16,7 @@ import torch
 from cases import TINY
 from PIL import Image
 
+from flows.recompute import recompute
 from reproduce import load, realnvp_cifar10, realnvp_moons
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
@@ -253,8 +254,12 @@ def test_a_diverged_run_ends_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_ema_and_other_optimizer_run(tmp_path):
-    result = run(tmp_path, "trainer.max_steps=3", "ema.decay=0.9", "optim.name=adamax", "optim.warmup_steps=2")
+def test_ema_other_optimizer_and_recompute_run(tmp_path, monkeypatch):
+    lean = []
+    monkeypatch.setattr("reproduce.experiment.recompute", lambda flow: lean.append(flow) or recompute(flow))
+    settings = ["ema.decay=0.9", "optim.name=adamax", "optim.warmup_steps=2", "trainer.recompute=true"]
+    result = run(tmp_path, "trainer.max_steps=3", *settings)
+    assert len(lean) == 1
     assert "test/bpd_reestimated" not in result["metrics"]  # averaged weights: test/bpd is re-estimated
     assert [float(row["lr"]) for row in curve(tmp_path)] == [0.0, 1e-3]
     assert result["metrics"]["test/bpd"] < 20

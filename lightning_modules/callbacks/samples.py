@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flows.base import FlowModel
+from flows.caching import cached
 from lightning_modules.metrics import full_float32
 from lightning_modules.noise import evaluation_input
 
@@ -62,7 +63,7 @@ class Samples(L.Callback):
             return
         was_training = pl_module.flow.training
         pl_module.flow.eval()
-        with full_float32(pl_module.device.type):
+        with full_float32(pl_module.device.type), cached(pl_module.flow):
             rows = self._sample(pl_module)
             pictures = {"samples": picture(rows, pl_module.n_bits)}
             if self.images is not None:
