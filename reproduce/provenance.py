@@ -52,10 +52,16 @@ def machine(trainer: L.Trainer) -> dict:
     """Versions, device ('2 x NVIDIA H200', or the CPU's name and threads) and whether TF32 was on in training."""
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
     cuda = trainer.strategy.root_device.type == "cuda"
-    processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
-    cpu = f"{processes}{torch.cpu.get_capabilities().get('cpu_name', 'CPU').strip()}, {torch.get_num_threads()} threads"
-    device = f"{trainer.world_size} x {torch.cuda.get_device_name()}" if cuda else cpu
+    processes = f"{trainer.world_size} x " if cuda or trainer.world_size > 1 else ""
+    device = f"{processes}{device_name(trainer.strategy.root_device)}"
     return {"versions": versions, "device": device, "tf32": cuda and torch.backends.cudnn.allow_tf32}
+
+
+def device_name(device: torch.device) -> str:
+    """'NVIDIA H200', or the CPU's name and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU').strip()}, {torch.get_num_threads()} threads"
 
 
 def git_state() -> tuple[str | None, bool]:

@@ -13,7 +13,7 @@ from PIL import Image
 import results
 from results import ablation
 from results.__main__ import main
-from results.page import budget, count, render, stability_section, wall_time
+from results.page import budget, count, render, speed_section, stability_section, wall_time
 from results.runs import PICTURE_BYTES, portable, write
 
 CLAIM = {
@@ -714,4 +714,43 @@ def test_a_damaged_stability_file_is_named(tmp_path, content):
     write(tmp_path / "stability/short.json", content)
     with pytest.raises(ValueError, match=r"short\.json is not what benchmarks\.stability writes") as error:
         stability_section(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# Speed
+
+
+def speed_row(model, dtype="float32", step=1.2, sampling=0.004, kept=3 * 2**20):
+    return {
+        "model": model, "setting": "K8 L3 H128 B16", "dtype": dtype, "step_s": step, "floor_s": step and 0.8,
+        "sample_s_per_image": sampling, "activation_bytes_per_image": kept, "machine": "a CPU, 2 threads",
+        "versions": {"torch": "2.14", "normflows": "1.7.3"}, "rounds": 7, "commit": "0123456789", "dirty": False,
+    }  # fmt: skip
+
+
+def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
+    rows = [speed_row("ours"), speed_row("normflows", step=2.0, sampling=0.008, kept=6 * 2**20)]
+    rows += [speed_row("ours", "bf16", step=None, sampling=None, kept=1.5 * 2**20)]
+    write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
+    lines = speed_section(tmp_path)
+    made = "`python -m benchmarks glow`, a CPU, 2 threads, torch 2.14, normflows 1.7.3, commit 0123456, 7 rounds:"
+    assert made in lines
+    setting = "| K8 L3 H128 B16"
+    assert f"{setting} | float32 | ours | 1.200 s | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |" in lines
+    assert f"{setting} | bf16 | ours | not measured | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
+    assert speed_section(tmp_path / "nothing") == []
+
+
+def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
+    tuned = speed_row("normflows channels_last autocast", "bf16", step=1.0)
+    rows = [speed_row("normflows", step=2.0), tuned, speed_row("ours", "bf16", step=0.6)]
+    write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
+    assert any("| bf16 | ours | 0.600 s | 0.75 | 0.30 | 0.60 |" in line for line in speed_section(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[", "{}", '[{"model": "ours"}]', "[1]", json.dumps([speed_row("a", kept=None)])])
+def test_a_speed_file_of_another_program_is_named(tmp_path, content):
+    write(tmp_path / "benchmarks/glow.json", content)
+    with pytest.raises(ValueError, match=r"glow.json is not what `python -m benchmarks` writes") as error:
+        speed_section(tmp_path)
     assert "\n" not in str(error.value)

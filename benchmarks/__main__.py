@@ -1,0 +1,190 @@
+"""What our flows cost beside others: step time, sampling time and memory, each round of one run measuring all of them.
+
+python -m benchmarks glow|realnvp [--json FILE] [rounds=7] [settings="K8 L3 H128 B16"]
+
+A step is zero_grad, forward, loss, backward and optimizer (torch's Adamax for the peer's Glow, ours for ours: the
+recipe's optimizer; fused Adam for RealNVP). The floor is the conditioners' convolutions alone, in the same run. bf16
+is timed where the hardware multiplies it; the memory of its graph is counted everywhere. FILE gets a list of rows;
+results/benchmarks/*.json are shown on the results page. Times depend on torch.get_num_threads() (OMP_NUM_THREADS).
+"""
+
+import contextlib
+import json
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import NormflowsGlow
+from benchmarks.speed import DTYPES, Candidate, Convolution, Floor, interleaved
+from flows.caching import cached
+from flows.glow import Glow
+from flows.realnvp import RealNVP
+from flows.recompute import recompute
+from lightning_modules.adamax import Adamax
+from lightning_modules.metrics import full_float32
+from reproduce.config import ConfigError, arguments
+from reproduce.experiment import command
+from reproduce.provenance import best_precision, device_name, git_state
+from results.runs import write
+
+SHAPE = (3, 32, 32)
+GLOW = {"K8 L3 H128 B16": (3, 8, 128, 16), "K32 L3 H512 B16": (3, 32, 512, 16)}  # n_levels, depth, hidden, batch
+REALNVP = {"paper B4": (2, 64, 8, 4)}  # n_scales, hidden, n_blocks, batch
+N_SAMPLES = 16
+PEER, TUNED = "normflows", "normflows channels_last autocast"
+
+
+def glow_convolutions(n_levels: int, depth: int, hidden: int) -> list[Convolution]:
+    channels, size, convolutions = SHAPE[0], SHAPE[1], []
+    for _ in range(n_levels):
+        channels, size = 4 * channels, size // 2
+        net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
+        convolutions += [Convolution(*layer, size, size) for _ in range(depth) for layer in net]
+        channels //= 2
+    return convolutions
+
+
+def realnvp_convolutions(flow: RealNVP) -> list[Convolution]:
+    """As the conditioners hold them: checkerboards at the scale's size, channel couplings at half of it."""
+    convolutions = []
+    for i, scale in enumerate(flow.scales):
+        for layer in scale.layers:
+            if hasattr(layer, "conditioner"):
+                size = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
+                nets = (m for m in layer.conditioner.modules() if isinstance(m, torch.nn.Conv2d))
+                convolutions += [
+                    Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], size, size) for m in nets
+                ]
+    return convolutions
+
+
+Candidates = dict[tuple[str, str], Candidate]  # by model and dtype
+
+
+def glow_candidates(setting: str, device: torch.device) -> tuple[Candidates, list[Convolution]]:
+    n_levels, depth, hidden, batch = GLOW[setting]
+    x = images(batch, device)
+
+    def ours(bf16: bool, lean: bool = False) -> Candidate:
+        flow = Glow(SHAPE, n_levels, depth, hidden).to(device)
+        with torch.no_grad():
+            flow.initialize(x)
+        if lean:
+            recompute(flow)
+        return Candidate(flow, Adamax(flow.parameters(), 1e-3), x, bf16)
+
+    def peer(tuned: bool) -> Candidate:
+        flow = NormflowsGlow(SHAPE, n_levels, depth, hidden, tuned).to(device)
+        return Candidate(flow, torch.optim.Adamax(flow.parameters(), 1e-3), x)
+
+    candidates = {("ours", "float32"): ours(False), ("ours recompute", "float32"): ours(False, lean=True)}
+    candidates |= {(PEER, "float32"): peer(False), ("ours", "bf16"): ours(True)}
+    candidates |= {("ours recompute", "bf16"): ours(True, lean=True), (TUNED, "bf16"): peer(True)}
+    return candidates, glow_convolutions(n_levels, depth, hidden)
+
+
+def realnvp_candidates(setting: str, device: torch.device) -> tuple[Candidates, list[Convolution]]:
+    n_scales, hidden, n_blocks, batch = REALNVP[setting]
+    x = images(batch, device)
+
+    def ours(bf16: bool, lean: bool = False) -> Candidate:
+        flow = RealNVP(SHAPE, n_scales, hidden, n_blocks).to(device)
+        if lean:
+            recompute(flow)
+        return Candidate(flow, torch.optim.Adam(flow.parameters(), 1e-3, fused=True), x, bf16)
+
+    candidates = {("ours", "float32"): ours(False), ("ours recompute", "float32"): ours(False, lean=True)}
+    candidates |= {("ours", "bf16"): ours(True), ("ours recompute", "bf16"): ours(True, lean=True)}
+    return candidates, realnvp_convolutions(candidates["ours", "float32"].flow)
+
+
+def images(n: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+KINDS = {"glow": (GLOW, glow_candidates), "realnvp": (REALNVP, realnvp_candidates)}
+
+
+def measure(kind: str, setting: str, rounds: int, device: torch.device, bf16: bool) -> list[dict]:
+    """A row a model and dtype."""
+    torch.manual_seed(0)
+    candidates, convolutions = KINDS[kind][1](setting, device)
+    batch = len(next(iter(candidates.values())).x)
+    kept = {key: c.activation_bytes() / batch for key, c in candidates.items()}
+    timed = {key: c for key, c in candidates.items() if bf16 or key[1] == "float32"}
+    floors = {dtype: Floor(convolutions, batch, DTYPES[dtype], device) for dtype in {dtype for _, dtype in timed}}
+    actions = {key: c.step for key, c in timed.items()} | {dtype: floor.step for dtype, floor in floors.items()}
+    steps = interleaved(actions, rounds, device)
+    with contextlib.ExitStack() as blocks:
+        for candidate in timed.values():
+            blocks.enter_context(cached(candidate.flow.eval()))
+        sampling = interleaved({key: lambda c=c: c.sample(N_SAMPLES) for key, c in timed.items()}, rounds, device)
+    return [
+        {
+            "model": key[0],
+            "setting": setting,
+            "dtype": key[1],
+            "step_s": steps.get(key),
+            "floor_s": steps.get(key[1]),
+            "sample_s_per_image": sampling[key] / N_SAMPLES if key in sampling else None,
+            "activation_bytes_per_image": kept[key],
+        }
+        for key in candidates
+    ]
+
+
+@command
+def main(argv: list[str] | None = None) -> list[dict] | None:
+    """Measure, print, write."""
+    given = arguments(argv)
+    if not given or {"--help", "-h"} & set(given):
+        print(__doc__.strip())
+        return None
+    kind, path, rounds, settings = read(given)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    bf16 = best_precision("auto") == "bf16-mixed"
+    commit, dirty = git_state()
+    about = {
+        "machine": device_name(device),
+        "versions": {name: metadata.version(name) for name in ("torch", "normflows")},
+        "rounds": rounds,
+        "commit": commit,
+        "dirty": dirty,
+    }
+    rows = []
+    for setting in settings:
+        with full_float32(device.type):
+            rows += [row | about for row in measure(kind, setting, rounds, device, bf16)]
+        for row in rows:
+            if row["setting"] == setting:
+                print(json.dumps({k: v for k, v in row.items() if k not in about}), flush=True)
+        if path is not None:
+            write(path, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def read(given: list[str]) -> tuple[str, Path | None, int, list[str]]:
+    """ConfigError: a mistake in them."""
+    kind, path, rounds, words = given[0], None, 7, iter(given[1:])
+    if kind not in KINDS:
+        raise ConfigError(f"'{kind}' is not measured here: give one of {', '.join(KINDS)}")
+    settings = list(KINDS[kind][0])
+    for word in words:
+        key, _, value = word.partition("=")
+        if word == "--json":
+            if not (name := next(words, "")):
+                raise ConfigError("--json needs a file: give for example --json speed.json")
+            path = Path(name)
+        elif key == "rounds" and value.isdecimal() and int(value) > 0:
+            rounds = int(value)
+        elif key == "settings" and value in settings:
+            settings = [value]
+        else:
+            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {settings}")
+    return kind, path, rounds, settings
+
+
+if __name__ == "__main__":
+    main()

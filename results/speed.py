@@ -1,0 +1,58 @@
+"""What our flows cost beside others: the files of `python -m benchmarks`, without torch, for the page."""
+
+import json
+from pathlib import Path
+
+from results import ROOT, is_number
+from results.runs import lacking
+
+ROW = [
+    *("model", "setting", "dtype", "step_s", "floor_s", "sample_s_per_image", "activation_bytes_per_image"),
+    *("machine", "versions", "rounds", "commit", "dirty"),
+]
+PEER = "normflows"  # as it comes, in float32: what ratios are over
+TUNED = "normflows channels_last autocast"  # in bf16
+STEP, SAMPLING, KEPT = "step_s", "sample_s_per_image", "activation_bytes_per_image"
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of one file. ValueError, one line: not of benchmarks."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        lacks = [key for row in rows or [None] for key in lacking(row, ROW)]
+        lacks = lacks or [KEPT for row in rows if not is_number(row[KEPT])]
+        problem = f"no {lacks[0]}" if lacks else None
+    except (ValueError, TypeError) as error:  # not JSON, not text, or no list
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is not what `python -m benchmarks` writes ({problem}): write it again")
+    return rows
+
+
+def read_all(root: Path = ROOT) -> dict[str, list[dict]]:
+    """The rows of every recorded file by its stem."""
+    return {path.stem: read(path) for path in sorted((Path(root) / "benchmarks").glob("*.json"))}
+
+
+def cells(row: dict, rows: list[dict]) -> list[str]:
+    """Setting, dtype, model; step, over the floor and the peers; sampling and memory, each over the peer's."""
+    beside = {other["model"]: other for other in rows if other["setting"] == row["setting"]}
+    peer = beside.get(PEER, {})
+    same_dtype = beside.get(PEER if row["dtype"] == "float32" else TUNED, {})
+    return [
+        row["setting"],
+        row["dtype"],
+        row["model"],
+        f"{row[STEP]:.3f} s" if is_number(row[STEP]) else "not measured",
+        ratio(row[STEP], row["floor_s"]),
+        ratio(row[STEP], peer.get(STEP)),
+        ratio(row[STEP], same_dtype.get(STEP)),
+        f"{1e3 * row[SAMPLING]:.1f} ms" if is_number(row[SAMPLING]) else "not measured",
+        ratio(row[SAMPLING], peer.get(SAMPLING)),
+        f"{row[KEPT] / 2**20:.2f} MiB",
+        ratio(row[KEPT], peer.get(KEPT), ".3f"),
+    ]
+
+
+def ratio(ours: float | None, other: float | None, form: str = ".2f") -> str:
+    return format(ours / other, form) if is_number(ours) and is_number(other) and other else "-"
