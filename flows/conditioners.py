@@ -181,9 +181,15 @@ class ZeroConv2d(EdgeConv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv3x3(x, self.weight).to(self.shift.dtype)
-        shift = self.shift if self.edge is None else self.edge(bias=self.shift.flatten())
-        return (y + shift) * torch.exp(3 * self.log_scale)
+        weight, shift = once(self, "folded", self._folded)
+        return conv3x3(x, weight).to(shift.dtype) + shift
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and shift with the factor inside."""
+        scale = torch.exp(3 * self.log_scale).flatten()
+        shift = self.shift.flatten() * scale
+        shift = shift[:, None, None] if self.edge is None else self.edge(scale, shift)
+        return self.weight * scale[:, None, None, None], shift
 
 
 class ZeroLinear(nn.Linear):
