@@ -147,13 +147,17 @@ def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: n
             f"{path} was trained with {before} micro-batches a step and process, now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
-    weights, expected = checkpoint["state_dict"], module.state_dict()
+    if other := _unlike(checkpoint["state_dict"], module.state_dict()):
+        raise ConfigError(f"{path} {other}; give another run_dir, or use its commit {there['commit']}")
+
+
+def _unlike(weights: dict, expected: dict) -> str | None:
+    """The first weight that one of the two has not, or in another shape, in words."""
     other = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]
-    if other:
-        raise ConfigError(
-            f"{path} does not fit this flow: {other[0]} is {_shape(weights, other[0])} there and "
-            f"{_shape(expected, other[0])} here; give another run_dir, or use its commit {there['commit']}"
-        )
+    if not other:
+        return None
+    there, here = _shape(weights, other[0]), _shape(expected, other[0])
+    return f"does not fit this flow: {other[0]} is {there} there and {here} here"
 
 
 def _shape(weights: dict, key: str) -> tuple[int, ...] | None:
@@ -185,14 +189,16 @@ def read_run(folder: str | Path):
             raise FileNotFoundError(
                 f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
             )
-        checkpoint = newest[1]
+        path, checkpoint = newest
     else:
-        checkpoint = read_checkpoint(path / json.loads(finished.read_text())["checkpoint"] if path.is_dir() else path)
+        path = path / json.loads(finished.read_text())["checkpoint"] if path.is_dir() else path
+        checkpoint = read_checkpoint(path)
     there = checkpoint["paperflows"]
     script = import_module(f"reproduce.{there['experiment']}")
     flow = script.make_flow(OmegaConf.create(there["config"]), there["shape"])
-    prefix = "flow."
-    flow.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    )
+    weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
+    stored = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")}
+    if other := _unlike(stored, weights):
+        raise ConfigError(f"{path} {other}; use its commit {there['commit']}")
+    flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
     return flow.eval(), there

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import Run, start
 from test_density import density, tiny_flow
 
 from lightning_modules.callbacks.checkpoints import Checkpoints, finite
 from lightning_modules.checkpoint_io import SafeCheckpointIO
-from reproduce.run_folder import newest_checkpoint, read_checkpoint, step_checkpoints
+from reproduce import realnvp_moons
+from reproduce.config import ConfigError, compose
+from reproduce.run_folder import load_flow, newest_checkpoint, read_checkpoint, step_checkpoints
 
 BIG = {"state_dict": {"w": torch.arange(100_000.0)}}
 OLD = {"state_dict": {"w": torch.ones(3)}}
@@ -144,6 +147,22 @@ def test_the_newest_two_and_the_best_are_kept(six_steps):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-3000])
+
+
+def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
+    """As those of Glow from before its steps had modules of their own."""
+    config = compose("realnvp_moons", ["flow.n_couplings=1", "flow.hidden_channels=2"])
+    weights = {f"flow.{key}": value for key, value in realnvp_moons.make_flow(config, (2,)).state_dict().items()}
+    there = {"experiment": "realnvp_moons", "config": OmegaConf.to_container(config), "shape": [2], "commit": "0123abc"}
+    torch.save({"paperflows": there, "state_dict": weights}, tmp_path / "same.ckpt")
+    assert set(load_flow(tmp_path / "same.ckpt").state_dict()) == {key.removeprefix("flow.") for key in weights}
+    key = next(iter(weights))
+    torch.save({"paperflows": there, "state_dict": weights | {key: torch.zeros(7)}}, tmp_path / "other.ckpt")
+    with pytest.raises(
+        ConfigError, match=f"other.ckpt does not fit this flow: {key} is .7,. there and .* 0123abc"
+    ) as e:
+        load_flow(tmp_path / "other.ckpt")
+    assert "\n" not in str(e.value)
 
 
 def flip_a_bit(path):
