@@ -10,13 +10,18 @@ results/benchmarks/*.json are shown on the results page. Times depend on torch.g
 
 import contextlib
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.json_file import take_json
 from benchmarks.peers import NormflowsGlow
 from benchmarks.speed import DTYPES, Candidate, Convolution, Floor, interleaved
+from flows.base import FlowModel
 from flows.caching import cached
 from flows.glow import Glow
 from flows.realnvp import RealNVP
@@ -27,12 +32,12 @@ from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state
 from results.runs import write
+from results.speed import PEER, TUNED
 
 SHAPE = (3, 32, 32)
 GLOW = {"K8 L3 H128 B16": (3, 8, 128, 16), "K32 L3 H512 B16": (3, 32, 512, 16)}  # n_levels, depth, hidden, batch
 REALNVP = {"paper B4": (2, 64, 8, 4)}  # n_scales, hidden, n_blocks, batch
 N_SAMPLES = 16
-PEER, TUNED = "normflows", "normflows channels_last autocast"
 
 
 def glow_convolutions(n_levels: int, depth: int, hidden: int) -> list[Convolution]:
@@ -62,44 +67,38 @@ def realnvp_convolutions(flow: RealNVP) -> list[Convolution]:
 Candidates = dict[tuple[str, str], Candidate]  # by model and dtype
 
 
+def ours(make: Callable[[], FlowModel], optimizer: Callable, x: Tensor) -> Candidates:
+    """As it is and recomputing, in both dtypes. optimizer: of some weights."""
+    candidates = {}
+    for dtype in DTYPES:
+        for model in ("ours", "ours recompute"):
+            flow = make().to(x.device)
+            with torch.no_grad():
+                flow.initialize(x)
+            if model == "ours recompute":
+                recompute(flow)
+            candidates[model, dtype] = Candidate(flow, optimizer(flow.parameters()), x, bf16=dtype == "bf16")
+    return candidates
+
+
 def glow_candidates(setting: str, device: torch.device) -> tuple[Candidates, list[Convolution]]:
-    n_levels, depth, hidden, batch = GLOW[setting]
+    *size, batch = GLOW[setting]
     x = images(batch, device)
-
-    def ours(bf16: bool, lean: bool = False) -> Candidate:
-        flow = Glow(SHAPE, n_levels, depth, hidden).to(device)
-        with torch.no_grad():
-            flow.initialize(x)
-        if lean:
-            recompute(flow)
-        return Candidate(flow, Adamax(flow.parameters(), 1e-3), x, bf16)
-
-    def peer(tuned: bool) -> Candidate:
-        flow = NormflowsGlow(SHAPE, n_levels, depth, hidden, tuned).to(device)
-        return Candidate(flow, torch.optim.Adamax(flow.parameters(), 1e-3), x)
-
-    candidates = {("ours", "float32"): ours(False), ("ours recompute", "float32"): ours(False, lean=True)}
-    candidates |= {(PEER, "float32"): peer(False), ("ours", "bf16"): ours(True)}
-    candidates |= {("ours recompute", "bf16"): ours(True, lean=True), (TUNED, "bf16"): peer(True)}
-    return candidates, glow_convolutions(n_levels, depth, hidden)
+    candidates = ours(lambda: Glow(SHAPE, *size), partial(Adamax, lr=1e-3), x)
+    for model, dtype, tuned in ((PEER, "float32", False), (TUNED, "bf16", True)):
+        flow = NormflowsGlow(SHAPE, *size, tuned).to(device)
+        candidates[model, dtype] = Candidate(flow, torch.optim.Adamax(flow.parameters(), lr=1e-3), x)
+    return candidates, glow_convolutions(*size)
 
 
 def realnvp_candidates(setting: str, device: torch.device) -> tuple[Candidates, list[Convolution]]:
-    n_scales, hidden, n_blocks, batch = REALNVP[setting]
-    x = images(batch, device)
-
-    def ours(bf16: bool, lean: bool = False) -> Candidate:
-        flow = RealNVP(SHAPE, n_scales, hidden, n_blocks).to(device)
-        if lean:
-            recompute(flow)
-        return Candidate(flow, torch.optim.Adam(flow.parameters(), 1e-3, fused=True), x, bf16)
-
-    candidates = {("ours", "float32"): ours(False), ("ours recompute", "float32"): ours(False, lean=True)}
-    candidates |= {("ours", "bf16"): ours(True), ("ours recompute", "bf16"): ours(True, lean=True)}
+    *size, batch = REALNVP[setting]
+    adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+    candidates = ours(lambda: RealNVP(SHAPE, *size), adam, images(batch, device))
     return candidates, realnvp_convolutions(candidates["ours", "float32"].flow)
 
 
-def images(n: int, device: torch.device) -> torch.Tensor:
+def images(n: int, device: torch.device) -> Tensor:
     return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -142,8 +141,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
         print(__doc__.strip())
         return None
     kind, path, rounds, settings = read(given)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = best_precision("auto") == "bf16-mixed"
     commit, dirty = git_state()
     about = {
@@ -156,10 +154,10 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     rows = []
     for setting in settings:
         with full_float32(device.type):
-            rows += [row | about for row in measure(kind, setting, rounds, device, bf16)]
-        for row in rows:
-            if row["setting"] == setting:
-                print(json.dumps({k: v for k, v in row.items() if k not in about}), flush=True)
+            measured = measure(kind, setting, rounds, device, bf16)
+        for row in measured:
+            print(json.dumps(row), flush=True)
+        rows += [row | about for row in measured]
         if path is not None:
             write(path, json.dumps(rows, indent=1) + "\n")
     return rows
@@ -167,17 +165,14 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 
 def read(given: list[str]) -> tuple[str, Path | None, int, list[str]]:
     """ConfigError: a mistake in them."""
-    kind, path, rounds, words = given[0], None, 7, iter(given[1:])
+    kind, rounds = given[0], 7
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is not measured here: give one of {', '.join(KINDS)}")
+    path, words = take_json(given[1:])
     settings = list(KINDS[kind][0])
     for word in words:
         key, _, value = word.partition("=")
-        if word == "--json":
-            if not (name := next(words, "")):
-                raise ConfigError("--json needs a file: give for example --json speed.json")
-            path = Path(name)
-        elif key == "rounds" and value.isdecimal() and int(value) > 0:
+        if key == "rounds" and value.isdecimal() and int(value) > 0:
             rounds = int(value)
         elif key == "settings" and value in settings:
             settings = [value]

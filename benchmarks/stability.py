@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from benchmarks.json_file import take_json
 from datamodules import make_data
 from flows.glow import Glow
 from lightning_modules.callbacks.samples import finite_share
@@ -206,15 +207,11 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
 
 def read(words: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
     """The file, the seeds, and what every run is given. ConfigError: a mistake in them."""
-    path, overrides = None, []
-    left = iter(words)
+    path, left = take_json(words)
+    overrides = []
     for word in left:
         key, _, value = word.partition("=")
-        if word == "--json":
-            if not (name := next(left, "")):
-                raise ConfigError("--json needs a file: give for example --json stability.json")
-            path = Path(name)
-        elif key == "seeds":
+        if key == "seeds":
             seeds = parse_seeds(value)
         elif key in OURS:
             raise ConfigError(f"{key} is not to be given here: give seeds=0,1 and --json FILE")

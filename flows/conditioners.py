@@ -140,9 +140,8 @@ class EdgeConv2d(nn.Conv2d):
         y = F.conv2d(x, self.weight, padding=1)
         return y if self.edge is None else y + self.edge()
 
-    def normalized(self, norm: ActNorm) -> tuple[Tensor, Tensor]:
-        """Weight and bias of norm(conv(x)), the actnorm folded in: ((W x + e) + b) s = (W s) x + (e s + b s)."""
-        scale, bias = norm.scale_and_bias()
+    def folded(self, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of scale conv(x) + bias, (C_out,) each: (W x + e) s + b = (W s) x + (e s + b)."""
         bias = bias[:, None, None] if self.edge is None else self.edge(scale, bias)
         return self.weight * scale[:, None, None, None], bias
 
@@ -187,9 +186,7 @@ class ZeroConv2d(EdgeConv2d):
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and shift with the factor inside."""
         scale = torch.exp(3 * self.log_scale).flatten()
-        shift = self.shift.flatten() * scale
-        shift = shift[:, None, None] if self.edge is None else self.edge(scale, shift)
-        return self.weight * scale[:, None, None, None], shift
+        return self.folded(scale, self.shift.flatten() * scale)
 
 
 class ZeroLinear(nn.Linear):
@@ -236,7 +233,8 @@ class GlowConditioner(nn.Module):
     def _folded(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weights and biases of the hidden layers with their actnorms inside."""
         scale, bias = self.norm_mid.scale_and_bias()
-        return self.conv_in.normalized(self.norm_in), (self.conv_mid.weight.flatten(1) * scale[:, None], bias)
+        conv_in = self.conv_in.folded(*self.norm_in.scale_and_bias())
+        return conv_in, (self.conv_mid.weight.flatten(1) * scale[:, None], bias)
 
     def initialize(self, x: Tensor) -> None:
         """Set both actnorms from what comes to them; here they are not folded."""

@@ -33,10 +33,7 @@ class AffineCoupling(Flow):
         self.norm = norm
 
     def _shift_and_log_scale(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        if self.recompute:
-            shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept)
-        else:
-            shift, raw = self.conditioner(kept)
+        shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept, on=self.recompute)
         return shift, self.log_scale_factor * torch.tanh(raw)
 
     def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:

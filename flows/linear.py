@@ -55,15 +55,11 @@ class InvertibleConv1x1(Flow):
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weight, log_det = matrices([self])
-        return multiply(weight[0].to(x.dtype), x), self._volume(log_det, x)
+        return multiply(weight[0].to(x.dtype), x), volume(log_det, x)
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weight, log_det = matrices([self])
-        return multiply(torch.linalg.inv(weight)[0].to(z.dtype), z), self._volume(-log_det, z)
-
-    @staticmethod
-    def _volume(log_det: Tensor, x: Tensor) -> Tensor:
-        return (x.shape[2] * x.shape[3] * log_det).to(no_log_det(x).dtype).expand(len(x))
+        return multiply(torch.linalg.inv(weight)[0].to(z.dtype), z), volume(-log_det, z)
 
 
 class InvertibleConv1x1LU(InvertibleConv1x1):
@@ -107,6 +103,11 @@ def multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b at every pixel, as one matrix product over the pixels of channels_last images; never autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+def volume(log_det: Tensor, x: Tensor) -> Tensor:
+    """The log-determinant of a map that has `log_det`, one number, at every pixel of x: (B,)."""
+    return (x.shape[2] * x.shape[3] * log_det).to(no_log_det(x).dtype).expand(len(x))
 
 
 def rotation(channels: int) -> Tensor:

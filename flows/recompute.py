@@ -16,12 +16,12 @@ def recompute(flow: nn.Module) -> None:
             module.recompute = True
 
 
-def recomputed(function: Callable, module: nn.Module, *inputs):
-    """function(module, *inputs), of which only the inputs are kept. Gradients are the same to the bit.
+def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
+    """function(module, *inputs); with `on` only the inputs are kept. Gradients are the same to the bit.
 
     Batch norms of `module` see the batch again in the backward pass, and must not count it twice.
     """
-    if not torch.is_grad_enabled():
+    if not on or not torch.is_grad_enabled():
         return function(module, *inputs)
     return checkpoint(
         function,

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flows.base import Compose, no_log_det
+from flows.base import Compose
 from flows.caching import once
 from flows.coupling import AdditiveCoupling
-from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply
+from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply, volume
 from flows.normalization import ActNorm
 from flows.recompute import recomputed
 
@@ -32,18 +32,15 @@ class Steps(Compose):
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weights, biases, log_dets = once(self, "maps", self._maps)
-        total = no_log_det(x) + _volume(log_dets, x)
+        total = volume(log_dets.sum(), x)
         for weight, bias, coupling in zip(weights.to(x.dtype), biases.to(x.dtype), self._couplings(), strict=True):
-            if self.recompute:
-                x, log_det = recomputed(_step, coupling, x, weight, bias)
-            else:
-                x, log_det = _step(coupling, x, weight, bias)
+            x, log_det = recomputed(_step, coupling, x, weight, bias, on=self.recompute)
             total = total + log_det
         return x, total
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weights, biases, log_dets = once(self, "inverse maps", self._inverse_maps)
-        total = no_log_det(z) - _volume(log_dets, z)
+        total = volume(-log_dets.sum(), z)
         steps = zip(weights.to(z.dtype), biases.to(z.dtype), self._couplings(), strict=True)
         for weight, bias, coupling in reversed(list(steps)):
             z, log_det = coupling.inverse(z)
@@ -74,7 +71,3 @@ class Steps(Compose):
 
 def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return coupling(multiply(weight, x, bias))
-
-
-def _volume(log_dets: Tensor, x: Tensor) -> Tensor:
-    return x.shape[2] * x.shape[3] * log_dets.sum().to(no_log_det(x).dtype)

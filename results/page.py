@@ -1,4 +1,4 @@
-"""The page: README.md and one SVG curve a run, made from paper/*.yaml, runs/ and the file names in configs/ alone."""
+"""The page: README.md and one SVG curve a run, made from the files beside it and the file names in configs/ alone."""
 
 import math
 import shlex

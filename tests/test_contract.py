@@ -196,7 +196,7 @@ def test_bf16_autocast(case):
     assert_close(log_prob / x[0].numel(), flow.log_prob(x) / x[0].numel(), 0.1)
     # Both ways see the same bfloat16 conditioner outputs, but where a last bit of float32 decides how one is rounded.
     assert (back - x).abs().quantile(0.99) < 1e-3
-    assert_close(back, x, 1e-2)
+    assert_close(back, x, 5e-3)
 
 
 @every_model

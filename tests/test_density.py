@@ -305,7 +305,7 @@ def test_validation_is_a_mean_over_images(trained, batch_size):
     by_hand = bits_by_hand(trained, data.val.images, noise_seed=3)
     [found] = make_trainer(limit_val_batches=None).validate(density(trained, noise_seed=3), data, verbose=False)
     assert list(found) == ["val/bpd"]
-    assert found["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=4e-6)
+    assert found["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=2e-6)
     batch_means = [part.mean() for part in by_hand.split(batch_size)]
     if batch_size < 23:
         assert abs(torch.stack(batch_means).mean() - by_hand.mean()) > 1e-5
@@ -326,8 +326,8 @@ def test_the_test_reports_running_and_reestimated_statistics(trained):
     running = bits_by_hand(trained, data.test.images).mean().item()
     fresh = reestimated_by_hand(trained, data, n_batches=3)  # 40 images: three batches of 16
     reestimated = bits_by_hand(fresh, data.test.images).mean().item()
-    assert found["test/bpd"] == pytest.approx(running, abs=4e-6)
-    assert found["test/bpd_reestimated"] == pytest.approx(reestimated, abs=4e-6)
+    assert found["test/bpd"] == pytest.approx(running, abs=2e-6)
+    assert found["test/bpd_reestimated"] == pytest.approx(reestimated, abs=2e-6)
     assert abs(running - reestimated) > 0.01
     assert before.keys() == trained.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
@@ -338,7 +338,7 @@ def test_bn_images_zero_reports_running_statistics_only(trained):
     data = RandomImages()
     [found] = make_trainer().test(density(trained, bn_images=0), data, verbose=False)
     assert list(found) == ["test/bpd"]
-    assert found["test/bpd"] == pytest.approx(bits_by_hand(trained, data.test.images).mean().item(), abs=4e-6)
+    assert found["test/bpd"] == pytest.approx(bits_by_hand(trained, data.test.images).mean().item(), abs=2e-6)
 
 
 def test_no_validation_set():
@@ -373,10 +373,10 @@ def test_evaluation_is_float32_whatever_the_training_precision():
     assert [modes[0] for modes in seen] == [False] * 2 + [True] * 3 + [False] * 4
     assert not any(autocast for _, autocast, _ in seen)
     assert all(dtypes == {torch.float32} for _, _, dtypes in seen)
-    assert validated["val/bpd"] == pytest.approx(bits_by_hand(flow.eval(), data.val.images).mean().item(), abs=4e-6)
+    assert validated["val/bpd"] == pytest.approx(bits_by_hand(flow.eval(), data.val.images).mean().item(), abs=1e-6)
     fresh = reestimated_by_hand(flow, data, 3)
     by_hand = bits_by_hand(fresh, data.test.images).mean().item()
-    assert tested["test/bpd_reestimated"] == pytest.approx(by_hand, abs=4e-6)
+    assert tested["test/bpd_reestimated"] == pytest.approx(by_hand, abs=1e-6)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -452,8 +452,8 @@ def test_points_are_reported_in_nats():
     assert not any("bpd" in key for key in trainer.callback_metrics)
     with torch.no_grad():
         nats = {split: -flow.log_prob(getattr(data, split).points).mean().item() for split in ("val", "test")}
-    assert trainer.validate(module, data, verbose=False) == [{"val/nll": pytest.approx(nats["val"], abs=4e-6)}]
-    assert trainer.test(module, data, verbose=False) == [{"test/nll": pytest.approx(nats["test"], abs=4e-6)}]
+    assert trainer.validate(module, data, verbose=False) == [{"val/nll": pytest.approx(nats["val"], abs=1e-6)}]
+    assert trainer.test(module, data, verbose=False) == [{"test/nll": pytest.approx(nats["test"], abs=1e-6)}]
 
 
 # ---------------------------------------------------------------------------------------------- averaged weights
@@ -488,8 +488,8 @@ def test_averaged_weights_are_evaluated_with_reestimated_statistics():
 
     fresh = reestimated_by_hand(module.flow, data, 3)
     assert list(tested) == ["test/bpd"]
-    assert tested["test/bpd"] == pytest.approx(bits_by_hand(fresh, data.test.images).mean().item(), abs=4e-6)
-    assert validated == pytest.approx(bits_by_hand(fresh, data.val.images).mean().item(), abs=4e-6)
+    assert tested["test/bpd"] == pytest.approx(bits_by_hand(fresh, data.test.images).mean().item(), abs=1e-6)
+    assert validated == pytest.approx(bits_by_hand(fresh, data.val.images).mean().item(), abs=1e-6)
     running = bits_by_hand(module.flow.eval(), data.test.images).mean().item()
     assert abs(running - tested["test/bpd"]) > 0.01
 
