@@ -4,7 +4,8 @@ python -m benchmarks glow|realnvp [--json FILE] [rounds=7] [settings="K8 L3 H128
 
 A step is zero_grad, forward, loss, backward and optimizer (torch's Adamax for the peer's Glow, ours for ours: the
 recipe's optimizer; fused Adam for RealNVP). The floor is the conditioners' convolutions alone, in the same run. bf16
-is timed where the hardware multiplies it; the memory of its graph is counted everywhere. FILE gets a list of rows;
+is timed where the hardware multiplies it; the memory of its graph is counted everywhere. On a GPU the batches are those
+of preset=gpu, and "ours compiled" is that preset: compiled, replayed as a CUDA graph. FILE gets a list of rows;
 results/benchmarks/*.json are shown on the results page. Times depend on torch.get_num_threads() (OMP_NUM_THREADS).
 """
 
@@ -27,16 +28,22 @@ from flows.glow import Glow
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
 from lightning_modules.adamax import Adamax
+from lightning_modules.cuda_graph import CudaGraph
 from lightning_modules.metrics import full_float32
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state
 from results.runs import write
-from results.speed import PEER, TUNED
+from results.speed import COMPILED, PEER, TUNED
 
 SHAPE = (3, 32, 32)
-GLOW = {"K8 L3 H128 B16": (3, 8, 128, 16), "K32 L3 H512 B16": (3, 32, 512, 16)}  # n_levels, depth, hidden, batch
-REALNVP = {"paper B4": (2, 64, 8, 4)}  # n_scales, hidden, n_blocks, batch
+GLOW = {  # n_levels, depth, hidden, batch
+    "K8 L3 H128 B16": (3, 8, 128, 16),
+    "K32 L3 H512 B16": (3, 32, 512, 16),
+    "K32 L3 H512 B512": (3, 32, 512, 512),
+}
+REALNVP = {"paper B4": (2, 64, 8, 4), "paper B256": (2, 64, 8, 256)}  # n_scales, hidden, n_blocks, batch
+LARGE = ("K32 L3 H512 B512", "paper B256")  # for a GPU
 N_SAMPLES = 16
 
 
@@ -68,16 +75,19 @@ Candidates = dict[tuple[str, str], Candidate]  # by model and dtype
 
 
 def ours(make: Callable[[], FlowModel], optimizer: Callable, x: Tensor) -> Candidates:
-    """As it is and recomputing, in both dtypes. optimizer: of some weights."""
+    """As it is and recomputing, in both dtypes; on a GPU also as preset=gpu. optimizer: of some weights."""
+    names = [(model, dtype) for dtype in DTYPES for model in ("ours", "ours recompute")]
     candidates = {}
-    for dtype in DTYPES:
-        for model in ("ours", "ours recompute"):
-            flow = make().to(x.device)
-            with torch.no_grad():
-                flow.initialize(x)
-            if model == "ours recompute":
-                recompute(flow)
-            candidates[model, dtype] = Candidate(flow, optimizer(flow.parameters()), x, bf16=dtype == "bf16")
+    for model, dtype in names if x.device.type == "cpu" else [*names, (COMPILED, "bf16")]:
+        flow = make().to(x.device)
+        with torch.no_grad():
+            flow.initialize(x)
+        if model == "ours recompute":
+            recompute(flow)
+        if model == COMPILED:
+            flow.compile()
+        graph = CudaGraph(flow) if model == COMPILED else None
+        candidates[model, dtype] = Candidate(flow, optimizer(flow.parameters()), x, dtype == "bf16", graph)
     return candidates
 
 
@@ -110,7 +120,7 @@ def measure(kind: str, setting: str, rounds: int, device: torch.device, bf16: bo
     torch.manual_seed(0)
     candidates, convolutions = KINDS[kind][1](setting, device)
     batch = len(next(iter(candidates.values())).x)
-    kept = {key: c.activation_bytes() / batch for key, c in candidates.items()}
+    kept = {key: c.activation_bytes() / batch for key, c in candidates.items() if c.graph is None}
     timed = {key: c for key, c in candidates.items() if bf16 or key[1] == "float32"}
     floors = {dtype: Floor(convolutions, batch, DTYPES[dtype], device) for dtype in {dtype for _, dtype in timed}}
     actions = {key: c.step for key, c in timed.items()} | {dtype: floor.step for dtype, floor in floors.items()}
@@ -127,7 +137,7 @@ def measure(kind: str, setting: str, rounds: int, device: torch.device, bf16: bo
             "step_s": steps.get(key),
             "floor_s": steps.get(key[1]),
             "sample_s_per_image": sampling[key] / N_SAMPLES if key in sampling else None,
-            "activation_bytes_per_image": kept[key],
+            "activation_bytes_per_image": kept.get(key),
         }
         for key in candidates
     ]
@@ -140,8 +150,9 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     if not given or {"--help", "-h"} & set(given):
         print(__doc__.strip())
         return None
-    kind, path, rounds, settings = read(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, path, rounds, settings = read(given, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as preset=gpu
     bf16 = best_precision("auto") == "bf16-mixed"
     commit, dirty = git_state()
     about = {
@@ -163,21 +174,22 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     return rows
 
 
-def read(given: list[str]) -> tuple[str, Path | None, int, list[str]]:
-    """ConfigError: a mistake in them."""
+def read(given: list[str], device: torch.device) -> tuple[str, Path | None, int, list[str]]:
+    """Kind, file, rounds, settings. ConfigError: a mistake in them."""
     kind, rounds = given[0], 7
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is not measured here: give one of {', '.join(KINDS)}")
     path, words = take_json(given[1:])
-    settings = list(KINDS[kind][0])
+    known = list(KINDS[kind][0])
+    settings = [setting for setting in known if (setting in LARGE) == (device.type == "cuda")]
     for word in words:
         key, _, value = word.partition("=")
         if key == "rounds" and value.isdecimal() and int(value) > 0:
             rounds = int(value)
-        elif key == "settings" and value in settings:
+        elif key == "settings" and value in known:
             settings = [value]
         else:
-            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {settings}")
+            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {known}")
     return kind, path, rounds, settings
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.cuda_graph import CudaGraph
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,10 +33,12 @@ class Candidate:
     optimizer: torch.optim.Optimizer
     x: Tensor
     bf16: bool = False
+    graph: CudaGraph | None = None  # that replays log_prob
 
     def loss(self) -> Tensor:
         with self._autocast():
-            return -self.flow.log_prob(self.x).mean()
+            log_prob = self.flow.log_prob(self.x) if self.graph is None else self.graph(self.flow.log_prob, self.x)
+            return -log_prob.mean()
 
     def step(self) -> None:
         """What a training step costs without Lightning: gradients to None, forward, loss, backward, optimizer."""
@@ -43,7 +47,7 @@ class Candidate:
         self.optimizer.step()
 
     def sample(self, n: int) -> None:
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._autocast(), torch.compiler.set_stance("force_eager"):  # as in a run
             self.flow.sample(n)
 
     def activation_bytes(self) -> int:

@@ -225,7 +225,7 @@ class GlowConditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (weight_in, bias_in), (weight_mid, bias_mid) = once(self, "folded", self._folded)
-        h = add_relu(F.conv2d(x, weight_in, padding=1), bias_in)
+        h = add_relu(conv3x3(x, weight_in), bias_in)
         pixels = h.movedim(1, -1).flatten(0, -2)  # a view of channels_last images: the 1x1 is a matrix product
         pixels = add_relu(F.linear(pixels, weight_mid), bias_mid)
         return self.conv_out(pixels.unflatten(0, (len(x), *x.shape[2:])).movedim(-1, 1))

@@ -49,8 +49,8 @@ class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1)
-        del self.weight
-        self.register_parameter("weight", None)
+        del self.weight  # ones that are not learned: without any, CUDA kernels have no gradient for the bias
+        self.register_buffer("weight", torch.ones(channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or n_ranks() == 1:

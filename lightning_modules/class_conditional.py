@@ -25,8 +25,8 @@ class ClassConditionalModule(DensityModule):
             raise ValueError(f"optim.class_weight={class_weight} is negative: give 0.01, or 0 for none")
         self.class_weight, self.accuracy = class_weight, image_mean()  # accuracy: of evaluation
 
-    def _objective(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        log_prob, logits = self.flow.log_prob_and_class_logits(x, context)
+    def _objective(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, logits = self._run(self.flow.log_prob_and_class_logits, x, context)
         class_loss = F.cross_entropy(logits, context)
         self.log("train/class_loss", class_loss.detach())
         return log_prob, -log_prob.mean() + self.class_weight * x[0].numel() * class_loss

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from flows.base import FlowModel
 from flows.likelihood import bits_per_dim
 from lightning_modules.batch_norm import has_batch_norm, reestimated
-from lightning_modules.metrics import FiniteMean, full_float32, image_mean
+from lightning_modules.cuda_graph import CudaGraph
+from lightning_modules.metrics import FiniteMean, evaluation, image_mean
 from lightning_modules.noise import batch_noise, evaluation_input
 from lightning_modules.optimization import OptimizedModule
 
@@ -52,6 +53,7 @@ class DensityModule(OptimizedModule):
             raise ValueError(f"eval.bn_images={bn_images} is negative: give a number of images, or 0 for none")
         self.flow, self.dequantizer, self.n_bits, self.seed = flow, dequantizer, n_bits, seed
         self.l2, self.noise_seed, self.bn_images = l2, noise_seed, bn_images
+        self.cuda_graph: CudaGraph | None = None  # of training steps; set it once the flow is where it will be trained
         self.metric = "nll" if n_bits is None else "bpd"
         self.train_mean = FiniteMean()  # a step that is skipped does not count
         self.eval_means = nn.ModuleDict({"as_is": image_mean(), "_reestimated": image_mean()})
@@ -71,10 +73,14 @@ class DensityModule(OptimizedModule):
         self.log(f"train/{self.metric}", per_datum.mean(), prog_bar=True)  # of this rank; the curve's is of all
         return self.finite_or_nan(loss + self.l2 * self.flow.l2_penalty() if self.l2 else loss)
 
-    def _objective(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def _objective(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x), (B,) nats, and what is minimised but for the L2 penalty, a scalar."""
-        log_prob = self.flow.log_prob(x, context)
+        log_prob = self._run(self.flow.log_prob, x, *context)
         return log_prob, -log_prob.mean()
+
+    def _run(self, method: Callable, *inputs: Tensor):
+        """method(*inputs) of the flow, in training."""
+        return method(*inputs) if self.cuda_graph is None else self.cuda_graph(method, *inputs)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -93,7 +99,7 @@ class DensityModule(OptimizedModule):
         if self.dequantizer is not None:
             data = evaluation_input(self.dequantizer, data, indices, self.noise_seed, self.dtype)
         for suffix, flow in self._evaluated.items():
-            with full_float32(self.device.type):
+            with evaluation(self.device.type):
                 per_datum = self.loss_per_datum(self._log_prob(flow, data, *context))
             mean = self.eval_means[suffix or "as_is"]
             mean.update(per_datum)
@@ -105,7 +111,7 @@ class DensityModule(OptimizedModule):
     @torch.no_grad()
     def initialize(self, batch: tuple[Tensor, ...]) -> None:
         """Set the flow's ActNorms from a batch, with the noise of a first step; float32."""
-        with full_float32(self.device.type):
+        with evaluation(self.device.type):
             data, _, *context = batch
             noise = batch_noise(tuple(data.shape), self.seed, 0, 0, data.device).to(self.dtype)
             self.flow.initialize(data if self.dequantizer is None else self.dequantizer(data, noise), *context)
@@ -116,7 +122,7 @@ class DensityModule(OptimizedModule):
         wanted = self.bn_images > 0 and (both or averaged) and not self.trainer.sanity_checking
         if not wanted or not has_batch_norm(self.flow):
             return
-        with full_float32(self.device.type):
+        with evaluation(self.device.type):
             batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))
             inputs = (self._training_input(data.to(self.device), 0, i, n_micro=1) for i, (data, *_) in batches)
             fresh = reestimated(self.flow, inputs)

@@ -38,8 +38,15 @@ class FiniteMean(Metric):
 
 
 @contextlib.contextmanager
+def evaluation(device_type: str) -> Iterator[None]:
+    """Float32 whatever the training precision, and nothing compiled: graphs for every batch size take minutes."""
+    with full_float32(device_type), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside: evaluation is float32 whatever the training precision."""
+    """No autocast and no TF32 inside."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -29,6 +29,7 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
+from lightning_modules.cuda_graph import CudaGraph
 from lightning_modules.density import DensityModule
 from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
@@ -73,6 +74,8 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
         )
     on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if config.trainer.cuda_graph and on_cpu:
+        raise ConfigError("trainer.cuda_graph=true needs a GPU: give false")
     if config.trainer.precision == "16-mixed" and on_cpu:  # Lightning would take bf16
         raise ConfigError("trainer.precision=16-mixed needs a GPU: give bf16-mixed or 32-true")
     for key in ("val_check_interval", "log_every_n_steps"):
@@ -116,8 +119,9 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     """A Trainer with everything that a run of this house has; makes the run folder and its log."""
     folder, batch_size, paper = Path(config.run_dir), config.data.batch_size, paper_of(config)
     settings = OmegaConf.to_container(config.trainer)
-    for ours in ("compile", "recompute"):
+    for ours in ("compile", "recompute", "cuda_graph"):
         settings.pop(ours)
+    settings["benchmark"] &= not settings["deterministic"]  # other kernels another time
     settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
@@ -227,6 +231,11 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
         recompute(module.flow)
     if config.trainer.compile:
         module.flow.compile()
+    if config.trainer.cuda_graph:
+        if trainer.world_size == trainer.accumulate_grad_batches == 1:
+            module.cuda_graph = CudaGraph(module.flow)
+        else:
+            rank_zero_info("trainer.cuda_graph is for one GPU that takes a batch at once: not used here")
     try:
         with resumable(config, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)

@@ -30,7 +30,7 @@ from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
 from lightning_modules.callbacks.samples import drawn, finite_share, picture
-from lightning_modules.metrics import full_float32
+from lightning_modules.metrics import evaluation
 from lightning_modules.noise import evaluation_input
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, nearest, parse
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     if asked is not None and asked not in (names := run.data.class_names or [asked]):
         raise ConfigError(f"attribute={asked} is not known{nearest(str(asked), names)}: give {', '.join(names)}")
     n_bits = run.data.n_bits
-    with full_float32(options.device):
+    with evaluation(options.device):
         write(out / "temperature.png", *temperature(run), n_bits)
         run.data.prepare_data()
         run.data.setup()

@@ -314,20 +314,32 @@ def worst_of(values: list[float | None], worst=max, form: str = ".2g") -> str:
 
 def speed_section(root: Path) -> list[str]:
     """What flows cost: a table a file that `python -m benchmarks` wrote to results/benchmarks/."""
-    columns = ["setting", "dtype", "model", "step", "over the convolutions alone", f"over {speed.PEER}", "of its dtype"]
+    columns = [
+        "setting",
+        "dtype",
+        "model",
+        "step",
+        "images/s",
+        "over the convolutions alone",
+        f"over {speed.PEER}",
+        "of its dtype",
+    ]
     columns += ["sampling an image", f"over {speed.PEER}", "kept for backward, an image", f"over {speed.PEER}"]
     text = f"""Medians of one interleaved run, and ratios within it. The convolutions alone are those of the
 conditioners, forward and both gradients, in the same dtype. {speed.PEER} is its Glow as it comes, in
 float32; in bf16, with channels_last and autocast around it. A step of Glow includes Adamax: ours over
 all weights at once, the peer's is torch's, which goes through them. Our samples are drawn with inverses
 that were made before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the
-graph, without parameters. bf16 is timed where the hardware multiplies it."""
+graph, without parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu,
+which also replays forward and backward pass as one CUDA graph."""
     lines = ["## Speed", "", text, ""]
     found = speed.read_all(root)
     for stem, rows in found.items():
         about = rows[0]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        made = f"`python -m benchmarks {stem}`, {about['machine']}, {versions}, commit {commit(about)}"
+        made = (
+            f"`python -m benchmarks {stem.partition('-')[0]}`, {about['machine']}, {versions}, commit {commit(about)}"
+        )
         lines += [f"{made}, {about['rounds']} rounds:", "", *table(columns, [speed.cells(row, rows) for row in rows])]
     return lines if found else []
 

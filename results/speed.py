@@ -12,6 +12,7 @@ ROW = [
 ]
 PEER = "normflows"  # as it comes, in float32: what ratios are over
 TUNED = "normflows channels_last autocast"  # in bf16
+COMPILED = "ours compiled"  # and replayed as a CUDA graph, whose memory is not counted
 STEP, SAMPLING, KEPT = "step_s", "sample_s_per_image", "activation_bytes_per_image"
 
 
@@ -20,7 +21,7 @@ def read(path: Path) -> list[dict]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         lacks = [key for row in rows or [None] for key in lacking(row, ROW)]
-        lacks = lacks or [KEPT for row in rows if not is_number(row[KEPT])]
+        lacks = lacks or [KEPT for row in rows if not is_number(row[KEPT]) and row["model"] != COMPILED]
         problem = f"no {lacks[0]}" if lacks else None
     except (ValueError, TypeError) as error:  # not JSON, not text, or no list
         problem = str(error)
@@ -35,7 +36,7 @@ def read_all(root: Path = ROOT) -> dict[str, list[dict]]:
 
 
 def cells(row: dict, rows: list[dict]) -> list[str]:
-    """Setting, dtype, model; step, over the floor and the peers; sampling and memory, each over the peer's."""
+    """Setting, dtype, model; step, images/s, over the floor and the peers; sampling and memory over the peer's."""
     beside = {other["model"]: other for other in rows if other["setting"] == row["setting"]}
     peer = beside.get(PEER, {})
     same_dtype = beside.get(PEER if row["dtype"] == "float32" else TUNED, {})
@@ -44,14 +45,20 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
         row["dtype"],
         row["model"],
         f"{row[STEP]:.3f} s" if is_number(row[STEP]) else "not measured",
+        f"{batch(row) / row[STEP]:,.0f}" if is_number(row[STEP]) else "-",
         ratio(row[STEP], row["floor_s"]),
         ratio(row[STEP], peer.get(STEP)),
         ratio(row[STEP], same_dtype.get(STEP)),
         f"{1e3 * row[SAMPLING]:.1f} ms" if is_number(row[SAMPLING]) else "not measured",
         ratio(row[SAMPLING], peer.get(SAMPLING)),
-        f"{row[KEPT] / 2**20:.2f} MiB",
+        f"{row[KEPT] / 2**20:.2f} MiB" if is_number(row[KEPT]) else "-",
         ratio(row[KEPT], peer.get(KEPT), ".3f"),
     ]
+
+
+def batch(row: dict) -> int:
+    """Images of a step: the number behind the last B of a setting."""
+    return int(row["setting"].rpartition("B")[2])
 
 
 def ratio(ours: float | None, other: float | None, form: str = ".2f") -> str:

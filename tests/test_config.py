@@ -87,7 +87,7 @@ def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
     assert [b.arguments["shape"] for b in bound] == [(3, 32, 32)]
     assert config.flow.items() <= bound[0].arguments.items()
     inspect.signature(module).bind(None, None, None, config.seed, **config.optim, **config.eval)
-    trainer = {k: v for k, v in config.trainer.items() if k not in ("compile", "recompute")}  # ours
+    trainer = {k: v for k, v in config.trainer.items() if k not in ("compile", "cuda_graph", "recompute")}  # ours
     inspect.signature(L.Trainer).bind(**trainer)
 
 
@@ -300,8 +300,9 @@ def test_the_same_data_change_nothing():
 def test_other_data_under_a_preset(preset):
     config = compose(CIFAR, ["data.name=photos", f"preset={preset}"])
     shared = yaml.safe_load((CONFIGS / "presets" / f"{preset}.yaml").read_text())
+    own = yaml.safe_load((CONFIGS / f"{CIFAR}.yaml").read_text())["presets"][preset]
     photos = yaml.safe_load((CONFIGS / "data" / "photos.yaml").read_text())["data"]
-    assert OmegaConf.to_container(config.data) == photos | shared.get("data", {})
+    assert OmegaConf.to_container(config.data) == photos | shared.get("data", {}) | own.get("data", {})
     assert config.flow == composed(CIFAR, preset).flow
     assert config.trainer == composed(CIFAR, preset).trainer
 

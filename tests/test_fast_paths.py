@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from flows.base import Compose
 from flows.caching import cached, once
 from flows.conditioners import GlowConditioner, ResidualBlock
-from flows.convolution import add_relu, conv3x3
+from flows.convolution import add_relu, conv3x3, gathered, scattered
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
@@ -43,6 +43,26 @@ def test_gradients_of_a_narrow_convolution(c_in, c_out, channels_last):
     assert torch.equal(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("product", [gathered, scattered])
+@pytest.mark.parametrize(("c_in", "c_out"), [(7, 3), (3, 8), (8, 1)])
+def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
+    inputs = [randn(2, c_in, 4, 6).requires_grad_(), randn(c_out, c_in, 3, 3, seed=1).requires_grad_()]
+    grad, ours, theirs = randn(2, c_out, 4, 6, seed=2), product(*inputs), F.conv2d(*inputs, padding=1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert ours.movedim(1, -1).is_contiguous()
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
+    x, weight = randn(2, 64, 5, 5).float(), randn(3, 64, 3, 3, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = scattered(x, weight)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert half.dtype == torch.float32
+    assert 1e-3 < (half - exact).abs().max() / exact.abs().max() < 1e-2  # of the products' bf16
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from test_density import RandomImages, density, make_trainer, tiny_flow
 
 from flows.glow import Glow
 from lightning_modules.callbacks.checkpoints import finite
+from lightning_modules.cuda_graph import CudaGraph
 from reproduce.run_folder import newest_checkpoint, step_checkpoints
 
 pytestmark = [
@@ -24,6 +25,11 @@ SCRIPT = Path(__file__).parent.parent / "reproduce" / "realnvp_cifar10.py"
 GPU = [*TINY, "trainer.accelerator=gpu", "trainer.devices=1", "samples.every_n_steps=10000", "eval.bn_images=0"]
 
 
+def tiny_glow():
+    torch.manual_seed(0)
+    return Glow((3, 8, 8), 2, 2, 4)
+
+
 def started(folder, *arguments):
     return subprocess.Popen([sys.executable, SCRIPT, *GPU, f"run_dir={folder}", *arguments])
 
@@ -32,9 +38,10 @@ def weights(folder):
     return newest_checkpoint(folder)[1]["state_dict"]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "graph"), [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True)])
+def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, graph):
     arguments = ["trainer.deterministic=true", f"trainer.precision={precision}", "trainer.max_steps=300"]
+    arguments += [f"trainer.cuda_graph={graph}".lower()]
     arguments += ["ema.decay=0.9", "data.num_workers=2", "checkpoint.select=last"]
     whole = started(tmp_path / "whole", *arguments)
     killed = started(tmp_path / "run", *arguments)
@@ -67,9 +74,31 @@ def test_every_precision_trains_and_clips(precision):
     assert trainer.callback_metrics["train/bpd"].item() < 8.1
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("make", [tiny_flow, tiny_glow], ids=["RealNVP", "Glow"])
+def test_a_replayed_step_is_the_step(make, precision):
+    """Weights, running statistics and counts after some steps, and the values that were logged."""
+
+    def trained(graph):
+        module = density(make(), lr=1e-3, clip_norm=100.0)
+        module.cuda_graph = CudaGraph(module.flow) if graph else None
+        trainer = make_trainer(max_steps=8, precision=precision, deterministic=True, accelerator="gpu", devices=1)
+        trainer.fit(module, datamodule=RandomImages())
+        return module.cpu().state_dict(), trainer.callback_metrics["train/bpd"].item()
+
+    try:
+        (a, bpd_a), (b, bpd_b) = trained(False), trained(True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bpd_a == pytest.approx(bpd_b, abs=1e-5)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamax"])
-@pytest.mark.parametrize("flow", [tiny_flow, lambda: Glow((3, 8, 8), 2, 2, 4)], ids=["RealNVP", "Glow"])
-def test_no_step_waits_for_the_device(flow, name):
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("flow", [tiny_flow, tiny_glow], ids=["RealNVP", "Glow"])
+def test_no_step_waits_for_the_device(flow, graph, name):
     """Neither with Adam nor with Adamax: both read on the device whether the step is finite."""
 
     class Watch(L.Callback):
@@ -81,7 +110,9 @@ def test_no_step_waits_for_the_device(flow, name):
 
     try:
         trainer = make_trainer(Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000)
-        trainer.fit(density(flow(), clip_norm=10.0, name=name), datamodule=RandomImages())
+        module = density(flow(), clip_norm=10.0, name=name)
+        module.cuda_graph = CudaGraph(module.flow) if graph else None
+        trainer.fit(module, datamodule=RandomImages())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.global_step == 4

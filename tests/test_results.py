@@ -736,8 +736,10 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     made = "`python -m benchmarks glow`, a CPU, 2 threads, torch 2.14, normflows 1.7.3, commit 0123456, 7 rounds:"
     assert made in lines
     setting = "| K8 L3 H128 B16"
-    assert f"{setting} | float32 | ours | 1.200 s | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |" in lines
-    assert f"{setting} | bf16 | ours | not measured | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
+    assert (
+        f"{setting} | float32 | ours | 1.200 s | 13 | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |" in lines
+    )
+    assert f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
     assert speed_section(tmp_path / "nothing") == []
 
 
@@ -745,7 +747,16 @@ def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
     tuned = speed_row("normflows channels_last autocast", "bf16", step=1.0)
     rows = [speed_row("normflows", step=2.0), tuned, speed_row("ours", "bf16", step=0.6)]
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
-    assert any("| bf16 | ours | 0.600 s | 0.75 | 0.30 | 0.60 |" in line for line in speed_section(tmp_path))
+    assert any("| bf16 | ours | 0.600 s | 27 | 0.75 | 0.30 | 0.60 |" in line for line in speed_section(tmp_path))
+
+
+def test_speed_of_a_second_machine(tmp_path):
+    row = speed_row("ours compiled", "bf16", kept=None) | {"setting": "K32 L3 H512 B512", "machine": "a GPU"}
+    write(tmp_path / "benchmarks/glow-gpu.json", json.dumps([row]))
+    lines = speed_section(tmp_path)
+    assert any(line.startswith("`python -m benchmarks glow`, a GPU") for line in lines)
+    shown = "| K32 L3 H512 B512 | bf16 | ours compiled | 1.200 s | 427 | 1.50 | - | - | 4.0 ms | - | - | - |"
+    assert shown in lines
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '[{"model": "ours"}]', "[1]", json.dumps([speed_row("a", kept=None)])])

@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
-from lightning_modules.metrics import full_float32
+from lightning_modules.metrics import evaluation
 
 
 class Density2d(L.Callback):
@@ -21,7 +21,7 @@ class Density2d(L.Callback):
 
     @torch.no_grad()
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with full_float32(pl_module.device.type):
+        with evaluation(pl_module.device.type):
             density = self._density(pl_module)
             samples = pl_module.flow.sample(self.n, generator=torch.Generator().manual_seed(self.seed))
         pl_module.log("density_integral", float(density.sum() * self.cell**2), rank_zero_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flows.base import FlowModel
 from flows.caching import cached
-from lightning_modules.metrics import full_float32
+from lightning_modules.metrics import evaluation
 from lightning_modules.noise import evaluation_input
 
 N_SHOWN = 16  # pictures a row
@@ -63,7 +63,7 @@ class Samples(L.Callback):
             return
         was_training = pl_module.flow.training
         pl_module.flow.eval()
-        with full_float32(pl_module.device.type), cached(pl_module.flow):
+        with evaluation(pl_module.device.type), cached(pl_module.flow):
             rows = self._sample(pl_module)
             pictures = {"samples": picture(rows, pl_module.n_bits)}
             if self.images is not None:
