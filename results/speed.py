@@ -45,7 +45,7 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
         row["dtype"],
         row["model"],
         f"{row[STEP]:.3f} s" if is_number(row[STEP]) else "not measured",
-        f"{batch(row) / row[STEP]:,.0f}" if is_number(row[STEP]) else "-",
+        images(batch(row) / row[STEP]) if is_number(row[STEP]) else "-",
         ratio(row[STEP], row["floor_s"]),
         ratio(row[STEP], peer.get(STEP)),
         ratio(row[STEP], same_dtype.get(STEP)),
@@ -59,6 +59,10 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
 def batch(row: dict) -> int:
     """Images of a step: the number behind the last B of a setting."""
     return int(row["setting"].rpartition("B")[2])
+
+
+def images(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def ratio(ours: float | None, other: float | None, form: str = ".2f") -> str:
