@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from flows.caching import once
 from flows.convolution import add_relu, conv3x3
 from flows.normalization import ActNorm, BiasOnlyBatchNorm2d
+from flows.recompute import reused
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -181,7 +182,7 @@ class ZeroConv2d(EdgeConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, shift = once(self, "folded", self._folded)
-        return conv3x3(x, weight).to(shift.dtype) + shift
+        return reused(lambda known: conv3x3(x, weight, known)).to(shift.dtype) + shift
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and shift with the factor inside."""

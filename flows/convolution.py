@@ -8,21 +8,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3)."""
-    narrow, device = weight.shape[0] < weight.shape[1], x.device.type
-    if device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling():
+def conv3x3(x: Tensor, weight: Tensor, known: Tensor | None = None) -> Tensor:
+    """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3).
+
+    known: what it gave before, where only its gradients are wanted now.
+    """
+    narrow = weight.shape[0] < weight.shape[1]
+    if _for_tensor_cores(x):
         return scattered(x, weight) if narrow else gathered(x, weight)
-    if device == "cpu" and not torch.is_autocast_enabled(device) and narrow:
-        return NarrowConvolution.apply(x, weight)
-    return F.conv2d(x, weight, padding=1)
+    by_patches = narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if known is not None:
+        return Convolution.apply(x.to(known.dtype), weight.to(known.dtype), by_patches, known)
+    return Convolution.apply(x, weight, by_patches, None) if by_patches else F.conv2d(x, weight, padding=1)
+
+
+def _for_tensor_cores(x: Tensor) -> bool:
+    """Whether to use matrix products: cuDNN does little on tensor cores with the 6 channels of Glow's first level.
+
+    Compiled only: what surrounds the products is then one kernel each.
+    """
+    device = x.device.type
+    return device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling()
 
 
 def gathered(x: Tensor, weight: Tensor) -> Tensor:
     """The same for few channels in, as a matrix product with the 3x3 patches of x.
 
-    For tensor cores, of which cuDNN makes poor use with 6 channels of Glow's first level; compiled, the patches are
-    one kernel. Channels are filled up to a multiple of 8 with zeros, for aligned rows.
+    Channels are filled up to a multiple of 8 with zeros: rows are aligned then.
     """
     height, width = x.shape[2:]
     fill = -x.shape[1] % 8
@@ -35,7 +47,7 @@ def gathered(x: Tensor, weight: Tensor) -> Tensor:
 def scattered(x: Tensor, weight: Tensor) -> Tensor:
     """The same for few channels out: a matrix product with the weights of all nine places, summed where they fall.
 
-    Sums are float32 or better. As `gathered`; rows of weights are filled up.
+    Sums are float32 or better. Rows of weights are filled up to a multiple of 8 with zeros.
     """
     height, width = x.shape[2:]
     c_out = len(weight)
@@ -47,30 +59,41 @@ def scattered(x: Tensor, weight: Tensor) -> Tensor:
     return sum(place.to(total) for place in places).movedim(-1, 1)
 
 
-class NarrowConvolution(torch.autograd.Function):
-    """The same with few channels out of many: both gradients are products with the 3x3 patches of the narrow one.
+class Convolution(torch.autograd.Function):
+    """`conv3x3`, or what it is known to give, with its gradients.
 
-    On a CPU in float32 a third faster than oneDNN's at Glow's sizes.
+    by_patches: few channels out of many, whose gradients are both products with the 3x3 patches of the few: on a CPU in
+    float32 a third faster than oneDNN's at Glow's sizes.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, by_patches: bool, known: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=1)
+        ctx.by_patches = by_patches
+        return F.conv2d(x, weight, padding=1) if known is None else known.view_as(known)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        (n, _, height, width), (c_out, c_in) = x.shape, weight.shape[:2]
-        padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
-        rows, columns, pixels, _ = padded.stride()
-        patches = padded.as_strided((n, height, width, 3, 3 * c_out), (rows, columns, pixels, columns, 1))
-        patches = patches.reshape(-1, 9 * c_out)
-        flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * c_out, c_in)
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_x = (patches @ flipped).view(n, height, width, c_in).movedim(-1, 1)
-            grad_weight = patches.T @ x.movedim(1, -1).reshape(-1, c_in)
-        return grad_x, grad_weight.view(3, 3, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
+        if ctx.by_patches:
+            return *_products_with_patches(grad, x, weight), None, None
+        same = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, transposed, its padding, groups
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *same, (True, True, False))
+        return *grads[:2], None, None
+
+
+def _products_with_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for x and weight."""
+    (n, _, height, width), (c_out, c_in) = x.shape, weight.shape[:2]
+    padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
+    rows, columns, pixels, _ = padded.stride()
+    patches = padded.as_strided((n, height, width, 3, 3 * c_out), (rows, columns, pixels, columns, 1))
+    patches = patches.reshape(-1, 9 * c_out)
+    flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * c_out, c_in)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x = (patches @ flipped).view(n, height, width, c_in).movedim(-1, 1)
+        grad_weight = patches.T @ x.movedim(1, -1).reshape(-1, c_in)
+    return grad_x, grad_weight.view(3, 3, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
 
 
 def add_relu(y: Tensor, bias: Tensor) -> Tensor:

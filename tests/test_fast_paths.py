@@ -56,6 +56,14 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
+    net, x = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double(), randn(3, 2, 4, 6)
+    expected, products = net(x), []
+    monkeypatch.setattr("flows.convolution._for_tensor_cores", lambda x: products.append(x.shape[1]) or True)
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    assert products == [2, 9]
+
+
 def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
     x, weight = randn(2, 64, 5, 5).float(), randn(3, 64, 3, 3, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,6 +134,19 @@ def test_recomputing_does_compute_again(case, monkeypatch):
     with torch.no_grad():
         flow.log_prob(case.data(4))
     assert len(calls) == 3
+
+
+def test_the_last_convolution_is_not_made_again(monkeypatch):
+    """Nor when a graph is gone through twice."""
+    flow, made, convolution = Glow((3, 8, 8), 2, 3, 16), [], F.conv2d
+    recompute(flow)
+    monkeypatch.setattr(F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k))
+    loss = -flow.log_prob(torch.rand(4, 3, 8, 8)).mean()
+    assert sorted(made) == [12] * 3 + [12] + [16] * 6 + [24] * 3  # the one is of the split's prior, in no step
+    made.clear()
+    first, second = (torch.autograd.grad(loss, list(flow.parameters()), retain_graph=True) for _ in range(2))
+    assert made == [16] * 12
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @both

@@ -737,7 +737,8 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     assert made in lines
     setting = "| K8 L3 H128 B16"
     assert (
-        f"{setting} | float32 | ours | 1.200 s | 13.3 | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |" in lines
+        f"{setting} | float32 | ours | 1.200 s | 13.3 | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |"
+        in lines
     )
     assert f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
     assert speed_section(tmp_path / "nothing") == []
