@@ -106,9 +106,11 @@ class AdditiveCoupling(Flow):
         super().__init__()
         self.conditioner = conditioner
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context=None, folded=None) -> tuple[Tensor, Tensor]:
+        """folded: what the conditioner takes beside x, if it has been made before (`GlowConditioner.fold`)."""
         kept, changed = x.chunk(2, dim=1)
-        changed, log_det = self._forward(changed, self.conditioner(kept))
+        h = self.conditioner(kept) if folded is None else self.conditioner(kept, folded)
+        changed, log_det = self._forward(changed, h)
         return torch.cat([kept, changed], dim=1), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -157,8 +159,9 @@ class SigmoidCoupling(AdditiveCoupling):
     def _affine(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, scale and the log-determinant, (B,)."""
         shift, raw = h.chunk(2, dim=1)
-        scale = torch.sigmoid(raw + 2)
+        raw = raw + 2
+        scale = torch.sigmoid(raw)
         if self.min_scale:
             scale = self.min_scale + (1 - self.min_scale) * scale
             return shift, scale, scale.log().flatten(1).sum(1)
-        return shift, scale, F.logsigmoid(raw + 2).flatten(1).sum(1)  # a scale of 0 has a finite logarithm
+        return shift, scale, F.logsigmoid(raw).flatten(1).sum(1)  # a scale of 0 has a finite logarithm

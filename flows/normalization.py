@@ -120,6 +120,12 @@ def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     norm.running_var.lerp_(var.to(norm.running_var), rate)
 
 
+def scales_and_biases(norms: list["ActNorm"]) -> tuple[Tensor, Tensor]:
+    """exp(3 s) and b exp(3 s) of n actnorms, (n, C) each: y = scale x + bias, to be folded into linear maps beside."""
+    scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack([norm.log_scale.flatten() for norm in norms]))
+    return scales, torch.stack([norm.bias.flatten() for norm in norms]) * scales
+
+
 class ActNorm(Flow):
     """y = (x + b) exp(3 s) per channel, both learned (Kingma & Dhariwal 2018, section 3.1).
 
@@ -148,11 +154,6 @@ class ActNorm(Flow):
     def normalize(self, x: Tensor) -> Tensor:
         """y alone: inside a conditioner nobody asks for the log-determinant."""
         return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
-
-    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """exp(3 s) and b exp(3 s), (C,) each: y = scale x + bias, to be folded into a linear map beside it."""
-        scale = torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
-        return scale.flatten(), (self.bias * scale).flatten()
 
     def initialize(self, x: Tensor, context=None) -> Tensor:
         if not self.initialized:

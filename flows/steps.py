@@ -20,7 +20,8 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    recompute: of a step only its input is kept for the backward pass (`flows/recompute.py`).
+    What networks make of their actnorms is made at once too (`GlowConditioner.fold`). recompute: of a step only its input
+    and its network's output are kept for the backward pass (`flows/recompute.py`).
     """
 
     recompute = False
@@ -33,8 +34,9 @@ class Steps(Compose):
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weights, biases, log_dets = once(self, "maps", self._maps)
         total = volume(log_dets.sum(), x)
-        for weight, bias, coupling in zip(weights.to(x.dtype), biases.to(x.dtype), self._couplings(), strict=True):
-            x, log_det = recomputed(_step, coupling, x, weight, bias, on=self.recompute)
+        steps = zip(weights.to(x.dtype), biases.to(x.dtype), self._couplings(), self._folded(), strict=True)
+        for weight, bias, coupling, folded in steps:
+            x, log_det = recomputed(_step, coupling, x, weight, bias, folded, on=self.recompute)
             total = total + log_det
         return x, total
 
@@ -50,6 +52,11 @@ class Steps(Compose):
 
     def _couplings(self) -> list[AdditiveCoupling]:
         return list(self.layers)[2::3]
+
+    def _folded(self) -> list[tuple[Tensor, ...] | None]:
+        """What the networks of all steps are given; nothing where it would be kept for the backward pass."""
+        nets = [coupling.conditioner for coupling in self._couplings()]
+        return [None] * len(nets) if self.recompute else once(self, "networks", lambda: nets[0].fold(nets))
 
     def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
         """W s, W (b s) and ln|det| at a pixel of every step: (K, C, C), (K, C), (K,); float64."""
@@ -69,5 +76,5 @@ class Steps(Compose):
         return weights, log_scales.exp(), biases, log_dets + log_scales.sum(-1)
 
 
-def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return coupling(multiply(weight, x, bias))
+def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor, folded) -> tuple[Tensor, Tensor]:
+    return coupling(multiply(weight, x, bias), folded=folded)

@@ -273,3 +273,11 @@ def noted(method, calls):
         return method(self, *arguments)
 
     return wrapped
+
+
+def test_networks_are_folded_together_as_each_alone():
+    nets = [perturb(GlowConditioner(2, 6, 5, (4, 6)), 0.3).double() for _ in range(3)]
+    x = randn(3, 2, 4, 6)
+    for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
+        torch.testing.assert_close(net(x, folded), net(x), rtol=1e-12, atol=1e-12)
+    assert (nets[0](x) - nets[1](x)).abs().max() > 0.1
