@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from flows.base import Compose, Flow, FlowModel
-from flows.conditioners import GlowConditioner, ZeroLinear
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
+from flows.glow_conditioner import GlowConditioner, ZeroLinear
 from flows.learned_priors import SplitPrior, TopPrior
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.conditioners import Edge, ZeroConv2d, ZeroLinear
+from flows.glow_conditioner import Edge, ZeroConv2d, ZeroLinear
 
 
 class SplitPrior(Flow):

@@ -20,11 +20,12 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    What networks make of their actnorms is made at once too (`GlowConditioner.fold`). recompute: of a step only its input
-    and its network's output are kept for the backward pass (`flows/recompute.py`).
+    So is what networks make of their actnorms (fold_together; `GlowConditioner.fold`). recompute: of a step only its
+    input and its network's output are kept for the backward pass (`flows/recompute.py`).
     """
 
     recompute = False
+    fold_together = True
 
     def __init__(
         self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, AdditiveCoupling]]
@@ -56,7 +57,9 @@ class Steps(Compose):
     def _folded(self) -> list[tuple[Tensor, ...] | None]:
         """What the networks of all steps are given; nothing where it would be kept for the backward pass."""
         nets = [coupling.conditioner for coupling in self._couplings()]
-        return [None] * len(nets) if self.recompute else once(self, "networks", lambda: nets[0].fold(nets))
+        if self.recompute or not self.fold_together:
+            return [None] * len(nets)
+        return once(self, "networks", lambda: nets[0].fold(nets))
 
     def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
         """W s, W (b s) and ln|det| at a pixel of every step: (K, C, C), (K, C), (K,); float64."""

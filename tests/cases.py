@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flows.base import Compose, Flow, Inverted
-from flows.conditioners import GlowConditioner, MLPConditioner, ResidualConditioner
+from flows.conditioners import MLPConditioner, ResidualConditioner
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
 from flows.elementwise import Logit, Shift
 from flows.glow import Glow
+from flows.glow_conditioner import GlowConditioner
 from flows.learned_priors import SplitPrior, TopPrior
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
