@@ -6,7 +6,8 @@ A step is zero_grad, forward, loss, backward and optimizer (torch's Adamax for t
 recipe's optimizer; fused Adam for RealNVP). The floor is the conditioners' convolutions alone, in the same run. bf16
 is timed where the hardware multiplies it; the memory of its graph is counted everywhere. On a GPU the batches are large
 ones, and "ours compiled" is as preset=gpu: compiled, replayed as a CUDA graph. FILE gets a list of rows;
-results/benchmarks/*.json are shown on the results page. Times depend on torch.get_num_threads() (OMP_NUM_THREADS).
+results/benchmarks/KIND[-MACHINE].json are shown on the results page. Times depend on the number of threads
+(OMP_NUM_THREADS).
 """
 
 import contextlib
@@ -40,7 +41,7 @@ SHAPE = (3, 32, 32)
 GLOW = {  # n_levels, depth, hidden, batch
     "K8 L3 H128 B16": (3, 8, 128, 16),
     "K32 L3 H512 B16": (3, 32, 512, 16),
-    "K32 L3 H512 B256": (3, 32, 512, 256),  # at the recipe's 512 the peer does not fit beside ours
+    "K32 L3 H512 B256": (3, 32, 512, 256),  # 512, the recipe's, did not fit beside the peer's on an H200
 }
 REALNVP = {"paper B4": (2, 64, 8, 4), "paper B256": (2, 64, 8, 256)}  # n_scales, hidden, n_blocks, batch
 LARGE = ("K32 L3 H512 B256", "paper B256")  # for a GPU

@@ -103,8 +103,8 @@ class FlowModel(Flow):
     def compile(self, *args, **kwargs) -> None:
         """torch.compile every conditioner: those of one shape share their graphs. The whole flow would take minutes.
 
-        All conditioners are one piece of code, with a graph for each shape, batch size and mode (training, evaluation):
-        more than the 8 after which torch stops compiling and says so in a log only.
+        All conditioners are one piece of code, with a graph for each shape, and each batch size and mode they are
+        called in: soon more than the 8 after which torch stops compiling and says so in a log only.
         """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.modules():

@@ -18,14 +18,15 @@ def conv3x3(x: Tensor, weight: Tensor, known: Tensor | None = None) -> Tensor:
         return scattered(x, weight) if narrow else gathered(x, weight)
     by_patches = narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if known is not None:
-        return Convolution.apply(x.to(known.dtype), weight.to(known.dtype), by_patches, known)
-    return Convolution.apply(x, weight, by_patches, None) if by_patches else F.conv2d(x, weight, padding=1)
+        return Conv3x3.apply(x.to(known.dtype), weight.to(known.dtype), by_patches, known)
+    return Conv3x3.apply(x, weight, by_patches, None) if by_patches else F.conv2d(x, weight, padding=1)
 
 
 def _for_tensor_cores(x: Tensor) -> bool:
-    """Whether to use matrix products: cuDNN does little on tensor cores with the 6 channels of Glow's first level.
+    """Whether to use matrix products, which should fill tensor cores better than cuDNN's convolutions of 6 channels.
 
-    Compiled only: what surrounds the products is then one kernel each.
+    Those took a third of a step of Glow on an H200; the products have run there, but were not timed.
+    Compiled only: what surrounds a product is then one kernel.
     """
     device = x.device.type
     return device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling()
@@ -59,7 +60,7 @@ def scattered(x: Tensor, weight: Tensor) -> Tensor:
     return sum(place.to(total) for place in places).movedim(-1, 1)
 
 
-class Convolution(torch.autograd.Function):
+class Conv3x3(torch.autograd.Function):
     """`conv3x3`, or what it is known to give, with its gradients.
 
     by_patches: few channels out of many, whose gradients are both products with the 3x3 patches of the few: on a CPU in
@@ -78,7 +79,7 @@ class Convolution(torch.autograd.Function):
         if ctx.by_patches:
             return *_products_with_patches(grad, x, weight), None, None
         same = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, transposed, its padding, groups
-        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *same, (True, True, False))
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *same, (*ctx.needs_input_grad[:2], False))
         return *grads[:2], None, None
 
 

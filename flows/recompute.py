@@ -20,7 +20,8 @@ def recompute(flow: nn.Module) -> None:
 def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
     """function(module, *inputs); with `on` only the inputs, and what is `reused`, are kept for the backward pass.
 
-    Gradients are the same to the bit. Batch norms of `module` see the batch again, and must not count it twice.
+    The function gives a tuple. Gradients are the same to the bit. Batch norms of `module` see the batch again, and must
+    not count it twice.
     """
     if not on or not torch.is_grad_enabled():
         return function(module, *inputs)

@@ -20,8 +20,9 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    So is what networks make of their actnorms (fold_together; `GlowConditioner.fold`). recompute: of a step only its
-    input and its network's output are kept for the backward pass (`flows/recompute.py`).
+    So is, in `forward`, what the networks, `GlowConditioner`s of one shape, make of their actnorms (fold_together).
+    recompute: of a step only its input, and what its network gave unless that is compiled, are kept for the backward
+    pass (`flows/recompute.py`).
     """
 
     recompute = False

@@ -53,7 +53,7 @@ class DensityModule(OptimizedModule):
             raise ValueError(f"eval.bn_images={bn_images} is negative: give a number of images, or 0 for none")
         self.flow, self.dequantizer, self.n_bits, self.seed = flow, dequantizer, n_bits, seed
         self.l2, self.noise_seed, self.bn_images = l2, noise_seed, bn_images
-        self.cuda_graph: CudaGraph | None = None  # of training steps; set it once the flow is where it will be trained
+        self.cuda_graph: CudaGraph | None = None  # of training steps; set it before training
         self.metric = "nll" if n_bits is None else "bpd"
         self.train_mean = FiniteMean()  # a step that is skipped does not count
         self.eval_means = nn.ModuleDict({"as_is": image_mean(), "_reestimated": image_mean()})

@@ -39,7 +39,7 @@ class FiniteMean(Metric):
 
 @contextlib.contextmanager
 def evaluation(device_type: str) -> Iterator[None]:
-    """Float32 whatever the training precision, and nothing compiled: graphs for every batch size take minutes."""
+    """Float32 whatever the training precision, and nothing compiled: further graphs would take a minute."""
     with full_float32(device_type), torch.compiler.set_stance("force_eager"):
         yield
 

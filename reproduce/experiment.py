@@ -13,7 +13,7 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
@@ -121,7 +121,7 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     settings = OmegaConf.to_container(config.trainer)
     for ours in ("compile", "recompute", "cuda_graph"):
         settings.pop(ours)
-    settings["benchmark"] &= not settings["deterministic"]  # other kernels another time
+    settings["benchmark"] &= not settings["deterministic"]  # it may choose other kernels in another run
     settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
@@ -232,7 +232,7 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
     if config.trainer.compile:
         module.flow.compile()
     if config.trainer.cuda_graph:
-        if trainer.world_size == trainer.accumulate_grad_batches == 1:
+        if isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.accumulate_grad_batches == 1:
             module.cuda_graph = CudaGraph(module.flow)
         else:
             rank_zero_info("trainer.cuda_graph is for one GPU that takes a batch at once: not used here")

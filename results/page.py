@@ -331,14 +331,14 @@ float32; in bf16, with channels_last and autocast around it. A step of Glow incl
 all weights at once, the peer's is torch's, which goes through them. Our samples are drawn with inverses
 that were made before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the
 graph, without parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu,
-which also replays forward and backward pass as one CUDA graph."""
+which also replays the flow's passes as CUDA graphs; the convolutions alone are launched one by one."""
     lines = ["## Speed", "", text, ""]
     found = speed.read_all(root)
     for stem, rows in found.items():
         about = rows[0]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         made = (
-            f"`python -m benchmarks {stem.partition('-')[0]}`, {about['machine']}, {versions}, commit {commit(about)}"
+            f"`python -m benchmarks {speed.words(stem, rows)}`, {about['machine']}, {versions}, commit {commit(about)}"
         )
         lines += [f"{made}, {about['rounds']} rounds:", "", *table(columns, [speed.cells(row, rows) for row in rows])]
     return lines if found else []

@@ -1,6 +1,7 @@
 """What our flows cost beside others: the files of `python -m benchmarks`, without torch, for the page."""
 
 import json
+import re
 from pathlib import Path
 
 from results import ROOT, is_number
@@ -21,6 +22,7 @@ def read(path: Path) -> list[dict]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         lacks = [key for row in rows or [None] for key in lacking(row, ROW)]
+        lacks = lacks or ["setting" for row in rows if not re.search(r"B[1-9]\d*$", str(row["setting"]))]
         lacks = lacks or [KEPT for row in rows if not is_number(row[KEPT]) and row["model"] != COMPILED]
         problem = f"no {lacks[0]}" if lacks else None
     except (ValueError, TypeError) as error:  # not JSON, not text, or no list
@@ -54,6 +56,14 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
         f"{row[KEPT] / 2**20:.2f} MiB" if is_number(row[KEPT]) else "-",
         ratio(row[KEPT], peer.get(KEPT), ".3f"),
     ]
+
+
+def words(stem: str, rows: list[dict]) -> str:
+    """What follows `python -m benchmarks` to measure the rows of a file, named KIND.json or KIND-MACHINE.json."""
+    settings = {row["setting"] for row in rows}
+    setting = [f'"settings={settings.pop()}"'] if len(settings) == 1 and stem.startswith("glow-") else []
+    rounds = [f"rounds={rows[0]['rounds']}"] if rows[0]["rounds"] != 7 else []
+    return " ".join([stem.partition("-")[0], *setting, *rounds])
 
 
 def batch(row: dict) -> int:

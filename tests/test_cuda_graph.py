@@ -1,11 +1,17 @@
 """What surrounds a capture. Captures themselves are in test_gpu.py."""
 
+import copy
+
 import pytest
 import torch
 from test_density import RandomImages, density, make_trainer, tiny_flow
 from test_scripts import mistake
 
+from flows.glow import Glow
+from lightning_modules.class_conditional import ClassConditionalModule
 from lightning_modules.cuda_graph import CudaGraph
+from lightning_modules.metrics import evaluation
+from reproduce import experiment
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -36,6 +42,31 @@ def test_a_capture_leaves_running_statistics_alone(monkeypatch):
     assert a["flow.scales.0.layers.0.norm.num_batches_tracked"] == 3
 
 
+def test_another_method_or_shape_than_the_captured_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", captured)
+    flow, x = tiny_flow(), torch.rand(2, 3, 8, 8)
+    graph = CudaGraph(flow)
+    assert torch.equal(graph(flow.log_prob, x), flow.log_prob(x))
+    for method, wrong in ((flow.forward, x), (flow.log_prob, x[:1])):
+        with pytest.raises(RuntimeError, match="captured was"):
+            graph(method, wrong)
+    again = copy.deepcopy(graph)
+    assert again.flow is not flow
+    again(again.flow.log_prob, x[:1])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ")])
+def test_other_errors_stay_what_they_are(error, monkeypatch):
+    def failing(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", failing)
+    flow = tiny_flow()
+    with pytest.raises(type(error)) as raised:
+        CudaGraph(flow)(flow.log_prob, torch.rand(2, 3, 8, 8))
+    assert raised.value is error
+
+
 def test_what_cannot_be_captured_is_said(monkeypatch):
     def refused(*arguments, **keywords):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
@@ -46,6 +77,42 @@ def test_what_cannot_be_captured_is_said(monkeypatch):
         ValueError, match=r"^RealNVP cannot be captured \(CUDA .* capturing\): add trainer.cuda_graph=false$"
     ):
         CudaGraph(flow)(flow.log_prob, torch.rand(2, 3, 8, 8))
+
+
+def test_a_class_conditional_step_is_captured_with_both_outputs(monkeypatch):
+    torch.manual_seed(0)
+    flow = Glow((3, 8, 8), 2, 1, 4, n_classes=3)
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", captured)
+    module = density(flow, cls=ClassConditionalModule, name="adamax")
+    module.log = lambda *arguments, **keywords: None
+    x, classes = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    plain = module._objective(x, classes)
+    module.cuda_graph = CudaGraph(flow)
+    for a, b in zip(plain, module._objective(x, classes), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_is_not_compiled():
+    compiled, layer = [], torch.nn.Linear(2, 2)
+    layer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    with evaluation("cpu"):
+        layer(torch.rand(3, 2))
+    assert not compiled
+    layer(torch.rand(3, 2))
+    assert len(compiled) == 1
+
+
+def test_a_deterministic_run_tries_no_kernels(tmp_path):
+    settings = [f"run_dir={tmp_path}", "preset=demo", "trainer.benchmark=true", "logger.name=none"]
+    for deterministic in (False, True):
+        given = [*settings, f"trainer.deterministic={deterministic}".lower()]
+        config = experiment.load_config("reproduce/realnvp_cifar10.py", "", given)
+        try:
+            experiment.make_trainer(config, density(tiny_flow()))
+            assert torch.backends.cudnn.benchmark is not deterministic
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cudnn.benchmark = False
 
 
 def test_a_graph_needs_a_gpu(tmp_path, capsys):

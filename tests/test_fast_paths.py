@@ -16,6 +16,7 @@ from flows.glow import Glow
 from flows.glow_conditioner import GlowConditioner
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
+from lightning_modules.metrics import evaluation
 
 BOTH = [case for case in MODELS if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")]
 both = pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
@@ -241,7 +242,7 @@ def test_the_conditioners_of_a_level_share_one_compiled_graph():
 @pytest.mark.parametrize("make", [lambda: Glow((3, 8, 8), 3, 1, 6), lambda: RealNVP((3, 8, 8), 2, 6, 1)])
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, lean, monkeypatch):
-    """The order of a run: full and partial batches without gradients, then training. No conditioner falls back."""
+    """Full and partial batches without gradients, compiled and as a run evaluates, then training: all compiled."""
     torch.compiler.reset()
     torch.manual_seed(0)
     flow, x = make(), torch.rand(6, 3, 8, 8)
@@ -255,6 +256,8 @@ def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, le
     with torch.no_grad():
         for batch in (x, x[:4]):
             flow.eval().log_prob(batch)
+            with evaluation("cpu"):
+                flow.log_prob(batch)
     eager = []
     monkeypatch.setattr(GlowConditioner, "_weights", noted(GlowConditioner._weights, eager))
     monkeypatch.setattr(ResidualBlock, "forward", noted(ResidualBlock.forward, eager))

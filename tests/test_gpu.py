@@ -12,6 +12,7 @@ from cases import TINY
 from test_density import RandomImages, density, make_trainer, tiny_flow
 
 from flows.glow import Glow
+from flows.recompute import recompute
 from lightning_modules.callbacks.checkpoints import finite
 from lightning_modules.cuda_graph import CudaGraph
 from reproduce.run_folder import newest_checkpoint, step_checkpoints
@@ -74,13 +75,19 @@ def test_every_precision_trains_and_clips(precision):
     assert trainer.callback_metrics["train/bpd"].item() < 8.1
 
 
+@pytest.mark.parametrize("how", ["plain", "recompute", "compile"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("make", [tiny_flow, tiny_glow], ids=["RealNVP", "Glow"])
-def test_a_replayed_step_is_the_step(make, precision):
+def test_a_replayed_step_is_the_step(make, precision, how):
     """Weights, running statistics and counts after some steps, and the values that were logged."""
 
     def trained(graph):
         module = density(make(), lr=1e-3, clip_norm=100.0)
+        if how == "recompute":
+            recompute(module.flow)
+        if how == "compile":
+            torch.compiler.reset()
+            module.flow.compile()
         module.cuda_graph = CudaGraph(module.flow) if graph else None
         trainer = make_trainer(max_steps=8, precision=precision, deterministic=True, accelerator="gpu", devices=1)
         trainer.fit(module, datamodule=RandomImages())

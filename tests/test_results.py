@@ -755,12 +755,22 @@ def test_speed_of_a_second_machine(tmp_path):
     row = speed_row("ours compiled", "bf16", kept=None) | {"setting": "K32 L3 H512 B512", "machine": "a GPU"}
     write(tmp_path / "benchmarks/glow-gpu.json", json.dumps([row]))
     lines = speed_section(tmp_path)
-    assert any(line.startswith("`python -m benchmarks glow`, a GPU") for line in lines)
+    assert any(line.startswith('`python -m benchmarks glow "settings=K32 L3 H512 B512"`, a GPU') for line in lines)
     shown = "| K32 L3 H512 B512 | bf16 | ours compiled | 1.200 s | 427 | 1.50 | - | - | 4.0 ms | - | - | - |"
     assert shown in lines
 
 
-@pytest.mark.parametrize("content", ["[", "{}", '[{"model": "ours"}]', "[1]", json.dumps([speed_row("a", kept=None)])])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[",
+        "{}",
+        '[{"model": "ours"}]',
+        "[1]",
+        json.dumps([speed_row("a", kept=None)]),
+        json.dumps([speed_row("a") | {"setting": "large"}]),
+    ],
+)
 def test_a_speed_file_of_another_program_is_named(tmp_path, content):
     write(tmp_path / "benchmarks/glow.json", content)
     with pytest.raises(ValueError, match=r"glow.json is not what `python -m benchmarks` writes") as error:
