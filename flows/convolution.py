@@ -33,7 +33,7 @@ def _for_tensor_cores(x: Tensor) -> bool:
 
 
 def gathered(x: Tensor, weight: Tensor) -> Tensor:
-    """The same for few channels in, as a matrix product with the 3x3 patches of x.
+    """`conv3x3` for few channels in, as a matrix product with the 3x3 patches of x.
 
     Channels are filled up to a multiple of 8 with zeros: rows are aligned then.
     """
@@ -46,7 +46,7 @@ def gathered(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def scattered(x: Tensor, weight: Tensor) -> Tensor:
-    """The same for few channels out: a matrix product with the weights of all nine places, summed where they fall.
+    """`conv3x3` for few channels out: a matrix product with the weights of all nine places, summed where they fall.
 
     Sums are float32 or better. Rows of weights are filled up to a multiple of 8 with zeros.
     """

@@ -43,20 +43,10 @@ class Edge(nn.Module):
         border = F.pad(torch.zeros(1, 1, *size), (1, 1, 1, 1), value=1.0)
         self.register_buffer("border", F.unfold(border, 3)[0].T.contiguous(), persistent=False)  # (H W, 9)
 
-    def forward(self, bias: Tensor | None = None) -> Tensor:
-        """e, or e + bias, (C_out,)."""
-        return edge_maps([self], biases=None if bias is None else bias[None])[0].movedim(-1, 0)
-
-
-def edge_maps(edges: list[Edge], scales: Tensor | None = None, biases: Tensor | None = None) -> Tensor:
-    """e of n convolutions of one shape, or scale e + bias, each (n, C_out): (n, H, W, C_out)."""
-    weights = torch.stack([edge.weight.flatten(1) for edge in edges])
-    if scales is not None:
-        weights = weights * scales[..., None]
-    with torch.autocast(weights.device.type, enabled=False):
-        border, weights = edges[0].border.expand(len(edges), -1, -1), weights.mT
-        maps = border @ weights if biases is None else torch.baddbmm(biases[:, None], border, weights)
-    return maps.unflatten(1, edges[0].size)
+    def forward(self) -> Tensor:
+        weight = self.weight.flatten(1)
+        with torch.autocast(weight.device.type, enabled=False):
+            return F.linear(self.border, weight).unflatten(0, self.size).movedim(-1, 0)
 
 
 class ZeroConv2d(EdgeConv2d):
@@ -84,17 +74,24 @@ class ZeroConv2d(EdgeConv2d):
         return self.weight * scale[:, None, None, None], shift
 
 
-def folded_factors(convs: list[ZeroConv2d]) -> tuple[Tensor, list[Tensor]]:
-    """exp(3 s), (n, C_out), and (e + b) exp(3 s), n times (C_out, H, W) or (C_out, 1, 1), of n layers of one shape."""
+def folded_factors(convs: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+    """exp(3 s), (n, C_out), and (e + b) exp(3 s), n times (C_out, H, W) or (C_out, 1, 1).
+
+    Of n layers of one shape with `shift` b, `log_scale` s and `edge`, or None: `ZeroConv2d`s, or a prior.
+    """
     scales = torch.exp(3 * torch.stack([conv.log_scale.flatten() for conv in convs]))
     return scales, folded_edges(convs, scales, torch.stack([conv.shift.flatten() for conv in convs]) * scales)
 
 
-def folded_edges(convs: list[EdgeConv2d], scales: Tensor, biases: Tensor) -> list[Tensor]:
+def folded_edges(convs: list[nn.Module], scales: Tensor, biases: Tensor) -> list[Tensor]:
     """What is left to add once the weights W of n convolutions are scaled: (W x + e) s + b = (W s) x + (e s + b)."""
-    if convs[0].edge is None:
+    edges = [conv.edge for conv in convs]
+    if edges[0] is None:
         return list(biases[..., None, None].unbind())
-    maps = edge_maps([conv.edge for conv in convs], scales, biases)
+    weights = torch.stack([edge.weight.flatten(1) for edge in edges]) * scales[..., None]
+    border = edges[0].border.expand(len(edges), -1, -1)
+    with torch.autocast(weights.device.type, enabled=False):
+        maps = torch.baddbmm(biases[:, None], border, weights.mT).unflatten(1, edges[0].size)
     return [pixels.movedim(-1, 0) for pixels in maps.unbind()]  # in this order gradients come together uncopied
 
 

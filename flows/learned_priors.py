@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.glow_conditioner import Edge, ZeroConv2d, ZeroLinear
+from flows.glow_conditioner import Edge, ZeroConv2d, ZeroLinear, folded_factors
 
 
 class SplitPrior(Flow):
@@ -66,8 +66,7 @@ class TopPrior(Flow):
 
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and s, each broadcastable to x."""
-        h = self.shift if self.edge is None else self.edge(bias=self.shift.flatten())
-        h = h * torch.exp(3 * self.log_scale)
+        _, (h,) = folded_factors([self])
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]
