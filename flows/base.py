@@ -110,8 +110,8 @@ class FlowModel(Flow):
         for layer in self.modules():
             if hasattr(layer, "conditioner"):
                 layer.conditioner.compile(*args, **kwargs)
-            if hasattr(layer, "fold_together"):
-                layer.fold_together = False  # a conditioner's graph does so itself, and takes nothing but x
+            if hasattr(layer, "by_hand"):
+                layer.by_hand = False  # else it would not call its conditioners
 
     def check_shape(self, x: Tensor) -> None:
         """ValueError, one line: x is not (B, *shape)."""

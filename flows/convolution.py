@@ -1,6 +1,6 @@
-"""What surrounds the convolutions of a conditioner, and their gradients, in fewer passes over memory.
+"""The convolutions of Glow's networks, what surrounds them, and gradients by hand, in few passes over memory.
 
-Gradients can be differentiated again; the transforms of torch.func cannot take these functions apart.
+What is said to be in place is so only where no graph is made.
 """
 
 import torch
@@ -8,18 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def conv3x3(x: Tensor, weight: Tensor, known: Tensor | None = None) -> Tensor:
-    """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3).
-
-    known: what it gave before, where only its gradients are wanted now.
-    """
-    narrow = weight.shape[0] < weight.shape[1]
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3)."""
     if _for_tensor_cores(x):
-        return scattered(x, weight) if narrow else gathered(x, weight)
-    by_patches = narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if known is not None:
-        return Conv3x3.apply(x.to(known.dtype), weight.to(known.dtype), by_patches, known)
-    return Conv3x3.apply(x, weight, by_patches, None) if by_patches else F.conv2d(x, weight, padding=1)
+        return scattered(x, weight) if weight.shape[0] < weight.shape[1] else gathered(x, weight)
+    return F.conv2d(x, weight, padding=1)
+
+
+def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of x and weight.
+
+    For few channels out of many both are products with the 3x3 patches of the few: on a CPU in float32 a third faster
+    than oneDNN's at Glow's sizes.
+    """
+    if weight.shape[0] < weight.shape[1] and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _products_with_patches(grad, x, weight)
+    same = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, transposed, its padding, groups
+    return torch.ops.aten.convolution_backward.default(grad, x, weight, None, *same, (True, True, False))[:2]
 
 
 def _for_tensor_cores(x: Tensor) -> bool:
@@ -60,67 +65,53 @@ def scattered(x: Tensor, weight: Tensor) -> Tensor:
     return sum(place.to(total) for place in places).movedim(-1, 1)
 
 
-class Conv3x3(torch.autograd.Function):
-    """`conv3x3`, or what it is known to give, with its gradients.
-
-    by_patches: few channels out of many, whose gradients are both products with the 3x3 patches of the few: on a CPU in
-    float32 a third faster than oneDNN's at Glow's sizes.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, by_patches: bool, known: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.by_patches = by_patches
-        return F.conv2d(x, weight, padding=1) if known is None else known.view_as(known)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        if ctx.by_patches:
-            return *_products_with_patches(grad, x, weight), None, None
-        same = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, transposed, its padding, groups
-        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *same, (*ctx.needs_input_grad[:2], False))
-        return *grads[:2], None, None
-
-
 def _products_with_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for x and weight."""
     (n, _, height, width), (c_out, c_in) = x.shape, weight.shape[:2]
     padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
-    rows, columns, pixels, _ = padded.stride()
-    patches = padded.as_strided((n, height, width, 3, 3 * c_out), (rows, columns, pixels, columns, 1))
+    row, column, pixel, _ = padded.stride()
+    patches = padded.as_strided((n, height, width, 3, 3 * c_out), (row, column, pixel, column, 1))
     patches = patches.reshape(-1, 9 * c_out)
     flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * c_out, c_in)
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_x = (patches @ flipped).view(n, height, width, c_in).movedim(-1, 1)
-        grad_weight = patches.T @ x.movedim(1, -1).reshape(-1, c_in)
+    grad_x = images(patches @ flipped, x)
+    grad_weight = patches.T @ pixels(x)
     return grad_x, grad_weight.view(3, 3, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
 
 
-def add_relu(y: Tensor, bias: Tensor) -> Tensor:
-    """ReLU(y + bias), in the memory of y: y (B, C, H, W) and bias (C, H, W) or (C, 1, 1); y (N, C) and bias (C,)."""
-    bias = bias.to(y.dtype)
-    return (y + bias).relu() if torch.compiler.is_compiling() else AddReLU.apply(y, bias)
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B H W, C): a view of channels_last images."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-class AddReLU(torch.autograd.Function):
-    """A sum over the batch of channels_last gradients is ten times faster in rows than as autograd writes it."""
+def images(rows: Tensor, like: Tensor) -> Tensor:
+    """(B H W, C) to (B, C, H, W), a channels_last view; B, H and W are those of `like`."""
+    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
 
-    @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
-        y.add_(bias).relu_()
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(y)
-        ctx.shape = bias.shape
-        return y
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (y,) = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        if grad.dim() == 2:
-            return grad, grad.sum(0)
-        pixels = grad.movedim(1, -1)  # (B, H, W, C)
-        if ctx.shape[-1] == 1 < grad.shape[-1]:
-            return grad, pixels.flatten(0, 2).sum(0).view(ctx.shape)
-        return grad, pixels.flatten(1).sum(0).view(pixels.shape[1:]).movedim(-1, 0).sum_to_size(ctx.shape)
+def add_relu(y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """ReLU(y + bias), in place."""
+    if torch.is_grad_enabled():
+        return (y if bias is None else y + bias).relu()
+    return (y if bias is None else y.add_(bias)).relu_()
+
+
+def relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
+    """Of what a ReLU took, from that of its output y, in the memory of `grad`."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+
+
+def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight, (C_out, ...), times scale, (C_out,), in another dtype: one pass where no graph is made."""
+    scale = _column(scale, weight)
+    if torch.is_grad_enabled():
+        return (weight * scale).to(dtype)
+    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
+
+
+def scaled_gradients(grad: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of weight and scale."""
+    return grad * _column(scale, weight), (grad * weight).sum(tuple(range(1, weight.dim())))
+
+
+def _column(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.dim() - 1))

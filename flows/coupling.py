@@ -106,27 +106,31 @@ class AdditiveCoupling(Flow):
         super().__init__()
         self.conditioner = conditioner
 
-    def forward(self, x: Tensor, context=None, folded=None) -> tuple[Tensor, Tensor]:
-        """folded: what the conditioner takes beside x, if it has been made before (`GlowConditioner.fold`)."""
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = x.chunk(2, dim=1)
-        h = self.conditioner(kept) if folded is None else self.conditioner(kept, folded)
-        changed, log_det = self._forward(changed, h)
+        changed, log_det, _ = self.change(changed, self.conditioner(kept))
         return torch.cat([kept, changed], dim=1), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = z.chunk(2, dim=1)
-        changed, log_det = self._inverse(changed, self.conditioner(kept))
+        changed, log_det = self.change_back(changed, self.conditioner(kept))
         return torch.cat([kept, changed], dim=1), log_det
 
     def initialize(self, x: Tensor, context=None) -> Tensor:
         self.conditioner.initialize(x.chunk(2, dim=1)[0])
         return self(x)[0]
 
-    def _forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return x + h, no_log_det(x)
+    def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """y2 and log_det from x2 and the network's output h, and what `gradients` takes beside y2."""
+        return x + h, no_log_det(x), ()
 
-    def _inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def change_back(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x2 and the log_det of the inverse from y2 and h."""
         return y - h, no_log_det(y)
+
+    def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of x2 and h, from those of what `change` gave."""
+        return grad, grad
 
 
 class SigmoidCoupling(AdditiveCoupling):
@@ -148,13 +152,21 @@ class SigmoidCoupling(AdditiveCoupling):
             raise ValueError(f"flow.min_scale={min_scale} bounds no scale below 1: give 0 to less than 1")
         self.min_scale = min_scale
 
-    def _forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         shift, scale, log_det = self._affine(h)
-        return (x + shift) * scale, log_det
+        return (x + shift) * scale, log_det, (scale,)
 
-    def _inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def change_back(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale, log_det = self._affine(h)
         return y / scale - shift, -log_det
+
+    def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        grad_x = grad * scale  # and that of t
+        of_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
+        grad_raw = of_log_scale * (1 - scale)  # d ln(scale) / dr at m = 0
+        if self.min_scale:
+            grad_raw = grad_raw * (scale - self.min_scale) / ((1 - self.min_scale) * scale)
+        return grad_x, torch.cat([grad_x, grad_raw], dim=1)
 
     def _affine(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, scale and the log-determinant, (B,)."""
@@ -163,5 +175,5 @@ class SigmoidCoupling(AdditiveCoupling):
         scale = torch.sigmoid(raw)
         if self.min_scale:
             scale = self.min_scale + (1 - self.min_scale) * scale
-            return shift, scale, scale.log().flatten(1).sum(1)
-        return shift, scale, F.logsigmoid(raw).flatten(1).sum(1)  # a scale of 0 has a finite logarithm
+            return shift, scale, scale.log().sum((1, 2, 3))
+        return shift, scale, F.logsigmoid(raw).sum((1, 2, 3))  # a scale of 0 has a finite logarithm

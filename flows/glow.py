@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from flows.base import Compose, Flow, FlowModel
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
+from flows.edge_convolution import ZeroLinear
 from flows.elementwise import Logit, Shift
-from flows.glow_conditioner import GlowConditioner, ZeroLinear
+from flows.glow_conditioner import GlowConditioner
 from flows.learned_priors import SplitPrior, TopPrior
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm

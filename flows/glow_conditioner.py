@@ -1,112 +1,46 @@
-"""The network in Glow's couplings, and the convolutions it shares with Glow's priors."""
+"""The network in Glow's couplings, and its gradients by hand."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
-from flows.convolution import add_relu, conv3x3
+from flows.convolution import (
+    add_relu,
+    conv3x3,
+    conv3x3_gradients,
+    images,
+    pixels,
+    relu_gradient,
+    scaled,
+    scaled_gradients,
+)
+from flows.edge_convolution import EdgeConv2d, ZeroConv2d
 from flows.normalization import ActNorm, scales_and_biases
-from flows.recompute import reused
 
 
-class EdgeConv2d(nn.Conv2d):
-    """A 3x3 "same" convolution without bias that knows where the border is; weights N(0, .05).
+class Folded(NamedTuple):
+    """A `GlowConditioner`'s tensors: weights as they are learned, what their rows are scaled by, what is added after.
 
-    The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside (`add_edge_padding`).
-    Its convolution does not depend on the image: here it is a map, (C_out, H, W), added to every one.
-
-    edges: (H, W) of the images whose border is marked. None: public ports leave it out.
+    edge: as of `EdgeConv2d.scaled_edges`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, edges: tuple[int, int] | None) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
-        self.edge = Edge(out_channels, edges) if edges else None
-        self.reset()
-
-    def reset(self) -> None:
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.05)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.weight, padding=1)
-        return y if self.edge is None else y + self.edge()
-
-
-class Edge(nn.Module):
-    """What a 3x3 convolution of one channel makes of a padding of ones around zeros, (C_out, H, W), float32."""
-
-    def __init__(self, out_channels: int, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-        self.weight = nn.Parameter(torch.zeros(out_channels, 1, 3, 3))
-        border = F.pad(torch.zeros(1, 1, *size), (1, 1, 1, 1), value=1.0)
-        self.register_buffer("border", F.unfold(border, 3)[0].T.contiguous(), persistent=False)  # (H W, 9)
-
-    def forward(self) -> Tensor:
-        weight = self.weight.flatten(1)
-        with torch.autocast(weight.device.type, enabled=False):
-            return F.linear(self.border, weight).unflatten(0, self.size).movedim(-1, 0)
+    weight_in: Tensor
+    scale_in: Tensor
+    bias_in: Tensor
+    edge_in: Tensor | None
+    weight_mid: Tensor
+    scale_mid: Tensor
+    bias_mid: Tensor
+    weight_out: Tensor
+    scale_out: Tensor
+    bias_out: Tensor
+    edge_out: Tensor | None
 
 
-class ZeroConv2d(EdgeConv2d):
-    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first: what starts from it starts as the identity.
-
-    Authors' code, `conv2d_zeros`. The bias is added in float32: bfloat16 would round what the couplings rest on.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, edges: tuple[int, int] | None) -> None:
-        super().__init__(in_channels, out_channels, edges)
-        self.shift = nn.Parameter(torch.zeros(out_channels, 1, 1))
-        self.log_scale = nn.Parameter(torch.zeros(out_channels, 1, 1))
-
-    def reset(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, shift = once(self, "folded", self._folded)
-        return conv3x3(x, weight).to(shift.dtype) + shift
-
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and shift with the factor inside."""
-        (scale,), (shift,) = folded_factors([self])
-        return self.weight * scale[:, None, None, None], shift
-
-
-def folded_factors(convs: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
-    """exp(3 s), (n, C_out), and (e + b) exp(3 s), n times (C_out, H, W) or (C_out, 1, 1).
-
-    Of n layers of one shape with `shift` b, `log_scale` s and `edge`, or None: `ZeroConv2d`s, or a prior.
-    """
-    scales = torch.exp(3 * torch.stack([conv.log_scale.flatten() for conv in convs]))
-    return scales, folded_edges(convs, scales, torch.stack([conv.shift.flatten() for conv in convs]) * scales)
-
-
-def folded_edges(convs: list[nn.Module], scales: Tensor, biases: Tensor) -> list[Tensor]:
-    """What is left to add once the weights W of n convolutions are scaled: (W x + e) s + b = (W s) x + (e s + b)."""
-    edges = [conv.edge for conv in convs]
-    if edges[0] is None:
-        return list(biases[..., None, None].unbind())
-    weights = torch.stack([edge.weight.flatten(1) for edge in edges]) * scales[..., None]
-    border = edges[0].border.expand(len(edges), -1, -1)
-    with torch.autocast(weights.device.type, enabled=False):
-        maps = torch.baddbmm(biases[:, None], border, weights.mT).unflatten(1, edges[0].size)
-    return [pixels.movedim(-1, 0) for pixels in maps.unbind()]  # in this order gradients come together uncopied
-
-
-class ZeroLinear(nn.Linear):
-    """(W x + b) exp(3 s), with W, b and s 0 at first (authors' code, `linear_zeros`)."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.log_scale = nn.Parameter(torch.zeros(out_features))
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x) * torch.exp(3 * self.log_scale)
+Three = tuple[Tensor, Tensor, Tensor]  # one a layer
 
 
 class GlowConditioner(nn.Module):
@@ -129,42 +63,103 @@ class GlowConditioner(nn.Module):
         self.norm_mid = ActNorm(hidden_channels)
         self.conv_out = ZeroConv2d(hidden_channels, out_channels, edges)
 
-    def forward(self, x: Tensor, folded: tuple[Tensor, ...] | None = None) -> Tensor:
-        """folded: what `fold` gave for this network, where it was made together with others'."""
-        weight_in, bias_in, weight_mid, bias_mid, weight_out, shift = once(
-            self, "weights", lambda: self._weights(*(folded or self.fold([self])[0]))
-        )
-        h = add_relu(conv3x3(x, weight_in), bias_in)
-        pixels = h.movedim(1, -1).flatten(0, -2)  # a view of channels_last images: the 1x1 is a matrix product
-        pixels = add_relu(F.linear(pixels, weight_mid), bias_mid)
-        h = pixels.unflatten(0, (len(x), *x.shape[2:])).movedim(-1, 1)
-        return reused(lambda known: conv3x3(h, weight_out, known)).to(shift.dtype) + shift
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = dtype_of_products(x)
+        weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype))
+        return self.last(self.hidden(x, weights, biases)[1], weights, biases)
+
+    def hidden(self, x: Tensor, weights: Three, biases: Three) -> tuple[Tensor, Tensor]:
+        """What both ReLUs give, (B, hidden, H, W), in the dtype of the weights."""
+        first = add_relu(conv3x3(x.to(weights[0].dtype), weights[0]), biases[0])
+        return first, images(add_relu(F.linear(pixels(first), weights[1], biases[1])), first)
+
+    def last(self, second: Tensor, weights: Three, biases: Three) -> Tensor:
+        """The output, in the dtype of its bias, from the second hidden layer."""
+        return conv3x3(second, weights[2]).to(biases[2].dtype) + biases[2]
 
     @staticmethod
-    def fold(nets: list["GlowConditioner"]) -> list[tuple[Tensor, ...]]:
-        """For each of n networks of one shape: a factor of its weights, and what is added, for each of its layers.
+    def fold(nets: list["GlowConditioner"]) -> list[Folded]:
+        """The tensors of n networks of one shape, with their actnorms folded into the convolutions before them.
 
         At once: n times a few small operations are a twentieth of the time of a step at K=8, H=128.
         """
-        convs = [net.conv_in for net in nets]
-        scale_in, bias_in = scales_and_biases([net.norm_in for net in nets])
-        scale_mid, bias_mid = scales_and_biases([net.norm_mid for net in nets])
-        scale_out, shift = folded_factors([net.conv_out for net in nets])
-        folded_in = scale_in.unbind(), folded_edges(convs, scale_in, bias_in)
-        return list(zip(*folded_in, scale_mid.unbind(), bias_mid.unbind(), scale_out.unbind(), shift, strict=True))
+        convs_in, convs_out = [net.conv_in for net in nets], [net.conv_out for net in nets]
+        norms_in, norms_mid = [net.norm_in for net in nets], [net.norm_mid for net in nets]
+        scale_in, bias_in = scales_and_biases([norm.log_scale for norm in norms_in], [norm.bias for norm in norms_in])
+        scale_mid, bias_mid = scales_and_biases(
+            [norm.log_scale for norm in norms_mid], [norm.bias for norm in norms_mid]
+        )
+        scale_out, bias_out = scales_and_biases(
+            [conv.log_scale for conv in convs_out], [conv.shift for conv in convs_out]
+        )
+        columns = Folded(
+            [conv.weight for conv in convs_in],
+            scale_in.unbind(),
+            bias_in.unbind(),
+            EdgeConv2d.scaled_edges(convs_in, scale_in),
+            [net.conv_mid.weight for net in nets],
+            scale_mid.unbind(),
+            bias_mid.unbind(),
+            [conv.weight for conv in convs_out],
+            scale_out.unbind(),
+            bias_out.unbind(),
+            EdgeConv2d.scaled_edges(convs_out, scale_out),
+        )
+        return [Folded(*row) for row in zip(*columns, strict=True)]
 
-    def _weights(self, scale_in, bias_in, scale_mid, bias_mid, scale_out, shift) -> tuple[Tensor, ...]:
-        """Weight and bias of each layer."""
+    @staticmethod
+    def weights(folded: Folded, dtype: torch.dtype) -> Three:
+        """(hidden, C_in, 3, 3), (hidden, hidden), (C_out, hidden, 3, 3)."""
         return (
-            self.conv_in.weight * scale_in[:, None, None, None],
+            scaled(folded.weight_in, folded.scale_in, dtype),
+            scaled(folded.weight_mid.flatten(1), folded.scale_mid, dtype),
+            scaled(folded.weight_out, folded.scale_out, dtype),
+        )
+
+    def biases(self, folded: Folded, dtype: torch.dtype) -> Three:
+        """(hidden, H, W) or without edges (hidden, 1, 1), (hidden,), and as the first with C_out: never in half."""
+        return (
+            self.conv_in.added(folded.bias_in, folded.edge_in).to(dtype),
+            folded.bias_mid.to(dtype),
+            self.conv_out.added(folded.bias_out, folded.edge_out),
+        )
+
+    def _layers(self, dtype: torch.dtype) -> tuple[Three, Three]:
+        (folded,), device = self.fold([self]), self.conv_mid.weight.device.type
+        with torch.autocast(device, enabled=False):
+            return self.weights(folded, dtype), self.biases(folded, dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, hidden: tuple[Tensor, Tensor], weights: Three, folded: Folded
+    ) -> tuple[Tensor, Folded]:
+        """Those of x and of all in `folded`, from that of the output: the chain rule, from the last layer on."""
+        (first, second), dtype = hidden, folded.bias_mid.dtype
+        bias_out, edge_out = self.conv_out.added_gradients(grad, dtype)
+        grad, weight_out = conv3x3_gradients(grad.to(second.dtype), second, weights[2])
+        grad = pixels(relu_gradient(grad, second))
+        bias_mid, weight_mid = grad.sum(0, dtype=dtype), grad.T @ pixels(first)
+        grad = relu_gradient(images(grad @ weights[1], first), first)
+        bias_in, edge_in = self.conv_in.added_gradients(grad, dtype)
+        grad, weight_in = conv3x3_gradients(grad, x.to(first.dtype), weights[0])
+        weight_mid = weight_mid.view_as(folded.weight_mid)
+        return grad, Folded(
+            *scaled_gradients(weight_in, folded.weight_in, folded.scale_in),
             bias_in,
-            self.conv_mid.weight.flatten(1) * scale_mid[:, None],
+            edge_in,
+            *scaled_gradients(weight_mid, folded.weight_mid, folded.scale_mid),
             bias_mid,
-            self.conv_out.weight * scale_out[:, None, None, None],
-            shift,
+            *scaled_gradients(weight_out, folded.weight_out, folded.scale_out),
+            bias_out,
+            edge_out,
         )
 
     def initialize(self, x: Tensor) -> None:
         """Set both actnorms from what comes to them; here they are not folded."""
         h = self.norm_in.initialize(self.conv_in(x)).relu()
         self.norm_mid.initialize(self.conv_mid(h))
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """That of autocast where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.glow_conditioner import Edge, ZeroConv2d, ZeroLinear, folded_factors
+from flows.edge_convolution import Edge, ZeroConv2d, ZeroLinear
+from flows.normalization import scales_and_biases
 
 
 class SplitPrior(Flow):
@@ -66,7 +67,11 @@ class TopPrior(Flow):
 
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and s, each broadcastable to x."""
-        _, (h,) = folded_factors([self])
+        (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
+        h = bias[:, None, None]
+        if self.edge is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                h = self.edge.map(self.edge.weight.flatten(1) * scale[:, None], bias)
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]

@@ -120,10 +120,10 @@ def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     norm.running_var.lerp_(var.to(norm.running_var), rate)
 
 
-def scales_and_biases(norms: list["ActNorm"]) -> tuple[Tensor, Tensor]:
-    """exp(3 s) and b exp(3 s) of n actnorms, (n, C) each: y = scale x + bias, to be folded into linear maps beside."""
-    scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack([norm.log_scale.flatten() for norm in norms]))
-    return scales, torch.stack([norm.bias.flatten() for norm in norms]) * scales
+def scales_and_biases(log_scales: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """exp(3 s) and b exp(3 s) of n layers that give (x + b) exp(3 s), (n, C) each, to be folded into linear maps."""
+    scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack(log_scales).flatten(1))
+    return scales, torch.stack(biases).flatten(1) * scales
 
 
 class ActNorm(Flow):

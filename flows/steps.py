@@ -8,6 +8,8 @@ from torch import Tensor
 from flows.base import Compose
 from flows.caching import once
 from flows.coupling import AdditiveCoupling
+from flows.glow_conditioner import GlowConditioner, dtype_of_products
+from flows.glow_step import GlowStep
 from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply, volume
 from flows.normalization import ActNorm
 from flows.recompute import recomputed
@@ -20,13 +22,12 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    So is, in `forward`, what the networks, `GlowConditioner`s of one shape, make of their actnorms (fold_together).
-    recompute: of a step only its input, and what its network gave unless that is compiled, are kept for the backward
-    pass (`flows/recompute.py`).
+    A step's backward pass is written by hand (`GlowStep`), unless its network, a `GlowConditioner`, is compiled.
+    recompute: only the input of a step, and its scales unless compiled, are kept for the backward pass.
     """
 
     recompute = False
-    fold_together = True
+    by_hand = True
 
     def __init__(
         self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, AdditiveCoupling]]
@@ -36,10 +37,19 @@ class Steps(Compose):
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         weights, biases, log_dets = once(self, "maps", self._maps)
         total = volume(log_dets.sum(), x)
-        steps = zip(weights.to(x.dtype), biases.to(x.dtype), self._couplings(), self._folded(), strict=True)
-        for weight, bias, coupling, folded in steps:
-            x, log_det = recomputed(_step, coupling, x, weight, bias, folded, on=self.recompute)
-            total = total + log_det
+        couplings = self._couplings()
+        maps = zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True)
+        if self.by_hand and not torch.compiler.is_compiling():
+            dtype = dtype_of_products(x)
+            folded = GlowConditioner.fold([coupling.conditioner for coupling in couplings])
+            with torch.autocast(x.device.type, enabled=False):
+                for coupling, (weight, bias), net in zip(couplings, maps, folded, strict=True):
+                    x, log_det = GlowStep.apply(coupling, dtype, self.recompute, x, weight, bias, *net)
+                    total = total + log_det
+        else:
+            for coupling, (weight, bias) in zip(couplings, maps, strict=True):
+                x, log_det = recomputed(_step, coupling, x, weight, bias, on=self.recompute)
+                total = total + log_det
         return x, total
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -55,13 +65,6 @@ class Steps(Compose):
     def _couplings(self) -> list[AdditiveCoupling]:
         return list(self.layers)[2::3]
 
-    def _folded(self) -> list[tuple[Tensor, ...] | None]:
-        """What the networks of all steps are given; nothing where it would be kept for the backward pass."""
-        nets = [coupling.conditioner for coupling in self._couplings()]
-        if self.recompute or not self.fold_together:
-            return [None] * len(nets)
-        return once(self, "networks", lambda: nets[0].fold(nets))
-
     def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
         """W s, W (b s) and ln|det| at a pixel of every step: (K, C, C), (K, C), (K,); float64."""
         weights, scales, biases, log_dets = self._parts()
@@ -75,10 +78,10 @@ class Steps(Compose):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         norms, permutations = list(self.layers)[::3], list(self.layers)[1::3]
         weights, log_dets = matrices(permutations)
-        biases = torch.stack([norm.bias.flatten() for norm in norms]).double()
-        log_scales = ActNorm.LOG_SCALE_FACTOR * torch.stack([norm.log_scale.flatten() for norm in norms]).double()
+        biases = torch.stack([norm.bias for norm in norms]).flatten(1).double()
+        log_scales = ActNorm.LOG_SCALE_FACTOR * torch.stack([norm.log_scale for norm in norms]).flatten(1).double()
         return weights, log_scales.exp(), biases, log_dets + log_scales.sum(-1)
 
 
-def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor, folded) -> tuple[Tensor, Tensor]:
-    return coupling(multiply(weight, x, bias), folded=folded)
+def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return coupling(multiply(weight, x, bias))

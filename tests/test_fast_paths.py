@@ -1,6 +1,7 @@
-"""What is fast is what it replaces: folded steps, narrow gradients, recomputed networks, cached inverses."""
+"""What is fast is what it replaces: folded steps, gradients by hand, recomputed networks, cached inverses."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 from flows.base import Compose
 from flows.caching import cached, once
 from flows.conditioners import ResidualBlock
-from flows.convolution import add_relu, conv3x3, gathered, scattered
+from flows.convolution import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
 from flows.glow import Glow
 from flows.glow_conditioner import GlowConditioner
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
+from flows.steps import Steps
 from lightning_modules.metrics import evaluation
 
 BOTH = [case for case in MODELS if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")]
@@ -34,17 +36,135 @@ def test_steps_are_their_layers_one_after_another():
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def by_autograd(flow):
+    """The same flow with the gradients that autograd makes of its layers' own code."""
+    flow = copy.deepcopy(flow)
+    for module in flow.modules():
+        if isinstance(module, Steps):
+            module.forward = functools.partial(Compose.forward, module)
+    return flow
+
+
+GLOWS = [{}, {"coupling": "additive"}, {"min_scale": 0.3}, {"edges": False}, {"permutation": "shuffle"}]
+glows = pytest.mark.parametrize("options", GLOWS, ids=lambda options: "-".join(map(str, options.values())) or "paper")
+
+
+def glow(options):
+    torch.manual_seed(0)
+    return perturb(Glow((3, 8, 8), 2, 3, 6, **options), 0.1).double(), randn(5, 3, 8, 8).sigmoid()
+
+
+@glows
+@pytest.mark.parametrize("lean", [False, True])
+def test_gradients_by_hand_are_those_of_autograd(options, lean):
+    """Of the weights and of the images; what a step gives is used in part, or not at all, too."""
+    flow, x = glow(options)
+    plain = by_autograd(flow)
+    if lean:
+        recompute(flow)
+
+    def latents_alone(f, x):
+        return f(x)[0][-1].square().sum()
+
+    def log_det_alone(f, x):
+        return f(x)[1].square().sum()
+
+    for loss in (lambda f, x: f.log_prob(x).square().mean() / 1e4, latents_alone, log_det_alone):
+        results = []
+        for f in (flow, plain):
+            images = x.clone().requires_grad_()
+            value = loss(f, images)
+            inputs = [images, *f.parameters()]
+            results.append([value, *torch.autograd.grad(value, inputs, materialize_grads=True)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        assert sum(g.abs().max() > 1e-6 for g in results[0]) > len(results[0]) / 4
+
+
+@glows
+def test_gradients_by_hand_can_be_differentiated_again(options):
+    flow, x = glow(options)
+    results = []
+    for f in (flow, by_autograd(flow)):
+        images = x.clone().requires_grad_()
+        (score,) = torch.autograd.grad(f.log_prob(images).sum(), images, create_graph=True)
+        inputs = [images, *f.parameters()]
+        results.append(torch.autograd.grad(score.square().mean(), inputs, materialize_grads=True))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    assert results[0][0].abs().max() > 1e-6
+
+
+def test_weights_that_are_frozen_get_no_gradient():
+    flow, x = glow({})
+    frozen = [p for name, p in flow.named_parameters() if "conv_mid" in name or "lower" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    plain = by_autograd(flow)
+    for f in (flow, plain):
+        f.log_prob(x).mean().backward()
+    for ours, theirs in zip(flow.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad)
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-8)
+    images = x.clone().requires_grad_()
+    (score,) = torch.autograd.grad(flow.log_prob(images).sum(), images, create_graph=True)
+    score.square().mean().backward()
+    assert all(p.grad is None for p in frozen)
+
+
+def test_gradients_under_autocast_are_those_of_autograd():
+    """bfloat16 in the networks alone: as far from float64 as autograd's own, and in the weights' dtype."""
+    flow, x = glow({})
+    exact = loss_and_gradients(flow, x)
+    flow, x = flow.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = loss_and_gradients(flow, x), loss_and_gradients(by_autograd(flow), x)
+
+    def error(found):
+        return sum(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(found, exact, strict=True)) / len(exact)
+
+    assert all(g.dtype == torch.float32 for g in ours)
+    assert 1e-4 < error(ours) < 1.2 * error(theirs)
+
+
+def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
+    """In float32 values an image: x of the level and y of each step, half as many scales; hidden layers by default."""
+    hidden, depth = 16, 3
+    flow, kept = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1), {}
+    steps, x = flow.levels[0].layers[1], torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last)
+    own = {p.untyped_storage().data_ptr() for p in (*steps.parameters(), *steps.buffers())}
+
+    def pack(tensor):
+        if len(tensor) >= 64 and tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel() // 64
+        return tensor
+
+    for lean in (False, True):
+        steps.recompute = lean
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y, log_det = steps(x)
+        pixels = 8 * 8
+        expected = pixels * (12 + depth * (12 + 6 + (0 if lean else 2 * hidden)))
+        assert sum(kept.values()) == expected
+        del y, log_det
+
+
 @pytest.mark.parametrize(("c_in", "c_out"), [(7, 3), (3, 7)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_gradients_of_a_narrow_convolution(c_in, c_out, channels_last):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
     x, weight, grad = randn(2, c_in, 4, 6), randn(c_out, c_in, 3, 3, seed=1), randn(2, c_out, 4, 6, seed=2)
     if channels_last:
         x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
-    inputs = [x.requires_grad_(), weight.requires_grad_()]
-    ours, theirs = conv3x3(*inputs), F.conv2d(*inputs, padding=1)
-    assert torch.equal(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    inputs = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
+    theirs = torch.autograd.grad(F.conv2d(*inputs, padding=1), inputs, grad.to(dtype).double())
+    ours = conv3x3_gradients(*(t.to(dtype) for t in (grad, x, weight)))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-2 * b.abs().max().item()
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("product", [gathered, scattered])
@@ -77,30 +197,34 @@ def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
 
 @pytest.mark.parametrize(
     ("shape", "bias_shape"),
-    [((2, 5, 3, 4), (5, 3, 4)), ((2, 5, 3, 4), (5, 1, 1)), ((2, 1, 3, 4), (1, 1, 1)), ((6, 5), (5,))],
+    [((2, 5, 3, 4), (5, 3, 4)), ((2, 5, 3, 4), (5, 1, 1)), ((6, 5), (5,)), ((6, 5), None)],
 )
 def test_add_relu(shape, bias_shape):
-    y, bias, grad = randn(*shape).requires_grad_(), randn(*bias_shape, seed=1).requires_grad_(), randn(*shape, seed=2)
-    ours, theirs = add_relu(y * 1, bias), (y + bias).relu()
-    assert torch.equal(ours, theirs)
+    y, bias, grad = randn(*shape), randn(*bias_shape, seed=1) if bias_shape else None, randn(*shape, seed=2)
+    theirs = (y if bias is None else y + bias).relu()
     assert 0 < (theirs == 0).sum() < theirs.numel()
-    for a, b in zip(
-        torch.autograd.grad(ours, [y, bias], grad), torch.autograd.grad(theirs, [y, bias], grad), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    tracked = y.clone().requires_grad_()
+    ours = add_relu(tracked, bias)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(tracked, y)
+    (expected,) = torch.autograd.grad(ours, tracked, grad)
+    with torch.no_grad():
+        ours = add_relu(y, bias)
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() == y.data_ptr()
+        assert torch.equal(relu_gradient(grad, theirs), expected)
+    assert torch.equal(grad, expected)
 
 
-def test_gradients_can_be_differentiated_again():
-    net, x = perturb(GlowConditioner(2, 3, 6, (4, 5)), 0.3).double(), randn(2, 2, 4, 5).requires_grad_()
-    by_hand = F.conv2d(x, net.conv_in.weight, padding=1) + net.conv_in.edge()
-    by_hand = net.norm_mid.normalize(net.conv_mid(net.norm_in.normalize(by_hand).relu())).relu()
-    out = net.conv_out
-    by_hand = (F.conv2d(by_hand, out.weight, padding=1) + out.edge() + out.shift) * torch.exp(3 * out.log_scale)
-    first = [torch.autograd.grad(y.square().sum(), x, create_graph=True)[0] for y in (net(x), by_hand)]
-    second = [torch.autograd.grad(g.square().sum(), [x, *net.parameters()]) for g in first]
-    for a, b in zip(*second, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert second[0][0].abs().max() > 0
+def test_a_weight_is_scaled_in_one_pass_as_in_two():
+    weight, scale = randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last), randn(5, seed=1)
+    expected = (weight * scale[:, None, None, None]).bfloat16()
+    plain = scaled(weight.requires_grad_(), scale, torch.bfloat16)
+    with torch.no_grad():
+        fast = scaled(weight, scale, torch.bfloat16)
+    assert torch.equal(plain, expected)
+    assert torch.equal(fast, expected)
+    assert fast.stride() == weight.stride()
 
 
 def loss_and_gradients(flow, x):
@@ -123,23 +247,22 @@ def test_recomputing_changes_no_bit(case, bf16):
     assert ("RealNVP" in case.name) == any(not torch.equal(v, state[k]) for k, v in kept.state_dict().items())
 
 
-@both
-def test_recomputing_does_compute_again(case, monkeypatch):
-    flow, calls = fresh(case).train(), []
+def test_recomputing_does_compute_again():
+    flow, x, calls = RealNVP((3, 16, 16), 2, 8, 1), torch.rand(4, 3, 16, 16), []
     recompute(flow)
     net = next(m.conditioner for m in flow.modules() if hasattr(m, "conditioner"))
     net.register_forward_pre_hook(lambda *_: calls.append(1))
-    loss = -flow.log_prob(case.data(4)).mean()
+    loss = -flow.log_prob(x).mean()
     assert len(calls) == 1
     loss.backward()
     assert len(calls) == 2
     with torch.no_grad():
-        flow.log_prob(case.data(4))
+        flow.log_prob(x)
     assert len(calls) == 3
 
 
-def test_the_last_convolution_is_not_made_again(monkeypatch):
-    """Nor when a graph is gone through twice."""
+def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monkeypatch):
+    """Also when a graph is gone through twice."""
     flow, made, convolution = Glow((3, 8, 8), 2, 3, 16), [], F.conv2d
     recompute(flow)
     monkeypatch.setattr(F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k))
@@ -194,8 +317,9 @@ def test_a_cache_does_not_serve_gradients_and_ends_after_an_error():
 
 
 @pytest.mark.parametrize("flow", [Glow((3, 16, 16), 2, 2, 8), RealNVP((3, 16, 16), 2, 8, 1)], ids=["Glow", "RealNVP"])
-def test_images_stay_channels_last_through_every_coupling(flow):
+def test_images_stay_channels_last_through_every_coupling(flow, monkeypatch):
     seen = []
+    monkeypatch.setattr(Steps, "by_hand", False)  # whose pieces are the same, but are not called as modules
     for module in (m for m in flow.modules() if hasattr(m, "conditioner")):
         module.register_forward_hook(lambda module, inputs, y: seen.extend([inputs[0], y[0]]))
         module.conditioner.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
@@ -259,7 +383,7 @@ def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, le
             with evaluation("cpu"):
                 flow.log_prob(batch)
     eager = []
-    monkeypatch.setattr(GlowConditioner, "_weights", noted(GlowConditioner._weights, eager))
+    monkeypatch.setattr(GlowConditioner, "hidden", noted(GlowConditioner.hidden, eager))
     monkeypatch.setattr(ResidualBlock, "forward", noted(ResidualBlock.forward, eager))
     for a, b in zip(loss_and_gradients(flow.train(), x), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -283,5 +407,8 @@ def test_networks_are_folded_together_as_each_alone():
     nets = [perturb(GlowConditioner(2, 6, 5, (4, 6)), 0.3).double() for _ in range(3)]
     x = randn(3, 2, 4, 6)
     for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
-        torch.testing.assert_close(net(x, folded), net(x), rtol=1e-12, atol=1e-12)
+        weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype)
+        torch.testing.assert_close(
+            net.last(net.hidden(x, weights, biases)[1], weights, biases), net(x), rtol=1e-12, atol=1e-12
+        )
     assert (nets[0](x) - nets[1](x)).abs().max() > 0.1

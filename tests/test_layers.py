@@ -12,8 +12,9 @@ from torch import nn
 from flows.base import Compose
 from flows.conditioners import BiasOnlyBatchNorm2d, MLPConditioner, ResidualConditioner, WeightNormConv2d
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
+from flows.edge_convolution import EdgeConv2d, ZeroConv2d, ZeroLinear
 from flows.elementwise import Logit, Shift
-from flows.glow_conditioner import EdgeConv2d, GlowConditioner, ZeroConv2d, ZeroLinear
+from flows.glow_conditioner import GlowConditioner
 from flows.learned_priors import SplitPrior, TopPrior
 from flows.likelihood import bits_per_dim
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, matrices, rotation
