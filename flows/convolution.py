@@ -1,7 +1,4 @@
-"""The convolutions of Glow's networks, what surrounds them, and gradients by hand, in few passes over memory.
-
-What is said to be in place is so only where no graph is made.
-"""
+"""The convolutions of Glow's networks, what surrounds them, and gradients by hand, in few passes over memory."""
 
 import torch
 from torch import Tensor
@@ -85,11 +82,11 @@ def pixels(x: Tensor) -> Tensor:
 
 def images(rows: Tensor, like: Tensor) -> Tensor:
     """(B H W, C) to (B, C, H, W), a channels_last view; B, H and W are those of `like`."""
-    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def add_relu(y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """ReLU(y + bias), in place."""
+    """ReLU(y + bias), in the memory of y where no graph is made."""
     if torch.is_grad_enabled():
         return (y if bias is None else y + bias).relu()
     return (y if bias is None else y.add_(bias)).relu_()

@@ -129,7 +129,7 @@ class AdditiveCoupling(Flow):
         return y - h, no_log_det(y)
 
     def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of x2 and h, from those of what `change` gave."""
+        """Those of x2 and h, from those of what `change` gave: dy / dx2 = scale, dy / dr = y d ln(scale) / dr."""
         return grad, grad
 
 
@@ -163,7 +163,7 @@ class SigmoidCoupling(AdditiveCoupling):
     def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         grad_x = grad * scale  # and that of t
         of_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
-        grad_raw = of_log_scale * (1 - scale)  # d ln(scale) / dr at m = 0
+        grad_raw = of_log_scale * (1 - scale)  # d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
         if self.min_scale:
             grad_raw = grad_raw * (scale - self.min_scale) / ((1 - self.min_scale) * scale)
         return grad_x, torch.cat([grad_x, grad_raw], dim=1)

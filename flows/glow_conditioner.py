@@ -22,9 +22,10 @@ from flows.normalization import ActNorm, scales_and_biases
 
 
 class Folded(NamedTuple):
-    """A `GlowConditioner`'s tensors: weights as they are learned, what their rows are scaled by, what is added after.
+    """A `GlowConditioner`'s tensors with actnorms and factors folded in, or the gradients of these tensors.
 
-    edge: as of `EdgeConv2d.scaled_edges`.
+    Of each layer the weight as it is learned, what its rows are scaled by, (C_out,), and a bias that is added after
+    that, (C_out,); of the 3x3 ones the border's weight as it is learned, (C_out, 1, 3, 3), or None without edges.
     """
 
     weight_in: Tensor
@@ -40,7 +41,7 @@ class Folded(NamedTuple):
     edge_out: Tensor | None
 
 
-Three = tuple[Tensor, Tensor, Tensor]  # one a layer
+PerLayer = tuple[Tensor, Tensor, Tensor]
 
 
 class GlowConditioner(nn.Module):
@@ -68,12 +69,12 @@ class GlowConditioner(nn.Module):
         weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype))
         return self.last(self.hidden(x, weights, biases)[1], weights, biases)
 
-    def hidden(self, x: Tensor, weights: Three, biases: Three) -> tuple[Tensor, Tensor]:
+    def hidden(self, x: Tensor, weights: PerLayer, biases: PerLayer) -> tuple[Tensor, Tensor]:
         """What both ReLUs give, (B, hidden, H, W), in the dtype of the weights."""
         first = add_relu(conv3x3(x.to(weights[0].dtype), weights[0]), biases[0])
         return first, images(add_relu(F.linear(pixels(first), weights[1], biases[1])), first)
 
-    def last(self, second: Tensor, weights: Three, biases: Three) -> Tensor:
+    def last(self, second: Tensor, weights: PerLayer, biases: PerLayer) -> Tensor:
         """The output, in the dtype of its bias, from the second hidden layer."""
         return conv3x3(second, weights[2]).to(biases[2].dtype) + biases[2]
 
@@ -83,8 +84,8 @@ class GlowConditioner(nn.Module):
 
         At once: n times a few small operations are a twentieth of the time of a step at K=8, H=128.
         """
-        convs_in, convs_out = [net.conv_in for net in nets], [net.conv_out for net in nets]
         norms_in, norms_mid = [net.norm_in for net in nets], [net.norm_mid for net in nets]
+        convs_out = [net.conv_out for net in nets]
         scale_in, bias_in = scales_and_biases([norm.log_scale for norm in norms_in], [norm.bias for norm in norms_in])
         scale_mid, bias_mid = scales_and_biases(
             [norm.log_scale for norm in norms_mid], [norm.bias for norm in norms_mid]
@@ -92,23 +93,20 @@ class GlowConditioner(nn.Module):
         scale_out, bias_out = scales_and_biases(
             [conv.log_scale for conv in convs_out], [conv.shift for conv in convs_out]
         )
-        columns = Folded(
-            [conv.weight for conv in convs_in],
-            scale_in.unbind(),
-            bias_in.unbind(),
-            EdgeConv2d.scaled_edges(convs_in, scale_in),
-            [net.conv_mid.weight for net in nets],
-            scale_mid.unbind(),
-            bias_mid.unbind(),
-            [conv.weight for conv in convs_out],
-            scale_out.unbind(),
-            bias_out.unbind(),
-            EdgeConv2d.scaled_edges(convs_out, scale_out),
+        rows = zip(
+            nets, *(x.unbind() for x in (scale_in, bias_in, scale_mid, bias_mid, scale_out, bias_out)), strict=True
         )
-        return [Folded(*row) for row in zip(*columns, strict=True)]
+        return [
+            Folded(
+                *(net.conv_in.weight, s_in, b_in, _edge(net.conv_in)),
+                *(net.conv_mid.weight, s_mid, b_mid),
+                *(net.conv_out.weight, s_out, b_out, _edge(net.conv_out)),
+            )
+            for net, s_in, b_in, s_mid, b_mid, s_out, b_out in rows
+        ]
 
     @staticmethod
-    def weights(folded: Folded, dtype: torch.dtype) -> Three:
+    def weights(folded: Folded, dtype: torch.dtype) -> PerLayer:
         """(hidden, C_in, 3, 3), (hidden, hidden), (C_out, hidden, 3, 3)."""
         return (
             scaled(folded.weight_in, folded.scale_in, dtype),
@@ -116,41 +114,42 @@ class GlowConditioner(nn.Module):
             scaled(folded.weight_out, folded.scale_out, dtype),
         )
 
-    def biases(self, folded: Folded, dtype: torch.dtype) -> Three:
+    def biases(self, folded: Folded, dtype: torch.dtype) -> PerLayer:
         """(hidden, H, W) or without edges (hidden, 1, 1), (hidden,), and as the first with C_out: never in half."""
         return (
-            self.conv_in.added(folded.bias_in, folded.edge_in).to(dtype),
+            self.conv_in.added(folded.bias_in, folded.edge_in, folded.scale_in).to(dtype),
             folded.bias_mid.to(dtype),
-            self.conv_out.added(folded.bias_out, folded.edge_out),
+            self.conv_out.added(folded.bias_out, folded.edge_out, folded.scale_out),
         )
 
-    def _layers(self, dtype: torch.dtype) -> tuple[Three, Three]:
+    def _layers(self, dtype: torch.dtype) -> tuple[PerLayer, PerLayer]:
         (folded,), device = self.fold([self]), self.conv_mid.weight.device.type
         with torch.autocast(device, enabled=False):
             return self.weights(folded, dtype), self.biases(folded, dtype)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, hidden: tuple[Tensor, Tensor], weights: Three, folded: Folded
+        self, grad: Tensor, x: Tensor, hidden: tuple[Tensor, Tensor], weights: PerLayer, folded: Folded
     ) -> tuple[Tensor, Folded]:
         """Those of x and of all in `folded`, from that of the output: the chain rule, from the last layer on."""
-        (first, second), dtype = hidden, folded.bias_mid.dtype
-        bias_out, edge_out = self.conv_out.added_gradients(grad, dtype)
+        first, second = hidden
+        bias_out, edge_out, edge_scale_out = self.conv_out.added_gradients(grad, folded.edge_out, folded.scale_out)
         grad, weight_out = conv3x3_gradients(grad.to(second.dtype), second, weights[2])
         grad = pixels(relu_gradient(grad, second))
-        bias_mid, weight_mid = grad.sum(0, dtype=dtype), grad.T @ pixels(first)
+        bias_mid, weight_mid = grad.sum(0, dtype=folded.bias_mid.dtype), grad.T @ pixels(first)
         grad = relu_gradient(images(grad @ weights[1], first), first)
-        bias_in, edge_in = self.conv_in.added_gradients(grad, dtype)
+        bias_in, edge_in, edge_scale_in = self.conv_in.added_gradients(grad, folded.edge_in, folded.scale_in)
         grad, weight_in = conv3x3_gradients(grad, x.to(first.dtype), weights[0])
-        weight_mid = weight_mid.view_as(folded.weight_mid)
+        weight_in, scale_in = scaled_gradients(weight_in, folded.weight_in, folded.scale_in)
+        weight_mid, scale_mid = scaled_gradients(
+            weight_mid.view_as(folded.weight_mid), folded.weight_mid, folded.scale_mid
+        )
+        weight_out, scale_out = scaled_gradients(weight_out, folded.weight_out, folded.scale_out)
+        if edge_scale_in is not None:
+            scale_in, scale_out = scale_in + edge_scale_in, scale_out + edge_scale_out
         return grad, Folded(
-            *scaled_gradients(weight_in, folded.weight_in, folded.scale_in),
-            bias_in,
-            edge_in,
-            *scaled_gradients(weight_mid, folded.weight_mid, folded.scale_mid),
-            bias_mid,
-            *scaled_gradients(weight_out, folded.weight_out, folded.scale_out),
-            bias_out,
-            edge_out,
+            *(weight_in, scale_in, bias_in, edge_in),
+            *(weight_mid, scale_mid, bias_mid),
+            *(weight_out, scale_out, bias_out, edge_out),
         )
 
     def initialize(self, x: Tensor) -> None:
@@ -159,7 +158,12 @@ class GlowConditioner(nn.Module):
         self.norm_mid.initialize(self.conv_mid(h))
 
 
+def _edge(conv: EdgeConv2d) -> Tensor | None:
+    return None if conv.edge is None else conv.edge.weight
+
+
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """That of autocast where it is on, else that of x."""
+    """That of autocast where it is on, else that of x; float64 stays, as under autocast itself."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if mixed else x.dtype

@@ -13,9 +13,9 @@ from flows.glow_conditioner import Folded
 def step(
     coupling: AdditiveCoupling, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, folded: Folded
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """The coupling of W x + b, its network's products in `dtype`.
+    """The coupling of W x + b, its network's products in `dtype`: x (B, C, H, W), weight (C, C), bias (C,).
 
-    Returns y and log_det, what the coupling's gradients take beside y, and the network's hidden layers.
+    Returns y (B, C, H, W) and log_det (B,), what the coupling's gradients take beside y, the network's hidden layers.
     """
     net = coupling.conditioner
     kept, changed = images(F.linear(pixels(x), weight, bias), x).chunk(2, dim=1)
@@ -29,7 +29,8 @@ class GlowStep(Function):
     """`step` with its gradients: GlowStep.apply(coupling, dtype, recompute, x, weight, bias, *folded) -> y, log_det.
 
     Kept are x, y (the x of the next step), the scales, and the hidden layers unless `recompute`: those are made again
-    from y then, by the same operations, without the last convolution.
+    from y then, by the same operations, without the last convolution. y must not be changed in place, weights get
+    gradients also where they are frozen (autograd drops them), and the transforms of torch.func cannot take it apart.
     """
 
     @staticmethod
@@ -44,13 +45,13 @@ class GlowStep(Function):
         x, weight, bias, *rest = ctx.saved_tensors
         n = len(Folded._fields)
         folded, y, state, hidden = Folded(*rest[:n]), rest[n], rest[n + 1 :][: ctx.n_state], rest[n + 1 + ctx.n_state :]
-        if torch.is_grad_enabled():  # these gradients will be differentiated
-            return None, None, None, *_differentiable(ctx, (x, weight, bias, *folded), (grad, grad_log_det))
-        net = ctx.coupling.conditioner
         with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # these gradients will be differentiated
+                return None, None, None, *_differentiable(ctx, (x, weight, bias, *folded), (grad, grad_log_det))
+            net, weights = ctx.coupling.conditioner, ctx.coupling.conditioner.weights(folded, ctx.dtype)
             (kept, changed), (grad_kept, grad_changed) = y.chunk(2, dim=1), grad.chunk(2, dim=1)
-            weights = net.weights(folded, ctx.dtype)
-            hidden = tuple(hidden) or net.hidden(kept, weights, net.biases(folded, ctx.dtype))
+            if not hidden:  # recompute
+                hidden = net.hidden(kept, weights, net.biases(folded, ctx.dtype))
             grad_changed, grad_h = ctx.coupling.gradients(grad_changed, grad_log_det, changed, *state)
             grad_net, grad_folded = net.gradients(grad_h, kept, hidden, weights, folded)
             grad = pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1))

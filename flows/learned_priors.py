@@ -70,8 +70,7 @@ class TopPrior(Flow):
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
         h = bias[:, None, None]
         if self.edge is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                h = self.edge.map(self.edge.weight.flatten(1) * scale[:, None], bias)
+            h = self.edge.map(self.edge.weight.flatten(1) * scale[:, None], bias)
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]

@@ -22,7 +22,8 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    A step's backward pass is written by hand (`GlowStep`), unless its network, a `GlowConditioner`, is compiled.
+    A step's backward pass is written by hand (`GlowStep`) but where `FlowModel.compile` has its network, a
+    `GlowConditioner`, compiled: by hand, couplings and networks are not called as modules and their hooks do not run.
     recompute: only the input of a step, and its scales unless compiled, are kept for the backward pass.
     """
 
@@ -41,7 +42,7 @@ class Steps(Compose):
         maps = zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True)
         if self.by_hand and not torch.compiler.is_compiling():
             dtype = dtype_of_products(x)
-            folded = GlowConditioner.fold([coupling.conditioner for coupling in couplings])
+            folded = once(self, "networks", lambda: GlowConditioner.fold([c.conditioner for c in couplings]))
             with torch.autocast(x.device.type, enabled=False):
                 for coupling, (weight, bias), net in zip(couplings, maps, folded, strict=True):
                     x, log_det = GlowStep.apply(coupling, dtype, self.recompute, x, weight, bias, *net)
