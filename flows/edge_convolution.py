@@ -31,6 +31,11 @@ class EdgeConv2d(nn.Conv2d):
         y = F.conv2d(x, self.weight, padding=1)
         return y if self.edge is None else y + self.edge()
 
+    @property
+    def edge_weight(self) -> Tensor | None:
+        """The border's weight, (C_out, 1, 3, 3), or None without edges."""
+        return None if self.edge is None else self.edge.weight
+
     def added(self, bias: Tensor, edge: Tensor | None, scale: Tensor) -> Tensor:
         """What is left to add where the weight's rows are scaled, (C_out, H, W) or (C_out, 1, 1).
 
@@ -91,8 +96,7 @@ class ZeroConv2d(EdgeConv2d):
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and shift with the factor inside."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
-        edge = None if self.edge is None else self.edge.weight
-        return scaled(self.weight, scale, self.weight.dtype), self.added(bias, edge, scale)
+        return scaled(self.weight, scale, self.weight.dtype), self.added(bias, self.edge_weight, scale)
 
 
 class ZeroLinear(nn.Linear):

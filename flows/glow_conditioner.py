@@ -98,9 +98,9 @@ class GlowConditioner(nn.Module):
         )
         return [
             Folded(
-                *(net.conv_in.weight, s_in, b_in, _edge(net.conv_in)),
+                *(net.conv_in.weight, s_in, b_in, net.conv_in.edge_weight),
                 *(net.conv_mid.weight, s_mid, b_mid),
-                *(net.conv_out.weight, s_out, b_out, _edge(net.conv_out)),
+                *(net.conv_out.weight, s_out, b_out, net.conv_out.edge_weight),
             )
             for net, s_in, b_in, s_mid, b_mid, s_out, b_out in rows
         ]
@@ -156,10 +156,6 @@ class GlowConditioner(nn.Module):
         """Set both actnorms from what comes to them; here they are not folded."""
         h = self.norm_in.initialize(self.conv_in(x)).relu()
         self.norm_mid.initialize(self.conv_mid(h))
-
-
-def _edge(conv: EdgeConv2d) -> Tensor | None:
-    return None if conv.edge is None else conv.edge.weight
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
