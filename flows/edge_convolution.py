@@ -41,7 +41,7 @@ class EdgeConv2d(nn.Conv2d):
 
         (W x + e) s + b = (W s) x + (e s + b): bias b and scale s (C_out,), edge the border's weight (C_out, 1, 3, 3).
         """
-        return bias[:, None, None] if edge is None else self.edge.map(edge.flatten(1) * scale[:, None], bias)
+        return added(self.edge, bias, edge, scale)
 
     def added_gradients(
         self, grad: Tensor, edge: Tensor | None, scale: Tensor
@@ -72,6 +72,11 @@ class Edge(nn.Module):
         """The same of a weight (C_out, 9), plus a bias (C_out,)."""
         with torch.autocast(weight.device.type, enabled=False):
             return F.linear(self.border, weight, bias).view(*self.size, -1).permute(2, 0, 1)
+
+
+def added(border: Edge | None, bias: Tensor, edge: Tensor | None, scale: Tensor) -> Tensor:
+    """`EdgeConv2d.added`, of any layer that holds an `Edge` or none."""
+    return bias[:, None, None] if edge is None else border.map(edge.flatten(1) * scale[:, None], bias)
 
 
 class ZeroConv2d(EdgeConv2d):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.edge_convolution import Edge, ZeroConv2d, ZeroLinear
+from flows.edge_convolution import Edge, ZeroConv2d, ZeroLinear, added
 from flows.normalization import scales_and_biases
 
 
@@ -68,9 +68,7 @@ class TopPrior(Flow):
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and s, each broadcastable to x."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
-        h = bias[:, None, None]
-        if self.edge is not None:
-            h = self.edge.map(self.edge.weight.flatten(1) * scale[:, None], bias)
+        h = added(self.edge, bias, None if self.edge is None else self.edge.weight, scale)
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]

@@ -227,17 +227,20 @@ def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
 
 @pytest.mark.parametrize(
     ("shape", "bias_shape"),
-    [((2, 5, 3, 4), (5, 3, 4)), ((2, 5, 3, 4), (5, 1, 1)), ((6, 5), (5,)), ((6, 5), None)],
+    [((2, 5, 3, 4), (5, 3, 4)), ((2, 5, 3, 4), (5, 1, 1)), ((2, 1, 3, 4), (1, 1, 1)), ((6, 5), (5,)), ((6, 5), None)],
 )
 def test_add_relu(shape, bias_shape):
     y, bias, grad = randn(*shape), randn(*bias_shape, seed=1) if bias_shape else None, randn(*shape, seed=2)
     theirs = (y if bias is None else y + bias).relu()
     assert 0 < (theirs == 0).sum() < theirs.numel()
-    tracked = y.clone().requires_grad_()
-    ours = add_relu(tracked, bias)
+    inputs = [x.clone().requires_grad_() for x in (y, bias) if x is not None]
+    ours, plain = add_relu(*inputs), sum(inputs).relu()
     assert torch.equal(ours, theirs)
-    assert torch.equal(tracked, y)
-    (expected,) = torch.autograd.grad(ours, tracked, grad)
+    assert torch.equal(inputs[0], y)
+    gradients = torch.autograd.grad(ours, inputs, grad)
+    for a, b in zip(gradients, torch.autograd.grad(plain, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    expected = gradients[0]
     with torch.no_grad():
         ours = add_relu(y, bias)
         assert torch.equal(ours, theirs)
