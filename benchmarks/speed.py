@@ -1,16 +1,16 @@
-"""Step time, sampling time and saved activations of flows, measured in turns and set over the convolutions alone."""
+"""What is measured: a step, sampling and saved activations of a flow; and its convolutions alone."""
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flows.caching import cached
 from lightning_modules.cuda_graph import CudaGraph
 
+N_SAMPLES = 16
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,6 +34,7 @@ class Candidate:
     x: Tensor
     bf16: bool = False
     graph: CudaGraph | None = None  # that replays log_prob
+    _frozen: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def loss(self) -> Tensor:
         with self._autocast():
@@ -46,9 +47,13 @@ class Candidate:
         self.loss().backward()
         self.optimizer.step()
 
-    def sample(self, n: int) -> None:
+    def freeze(self) -> None:
+        """From here on weights do not change: what sampling makes of them is made once."""
+        self._frozen.enter_context(cached(self.flow.eval()))
+
+    def sample(self) -> None:
         with torch.inference_mode(), self._autocast(), torch.compiler.set_stance("force_eager"):  # as in a run
-            self.flow.sample(n)
+            self.flow.sample(N_SAMPLES)
 
     def activation_bytes(self) -> int:
         """Bytes that the graph of the loss keeps for the backward pass, without parameters and buffers, each once."""
@@ -96,22 +101,3 @@ class Floor:
             torch.ops.aten.convolution_backward(
                 grad, x, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False)
             )
-
-
-def interleaved(actions: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, all of them in every round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for i in range(rounds + 1):
-        for name, action in actions.items():
-            _wait(device)
-            start = time.perf_counter()
-            action()
-            _wait(device)
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -340,7 +340,12 @@ which also replays the flow's passes as CUDA graphs; the convolutions alone are 
         made = (
             f"`python -m benchmarks {speed.words(stem, rows)}`, {about['machine']}, {versions}, commit {commit(about)}"
         )
-        lines += [f"{made}, {about['rounds']} rounds:", "", *table(columns, [speed.cells(row, rows) for row in rows])]
+        apart = ", each model in a process of its own" if about.get("apart") else ""
+        lines += [
+            f"{made}, {about['rounds']} rounds{apart}:",
+            "",
+            *table(columns, [speed.cells(row, rows) for row in rows]),
+        ]
     return lines if found else []
 
 

@@ -1,15 +1,23 @@
 """What `python -m benchmarks` counts and writes; its times are never tested."""
 
 import json
+import os
+import platform
+import resource
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.speed import Candidate, Floor, interleaved
+from benchmarks import candidates
+from benchmarks.candidates import GlowSize, RealNVPSize
+from benchmarks.speed import Candidate, Floor
+from benchmarks.turns import Apart, Here, interleaved
 from flows.glow import Glow
 from flows.realnvp import RealNVP
+from reproduce.config import ConfigError
 
 KEYS = {"model", "setting", "dtype", "step_s", "floor_s", "sample_s_per_image", "activation_bytes_per_image"}
 
@@ -39,7 +47,7 @@ def multiplications(flow, x, convolutions):
 
 
 def test_the_floor_has_the_convolutions_of_glow_s_conditioners():
-    convolutions = benchmarks.glow_convolutions(3, 2, 5)
+    convolutions = candidates.convolutions(GlowSize(3, 2, 5, 1))
     assert counted(convolutions) == conditioner_weights(Glow((3, 32, 32), 3, 2, 5))
     by_hand = sum(2 * (9 * c // 2 * 5 + 25 + 9 * 5 * c) * s * s for c, s in ((12, 16), (24, 8), (48, 4)))
     assert sum(c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions) == by_hand
@@ -47,7 +55,7 @@ def test_the_floor_has_the_convolutions_of_glow_s_conditioners():
 
 def test_the_floor_has_the_convolutions_of_realnvp_s_conditioners():
     flow = RealNVP((3, 32, 32), 2, 4, 1)
-    convolutions = benchmarks.realnvp_convolutions(flow)
+    convolutions = candidates.convolutions(RealNVPSize(2, 4, 1, 1))
     assert counted(convolutions) == conditioner_weights(flow)
     seen, listed = multiplications(flow, torch.rand(1, 3, 32, 32), convolutions)
     assert seen == listed
@@ -57,25 +65,66 @@ def test_the_floor_runs_forward_and_both_gradients(monkeypatch):
     calls = []
     convolution = torch.nn.functional.conv2d
     monkeypatch.setattr("torch.nn.functional.conv2d", lambda *a, **k: calls.append(a[1].shape) or convolution(*a, **k))
-    floor = Floor(benchmarks.glow_convolutions(1, 2, 4), 2, torch.float32, torch.device("cpu"))
+    floor = Floor(candidates.convolutions(GlowSize(1, 2, 4, 1)), 2, torch.float32, torch.device("cpu"))
     floor.step()
     assert [tuple(shape) for shape in calls] == 2 * [(4, 6, 3, 3), (4, 4, 1, 1), (12, 4, 3, 3)]
     assert len({weight.data_ptr() for _, weight, _ in floor.work}) == 6
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _, _ in floor.work)
 
 
-def test_interleaved_takes_turns_and_medians(monkeypatch):
-    clock, order = [0.0], []
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    durations = {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([9.0, 7.0, 7.0, 8.0])}
+def test_interleaved_takes_turns_and_medians():
+    order, durations = [], {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([9.0, 7.0, 7.0, 8.0])}
 
-    def action(name):
-        order.append(name)
-        clock[0] += next(durations[name])
+    def turn(name, method):
+        order.append((name, method))
+        return next(durations[name]), None
 
-    actions = {name: (lambda name=name: action(name)) for name in durations}
-    assert interleaved(actions, 3, torch.device("cpu")) == {"a": 2.0, "b": 7.0}  # the first round does not count
-    assert order == ["a", "b"] * 4
+    turns = {name: partial(turn, name) for name in durations}
+    assert interleaved(turns, "step", 3) == {"a": 2.0, "b": 7.0}  # the first round does not count
+    assert order == [("a", "step"), ("b", "step")] * 4
+
+
+class Counter:
+    """What is measured in a process of its own: it must be found there by name."""
+
+    def __init__(self, start):
+        self.count = start
+
+    def step(self):
+        self.count += 1
+        return self.count
+
+    def process(self):
+        return os.getpid()
+
+    def faults(self):
+        """Pages that were touched for the first time, by 20 MiB that are taken and given back thrice."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            torch.ones(5 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def break_off(self):
+        os._exit(3)
+
+
+def test_turns_here_are_timed(monkeypatch):
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert Here(partial(Counter, 5))("step") == (2.5, 6)
+
+
+def test_turns_apart_are_in_another_process_and_its_end_is_one_line():
+    turn = Apart(partial(Counter, 5))
+    assert [turn("step")[1] for _ in range(2)] == [6, 7]
+    seconds, process = turn("process")
+    assert 0 < seconds < 5
+    if platform.libc_ver()[0] == "glibc" and not any(key.startswith("MALLOC_") for key in os.environ):
+        assert turn("faults")[1] < 1.5 * 20 * 2**20 / resource.getpagesize()  # taken from the system once
+    assert process == turn.process.pid != os.getpid()
+    with pytest.raises(ConfigError, match=r"^a process that measures ended with exit code 3: ") as error:
+        turn("break_off")
+    assert "\n" not in str(error.value)
 
 
 class Squares(nn.Module):
@@ -94,26 +143,27 @@ def test_activation_bytes_by_hand():
     assert Candidate(flow, torch.optim.SGD(flow.parameters(), 1e-3), x).activation_bytes() == 4 * 3 * 4
 
 
-def test_recompute_keeps_less(monkeypatch):
-    monkeypatch.setitem(benchmarks.GLOW, "tiny", (2, 2, 128, 16))
-    candidates, _ = benchmarks.glow_candidates("tiny", torch.device("cpu"))
-    kept = {model: c.activation_bytes() for (model, dtype), c in candidates.items() if dtype == "float32"}
+def test_recompute_keeps_less():
+    def kept(model):
+        return candidates.make(GlowSize(2, 2, 128, 16), (model, "float32"), torch.device("cpu")).activation_bytes()
+
     hidden = 2 * 2 * 16 * 4 * (16 * 16 + 8 * 8) * 128  # two hidden layers of two steps a level, 16 images, 4 bytes
-    assert kept["ours"] > hidden
-    assert kept["ours recompute"] < hidden / 4
-    assert kept["normflows"] > 2 * hidden  # before and after every ReLU
+    assert kept("ours") > hidden
+    assert kept("ours recompute") < hidden / 4
+    assert kept("normflows") > 2 * hidden  # before and after every ReLU
 
 
-@pytest.mark.parametrize("kind", ["glow", "realnvp"])
-def test_it_prints_and_writes_rows(kind, tmp_path, monkeypatch, capsys):
-    tiny = {"glow": (1, 1, 4, 2), "realnvp": (1, 2, 1, 2)}[kind]
-    monkeypatch.setattr(benchmarks, "KINDS", {kind: ({"tiny": tiny}, benchmarks.KINDS[kind][1])})
-    monkeypatch.setitem(getattr(benchmarks, kind.upper()), "tiny", tiny)
+@pytest.mark.parametrize(
+    ("kind", "size"), [("glow", GlowSize(1, 1, 4, 2)), ("realnvp", RealNVPSize(1, 2, 1, 2))], ids=["glow", "realnvp"]
+)
+def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks, "SETTINGS", {kind: {"tiny": size}})
+    monkeypatch.setattr(benchmarks, "Apart", Here)  # eight processes would take half a minute to start
     monkeypatch.setattr(benchmarks, "best_precision", lambda accelerator: "32-true")
     rows = benchmarks.main([kind, "--json", str(tmp_path / "speed.json"), "rounds=1"])
     assert json.loads((tmp_path / "speed.json").read_text()) == rows
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
-    assert all(row.keys() >= KEYS | {"machine", "commit", "rounds"} for row in rows)
+    assert all(row.keys() >= KEYS | {"machine", "commit", "rounds", "apart"} for row in rows)
     by_model = {(row["model"], row["dtype"]): row for row in rows}
     assert {"ours", "ours recompute"} <= {model for model, _ in by_model}
     assert (("normflows", "float32") in by_model) == (kind == "glow")
@@ -121,6 +171,18 @@ def test_it_prints_and_writes_rows(kind, tmp_path, monkeypatch, capsys):
         measured = [row["step_s"], row["floor_s"], row["sample_s_per_image"]]
         assert measured == [None] * 3 if dtype == "bf16" else min(measured) > 0
         assert row["activation_bytes_per_image"] > 0
+
+
+def test_sampling_makes_what_depends_on_weights_once(monkeypatch):
+    candidate = candidates.make(GlowSize(1, 1, 4, 2), ("ours", "float32"), torch.device("cpu"))
+    inverses, inverse = [], torch.linalg.inv
+    monkeypatch.setattr("torch.linalg.inv", lambda w: inverses.append(w.shape) or inverse(w))
+    candidate.sample()
+    candidate.freeze()
+    assert not candidate.flow.training
+    for _ in range(3):
+        candidate.sample()
+    assert len(inverses) == 2
 
 
 @pytest.mark.parametrize(

@@ -742,6 +742,8 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     )
     assert f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
     assert speed_section(tmp_path / "nothing") == []
+    write(tmp_path / "benchmarks/glow.json", json.dumps([row | {"apart": True} for row in rows]))
+    assert made.removesuffix(":") + ", each model in a process of its own:" in speed_section(tmp_path)
 
 
 def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
