@@ -1,5 +1,6 @@
 """Things that are timed in turns, each in a process of its own where processes do not share a device."""
 
+import contextlib
 import multiprocessing
 import signal
 import statistics
@@ -49,7 +50,8 @@ class Apart:
         self._receive()
 
     def __call__(self, method: str) -> tuple[float, Any]:
-        self.pipe.send(method)
+        with contextlib.suppress(BrokenPipeError):  # `_receive` says it
+            self.pipe.send(method)
         return self._receive()
 
     def close(self) -> None:

@@ -122,9 +122,10 @@ def test_turns_apart_are_in_another_process_and_its_end_is_one_line():
     if platform.libc_ver()[0] == "glibc" and not any(key.startswith("MALLOC_") for key in os.environ):
         assert turn("faults")[1] < 1.5 * 20 * 2**20 / resource.getpagesize()  # taken from the system once
     assert process == turn.process.pid != os.getpid()
-    with pytest.raises(ConfigError, match=r"^a process that measures ended with exit code 3: ") as error:
-        turn("break_off")
-    assert "\n" not in str(error.value)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^a process that measures ended with exit code 3: ") as error:
+            turn("break_off")
+        assert "\n" not in str(error.value)
 
 
 class Squares(nn.Module):
