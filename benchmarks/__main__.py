@@ -29,9 +29,9 @@ from results.runs import write
 from results.speed import COMPILED
 
 
-def measure(size: Size, rounds: int, device: torch.device, bf16: bool) -> list[dict]:
+def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bool) -> list[dict]:
     """A row a model and dtype, all but the name of the setting."""
-    start = Apart if device.type == "cpu" else Here
+    start = Apart if apart else Here
     turns, kept = {}, {}
     for name in names(size, device):
         turns[name] = start(partial(make, size, name, device))
@@ -70,20 +70,23 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, path, rounds, settings = read(given, device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as preset=gpu
+    apart = device.type == "cpu"
     bf16 = best_precision("auto") == "bf16-mixed"
     commit, dirty = git_state()
     about = {
         "machine": device_name(device),
         "versions": {name: metadata.version(name) for name in ("torch", "normflows")},
         "rounds": rounds,
-        "apart": device.type == "cpu",
+        "apart": apart,
         "commit": commit,
         "dirty": dirty,
     }
     rows = []
     for setting in settings:
         with full_float32(device.type):
-            measured = [{"setting": setting} | row for row in measure(SETTINGS[kind][setting], rounds, device, bf16)]
+            measured = [
+                {"setting": setting} | row for row in measure(SETTINGS[kind][setting], rounds, device, apart, bf16)
+            ]
         for row in measured:
             print(json.dumps(row), flush=True)
         rows += [row | about for row in measured]

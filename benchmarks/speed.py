@@ -34,7 +34,9 @@ class Candidate:
     x: Tensor
     bf16: bool = False
     graph: CudaGraph | None = None  # that replays log_prob
-    _frozen: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _frozen: contextlib.ExitStack = field(  # held, since dropping the block would end it
+        default_factory=contextlib.ExitStack, init=False, repr=False, compare=False
+    )
 
     def loss(self) -> Tensor:
         with self._autocast():

@@ -325,13 +325,15 @@ def speed_section(root: Path) -> list[str]:
         "of its dtype",
     ]
     columns += ["sampling an image", f"over {speed.PEER}", "kept for backward, an image", f"over {speed.PEER}"]
-    text = f"""Medians of one interleaved run, and ratios within it. The convolutions alone are those of the
-conditioners, forward and both gradients, in the same dtype. {speed.PEER} is its Glow as it comes, in
-float32; in bf16, with channels_last and autocast around it. A step of Glow includes Adamax: ours over
-all weights at once, the peer's is torch's, which goes through them. Our samples are drawn with inverses
-that were made before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the
-graph, without parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu,
-which also replays the flow's passes as CUDA graphs; the convolutions alone are launched one by one."""
+    text = f"""Medians of one interleaved run, and ratios within it. Where the table of a CPU does not say that
+each model has a process of its own, all were in one and shared its freed memory: ratios of the two
+kinds do not compare. The convolutions alone are those of the conditioners, forward and both
+gradients, in the same dtype. {speed.PEER} is its Glow as it comes, in float32; in bf16, with
+channels_last and autocast around it. A step of Glow includes Adamax: ours over all weights at once,
+the peer's is torch's, which goes through them. Our samples are drawn with inverses that were made
+before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the graph, without
+parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu, which
+also replays the flow's passes as CUDA graphs; the convolutions alone are launched one by one."""
     lines = ["## Speed", "", text, ""]
     found = speed.read_all(root)
     for stem, rows in found.items():

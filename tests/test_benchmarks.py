@@ -2,8 +2,12 @@
 
 import ctypes
 import json
+import multiprocessing
 import os
+import pickle
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import candidates
 from benchmarks.candidates import GlowSize, RealNVPSize
 from benchmarks.speed import Candidate, Floor
-from benchmarks.turns import Apart, Here, interleaved
+from benchmarks.turns import Apart, Here, _serve, interleaved
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from reproduce.config import ConfigError
@@ -119,22 +123,37 @@ class Counter:
 
 def test_turns_here_are_timed(monkeypatch):
     clock = iter([1.0, 3.5])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("benchmarks.turns.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert Here(partial(Counter, 5))("step") == (2.5, 6)
 
 
-def test_turns_apart_are_in_another_process_and_its_end_is_one_line():
+def test_turns_apart_are_in_another_process_and_its_end_is_one_line(request):
     turn = Apart(partial(Counter, 5))
+    request.addfinalizer(turn.process.kill)
     assert [turn("step")[1] for _ in range(2)] == [6, 7]
     seconds, process = turn("process")
     assert 0 < seconds < 5
-    if hasattr(ctypes.CDLL(None), "mallinfo2") and not any(key.startswith("MALLOC_") for key in os.environ):
+    if hasattr(ctypes.CDLL(None), "mallinfo2") and not any(
+        key.startswith("MALLOC_") or key == "GLIBC_TUNABLES" for key in os.environ
+    ):
         assert turn("mapped")[1] == 0  # it is kept
     assert process == turn.process.pid != os.getpid()
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"^a process that measures ended with exit code 3: ") as error:
             turn("break_off")
         assert "\n" not in str(error.value)
+
+
+def test_the_other_process_ends_quietly_with_its_pipe():
+    ours, theirs = multiprocessing.Pipe()
+    served = threading.Thread(target=_serve, args=(partial(Counter, 5), theirs), daemon=True)
+    served.start()
+    assert ours.recv() is None
+    ours.send("step")
+    assert ours.recv()[1] == 6
+    ours.close()
+    served.join(10)
+    assert not served.is_alive()
 
 
 class Squares(nn.Module):
@@ -168,12 +187,18 @@ def test_recompute_keeps_less():
 )
 def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "SETTINGS", {kind: {"tiny": size}})
-    monkeypatch.setattr(benchmarks, "Apart", Here)  # eight processes would take half a minute to start
+    started = []
+    monkeypatch.setattr(
+        benchmarks, "Apart", lambda make: started.append(make) or Here(pickle.loads(pickle.dumps(make)))
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(benchmarks, "best_precision", lambda accelerator: "32-true")
     rows = benchmarks.main([kind, "--json", str(tmp_path / "speed.json"), "rounds=1"])
     assert json.loads((tmp_path / "speed.json").read_text()) == rows
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
     assert all(row.keys() >= KEYS | {"machine", "commit", "rounds", "apart"} for row in rows)
+    assert len(started) == len(rows) + 1  # and the convolutions alone, in float32
+    assert all(row["apart"] for row in rows)
     by_model = {(row["model"], row["dtype"]): row for row in rows}
     assert {"ours", "ours recompute"} <= {model for model, _ in by_model}
     assert (("normflows", "float32") in by_model) == (kind == "glow")
