@@ -1,13 +1,13 @@
 """What `python -m benchmarks` compares: our flows, a peer, and the convolutions alone."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import NormflowsGlow
 from benchmarks.speed import DTYPES, Candidate, Convolution, Floor
-from flows.base import FlowModel
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
@@ -29,6 +29,28 @@ class GlowSize:
     hidden_channels: int
     batch: int
 
+    def flow(self) -> Glow:
+        return Glow(SHAPE, self.n_levels, self.depth, self.hidden_channels)
+
+    def peers(self) -> dict[Name, partial[nn.Module]]:
+        """What makes them, by name."""
+        peer = partial(NormflowsGlow, SHAPE, self.n_levels, self.depth, self.hidden_channels)
+        return {(PEER, "float32"): peer, (TUNED, "bf16"): partial(peer, autocast=True)}
+
+    def optimizer(self, flow: nn.Module) -> torch.optim.Optimizer:
+        """The recipe's."""
+        return Adamax(flow.parameters(), lr=1e-3)
+
+    def convolutions(self) -> list[Convolution]:
+        """Those of the conditioners."""
+        channels, side, hidden, found = SHAPE[0], SHAPE[1], self.hidden_channels, []
+        for _ in range(self.n_levels):
+            channels, side = 4 * channels, side // 2
+            net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
+            found += [Convolution(*layer, side, side) for _ in range(self.depth) for layer in net]
+            channels //= 2
+        return found
+
 
 @dataclass(frozen=True)
 class RealNVPSize:
@@ -38,6 +60,30 @@ class RealNVPSize:
     hidden_channels: int
     n_blocks: int
     batch: int
+
+    def flow(self) -> RealNVP:
+        return RealNVP(SHAPE, self.n_scales, self.hidden_channels, self.n_blocks)
+
+    def peers(self) -> dict[Name, partial[nn.Module]]:
+        """None is measured."""
+        return {}
+
+    def optimizer(self, flow: nn.Module) -> torch.optim.Optimizer:
+        """The recipe's."""
+        return torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
+
+    def convolutions(self) -> list[Convolution]:
+        """As the conditioners hold them: checkerboards at the scale's size, channel couplings at half of it."""
+        with torch.device("meta"):
+            flow = self.flow()
+        found = []
+        for i, scale in enumerate(flow.scales):
+            for layer in scale.layers:
+                if hasattr(layer, "conditioner"):
+                    side = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
+                    nets = (m for m in layer.conditioner.modules() if isinstance(m, nn.Conv2d))
+                    found += [Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side) for m in nets]
+        return found
 
 
 Size = GlowSize | RealNVPSize
@@ -56,21 +102,20 @@ def names(size: Size, device: torch.device) -> list[Name]:
     """All models, in the order of the rows; on a GPU also ours as preset=gpu."""
     ours = [(model, dtype) for dtype in DTYPES for model in ("ours", "ours recompute")]
     compiled = [] if device.type == "cpu" else [(COMPILED, "bf16")]
-    peers = [(PEER, "float32"), (TUNED, "bf16")] if isinstance(size, GlowSize) else []
-    return [*ours, *compiled, *peers]
+    return [*ours, *compiled, *size.peers()]
 
 
 def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
     """A model with its optimizer and a batch, or the convolutions alone, (FLOOR, dtype)."""
     model, dtype = name
     if model == FLOOR:
-        return Floor(convolutions(size), size.batch, DTYPES[dtype], device)
+        return Floor(size.convolutions(), size.batch, DTYPES[dtype], device)
     torch.manual_seed(0)
     x = images(size.batch, device)
-    if model in (PEER, TUNED):
-        peer = NormflowsGlow(SHAPE, *astuple(size)[:-1], autocast=model == TUNED).to(device)
+    if name in size.peers():
+        peer = size.peers()[name]().to(device)
         return Candidate(peer, torch.optim.Adamax(peer.parameters(), lr=1e-3), x)
-    flow = flow_of(size).to(device)
+    flow = size.flow().to(device)
     with torch.no_grad():
         flow.initialize(x)
     if model == "ours recompute":
@@ -78,48 +123,7 @@ def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
     if model == COMPILED:
         flow.compile()
     graph = CudaGraph(flow) if model == COMPILED else None
-    return Candidate(flow, optimizer(size, flow), x, dtype == "bf16", graph)
-
-
-def flow_of(size: Size) -> FlowModel:
-    """Ours, of this size."""
-    return (Glow if isinstance(size, GlowSize) else RealNVP)(SHAPE, *astuple(size)[:-1])
-
-
-def optimizer(size: Size, flow: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's."""
-    if isinstance(size, GlowSize):
-        return Adamax(flow.parameters(), lr=1e-3)
-    return torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
-
-
-def convolutions(size: Size) -> list[Convolution]:
-    """Those of the conditioners."""
-    return glow_convolutions(size) if isinstance(size, GlowSize) else realnvp_convolutions(size)
-
-
-def glow_convolutions(size: GlowSize) -> list[Convolution]:
-    channels, side, found = SHAPE[0], SHAPE[1], []
-    for _ in range(size.n_levels):
-        channels, side, hidden = 4 * channels, side // 2, size.hidden_channels
-        net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
-        found += [Convolution(*layer, side, side) for _ in range(size.depth) for layer in net]
-        channels //= 2
-    return found
-
-
-def realnvp_convolutions(size: RealNVPSize) -> list[Convolution]:
-    """As the conditioners hold them: checkerboards at the scale's size, channel couplings at half of it."""
-    with torch.device("meta"):
-        flow = flow_of(size)
-    found = []
-    for i, scale in enumerate(flow.scales):
-        for layer in scale.layers:
-            if hasattr(layer, "conditioner"):
-                side = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
-                nets = (m for m in layer.conditioner.modules() if isinstance(m, nn.Conv2d))
-                found += [Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side) for m in nets]
-    return found
+    return Candidate(flow, size.optimizer(flow), x, dtype == "bf16", graph)
 
 
 def images(n: int, device: torch.device) -> Tensor:

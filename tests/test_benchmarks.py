@@ -50,7 +50,7 @@ def multiplications(flow, x, convolutions):
 
 
 def test_the_floor_has_the_convolutions_of_glow_s_conditioners():
-    convolutions = candidates.convolutions(GlowSize(3, 2, 5, 1))
+    convolutions = GlowSize(3, 2, 5, 1).convolutions()
     assert counted(convolutions) == conditioner_weights(Glow((3, 32, 32), 3, 2, 5))
     by_hand = sum(2 * (9 * c // 2 * 5 + 25 + 9 * 5 * c) * s * s for c, s in ((12, 16), (24, 8), (48, 4)))
     assert sum(c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions) == by_hand
@@ -58,7 +58,7 @@ def test_the_floor_has_the_convolutions_of_glow_s_conditioners():
 
 def test_the_floor_has_the_convolutions_of_realnvp_s_conditioners():
     flow = RealNVP((3, 32, 32), 2, 4, 1)
-    convolutions = candidates.convolutions(RealNVPSize(2, 4, 1, 1))
+    convolutions = RealNVPSize(2, 4, 1, 1).convolutions()
     assert counted(convolutions) == conditioner_weights(flow)
     seen, listed = multiplications(flow, torch.rand(1, 3, 32, 32), convolutions)
     assert seen == listed
@@ -68,7 +68,7 @@ def test_the_floor_runs_forward_and_both_gradients(monkeypatch):
     calls = []
     convolution = torch.nn.functional.conv2d
     monkeypatch.setattr("torch.nn.functional.conv2d", lambda *a, **k: calls.append(a[1].shape) or convolution(*a, **k))
-    floor = Floor(candidates.convolutions(GlowSize(1, 2, 4, 1)), 2, torch.float32, torch.device("cpu"))
+    floor = Floor(GlowSize(1, 2, 4, 1).convolutions(), 2, torch.float32, torch.device("cpu"))
     floor.step()
     assert [tuple(shape) for shape in calls] == 2 * [(4, 6, 3, 3), (4, 4, 1, 1), (12, 4, 3, 3)]
     assert len({weight.data_ptr() for _, weight, _ in floor.work}) == 6
