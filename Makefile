@@ -1,6 +1,8 @@
 # Every target makes .venv first where it is missing. PYTHON=python3.12 make demo: another interpreter.
 PYTHON ?= python3
 VENV := .venv/bin
+# The versions that were tested; empty for the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test lint results slurm-test
 
@@ -24,8 +26,8 @@ slurm-test: .venv/installed
 	$(VENV)/python -m pytest -m slurm -rs --durations=10; code=$$?; \
 	echo "slurm-test: $$(($$(date +%s) - start)) s"; exit $$code
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	$(VENV)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's sweep schema; wants numpy<2, so without deps
 	touch $@
