@@ -21,7 +21,7 @@ from benchmarks.candidates import FLOOR, LARGE, SETTINGS, Size, make, names
 from benchmarks.json_file import take_json
 from benchmarks.speed import N_SAMPLES
 from benchmarks.turns import Apart, Here, interleaved
-from lightning_modules.metrics import full_float32
+from lightning_modules.precision import full_float32
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state

@@ -30,8 +30,8 @@ from datamodules import make_data
 from flows.glow import Glow
 from lightning_modules.callbacks.samples import finite_share
 from lightning_modules.density import DensityModule
-from lightning_modules.metrics import full_float32
 from lightning_modules.noise import evaluation_input
+from lightning_modules.precision import full_float32
 from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
 from reproduce.config import ConfigError, arguments, compose

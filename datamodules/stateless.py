@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Signals reach every process of a job or a terminal, but whether to stop is the main process's affair."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -85,7 +85,9 @@ class StatelessDataModule(L.LightningDataModule):
 
     def _workers(self) -> dict:
         workers = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        return {**workers, "persistent_workers": True, "worker_init_fn": deaf} if self.num_workers else workers
+        return (
+            {**workers, "persistent_workers": True, "worker_init_fn": ignore_signals} if self.num_workers else workers
+        )
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

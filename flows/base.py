@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flows.priors import StandardNormal
+from flows.bases import StandardNormal
 
 
 class Flow(nn.Module, ABC):

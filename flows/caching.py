@@ -10,7 +10,7 @@ from torch import nn
 T = TypeVar("T")
 
 
-class Made(dict):
+class CachedValues(dict):
     """What a module has made, by name. A copy of the module, whose weights may change, starts without."""
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -25,7 +25,7 @@ def cached(flow: nn.Module) -> Iterator[None]:
     """
     before = {module: module.__dict__.get("made_once") for module in flow.modules()}
     for module, made in before.items():
-        module.made_once = Made() if made is None else made
+        module.made_once = CachedValues() if made is None else made
     try:
         yield
     finally:

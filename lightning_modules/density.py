@@ -10,9 +10,10 @@ from flows.base import FlowModel
 from flows.likelihood import bits_per_dim
 from lightning_modules.batch_norm import has_batch_norm, reestimated
 from lightning_modules.cuda_graph import CudaGraph
-from lightning_modules.metrics import FiniteMean, evaluation, image_mean
+from lightning_modules.metrics import FiniteMean, image_mean
 from lightning_modules.noise import batch_noise, evaluation_input
 from lightning_modules.optimization import OptimizedModule
+from lightning_modules.precision import evaluation
 
 
 class DensityModule(OptimizedModule):

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_modules.adamax import Adamax
+from lightning_modules.optimizer_steps import ends_step
 from lightning_modules.schedule import Schedule, warm_up
-from lightning_modules.steps import ends_step
 from lightning_modules.stopping import Diverged
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": Adamax, "adamw": torch.optim.AdamW}

@@ -27,8 +27,8 @@ from reproduce.command import command
 from reproduce.config import ConfigError, arguments, compose
 from reproduce.launch import processes
 from reproduce.run_folder import DIVERGED, FREE
-from results import ablation, is_number
-from results.ablation import COUPLINGS, NAME, PERMUTATIONS
+from results import figure3, is_number
+from results.figure3 import COUPLINGS, NAME, PERMUTATIONS
 from results.runs import read_curve, read_json, write
 
 EXPERIMENT = "glow_cifar10"
@@ -200,9 +200,9 @@ def conclude(root: Path, overrides: list[str]) -> dict:
         "config": shared,
         "runs": runs,
     }
-    write(root / f"{NAME}.json", ablation.dump(content))
+    write(root / f"{NAME}.json", figure3.dump(content))
     write(root / f"{NAME}.png", draw(runs))
-    print(f"\n{ablation.report(runs)}\n\n{root / f'{NAME}.json'}\n{root / f'{NAME}.png'}", flush=True)
+    print(f"\n{figure3.report(runs)}\n\n{root / f'{NAME}.json'}\n{root / f'{NAME}.png'}", flush=True)
     return content
 
 
@@ -223,7 +223,7 @@ def draw(runs: list[dict]) -> bytes:
     panels, shown = figure.subplots(1, 2, sharey=True), []
     for axes, coupling in zip(panels, COUPLINGS, strict=True):
         for k, permutation in enumerate(PERMUTATIONS):
-            points = curves(list(ablation.seeds_of(runs, permutation, coupling).values()))
+            points = curves(list(figure3.seeds_of(runs, permutation, coupling).values()))
             means = [statistics.fmean(values) for values in points.values()]
             low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
             axes.plot(list(points), means, color=f"C{k}", label=permutation, marker=".")

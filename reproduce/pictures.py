@@ -30,8 +30,8 @@ from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
 from lightning_modules.callbacks.samples import drawn, finite_share, picture
-from lightning_modules.metrics import evaluation
 from lightning_modules.noise import evaluation_input
+from lightning_modules.precision import evaluation
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, nearest, parse
 from reproduce.run_folder import read_run

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from results import ROOT, ablation
+from results import ROOT, figure3
 from results.page import write_page
 from results.runs import add
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         case ["add", run, option] if option.startswith("suspect="):
             take_in = partial(add, run, option.removeprefix("suspect="), root)
         case ["ablation", folder]:
-            take_in = partial(ablation.add, folder, root)
+            take_in = partial(figure3.add, folder, root)
         case _:
             print(USAGE, file=sys.stderr)
             return 2

@@ -13,13 +13,13 @@ from flows.conditioners import MLPConditioner, ResidualConditioner
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
 from flows.elementwise import Logit, Shift
 from flows.glow import Glow
-from flows.glow_conditioner import GlowConditioner
-from flows.learned_priors import SplitPrior, TopPrior
+from flows.glow.conditioner import GlowConditioner
+from flows.glow.priors import SplitPrior, TopPrior
+from flows.glow.steps import Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
-from flows.steps import Steps
 
 
 @dataclass(frozen=True)

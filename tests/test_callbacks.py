@@ -9,7 +9,7 @@ from lightning_modules.callbacks.curve import Curve, draw_curve
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
-from lightning_modules.steps import last_step
+from lightning_modules.optimizer_steps import last_step
 
 
 @pytest.mark.parametrize(

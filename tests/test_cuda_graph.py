@@ -10,7 +10,7 @@ from test_scripts import mistake
 from flows.glow import Glow
 from lightning_modules.class_conditional import ClassConditionalModule
 from lightning_modules.cuda_graph import CudaGraph
-from lightning_modules.metrics import evaluation
+from lightning_modules.precision import evaluation
 from reproduce import experiment
 
 pytestmark = [

@@ -23,8 +23,8 @@ from flows.base import FlowModel
 from flows.realnvp import RealNVP, RealNVP2d
 from lightning_modules.adamax import Adamax
 from lightning_modules.density import DensityModule
-from lightning_modules.metrics import full_float32
 from lightning_modules.noise import batch_noise
+from lightning_modules.precision import full_float32
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")

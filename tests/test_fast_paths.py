@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from flows.base import Compose
 from flows.caching import cached, once
 from flows.conditioners import ResidualBlock
-from flows.convolution import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
 from flows.glow import Glow
-from flows.glow_conditioner import GlowConditioner
+from flows.glow.conditioner import GlowConditioner
+from flows.glow.kernels import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
+from flows.glow.steps import Steps
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
-from flows.steps import Steps
-from lightning_modules.metrics import evaluation
+from lightning_modules.precision import evaluation
 
 BOTH = [case for case in MODELS if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")]
 both = pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
@@ -211,7 +211,7 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
 def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
     net, x = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double(), randn(3, 2, 4, 6)
     expected, products = net(x), []
-    monkeypatch.setattr("flows.convolution._for_tensor_cores", lambda x: products.append(x.shape[1]) or True)
+    monkeypatch.setattr("flows.glow.kernels._for_tensor_cores", lambda x: products.append(x.shape[1]) or True)
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert products == [2, 9]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reproduce import figure3
 from reproduce.config import compose
-from results import ablation
+from results import figure3 as figure3_results
 
 NAMES = [f"{p}-{c}" for c in ("additive", "affine") for p in ("reverse", "shuffle", "invertible")]
 BETTER = {"reverse": 0.0, "shuffle": 0.02, "invertible": 0.05, "additive": 0.0, "affine": 0.1}
@@ -102,8 +102,8 @@ def test_the_folder_and_the_seeds_that_are_taken_by_default(script, tmp_path, ar
 
 
 def test_every_recipe_argument_binds():
-    for permutation in ablation.PERMUTATIONS:
-        for coupling in ablation.COUPLINGS:
+    for permutation in figure3_results.PERMUTATIONS:
+        for coupling in figure3_results.COUPLINGS:
             config = compose("glow_cifar10", figure3.run_arguments(permutation, coupling, 7))
             assert (config.flow.permutation, config.flow.coupling, config.seed) == (permutation, coupling, 7)
             assert (config.flow.depth, config.flow.n_levels, config.data.n_bits) == (32, 3, 8)  # of the paper's figure
@@ -121,7 +121,7 @@ def test_what_is_written_and_printed(script, tmp_path, capsys):
         "device": "CPU", "precision": "32-true", "parameters": 1000,
         "curve": [[0, 1.0, 8.0], [64, 3.0, 3.71], [128, 5.5, 3.76]],
     }  # fmt: skip
-    assert ablation.read(tmp_path / "outputs/figure3/cpu/figure3.json") == written
+    assert figure3_results.read(tmp_path / "outputs/figure3/cpu/figure3.json") == written
     assert (tmp_path / "outputs/figure3/cpu/figure3.png").read_bytes() == b"a picture"
     out = capsys.readouterr().out
     assert "run 12 of 12: outputs/figure3/cpu/invertible-affine-seed1\n" in out
@@ -255,9 +255,9 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
     diverged = f"{NAMES[first - 1]}-seed0"
     assert f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on" in said.err
     assert said.out.count("- (1 not finite)") == 7 - first  # in every table from then on
-    runs = ablation.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
+    runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
     [found] = [run for run in runs if run["test/bpd"] is None]
-    assert (ablation.name(found), found["skipped_steps"], found["curve"]) == (diverged, 21, [[0, 1.0, 8.0]])
+    assert (figure3_results.name(found), found["skipped_steps"], found["curve"]) == (diverged, 21, [[0, 1.0, 8.0]])
     assert len(runs) == 6
     assert figure3.main(["seeds=[0]"]) == content
     assert len(script.calls) == 6
@@ -267,8 +267,8 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
 def test_a_run_whose_test_is_not_finite_has_no_number(script, tmp_path, capsys):
     script.bpd = {"reverse-affine-seed0": math.nan}
     figure3.main(["seeds=[0]"])
-    runs = ablation.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
-    assert [run["test/bpd"] for run in runs if ablation.name(run) == "reverse-affine-seed0"] == [None]
+    runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
+    assert [run["test/bpd"] for run in runs if figure3_results.name(run) == "reverse-affine-seed0"] == [None]
     assert "- (1 not finite)" in capsys.readouterr().out
 
 

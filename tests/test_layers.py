@@ -12,10 +12,10 @@ from torch import nn
 from flows.base import Compose
 from flows.conditioners import BiasOnlyBatchNorm2d, MLPConditioner, ResidualConditioner, WeightNormConv2d
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
-from flows.edge_convolution import EdgeConv2d, ZeroConv2d, ZeroLinear
 from flows.elementwise import Logit, Shift
-from flows.glow_conditioner import GlowConditioner
-from flows.learned_priors import SplitPrior, TopPrior
+from flows.glow.conditioner import GlowConditioner
+from flows.glow.edges import EdgeConv2d, ZeroConv2d, ZeroLinear
+from flows.glow.priors import SplitPrior, TopPrior
 from flows.likelihood import bits_per_dim
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, matrices, rotation
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized

@@ -8,7 +8,7 @@ import torch
 from flows.glow import Glow
 from flows.likelihood import bits_per_dim
 from flows.realnvp import RealNVP
-from lightning_modules.metrics import full_float32
+from lightning_modules.precision import full_float32
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]

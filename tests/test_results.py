@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import results
-from results import ablation
+from results import figure3
 from results.__main__ import main
 from results.page import budget, count, render, speed_section, stability_section, wall_time
 from results.runs import PICTURE_BYTES, portable, write
@@ -468,12 +468,12 @@ def edit(folder, **more):
 
 
 def test_mean_and_standard_error():
-    assert ablation.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3 / 4)))
-    assert ablation.mean_and_error([2.5]) == (2.5, None)
+    assert figure3.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3 / 4)))
+    assert figure3.mean_and_error([2.5]) == (2.5, None)
 
 
 def test_ablation_table():
-    assert ablation.rows(ablation_runs()) == [
+    assert figure3.rows(ablation_runs()) == [
         ["reverse", "additive", "0, 1, 2", "3.6100 ± 0.0058"],
         ["shuffle", "additive", "0, 1, 2", "3.5900 ± 0.0058"],
         ["invertible", "additive", "0, 1, 2", "3.5600 ± 0.0058"],
@@ -490,13 +490,13 @@ def test_ablation_table_of_few_runs():
         ablation_run("invertible", "affine", 4, 3.5) | {"test/bpd": None},
         ablation_run("invertible", "affine", 5, 3.25, curve=[]),
     ]
-    assert ablation.rows(runs) == [
+    assert figure3.rows(runs) == [
         ["reverse", "affine", "4", "3.6000"],
         ["shuffle", "affine", "3", "3.5000"],
         ["invertible", "affine", "4, 5", "3.2500 (1 not finite)"],
     ]
-    assert ablation.rows([]) == []
-    assert ablation.missing(runs) == ["reverse-additive", "shuffle-additive", "invertible-additive"]
+    assert figure3.rows([]) == []
+    assert figure3.missing(runs) == ["reverse-additive", "shuffle-additive", "invertible-additive"]
 
 
 @pytest.mark.parametrize(
@@ -513,14 +513,14 @@ def test_ablation_table_of_few_runs():
     ],
 )
 def test_verdict(differences, word, mean, error):
-    found = ablation.verdict(differences)
+    found = figure3.verdict(differences)
     assert (found["n"], found["word"]) == (len(differences), word)
     assert (found["mean"], found["error"]) == (pytest.approx(mean), pytest.approx(error, abs=1e-7))
 
 
 def test_verdicts_are_pair_by_pair_and_over_the_same_seeds():
-    found = ablation.verdicts(ablation_runs())
-    assert [ablation.verdict_line(v) for v in found] == [
+    found = figure3.verdicts(ablation_runs())
+    assert [figure3.verdict_line(v) for v in found] == [
         "additive: invertible < shuffle: -0.0300 ± 0.0000 over 3 seeds: agrees",
         "additive: shuffle < reverse: -0.0200 ± 0.0058 over 3 seeds: within noise",
         "additive: invertible < reverse: -0.0500 ± 0.0058 over 3 seeds: agrees",
@@ -531,7 +531,7 @@ def test_verdicts_are_pair_by_pair_and_over_the_same_seeds():
         "shuffle: affine < additive: -0.0300 ± 0.0058 over 3 seeds: agrees",
         "invertible: affine < additive: +0.0500 ± 0.0000 over 3 seeds: disagrees",
     ]
-    assert ablation.summary(found) == (
+    assert figure3.summary(found) == (
         "The order disagrees with the paper's (1x1 < shuffle < reverse, affine < additive): "
         "4 of 9 pairs agree, 3 disagree, 2 within noise"
     )
@@ -539,7 +539,7 @@ def test_verdicts_are_pair_by_pair_and_over_the_same_seeds():
 
 def test_summary_says_no_more_than_the_pairs():
     def answer(*words):
-        return re.match(r"The order (.*?) \(", ablation.summary([{"word": word} for word in words]))[1]
+        return re.match(r"The order (.*?) \(", figure3.summary([{"word": word} for word in words]))[1]
 
     assert answer("agrees", "agrees") == "agrees with the paper's"
     assert answer("agrees", "within noise") == "does not contradict the paper's"
@@ -547,12 +547,10 @@ def test_summary_says_no_more_than_the_pairs():
     assert answer("within noise", "no seed in common") == "is not decided"
     seeds = {("reverse", "affine"): (0, 1), ("shuffle", "affine"): (1, 2)}
     runs = [ablation_run(p, c, seed, 3.5 + 0.1 * seed) for (p, c), found in seeds.items() for seed in found]
-    found = ablation.verdicts(runs)
-    assert ablation.verdict_line(found[4]) == "affine: shuffle < reverse: +0.0000 over 1 seed: within noise"
-    assert ablation.verdict_line(found[0]) == "additive: invertible < shuffle: no seed in common"
-    assert ablation.summary(found).endswith(
-        "0 of 9 pairs agree, 0 disagree, 1 within noise, 8 without a seed in common"
-    )
+    found = figure3.verdicts(runs)
+    assert figure3.verdict_line(found[4]) == "affine: shuffle < reverse: +0.0000 over 1 seed: within noise"
+    assert figure3.verdict_line(found[0]) == "additive: invertible < shuffle: no seed in common"
+    assert figure3.summary(found).endswith("0 of 9 pairs agree, 0 disagree, 1 within noise, 8 without a seed in common")
 
 
 def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, capsys):
@@ -659,7 +657,7 @@ def test_committed_page_is_up_to_date():
     drawn = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
     stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
-    assert stems == set(ablation.read_ablations()), "an ablation without its picture, or the other way round"
+    assert stems == set(figure3.read_ablations()), "an ablation without its picture, or the other way round"
 
 
 def stability_run(seed, **other):

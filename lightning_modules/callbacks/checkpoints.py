@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_modules.steps import ends_step, last_step, validates_now
+from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from lightning_modules.stopping import RunStopped
 
 KEPT = 2  # step checkpoints: should the newest not load, there is another

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_modules.steps import ends_step, last_step, validates_now
+from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from results.runs import write
 
 

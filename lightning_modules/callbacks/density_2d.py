@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
-from lightning_modules.metrics import evaluation
+from lightning_modules.precision import evaluation
 
 
 class Density2d(L.Callback):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed
 
 from lightning_modules.callbacks.checkpoints import Checkpoints
-from lightning_modules.steps import ends_step, validates_now
+from lightning_modules.optimizer_steps import ends_step, validates_now
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 
 NOTHING, STOP, REQUEUE = 0, 1, 2

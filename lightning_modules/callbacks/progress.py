@@ -6,7 +6,7 @@ from datetime import timedelta
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lightning_modules.steps import last_step
+from lightning_modules.optimizer_steps import last_step
 
 
 class Progress(TQDMProgressBar):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from flows.base import FlowModel
 from flows.caching import cached
-from lightning_modules.metrics import evaluation
 from lightning_modules.noise import evaluation_input
+from lightning_modules.precision import evaluation
 
 N_SHOWN = 16  # pictures a row
 

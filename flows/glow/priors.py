@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow
-from flows.edge_convolution import Edge, ZeroConv2d, ZeroLinear, added
+from flows.glow.edges import Edge, ZeroConv2d, ZeroLinear, added
 from flows.normalization import scales_and_biases
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
-from flows.convolution import (
+from flows.glow.edges import EdgeConv2d, ZeroConv2d
+from flows.glow.kernels import (
     add_relu,
     conv3x3,
     conv3x3_gradients,
@@ -17,7 +18,6 @@ from flows.convolution import (
     scaled,
     scaled_gradients,
 )
-from flows.edge_convolution import EdgeConv2d, ZeroConv2d
 from flows.normalization import ActNorm, scales_and_biases
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
-from flows.convolution import conv3x3, pixels, scaled, scaled_gradients
+from flows.glow.kernels import conv3x3, pixels, scaled, scaled_gradients
 from flows.normalization import scales_and_biases
 
 

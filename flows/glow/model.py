@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from flows.base import Compose, Flow, FlowModel
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
-from flows.edge_convolution import ZeroLinear
 from flows.elementwise import Logit, Shift
-from flows.glow_conditioner import GlowConditioner
-from flows.learned_priors import SplitPrior, TopPrior
+from flows.glow.conditioner import GlowConditioner
+from flows.glow.edges import ZeroLinear
+from flows.glow.priors import SplitPrior, TopPrior
+from flows.glow.steps import Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.normalization import ActNorm
 from flows.reshape import Squeeze, factor_in, factor_out
-from flows.steps import Steps
 
 PERMUTATIONS = {  # section 3.2; figure 3 compares the first three
     "reverse": lambda channels: ChannelPermutation(torch.arange(channels).flip(0)),

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from flows.convolution import images, pixels
 from flows.coupling import AdditiveCoupling
-from flows.glow_conditioner import Folded
+from flows.glow.conditioner import Folded
+from flows.glow.kernels import images, pixels
 
 
 def step(

@@ -8,8 +8,8 @@ from torch import Tensor
 from flows.base import Compose
 from flows.caching import once
 from flows.coupling import AdditiveCoupling
-from flows.glow_conditioner import GlowConditioner, dtype_of_products
-from flows.glow_step import GlowStep
+from flows.glow.conditioner import GlowConditioner, dtype_of_products
+from flows.glow.step import GlowStep
 from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply, volume
 from flows.normalization import ActNorm
 from flows.recompute import recomputed
