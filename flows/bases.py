@@ -1,17 +1,27 @@
 """Base distributions of the latents."""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
-class StandardNormal:
-    """z ~ N(0, I) on every level: log p(z) = -1/2 sum(z^2 + ln 2 pi)."""
+class Base(ABC):
+    """A distribution of independent, equally distributed dimensions, over the latents of all levels."""
+
+    @abstractmethod
+    def log_density(self, z: Tensor) -> Tensor:
+        """ln p(z) of every single dimension, in nats, with the shape of z."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+        """A sample of `shape`, with the dtype and the device of `like`."""
 
     def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
-        """Nats, (B,), summed over all levels and dimensions."""
-        return sum(-0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) for z in latents)
+        """ln p of the latents, a tuple of (B, *shape): nats, (B,), summed over all levels and dimensions."""
+        return sum(self.log_density(z).flatten(1).sum(1) for z in latents)
 
     def sample(
         self,
@@ -21,7 +31,38 @@ class StandardNormal:
         generator: torch.Generator | None,
         like: Tensor,
     ) -> tuple[Tensor, ...]:
-        """tau * eps for each shape, (n, *shape), with `like`'s dtype and device; drawn on the generator's device."""
-        device = generator.device if generator is not None else like.device
-        draw = (torch.randn(n, *s, generator=generator, device=device, dtype=like.dtype) for s in shapes)
-        return tuple(temperature * eps.to(like.device) for eps in draw)
+        """tau * eps for each shape, (n, *shape), with the dtype and the device of `like`.
+
+        Drawn on the generator's device, so that a seed means the same on every device.
+        """
+        if generator is None:
+            return tuple(temperature * self.draw((n, *shape), None, like) for shape in shapes)
+        place = torch.empty(0, dtype=like.dtype, device=generator.device)
+        return tuple(temperature * self.draw((n, *shape), generator, place).to(like.device) for shape in shapes)
+
+
+class StandardNormal(Base):
+    """z ~ N(0, 1): ln p(z) = -1/2 (z^2 + ln 2 pi)."""
+
+    def log_density(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square() + math.log(2 * math.pi))
+
+    def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
+        # The factor stands behind the sum: inside, it would make the gradient of channels_last latents contiguous.
+        return sum(-0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) for z in latents)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+class StandardLogistic(Base):
+    """z ~ logistic(0, 1), the base of NICE: ln p(z) = -softplus(z) - softplus(-z) (Dinh et al. 2014, section 3.4)."""
+
+    def log_density(self, z: Tensor) -> Tensor:
+        return -F.softplus(z) - F.softplus(-z)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+        uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+        # torch.rand may return 0, whose logit is infinite.
+        smallest = torch.finfo(like.dtype).eps / 4
+        return uniform.clamp(min=smallest).logit()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
+from flows.masks import as_mask
 from flows.normalization import BiasOnlyBatchNorm2d
 
 
@@ -66,15 +67,17 @@ class ResidualConditioner(nn.Module):
     """RealNVP's network: one net with two outputs (authors' code; the paper's section 4.1 only sketches it).
 
     BN -> [h, -h] -> ReLU -> 3x3 -> n_blocks residual blocks; a 1x1 of every block's output is summed ("skip"), then
-    BN -> ReLU -> 1x1. With a checkerboard `mask` (H, W) the input is doubled after its BN, since half of it is 0, and
-    the mask is one more input channel.
+    BN -> ReLU -> 1x1. With a checkerboard `mask` (a tensor (H, W), or a module that gives it for x) the input is
+    doubled after its BN, since half of it is 0, and the mask is one more input channel. Has no use for a context.
 
     x: (B, C, H, W), zero where masked. Returns shift and raw log-scale, each (B, C, H, W).
     """
 
-    def __init__(self, channels: int, hidden_channels: int, n_blocks: int, mask: Tensor | None = None) -> None:
+    def __init__(
+        self, channels: int, hidden_channels: int, n_blocks: int, mask: Tensor | nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.register_buffer("mask", None if mask is None else mask[None, None], persistent=False)
+        self.mask = None if mask is None else as_mask(mask)
         self.bn_in = BiasOnlyBatchNorm2d(channels)
         self.conv_in = WeightNormConv2d(2 * channels + (mask is not None), hidden_channels, 3)
         self.blocks = nn.ModuleList(ResidualBlock(hidden_channels) for _ in range(n_blocks))
@@ -84,12 +87,12 @@ class ResidualConditioner(nn.Module):
         self.bn_out = BiasOnlyBatchNorm2d(hidden_channels)
         self.conv_out = WeightNormConv2d(hidden_channels, 2 * channels, 1, magnitude=True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         h = self.bn_in(x)
         if self.mask is None:
             h = torch.cat([h, -h], dim=1)
         else:
-            h = torch.cat([2 * h, -2 * h, self.mask.expand(len(x), -1, -1, -1)], dim=1)
+            h = torch.cat([2 * h, -2 * h, self.mask(x).expand(len(x), 1, -1, -1)], dim=1)
         h = self.conv_in(h.relu_())
         out = self.skips[0](h)
         for block, skip in zip(self.blocks, self.skips[1:], strict=True):
@@ -100,7 +103,10 @@ class ResidualConditioner(nn.Module):
 
 
 class MLPConditioner(nn.Module):
-    """Two separate three-layer ReLU networks for points: shift t(x) and raw log-scale s(x), each (B, D)."""
+    """Two separate three-layer ReLU networks for points: shift t(x) and raw log-scale s(x), each (B, D).
+
+    Has no use for a context.
+    """
 
     def __init__(self, n_dims: int, hidden_channels: int) -> None:
         super().__init__()
@@ -113,5 +119,5 @@ class MLPConditioner(nn.Module):
             nn.Linear(n_dims, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_dims)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         return self.shift(x).to(x.dtype), self.log_scale(x).to(x.dtype)

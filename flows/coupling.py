@@ -5,13 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow, no_log_det
+from flows.masks import as_mask
 from flows.recompute import recomputed
-
-
-def checkerboard(height: int, width: int, parity: int) -> Tensor:
-    """(H, W) of 0 and 1: (parity + row + column) mod 2, so parity 1 has a 1 at the top left (paper, figure 3)."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return ((parity + rows + columns) % 2).to(torch.get_default_dtype())
 
 
 class AffineCoupling(Flow):
@@ -20,8 +15,9 @@ class AffineCoupling(Flow):
     Dinh et al. 2017, section 3.2, write x exp(s) + t; the authors' code shifts first, a reparametrisation of the
     same maps (t exp(s) for t), and wins. `log_scale_factor` is a, one learned scalar a coupling.
 
-    conditioner: maps the kept part to (shift, raw log-scale). norm: an optional flow on the changed part, after the
-    affine map (`CouplingBatchNorm`). recompute: the conditioner keeps only its input for the backward pass.
+    conditioner: maps the kept part and the context to (shift, raw log-scale). norm: an optional flow on the changed
+    part, after the affine map (`CouplingBatchNorm`). recompute: the conditioner keeps only its inputs for the backward
+    pass.
     """
 
     recompute = False
@@ -32,43 +28,48 @@ class AffineCoupling(Flow):
         self.log_scale_factor = nn.Parameter(torch.tensor(log_scale_factor))
         self.norm = norm
 
-    def _shift_and_log_scale(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept, on=self.recompute)
+    def _shift_and_log_scale(self, kept: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept, context, on=self.recompute)
         return shift, self.log_scale_factor * torch.tanh(raw)
 
-    def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor, context=None) -> tuple[Tensor, Tensor]:
         y, log_det = (x + shift) * torch.exp(log_scale), log_scale.flatten(1).sum(1)
         if self.norm is None:
             return y, log_det
-        y, norm_log_det = self.norm(y)
+        y, norm_log_det = self.norm(y, context)
         return y, log_det + norm_log_det
 
-    def _inverse(self, y: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det = self.norm.inverse(y) if self.norm is not None else (y, no_log_det(y))
+    def _inverse(self, y: Tensor, shift: Tensor, log_scale: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        log_det = no_log_det(y)
+        if self.norm is not None:
+            y, log_det = self.norm.inverse(y, context)
         return y * torch.exp(-log_scale) - shift, log_det - log_scale.flatten(1).sum(1)
 
 
 class MaskedCoupling(AffineCoupling):
     """The kept part is where `mask` is 1 (checkerboards of images, single coordinates of points); section 3.4.
 
-    mask: 0 and 1, broadcast over the batch: (1, H, W) for images, (D,) for points. Only the changed dimensions
-    enter the log-determinant: summing s over the kept ones too, as a well-known notebook does, is wrong by
-    sum(mask * s).
+    mask: 0 and 1, broadcast over the batch: a tensor, (D,) for points, or a module that gives the mask for x
+    (`Checkerboard` for images of any size). Only the changed dimensions enter the log-determinant: summing s over the
+    kept ones too, as a well-known notebook does, is wrong by sum(mask * s).
     """
 
-    def __init__(self, mask: Tensor, conditioner: nn.Module, log_scale_factor=0.0, norm: Flow | None = None) -> None:
+    def __init__(
+        self, mask: Tensor | nn.Module, conditioner: nn.Module, log_scale_factor=0.0, norm: Flow | None = None
+    ) -> None:
         super().__init__(conditioner, log_scale_factor, norm)
-        self.register_buffer("mask", mask, persistent=False)
+        self.mask = as_mask(mask)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        return self._forward(x, *self._masked(x))
+        return self._forward(x, *self._masked(x, context), context)
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        return self._inverse(z, *self._masked(z))
+        return self._inverse(z, *self._masked(z, context), context)
 
-    def _masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._shift_and_log_scale(x * self.mask)
-        return shift * (1 - self.mask), log_scale * (1 - self.mask)
+    def _masked(self, x: Tensor, context) -> tuple[Tensor, Tensor]:
+        mask = self.mask(x)
+        shift, log_scale = self._shift_and_log_scale(x * mask, context)
+        return shift * (1 - mask), log_scale * (1 - mask)
 
 
 class ChannelCoupling(AffineCoupling):
@@ -80,12 +81,12 @@ class ChannelCoupling(AffineCoupling):
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(x)
-        changed, log_det = self._forward(changed, *self._shift_and_log_scale(kept))
+        changed, log_det = self._forward(changed, *self._shift_and_log_scale(kept, context), context)
         return self._join(kept, changed), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
-        changed, log_det = self._inverse(changed, *self._shift_and_log_scale(kept))
+        changed, log_det = self._inverse(changed, *self._shift_and_log_scale(kept, context), context)
         return self._join(kept, changed), log_det
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,8 @@ class ChannelCoupling(AffineCoupling):
 class AdditiveCoupling(Flow):
     """y2 = x2 + t(x1), y1 = x1; log_det is 0 (Dinh et al. 2014, section 3.2).
 
-    conditioner: maps the first half of the channels to t, (B, C/2, H, W).
+    conditioner: maps the first half of the channels and the context to t, (B, C/2, H, W); its `initialize(x, context)`
+    is called where it has one.
     """
 
     def __init__(self, conditioner: nn.Module) -> None:
@@ -108,17 +110,18 @@ class AdditiveCoupling(Flow):
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = x.chunk(2, dim=1)
-        changed, log_det, _ = self.change(changed, self.conditioner(kept))
+        changed, log_det, _ = self.change(changed, self.conditioner(kept, context))
         return torch.cat([kept, changed], dim=1), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = z.chunk(2, dim=1)
-        changed, log_det = self.change_back(changed, self.conditioner(kept))
+        changed, log_det = self.change_back(changed, self.conditioner(kept, context))
         return torch.cat([kept, changed], dim=1), log_det
 
     def initialize(self, x: Tensor, context=None) -> Tensor:
-        self.conditioner.initialize(x.chunk(2, dim=1)[0])
-        return self(x)[0]
+        if hasattr(self.conditioner, "initialize"):
+            self.conditioner.initialize(x.chunk(2, dim=1)[0], context)
+        return self(x, context)[0]
 
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """y2 and log_det from x2 and the network's output h, and what `gradients` takes beside y2."""
@@ -143,7 +146,7 @@ class SigmoidCoupling(AdditiveCoupling):
     m = 0. Measured at K=4, 16 channels, 10,000 steps, float32: the inverses of images of noise were not finite, those
     of test images within .0023 grey levels. With m = .5: results/README.md. K=32: not measured beyond 300 steps.
 
-    conditioner: maps the first half of the channels to (t, r), (B, C, H, W). min_scale: m, in [0, 1).
+    conditioner: maps the first half of the channels and the context to (t, r), (B, C, H, W). min_scale: m, in [0, 1).
     """
 
     def __init__(self, conditioner: nn.Module, min_scale: float = 0.0) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flows.base import Flow
+from flows.masks import as_mask
 
 
 def n_ranks() -> int:
@@ -74,37 +75,41 @@ class CouplingBatchNorm(Flow, _BatchNorm):
     with the running averages in training too; the code has that as `bn_lag`, whose default 0 is off, so the batch's
     moments win here.
 
-    mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over (B, C, H, W); None
-    where all are changed. The kept elements pass unchanged, but count as zeros in the moments, as in the code.
+    mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over (B, C, H, W): a tensor,
+    or a module that gives the mask for x; None where all are changed. The kept elements pass unchanged, but count as
+    zeros in the moments, as in the code.
     """
 
-    def __init__(self, channels: int, mask: Tensor | None = None) -> None:
+    def __init__(self, channels: int, mask: Tensor | nn.Module | None = None) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
-        self.register_buffer("mask", mask, persistent=False)
+        self.mask = None if mask is None else as_mask(mask)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         if self.training:
             mean, var = self._batch_moments(x)
         else:
             mean, var = self.running_mean, self.running_var
-        mean, log_std = self._on_changed(mean, var)
+        mean, log_std = self._on_changed(mean, var, x)
         return (x - mean) * torch.exp(-log_std), -self._volume(log_std, x)
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        mean, log_std = self._on_changed(self.running_mean, self.running_var)
+        mean, log_std = self._on_changed(self.running_mean, self.running_var, z)
         return z * torch.exp(log_std) + mean, self._volume(log_std, z)
 
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x if self.mask is None else x * self.mask
+        x = x if self.mask is None else x * self.mask(x)
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         if n_ranks() > 1:
             mean, var = over_ranks(mean, var)
         update_running(self, mean, var)
         return mean, var
 
-    def _on_changed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_changed(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = mean[:, None, None], 0.5 * torch.log(var + self.eps)[:, None, None]
-        return (mean, log_std) if self.mask is None else (mean * self.mask, log_std * self.mask)
+        if self.mask is None:
+            return mean, log_std
+        mask = self.mask(x)
+        return mean * mask, log_std * mask
 
     def _volume(self, log_std: Tensor, x: Tensor) -> Tensor:
         return log_std.expand(1, *x.shape[1:]).sum().expand(x.shape[0])

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from flows.base import Compose, Flow, FlowModel, Inverted
+from flows.base import Compose, Flow, FlowModel, Inverted, no_log_det
 from flows.conditioners import MLPConditioner, ResidualConditioner, WeightNormConv2d
-from flows.coupling import ChannelCoupling, MaskedCoupling, checkerboard
+from flows.coupling import ChannelCoupling, MaskedCoupling
 from flows.elementwise import Logit
+from flows.masks import Checkerboard
+from flows.multiscale import back_through, channels_last, check_image_shape, halved, through
 from flows.normalization import CouplingBatchNorm
-from flows.reshape import OrderedSqueeze, Squeeze, factor_in, factor_out
+from flows.reshape import OrderedSqueeze, Squeeze
 
 
 class RealNVP(FlowModel):
@@ -26,41 +28,30 @@ class RealNVP(FlowModel):
     keeps 64 throughout). Where paper and code differ the code made the numbers: the symmetric logit (`Logit`), shift
     before scale (`AffineCoupling`), batch moments in training (`CouplingBatchNorm`), ordered squeeze.
 
+    shape: (C, H, W); H and W may be None, for images of any size that can be halved n_scales - 1 times.
     x: (B, *shape) in [0, 1]. Latents: one a scale; all but the last are factored-out halves, (2C_i, H_i/2, W_i/2).
     """
 
     def __init__(self, shape=(3, 32, 32), n_scales=2, hidden_channels=64, n_blocks=8, alpha=0.05) -> None:
         super().__init__()
-        self.shape = tuple(shape)
-        if len(self.shape) != 3:
-            raise ValueError(f"RealNVP models images (C, H, W), not data of shape {self.shape}")
-        channels, height, width = self.shape
         if min(n_scales, hidden_channels, n_blocks) < 1:
             raise ValueError("flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1")
-        if height % 2 ** (n_scales - 1) or width % 2 ** (n_scales - 1):
-            raise ValueError(
-                f"flow.n_scales={n_scales} halves a {height}x{width} image to odd sizes: give fewer scales"
-            )
+        self.shape, self.n_scales = tuple(shape), n_scales
+        self.check_image_shape(self.shape)
+        channels = self.shape[0]
         self.logit = Logit(alpha)
         self.scales = nn.ModuleList()
-        latent_shapes = []
         for i in range(n_scales):
             last = i == n_scales - 1
-            self.scales.append(self._scale((channels, height, width), hidden_channels * 2**i, n_blocks, last))
-            if not last:
-                channels, height, width = 2 * channels, height // 2, width // 2
-            latent_shapes.append((channels, height, width))
-        self.latent_shapes = tuple(latent_shapes)
+            self.scales.append(self._scale(channels * 2**i, hidden_channels * 2**i, n_blocks, last))
         self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
 
     @staticmethod
-    def _scale(shape: tuple[int, int, int], hidden: int, n_blocks: int, last: bool) -> Compose:
-        channels, height, width = shape
-
+    def _scale(channels: int, hidden: int, n_blocks: int, last: bool) -> Compose:
         def checker(parity: int) -> Flow:
-            mask = checkerboard(height, width, parity)
+            mask = Checkerboard(parity)
             conditioner = ResidualConditioner(channels, hidden, n_blocks, mask)
-            return MaskedCoupling(mask[None], conditioner, 0.0, CouplingBatchNorm(channels, 1 - mask))
+            return MaskedCoupling(mask, conditioner, 0.0, CouplingBatchNorm(channels, mask.complement()))
 
         def channel(swap: bool) -> Flow:
             conditioner = ResidualConditioner(2 * channels, 2 * hidden, n_blocks)
@@ -78,25 +69,29 @@ class RealNVP(FlowModel):
             ]
         )
 
+    def check_image_shape(self, shape: tuple[int | None, ...]) -> None:
+        """ValueError, one line: no (C, H, W), or of sizes that the scales halve to odd ones."""
+        check_image_shape("RealNVP", shape, self.n_scales - 1, "flow.n_scales", self.n_scales)
+
+    def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+        channels, height, width = self.shape if shape is None else shape
+        self.check_image_shape((channels, height, width))
+        last = self.n_scales - 1
+        halvings = [*range(1, last + 1), last]
+        return tuple((channels * 2**i, halved(height, i), halved(width, i)) for i in halvings)
+
     def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        x, total = self.logit(x.contiguous(memory_format=torch.channels_last))
-        latents = []
-        for scale in self.scales[:-1]:
-            x, log_det = scale(x)
-            x, z = factor_out(x)
-            latents.append(z)
-            total = total + log_det
-        z, log_det = self.scales[-1](x)
-        return (*latents, z), total + log_det
+        context = self.encoded(context)
+        x, log_det = self.logit(channels_last(x), context)
+        latents, log_det = through(self.scales, x, log_det, context)
+        return tuple(latents), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        z = [level.contiguous(memory_format=torch.channels_last) for level in z]
-        x, total = self.scales[-1].inverse(z[-1])
-        for scale, latent in zip(reversed(self.scales[:-1]), reversed(z[:-1]), strict=True):
-            x, log_det = scale.inverse(factor_in(x, latent))
-            total = total + log_det
-        x, log_det = self.logit.inverse(x)
-        return x, total + log_det
+        context = self.encoded(context)
+        latents = [channels_last(level) for level in z]
+        x, log_det = back_through(self.scales, latents, no_log_det(latents[-1]), context)
+        x, logit_log_det = self.logit.inverse(x, context)
+        return x, log_det + logit_log_det
 
     def l2_penalty(self) -> Tensor:
         """Sum of magnitude^2 over weight-norm convolutions and of a^2 over checkerboard couplings, a scalar.
@@ -124,15 +119,17 @@ class RealNVP2d(FlowModel):
         self.shape = tuple(shape)
         if self.shape != (2,):
             raise ValueError(f"RealNVP2d models points of two coordinates, not data of shape {self.shape}")
-        self.latent_shapes = (self.shape,)
         masks = [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
         self.couplings = Compose(
             MaskedCoupling(masks[i % 2], MLPConditioner(2, hidden_channels), 1.0) for i in range(n_couplings)
         )
 
+    def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+        return (self.shape,)
+
     def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, log_det = self.couplings(x)
+        z, log_det = self.couplings(x, self.encoded(context))
         return (z,), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        return self.couplings.inverse(z[0])
+        return self.couplings.inverse(z[0], self.encoded(context))

@@ -1,11 +1,12 @@
 """Memory for time: what a part of a flow would keep for the backward pass is made again there."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 
@@ -16,21 +17,61 @@ def recompute(flow: nn.Module) -> None:
             module.recompute = True
 
 
+def is_random(module: nn.Module) -> bool:
+    """Whether a forward pass of the module, as it is now, draws random numbers.
+
+    torch's dropout layers do so in training. A module that draws by itself (`F.dropout`, `torch.rand`) declares it by
+    an attribute `is_random = True`.
+    """
+    return any(_draws(part) for part in module.modules())
+
+
+def _draws(module: nn.Module) -> bool:
+    dropout = isinstance(module, _DropoutNd) and module.training and module.p > 0
+    return dropout or getattr(module, "is_random", False)
+
+
 def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
     """function(module, *inputs); with `on` only the inputs are kept for the backward pass.
 
-    Gradients are the same to the bit. Batch norms of `module` see the batch again, and must not count it twice.
+    Gradients are the same to the bit: batch norms of `module` see the batch again and do not count it twice, and a
+    module that `is_random` draws the same numbers again. RuntimeError: a module draws numbers and does not declare it,
+    so that the backward pass would be that of other networks.
     """
     if not on or not torch.is_grad_enabled():
         return function(module, *inputs)
-    return checkpoint(
-        function,
-        module,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,  # nothing in a flow is random
-        context_fn=lambda: (contextlib.nullcontext(), _RunningAveragesKept(module)),
-    )
+    random = is_random(module)
+    with contextlib.nullcontext() if random else _nothing_is_drawn(module, inputs):
+        return checkpoint(
+            function,
+            module,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=random,
+            context_fn=lambda: (contextlib.nullcontext(), _RunningAveragesKept(module)),
+        )
+
+
+@contextlib.contextmanager
+def _nothing_is_drawn(module: nn.Module, inputs: tuple) -> Iterator[None]:
+    """RuntimeError where torch's generator has moved at the end; compiled and captured code is not looked at."""
+    devices = {value.device for value in inputs if isinstance(value, Tensor)}
+    if torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        yield
+        return
+    before = _generator_states(devices)
+    yield
+    if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(devices), strict=True)):
+        raise RuntimeError(
+            f"{type(module).__name__} draws random numbers, and under recomputation would draw others in the backward "
+            "pass: declare is_random = True in the module that draws, or set trainer.recompute=false"
+        )
+
+
+def _generator_states(devices: set[torch.device]) -> list[Tensor]:
+    """Those of the CPU and of the GPUs among `devices`; none of them waits for a device."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in gpus)]
 
 
 class _RunningAveragesKept:

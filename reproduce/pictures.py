@@ -132,7 +132,7 @@ def levels(run: Run) -> tuple[list[Tensor], str]:
     """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
     x, labels = run.images("test", run.options.n)
     eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
-    drawn = run.flow.base.sample(len(x), run.flow.latent_shapes, 0.7, generator, eps[0])
+    drawn = run.flow.base.sample(len(x), run.flow.latent_shapes(), 0.7, generator, eps[0])
     kept = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
     kept += [keep_levels(eps, k, drawn) for k in range(1, len(eps))]
     return [x, *(run.decode(z, labels) for z in kept)], f"test images from 1 to {len(eps)} levels"

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from sketch_nice import Nice
+from sketch_residual import ResidualFlow
+from sketch_super_resolution import SuperResolution
 from torch import Tensor
 
 from flows.base import Compose, Flow, Inverted
 from flows.conditioners import MLPConditioner, ResidualConditioner
-from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling, checkerboard
+from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
 from flows.glow import Glow
 from flows.glow.conditioner import GlowConditioner
 from flows.glow.priors import SplitPrior, TopPrior
 from flows.glow.steps import Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
+from flows.masks import checkerboard
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
@@ -27,6 +31,8 @@ class Case:
     """make: a fresh flow in float32. shape: of one datum. unit_interval: x lies in [0, 1] and not on the line.
 
     noise: standard deviation of what `trained` adds to the weights; exp(3 s) of Glow makes much of little.
+    context: of a conditional flow, makes n rows of it for data of a shape, in float64 or int64.
+    tolerance: how far round trips and log-determinants may be off in float64; an iterative inverse is not exact.
     """
 
     name: str
@@ -35,6 +41,21 @@ class Case:
     is_model: bool = False
     unit_interval: bool = False
     noise: float = 0.3
+    context: Callable[[int, tuple[int, ...], torch.Generator], Tensor] | None = None
+    tolerance: float = 1e-8
+
+    def conditions(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+        """What a flow's methods take behind n data: nothing, a context, or a context (or None) and noise."""
+        generator = torch.Generator().manual_seed(100 + seed)
+        context = None
+        if self.context is not None:
+            context = self.context(n, self.shape, generator)
+            context = context.to(dtype) if context.is_floating_point() else context
+        noise_shape = getattr(self.make(), "noise_shape", None)
+        if noise_shape is not None:
+            noise = torch.rand(n, *noise_shape, generator=generator, dtype=torch.float64).to(dtype)
+            return context, noise
+        return () if context is None else (context,)
 
     def data(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """(n, *shape), drawn in float64 so that every dtype sees the same numbers; off centre, so that means matter."""
@@ -58,14 +79,25 @@ def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
 
 
 def glow_step() -> tuple[Flow, Flow, Flow]:
-    return ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3)))
+    return ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(GlowConditioner(2, 4, 5, True))
 
 
-def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05, **arguments) -> Case:
+def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05, context=None, **arguments) -> Case:
     def make() -> Glow:
         return Glow(shape, depth=depth, hidden_channels=5, **arguments)
 
-    return Case(name, make, shape, is_model=True, unit_interval=True, noise=noise)
+    return Case(name, make, shape, is_model=True, unit_interval=True, noise=noise, context=context)
+
+
+def low_res(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Images (n, C, H / 4, W / 4) for those of `shape`, (C, H, W)."""
+    channels, height, width = shape
+    return torch.rand(n, channels, height // 4, width // 4, generator=generator, dtype=torch.float64)
+
+
+def classes(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Of three."""
+    return torch.randint(3, (n,), generator=generator)
 
 
 CASES = [
@@ -85,25 +117,38 @@ CASES = [
     Case("ChannelPermutation", lambda: ChannelPermutation(torch.randperm(6)), (6, 2, 3)),
     Case("InvertibleConv1x1", lambda: InvertibleConv1x1(4), (4, 2, 3)),
     Case("InvertibleConv1x1LU", lambda: InvertibleConv1x1LU(4), (4, 2, 3)),
-    Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5, (2, 3))), (4, 2, 3)),
-    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3))), (4, 2, 3), noise=0.1),
-    Case("SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, None)), (4, 2, 3), noise=0.1),
-    Case(
-        "SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, (2, 3)), 0.25), (4, 2, 3), noise=0.1
-    ),
+    Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5, True)), (4, 2, 3)),
+    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True)), (4, 2, 3), noise=0.1),
+    Case("SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, False)), (4, 2, 3), noise=0.1),
+    Case("SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True), 0.25), (4, 2, 3), noise=0.1),
     Case("Steps", lambda: Steps(glow_step() for _ in range(3)), (4, 2, 3), noise=0.03),
-    Case("SplitPrior", lambda: SplitPrior(4, (2, 3)), (4, 2, 3)),
-    Case("TopPrior", lambda: TopPrior(4, (2, 3)), (4, 2, 3)),
+    Case("SplitPrior", lambda: SplitPrior(4, True), (4, 2, 3)),
+    Case("TopPrior", lambda: TopPrior(4, True), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),
     glow("Glow-1level", (1, 4, 4), n_levels=1, min_scale=0.25),
     glow("Glow-depth32", (1, 4, 4), n_levels=2, depth=32, noise=0.01),
     glow("Glow-additive-shuffle-logit", (2, 8, 8), n_levels=3, coupling="additive", permutation="shuffle", alpha=0.05),
     glow("Glow-reverse-no-edges", (2, 4, 4), n_levels=2, permutation="reverse", edges=False),
     glow("Glow-plain-W", (2, 4, 4), n_levels=2, permutation="invertible_plain"),
+    glow("Glow-classes", (2, 4, 4), n_levels=2, n_classes=3, context=classes),
+    Case(
+        "Glow-any-size",
+        lambda: Glow((2, None, None), 2, 1, 5),
+        (2, 4, 8),
+        is_model=True,
+        unit_interval=True,
+        noise=0.05,
+    ),
     Case("RealNVP-2scales", lambda: RealNVP((3, 4, 6), 2, 4, 1), (3, 4, 6), is_model=True, unit_interval=True),
     Case("RealNVP-3scales", lambda: RealNVP((1, 8, 8), 3, 3, 1), (1, 8, 8), is_model=True, unit_interval=True),
+    Case("RealNVP-any-size", lambda: RealNVP((1, None, None), 2, 3, 1), (1, 4, 6), is_model=True, unit_interval=True),
+    Case("sketch-NICE", lambda: Nice((1, 2, 3)), (1, 2, 3), is_model=True),
+    Case("sketch-SuperResolution", SuperResolution, (3, 8, 4), is_model=True, noise=0.05, context=low_res),
+    Case("sketch-ResidualFlow", ResidualFlow, (3,), is_model=True, tolerance=1e-6),
     Case("RealNVP2d", lambda: RealNVP2d(n_couplings=4, hidden_channels=8), (2,), is_model=True),
 ]
+
+
 TINY = [  # realnvp_cifar10 as a run of seconds: four steps an epoch, validated after every third
     "preset=demo",
     "logger.name=none",
@@ -142,10 +187,10 @@ def _trained(case: Case, dtype: torch.dtype) -> Flow:
     flow = fresh(case, dtype=dtype)
     with torch.no_grad():
         if uninitialized(flow):
-            flow.initialize(case.data(64, dtype, seed=20))
+            flow.initialize(case.data(64, dtype, seed=20), *case.conditions(64, dtype)[:1])
         perturb(flow, case.noise)
         for seed in range(20):
-            flow(case.data(16, dtype, seed))
+            flow(case.data(16, dtype, seed), *case.conditions(16, dtype, seed))
     return flow.eval()
 
 
@@ -161,3 +206,8 @@ def perturb(flow: Flow, scale: float = 0.3, seed: int = 1) -> Flow:
 def flat(z: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Latents of a model or the output of a layer as one matrix, (B, D)."""
     return torch.cat([level.flatten(1) for level in (z if isinstance(z, tuple) else (z,))], dim=1)
+
+
+def repeat_rows(value: Tensor, n: int) -> Tensor:
+    """All rows of a tensor n times over: B rows become n * B."""
+    return value.repeat(n, *[1] * (value.dim() - 1))

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from flows.base import Compose, FlowModel
 from flows.conditioners import WeightNormConv2d
-from flows.coupling import MaskedCoupling, checkerboard
+from flows.coupling import MaskedCoupling
 from flows.elementwise import Logit
+from flows.masks import Checkerboard
 from reproduce import experiment, realnvp_cifar10
 
 TINY = [*cases.TINY, "flow.n_scales=1", "samples.every_n_steps=100", "trainer.val_check_interval=6"]
@@ -182,10 +183,12 @@ class Plain(FlowModel):
 
     def __init__(self, shape, n_couplings: int = 4) -> None:
         super().__init__()
-        self.shape, self.latent_shapes = tuple(shape), (tuple(shape),)
-        masks = [checkerboard(*shape[1:], parity) for parity in (0, 1)]
-        couplings = (MaskedCoupling(masks[i % 2][None], TwoConvs(shape[0]), 1.0) for i in range(n_couplings))
+        self.shape = tuple(shape)
+        couplings = (MaskedCoupling(Checkerboard(i % 2), TwoConvs(shape[0]), 1.0) for i in range(n_couplings))
         self.layers = Compose([Logit(), *couplings])
+
+    def latent_shapes(self, shape=None):
+        return (self.shape,)
 
     def forward(self, x: Tensor, context=None):
         z, log_det = self.layers(x)
@@ -208,6 +211,6 @@ class TwoConvs(nn.Sequential):
             WeightNormConv2d(6, 2 * channels, 3, magnitude=True),
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         shift, log_scale = super().forward(x).to(x.dtype).chunk(2, dim=1)
         return shift, log_scale

@@ -119,7 +119,7 @@ def test_samples_have_a_row_for_each_class_given():
     samples = flow.sample(n, 0.8, y, generator=torch.Generator().manual_seed(4))
     assert samples.shape == (n, 2, *SHAPE)
     generator = torch.Generator().manual_seed(4)
-    eps = [torch.randn(n * 2, *shape, generator=generator, dtype=torch.float64) for shape in flow.latent_shapes]
+    eps = [torch.randn(n * 2, *shape, generator=generator, dtype=torch.float64) for shape in flow.latent_shapes()]
     for i in range(n):
         for b in range(2):
             latents = tuple(0.8 * level[2 * i + b][None] for level in eps)

@@ -410,7 +410,10 @@ class Uniform(FlowModel):
 
     def __init__(self):
         super().__init__()
-        self.shape, self.latent_shapes, self.nothing = SHAPE, (SHAPE,), nn.Parameter(torch.ones(()))
+        self.shape, self.nothing = SHAPE, nn.Parameter(torch.ones(()))
+
+    def latent_shapes(self, shape=None):
+        return (SHAPE,)
 
     def forward(self, x, context=None):
         assert 0 <= x.min() <= x.max() < 1

@@ -9,7 +9,7 @@ from test_class_conditional import LabelledImages, conditional, fresh
 from test_density import SHAPE, RandomImages, Recorder, density, make_trainer
 from torch import distributed
 
-from flows.coupling import checkerboard
+from flows.masks import checkerboard
 from flows.normalization import BiasOnlyBatchNorm2d, CouplingBatchNorm, over_ranks
 from flows.realnvp import RealNVP
 from lightning_modules.callbacks.initialization import Initialization

@@ -3,19 +3,27 @@
 import copy
 import functools
 import itertools
+import math
+from functools import partial
 
 import pytest
 import torch
 from cases import CASES, MODELS, fresh, perturb, trained
+from torch import nn
 from torch.nn import functional as F
 
 from flows.base import Compose
 from flows.caching import cached, once
 from flows.conditioners import ResidualBlock
+from flows.constants import constant
+from flows.coupling import MaskedCoupling, SigmoidCoupling
 from flows.glow import Glow
 from flows.glow.conditioner import GlowConditioner
 from flows.glow.kernels import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
 from flows.glow.steps import Steps
+from flows.linear import InvertibleConv1x1LU
+from flows.masks import Checkerboard, checkerboard
+from flows.normalization import ActNorm
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
 from lightning_modules.precision import evaluation
@@ -148,7 +156,7 @@ def test_float64_stays_under_autocast():
 
 
 def test_the_last_bias_is_not_rounded_under_autocast():
-    net = GlowConditioner(2, 4, 6, None)
+    net = GlowConditioner(2, 4, 6, False)
     net.conv_out.shift.data.fill_(1 + 2**-10)
     with torch.autocast("cpu", torch.bfloat16):
         assert (net(torch.rand(2, 2, 4, 4)) == 1 + 2**-10).all()
@@ -437,11 +445,123 @@ def noted(method, calls):
 
 
 def test_networks_are_folded_together_as_each_alone():
-    nets = [perturb(GlowConditioner(2, 6, 5, (4, 6)), 0.3).double() for _ in range(3)]
+    nets = [perturb(GlowConditioner(2, 6, 5, True), 0.3).double() for _ in range(3)]
     x = randn(3, 2, 4, 6)
     for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
-        weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype)
+        weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype, (4, 6))
         torch.testing.assert_close(
             net.last(net.hidden(x, weights, biases)[1], weights, biases), net(x), rtol=1e-12, atol=1e-12
         )
     assert (nets[0](x) - nets[1](x)).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- other networks
+
+
+class RandomNet(nn.Module):
+    """Two convolutions with dropout between, by a layer or by a function that nobody can see from outside."""
+
+    def __init__(self, in_channels, out_channels, layer=True, declared=False, pair=False):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(in_channels, 8, 1), nn.Conv2d(8, out_channels, 1)
+        self.dropout = nn.Dropout(0.5) if layer else functools.partial(F.dropout, p=0.5)
+        self.is_random, self.pair = declared, pair
+
+    def forward(self, x, context=None):
+        h = self.last(self.dropout(self.first(x)))
+        return h.chunk(2, dim=1) if self.pair else h
+
+
+def random_steps():
+    torch.manual_seed(0)
+    steps = Steps((ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(RandomNet(2, 4))) for _ in range(3))
+    return perturb(steps, 0.1).double()
+
+
+def random_coupling(**options):
+    torch.manual_seed(0)
+    return perturb(MaskedCoupling(Checkerboard(0), RandomNet(4, 8, pair=True, **options), 1.0), 0.1).double()
+
+
+def gradients(flow, x, seed=1):
+    torch.manual_seed(seed)
+    z, log_det = flow(x)
+    return torch.autograd.grad(z.square().sum() + log_det.sum(), list(flow.parameters()))
+
+
+def test_steps_with_a_network_that_is_not_glow_s_are_their_layers_one_after_another():
+    """Before: AttributeError, no 'norm_in'."""
+    steps, x = random_steps().eval(), randn(5, 4, 2, 3)
+    for fast, plain in ((steps(x), Compose.forward(steps, x)), (steps.inverse(x), Compose.inverse(steps, x))):
+        for a, b in zip(fast, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(gradients(steps, x), gradients(by_autograd_alone(steps), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def by_autograd_alone(steps):
+    plain = copy.deepcopy(steps)
+    plain.forward = functools.partial(Compose.forward, plain)
+    return plain
+
+
+class Doubled(SigmoidCoupling):
+    """Not the coupling that it is derived from."""
+
+    def change(self, x, h):
+        y, log_det, state = super().change(x, h)
+        return 2 * y, log_det + math.log(2) * y[0].numel(), state
+
+
+def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_by_hand():
+    torch.manual_seed(0)
+    steps = Steps([(ActNorm(4), InvertibleConv1x1LU(4), Doubled(GlowConditioner(2, 4, 5, True)))])
+    steps, x = perturb(steps, 0.1).double(), randn(5, 4, 2, 3)
+    for a, b in zip(gradients(steps, x), gradients(by_autograd_alone(steps), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [random_steps, random_coupling, partial(random_coupling, layer=False, declared=True)])
+def test_a_random_network_draws_the_same_again_under_recomputation(make):
+    """Before: gradients that are off by more than the largest of them, without a word."""
+    flow, x = make(), randn(5, 4, 2, 3)
+    expected = gradients(flow, x)
+    assert max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True)) > 1e-3
+    recompute(flow)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(flow, x), expected, strict=True))
+
+
+def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
+    flow, x = random_coupling(layer=False), randn(5, 4, 2, 3)
+    gradients(flow, x)
+    recompute(flow)
+    with pytest.raises(RuntimeError, match=r"RandomNet draws random numbers, and .* declare is_random = True"):
+        gradients(flow, x)
+    with torch.no_grad():  # nothing is made again
+        flow(x)
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each():
+    torch.manual_seed(0)
+    flow = perturb(Glow((3, None, None), 2, 2, 6), 0.1).double().eval()
+    small, large = (randn(2, 3, *size).sigmoid() for size in ((8, 8), (4, 12)))
+    expected = [flow.log_prob(x) for x in (small, large)]
+    with torch.no_grad(), cached(flow):
+        for x, log_prob in zip((small, large, small), (*expected, expected[0]), strict=True):
+            torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-9)
+            torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-9)
+
+
+def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
+    with torch.inference_mode():
+        one = constant(checkerboard, 5, 7, 0, like=torch.empty(0))
+    two = constant(checkerboard, 5, 7, 0, like=torch.empty(0))
+    assert one is two
+    assert torch.equal(one, checkerboard(5, 7, 0))
+    weight = torch.ones(5, 7, requires_grad=True)
+    (weight * one).sum().backward()
+    assert torch.equal(weight.grad, one)
+    assert constant(checkerboard, 5, 7, 0, like=torch.empty(0, dtype=torch.float64)).dtype == torch.float64

@@ -8,6 +8,7 @@ from PIL import Image
 
 from datamodules import DATA, Photos
 from datamodules.images import ImageArray
+from flows.context import Classes
 from flows.realnvp import RealNVP
 from lightning_modules.noise import image_noise
 from reproduce import pictures, realnvp_cifar10, realnvp_moons
@@ -39,14 +40,14 @@ class Labelled(Photos):
 class Conditional(RealNVP):
     """p(x | class): the class is added to the coarsest latent."""
 
-    n_classes = len(NAMES)
+    conditioned_on = Classes(len(NAMES))
 
     def forward(self, x, context=None):
-        (*latents, z), log_det = super().forward(x)
-        return (*latents, z - context[:, None, None, None]), log_det
+        (*latents, z), log_det = super().forward(x, context)
+        return (*latents, z - self.encoded(context)[:, None, None, None]), log_det
 
     def inverse(self, z, context=None):
-        return super().inverse((*z[:-1], z[-1] + context[:, None, None, None]))
+        return super().inverse((*z[:-1], z[-1] + self.encoded(context)[:, None, None, None]), context)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_the_ends_of_an_interpolation_are_the_images():
     flow, x = trained(CASE), CASE.data(2)
     eps, _ = flow(x)
     between = interpolate(tuple(z[0] for z in eps), tuple(z[1] for z in eps), 5)
-    assert [z.shape for z in between] == [(5, *shape) for shape in flow.latent_shapes]
+    assert [z.shape for z in between] == [(5, *shape) for shape in flow.latent_shapes()]
     drawn, _ = flow.inverse(between)
     torch.testing.assert_close(drawn[[0, -1]], x, atol=1e-4, rtol=0)
     for z, ends in zip(between, eps, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
-from flows.glow.edges import EdgeConv2d, ZeroConv2d
+from flows.glow.edges import EdgeConv2d, ZeroConv2d, added
 from flows.glow.kernels import (
     add_relu,
     conv3x3,
@@ -50,12 +50,10 @@ class GlowConditioner(nn.Module):
     The paper's text does not mention the actnorms inside. A public Glow without them, and without a warm-up, turns NaN
     (rosinality/glow-pytorch issue 25). They are folded into the convolutions before them.
 
-    x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W).
+    x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W). Has no use for a context.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, hidden_channels: int, edges: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool) -> None:
         super().__init__()
         self.conv_in = EdgeConv2d(in_channels, hidden_channels, edges)
         self.norm_in = ActNorm(hidden_channels)
@@ -64,9 +62,10 @@ class GlowConditioner(nn.Module):
         self.norm_mid = ActNorm(hidden_channels)
         self.conv_out = ZeroConv2d(hidden_channels, out_channels, edges)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context=None) -> Tensor:
         dtype = dtype_of_products(x)
-        weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype))
+        size = tuple(x.shape[-2:])
+        weights, biases = once(self, f"layers in {dtype} at {size}", lambda: self._layers(dtype, size))
         return self.last(self.hidden(x, weights, biases)[1], weights, biases)
 
     def hidden(self, x: Tensor, weights: PerLayer, biases: PerLayer) -> tuple[Tensor, Tensor]:
@@ -114,18 +113,22 @@ class GlowConditioner(nn.Module):
             scaled(folded.weight_out, folded.scale_out, dtype),
         )
 
-    def biases(self, folded: Folded, dtype: torch.dtype) -> PerLayer:
-        """(hidden, H, W) or without edges (hidden, 1, 1), (hidden,), and as the first with C_out: never in half."""
+    @staticmethod
+    def biases(folded: Folded, dtype: torch.dtype, size: tuple[int, int]) -> PerLayer:
+        """(hidden, H, W) or without edges (hidden, 1, 1), (hidden,), and as the first with C_out: never in half.
+
+        size: (H, W) of the images.
+        """
         return (
-            self.conv_in.added(folded.bias_in, folded.edge_in, folded.scale_in).to(dtype),
+            added(folded.bias_in, folded.edge_in, folded.scale_in, size).to(dtype),
             folded.bias_mid.to(dtype),
-            self.conv_out.added(folded.bias_out, folded.edge_out, folded.scale_out),
+            added(folded.bias_out, folded.edge_out, folded.scale_out, size),
         )
 
-    def _layers(self, dtype: torch.dtype) -> tuple[PerLayer, PerLayer]:
+    def _layers(self, dtype: torch.dtype, size: tuple[int, int]) -> tuple[PerLayer, PerLayer]:
         (folded,), device = self.fold([self]), self.conv_mid.weight.device.type
         with torch.autocast(device, enabled=False):
-            return self.weights(folded, dtype), self.biases(folded, dtype)
+            return self.weights(folded, dtype), self.biases(folded, dtype, size)
 
     def gradients(
         self, grad: Tensor, x: Tensor, hidden: tuple[Tensor, Tensor], weights: PerLayer, folded: Folded
@@ -152,7 +155,7 @@ class GlowConditioner(nn.Module):
             *(weight_out, scale_out, bias_out, edge_out),
         )
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context=None) -> None:
         """Set both actnorms from what comes to them; here they are not folded."""
         h = self.norm_in.initialize(self.conv_in(x)).relu()
         self.norm_mid.initialize(self.conv_mid(h))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.base import Compose, Flow, FlowModel
+from flows.context import Classes
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
 from flows.glow.conditioner import GlowConditioner
@@ -11,8 +12,9 @@ from flows.glow.edges import ZeroLinear
 from flows.glow.priors import SplitPrior, TopPrior
 from flows.glow.steps import Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
+from flows.multiscale import back_through, channels_last, check_image_shape, halved, initialize_through, through
 from flows.normalization import ActNorm
-from flows.reshape import Squeeze, factor_in, factor_out
+from flows.reshape import Squeeze
 
 PERMUTATIONS = {  # section 3.2; figure 3 compares the first three
     "reverse": lambda channels: ChannelPermutation(torch.arange(channels).flip(0)),
@@ -43,6 +45,7 @@ class Glow(FlowModel):
     permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (authors' code,
     `ycond`), which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
     min_scale: of affine couplings (additive ones have no scales); the authors' is 0 (`SigmoidCoupling`).
+    shape: (C, H, W); H and W may be None, for images of any size that can be halved n_levels times.
     x: (B, *shape) in [0, 1]. Latents: one a level.
     """
 
@@ -60,85 +63,76 @@ class Glow(FlowModel):
         min_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        self.shape, self.n_classes = tuple(shape), n_classes
-        if len(self.shape) != 3:
-            raise ValueError(f"Glow models images (C, H, W), not data of shape {self.shape}")
-        channels, height, width = self.shape
         if min(n_levels, depth, hidden_channels) < 1:
             raise ValueError("flow.n_levels, flow.depth and flow.hidden_channels must be at least 1")
-        if height % 2**n_levels or width % 2**n_levels:
-            raise ValueError(
-                f"flow.n_levels={n_levels} halves a {height}x{width} image to odd sizes: give fewer levels"
-            )
         for key, value, known in (("coupling", coupling, COUPLINGS), ("permutation", permutation, PERMUTATIONS)):
             if value not in known:
                 raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(known)}")
+        self.shape, self.n_levels = tuple(shape), n_levels
+        self.check_image_shape(self.shape)
+        self.conditioned_on = None if n_classes is None else Classes(n_classes)
 
-        def step(channels: int, size: tuple[int, int] | None) -> tuple[Flow, Flow, Flow]:
+        def step(channels: int) -> tuple[Flow, Flow, Flow]:
             out = channels if coupling == "affine" else channels // 2
-            conditioner = GlowConditioner(channels // 2, out, hidden_channels, size)
+            conditioner = GlowConditioner(channels // 2, out, hidden_channels, edges)
             affine = SigmoidCoupling(conditioner, min_scale) if coupling == "affine" else AdditiveCoupling(conditioner)
             return ActNorm(channels), PERMUTATIONS[permutation](channels), affine
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
-        levels, latent_shapes = [], []
+        self.levels = nn.ModuleList()
+        channels = self.shape[0]
         for i in range(n_levels):
-            channels, height, width = 4 * channels, height // 2, width // 2
-            size = (height, width) if edges else None
-            steps = Steps(step(channels, size) for _ in range(depth))
+            channels = 4 * channels
+            steps = Steps(step(channels) for _ in range(depth))
             if i < n_levels - 1:
-                levels.append(Compose([Squeeze(), steps, SplitPrior(channels, size)]))
+                self.levels.append(Compose([Squeeze(), steps, SplitPrior(channels, edges)]))
                 channels //= 2
             else:
-                levels.append(Compose([Squeeze(), steps]))
-            latent_shapes.append((channels, height, width))
-        self.levels, self.latent_shapes = nn.ModuleList(levels), tuple(latent_shapes)
-        self.prior = TopPrior(channels, size, n_classes)
+                self.levels.append(Compose([Squeeze(), steps]))
+        self.prior = TopPrior(channels, edges, n_classes)
         self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
         self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
 
+    def check_image_shape(self, shape: tuple[int | None, ...]) -> None:
+        """ValueError, one line: no (C, H, W), or of sizes that the levels halve to odd ones."""
+        check_image_shape("Glow", shape, self.n_levels, "flow.n_levels", self.n_levels)
+
+    def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+        channels, height, width = self.shape if shape is None else shape
+        self.check_image_shape((channels, height, width))
+        shapes = [(channels * 2**i, halved(height, i), halved(width, i)) for i in range(1, self.n_levels)]
+        last = self.n_levels
+        return (*shapes, (channels * 2 ** (last + 1), halved(height, last), halved(width, last)))
+
     def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        x, total = self.preprocess(x.contiguous(memory_format=torch.channels_last))
-        latents = []
-        for level in self.levels[:-1]:
-            x, log_det = level(x)
-            x, z = factor_out(x)
-            latents.append(z)
-            total = total + log_det
-        x, log_det = self.levels[-1](x)
-        total = total + log_det
-        z, log_det = self.prior(x, self._label(context))
-        return (*latents, z), total + log_det
+        context = self.encoded(context)
+        x, log_det = self.preprocess(channels_last(x), context)
+        (*latents, top), log_det = through(self.levels, x, log_det, context)
+        z, prior_log_det = self.prior(top, context)
+        return (*latents, z), log_det + prior_log_det
 
     def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        z = [level.contiguous(memory_format=torch.channels_last) for level in z]
-        x, total = self.prior.inverse(z[-1], self._label(context))
-        x, log_det = self.levels[-1].inverse(x)
-        total = total + log_det
-        for level, latent in zip(reversed(self.levels[:-1]), reversed(z[:-1]), strict=True):
-            x, log_det = level.inverse(factor_in(x, latent))
-            total = total + log_det
-        x, log_det = self.preprocess.inverse(x)
-        return x, total + log_det
+        context = self.encoded(context)
+        *latents, top = [channels_last(level) for level in z]
+        top, log_det = self.prior.inverse(top, context)
+        x, log_det = back_through(self.levels, [*latents, top], log_det, context)
+        x, preprocess_log_det = self.preprocess.inverse(x, context)
+        return x, log_det + preprocess_log_det
 
     def initialize(self, x: Tensor, context=None) -> None:
-        x, _ = self.preprocess(x.contiguous(memory_format=torch.channels_last))
-        for level in self.levels[:-1]:
-            x, _ = factor_out(level.initialize(x))
-        self.levels[-1].initialize(x)
+        # The class enters the last prior alone, which data do not set: it may be left out.
+        context = None if context is None else self.encoded(context)
+        x, _ = self.preprocess(channels_last(x), context)
+        initialize_through(self.levels, x, context)
 
-    def log_prob_and_class_logits(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_class_logits(self, x: Tensor, context) -> tuple[Tensor, Tensor]:
         """log p(x | class), (B,) nats, and what the last level says of the class, (B, n_classes), in one pass.
 
         The logits are a `ZeroLinear` of that level's mean over space, before its prior, so they do not know the class
         (authors' code, `classifier`).
         """
         self.check_shape(x)
-        latents, log_det = self(x, context)  # what may be compiled; the last level is taken back from its eps
-        top, _ = self.prior.inverse(latents[-1], self._label(context))
+        encoding = self.encode_context(context)
+        latents, log_det = self(x, encoding)  # what may be compiled; the last level is taken back from its eps
+        top, _ = self.prior.inverse(latents[-1], encoding.value)
         return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))
-
-    def _label(self, context: Tensor | None) -> Tensor | None:
-        if self.n_classes is not None and context is None:
-            raise ValueError("this Glow is class-conditional: give the classes as context, (B,) int64")
-        return None if self.n_classes is None else context

@@ -19,10 +19,10 @@ class SplitPrior(Flow):
         log_det = -sum s
 
     m and s come from one zero-initialised convolution of z1 (authors' code, `split2d_prior`), so eps = z2 at first.
-    x: (B, C, H, W); the halves are those of the channels. edges: as in `EdgeConv2d`.
+    x: (B, C, H, W); the halves are those of the channels. edges: as in `EdgeConv2d`. Has no use for a context.
     """
 
-    def __init__(self, channels: int, edges: tuple[int, int] | None) -> None:
+    def __init__(self, channels: int, edges: bool) -> None:
         super().__init__()
         self.net = ZeroConv2d(channels // 2, channels, edges)
 
@@ -52,11 +52,11 @@ class TopPrior(Flow):
     (B,) int64. m = s = 0 at first.
     """
 
-    def __init__(self, channels: int, edges: tuple[int, int] | None, n_classes: int | None = None) -> None:
+    def __init__(self, channels: int, edges: bool, n_classes: int | None = None) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(2 * channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(2 * channels, 1, 1))
-        self.edge = Edge(2 * channels, edges) if edges else None
+        self.edge = Edge(2 * channels) if edges else None
         self.by_class = None if n_classes is None else ZeroLinear(n_classes, 2 * channels)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,8 @@ class TopPrior(Flow):
     def _moments(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and s, each broadcastable to x."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
-        h = added(self.edge, bias, None if self.edge is None else self.edge.weight, scale)
+        edge = None if self.edge is None else self.edge.weight
+        h = added(bias, edge, scale, x.shape[-2:])
         if self.by_class is not None:
             one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]

@@ -19,7 +19,7 @@ def step(
     """
     net = coupling.conditioner
     kept, changed = images(F.linear(pixels(x), weight, bias), x).chunk(2, dim=1)
-    weights, biases = net.weights(folded, dtype), net.biases(folded, dtype)
+    weights, biases = net.weights(folded, dtype), net.biases(folded, dtype, x.shape[-2:])
     hidden = net.hidden(kept, weights, biases)
     changed, log_det, state = coupling.change(changed, net.last(hidden[1], weights, biases))
     return (torch.cat([kept, changed], dim=1), log_det), state, hidden
@@ -51,7 +51,7 @@ class GlowStep(Function):
             net, weights = ctx.coupling.conditioner, ctx.coupling.conditioner.weights(folded, ctx.dtype)
             (kept, changed), (grad_kept, grad_changed) = y.chunk(2, dim=1), grad.chunk(2, dim=1)
             if not hidden:  # recompute
-                hidden = net.hidden(kept, weights, net.biases(folded, ctx.dtype))
+                hidden = net.hidden(kept, weights, net.biases(folded, ctx.dtype, x.shape[-2:]))
             grad_changed, grad_h = ctx.coupling.gradients(grad_changed, grad_log_det, changed, *state)
             grad_net, grad_folded = net.gradients(grad_h, kept, hidden, weights, folded)
             grad = pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1))

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flows.base import Compose
+from flows.base import Compose, Flow
 from flows.caching import once
-from flows.coupling import AdditiveCoupling
+from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.glow.conditioner import GlowConditioner, dtype_of_products
 from flows.glow.step import GlowStep
 from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply, volume
@@ -22,17 +22,17 @@ class Steps(Compose):
 
         y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
 
-    A step's backward pass is written by hand (`GlowStep`) but where `FlowModel.compile` has its network, a
-    `GlowConditioner`, compiled: by hand, couplings and networks are not called as modules and their hooks do not run.
+    The third flow of a step may be any flow; the context goes to it alone. Where all of them are couplings of this
+    house with a `GlowConditioner`, a step's backward pass is written by hand (`GlowStep`): couplings and networks are
+    then not called as modules, and their hooks do not run. Other flows, and networks that `FlowModel.compile` has
+    compiled, are called as they are.
     recompute: only the input of a step, and its scales unless compiled, are kept for the backward pass.
     """
 
     recompute = False
     by_hand = True
 
-    def __init__(
-        self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, AdditiveCoupling]]
-    ) -> None:
+    def __init__(self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, Flow]]) -> None:
         super().__init__(layer for step in steps for layer in step)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class Steps(Compose):
         total = volume(log_dets.sum(), x)
         couplings = self._couplings()
         maps = zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True)
-        if self.by_hand and not torch.compiler.is_compiling():
+        if self.by_hand and not torch.compiler.is_compiling() and all(map(_has_gradients_by_hand, couplings)):
             dtype = dtype_of_products(x)
             folded = once(self, "networks", lambda: GlowConditioner.fold([c.conditioner for c in couplings]))
             with torch.autocast(x.device.type, enabled=False):
@@ -49,7 +49,7 @@ class Steps(Compose):
                     total = total + log_det
         else:
             for coupling, (weight, bias) in zip(couplings, maps, strict=True):
-                x, log_det = recomputed(_step, coupling, x, weight, bias, on=self.recompute)
+                x, log_det = recomputed(_step, coupling, x, weight, bias, context, on=self.recompute)
                 total = total + log_det
         return x, total
 
@@ -58,12 +58,12 @@ class Steps(Compose):
         total = volume(-log_dets.sum(), z)
         steps = zip(weights.to(z.dtype), biases.to(z.dtype), self._couplings(), strict=True)
         for weight, bias, coupling in reversed(list(steps)):
-            z, log_det = coupling.inverse(z)
+            z, log_det = coupling.inverse(z, context)
             z = multiply(weight, z, bias)
             total = total + log_det
         return z, total
 
-    def _couplings(self) -> list[AdditiveCoupling]:
+    def _couplings(self) -> list[Flow]:
         return list(self.layers)[2::3]
 
     def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,5 +84,10 @@ class Steps(Compose):
         return weights, log_scales.exp(), biases, log_dets + log_scales.sum(-1)
 
 
-def _step(coupling: AdditiveCoupling, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return coupling(multiply(weight, x, bias))
+def _has_gradients_by_hand(coupling: Flow) -> bool:
+    """Whether `GlowStep` computes what the coupling does: exact types, since a subclass may compute something else."""
+    return type(coupling) in (AdditiveCoupling, SigmoidCoupling) and type(coupling.conditioner) is GlowConditioner
+
+
+def _step(coupling: Flow, x: Tensor, weight: Tensor, bias: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    return coupling(multiply(weight, x, bias), context)
