@@ -39,7 +39,7 @@ from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.figure3 import parse_seeds, settings
 from reproduce.provenance import git_state, machine
 from results import stability
-from results.runs import portable, write
+from results.files import portable, write
 
 RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
 QUIET = ["preset=cpu", "logger.name=none", "trainer.limit_val_batches=0", "checkpoint.select=last"]

@@ -47,7 +47,7 @@ from reproduce.run_folder import (
     selected_weights,
 )
 from reproduce.sweep import agent_arguments, in_sweep
-from results.runs import write
+from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
 

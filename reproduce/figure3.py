@@ -29,7 +29,8 @@ from reproduce.launch import processes
 from reproduce.run_folder import DIVERGED, FREE
 from results import figure3, is_number
 from results.figure3 import COUPLINGS, NAME, PERMUTATIONS
-from results.runs import read_curve, read_json, write
+from results.files import write
+from results.runs import read_curve, read_json
 
 EXPERIMENT = "glow_cifar10"
 SEEDS = (0, 1, 2)  # three, as the paper

@@ -16,7 +16,7 @@ from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
 from reproduce.sweep import in_sweep
-from results.runs import write
+from results.files import write
 
 STOP_WITHIN = 16.0  # seconds in which a stop that W&B wants has reached the run: wandb asks its server every 15
 _stop_wanted = threading.Event()

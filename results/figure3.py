@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
-from results.runs import lacking, portable, small_png, write
+from results.files import checked_json, lacking, portable, small_png, write
 
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
@@ -167,34 +167,36 @@ def dump(ablation: dict) -> str:
 
 def read(path: Path) -> dict:
     """A figure3.json. ValueError, one line that names the file and what is wrong with it."""
-    try:
-        ablation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it, or repeat the ablation") from error
-    wrong = lacking(ablation, REQUIRED)
-    if not wrong:
-        kinds = {"overrides": list, "config": dict, "runs": list}
-        wrong = [key for key, kind in kinds.items() if not isinstance(ablation[key], kind)]
-        wrong += [k for k in REQUIRED[:3] if not re.fullmatch(r"\w[\w.+-]*", str(ablation[k]))]
-    if not wrong:
-        wrong = [f"runs[{k}].{key}" for k, run in enumerate(ablation["runs"]) for key in faults(run)]
-    if wrong:
-        raise ValueError(
-            f"{path} lacks a usable {', '.join(wrong)}: edited, or of another version? Repeat the ablation"
-        )
-    return ablation
+    return checked_json(
+        path,
+        faults,
+        damaged="is not valid JSON ({problem}): restore it, or repeat the ablation",
+        unusable="lacks a usable {problem}: edited, or of another version? Repeat the ablation",
+    )
 
 
-def faults(run: object) -> list[str]:
-    """The keys that a run lacks, or whose value cannot be what it should."""
-    if not isinstance(run, dict) or (wrong := lacking(run, RUN)):
-        return RUN if not isinstance(run, dict) else wrong
-    wrong = [key for key in ("images", "seconds", "seed", "skipped_steps", "parameters") if not is_number(run[key])]
-    wrong += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
-    wrong += [] if run["coupling"] in COUPLINGS else ["coupling"]
+def faults(ablation: Any) -> list[str]:
+    """The keys that a figure3.json lacks, or whose value cannot be what it should."""
+    if keys := lacking(ablation, REQUIRED):
+        return keys
+    kinds = {"overrides": list, "config": dict, "runs": list}
+    keys = [key for key, kind in kinds.items() if not isinstance(ablation[key], kind)]
+    keys += [key for key in REQUIRED[:3] if not re.fullmatch(r"\w[\w.+-]*", str(ablation[key]))]
+    if keys:
+        return keys
+    return [f"runs[{k}].{key}" for k, run in enumerate(ablation["runs"]) for key in run_faults(run)]
+
+
+def run_faults(run: Any) -> list[str]:
+    """The keys that one of the runs lacks, or whose value cannot be what it should."""
+    if keys := lacking(run, RUN):
+        return keys
+    keys = [key for key in ("images", "seconds", "seed", "skipped_steps", "parameters") if not is_number(run[key])]
+    keys += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
+    keys += [] if run["coupling"] in COUPLINGS else ["coupling"]
     curve = run["curve"] if isinstance(run["curve"], list) else [None]
     points = [isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1]) for row in curve]
-    return wrong + ([] if all(points) else ["curve"])
+    return keys + ([] if all(points) else ["curve"])
 
 
 def read_ablations(root: Path = ROOT) -> dict[str, dict]:

@@ -13,8 +13,8 @@ from PIL import Image
 import results
 from results import figure3
 from results.__main__ import main
+from results.files import PICTURE_BYTES, portable, write
 from results.page import budget, count, render, speed_section, stability_section, wall_time
-from results.runs import PICTURE_BYTES, portable, write
 
 CLAIM = {
     "dataset": "CIFAR-10", "data": "cifar10", "table": "Table 1", "row": "Ours", "split": "test", "metric": "test/bpd",

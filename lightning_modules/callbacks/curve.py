@@ -10,7 +10,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
-from results.runs import write
+from results.files import write
 
 
 class Curve(L.Callback):
