@@ -319,12 +319,12 @@ def test_two_dimensional_run(root, run):
     assert "flow_cifar10, nll<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
 
 
-@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["ablation"]])
+@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"]])
 def test_usage(root, argv, capsys):
     assert main(argv, root) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | ablation outputs/figure3/<name>]'
+        'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
     ]
 
 
@@ -554,7 +554,7 @@ def test_summary_says_no_more_than_the_pairs():
 
 
 def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, capsys):
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "The order disagrees with the paper's" in capsys.readouterr().out
     content = (root / "ablations/glow_cifar10-figure3-cpu.json").read_text()
     assert "/home" not in content
@@ -562,7 +562,7 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     picture = root / "ablations/glow_cifar10-figure3-cpu.png"
     assert picture.stat().st_size < PICTURE_BYTES < (figure / "figure3.png").stat().st_size
     page = (root / "README.md").read_text()
-    section = page[page.index("## Ablations") : page.index("## A flow")]
+    section = page[page.index("## Glow's Figure 3") : page.index("## A flow")]
     assert "### glow_cifar10-figure3-cpu\n" in section
     assert "python -m reproduce.figure3 'seeds=[0,1,2]' preset=cpu data.root=data\n" in section
     assert "| permutation | coupling | seeds | test/bpd |\n" in section
@@ -578,21 +578,21 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     assert "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
     assert "skipped" not in section
     before = snapshot(root)
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "already recorded, with the same content" in capsys.readouterr().out
     assert main([], root) == 0
     assert snapshot(root) == before
 
 
-def test_a_page_without_ablations_has_no_section(root):
-    assert "Ablations" not in render(root)[root / "README.md"]
+def test_a_page_without_figure_3_has_no_section(root):
+    assert "## Glow's Figure 3" not in render(root)[root / "README.md"]
 
 
 def test_what_differs_between_runs_is_said(root, figure, capsys):
     runs = ablation_runs()
     runs[1] |= {"device": "GPU", "dirty": True, "images": 6400, "skipped_steps": 2}
     edit(figure, runs=runs, config={"data": {"name": "cifar10", "n_bits": 5}})
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "warning: some of its runs ran on uncommitted changes" in capsys.readouterr().out
     page = (root / "README.md").read_text()
     assert (
@@ -624,28 +624,33 @@ def broken(**more):
 def test_a_bad_ablation_is_one_line_and_writes_nothing(root, figure, capsys, more, message):
     edit(figure, **more)
     before = snapshot(root)
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert snapshot(root) == before
 
 
-def test_missing_and_damaged_ablations(root, figure, capsys):
-    assert main(["ablation", str(figure.parent)], root) == 1
-    assert "give the folder of an ablation, outputs/figure3/<name>" in capsys.readouterr().err
+def test_figure_3_is_also_taken_in_under_its_old_name(root, figure):
     assert main(["ablation", str(figure)], root) == 0
+    assert figure3.read_all(root)["glow_cifar10-figure3-cpu"]["name"] == "cpu"
+
+
+def test_missing_and_damaged_ablations(root, figure, capsys):
+    assert main(["figure3", str(figure.parent)], root) == 1
+    assert "give the folder of an ablation, outputs/figure3/<name>" in capsys.readouterr().err
+    assert main(["figure3", str(figure)], root) == 0
     edit(figure, runs=[run for run in ablation_runs() if run["seed"] == 0])  # a seed each is enough
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "already recorded, with other content" in capsys.readouterr().err
     write(figure / "figure3.json", "{")
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "figure3.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_an_ablation_without_its_picture_is_not_recorded(root, figure, capsys):
     (figure / "figure3.png").unlink()
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "figure3.png is not a readable picture" in capsys.readouterr().err
     assert not (root / "ablations").exists()
 
@@ -657,7 +662,7 @@ def test_committed_page_is_up_to_date():
     drawn = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
     stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
-    assert stems == set(figure3.read_ablations()), "an ablation without its picture, or the other way round"
+    assert stems == set(figure3.read_all()), "an ablation without its picture, or the other way round"
 
 
 def stability_run(seed, **other):
