@@ -7,35 +7,40 @@ import re
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, compare, is_number
+from results import ROOT, compare_all, is_number, papers_in
 from results.files import checked_json, lacking, number, portable, small_png, write
 
 REQUIRED = [  # what a result.json holds at least
-    *("experiment", "run", "preset", "metrics", "paper", "budget", "seed", "commit", "dirty", "config", "versions"),
+    *("experiment", "run", "preset", "metrics", "budget", "seed", "commit", "dirty", "config", "versions"),
     *("device", "precision", "tf32", "deterministic", "images", "seconds", "n_train"),
 ]
-PARTS = {"paper": ["claim", "metric", "comparable"], "budget": ["images", "of", "fraction", "source"]}  # or null
+BUDGET = ["images", "of", "fraction", "source"]  # or null
+PAPER = ["claim", "metric", "comparable"]  # each of `papers`; older runs have one `paper`, or null
 
 
 def read_json(path: Path) -> dict:
-    """One result with the REQUIRED keys. ValueError, one line that names the file and what it lacks, otherwise."""
-    return checked_json(
+    """One result with the REQUIRED keys and `papers`. ValueError, one line: the file, and what it lacks, otherwise."""
+    result = checked_json(
         path,
         faults,
         damaged="is not valid JSON ({problem}): restore it, or run the experiment again",
         unusable="lacks a usable {problem}: edited, or of another version? Run it again",
     )
+    return {key: value for key, value in result.items() if key != "paper"} | {"papers": papers_in(result)}
 
 
 def faults(result: Any) -> list[str]:
     """The keys that a result lacks, or whose value cannot be what it should."""
-    if keys := lacking(result, REQUIRED):
+    has_papers = not (lacking(result, ["papers"]) and lacking(result, ["paper"]))
+    if keys := [*lacking(result, REQUIRED), *([] if has_papers else ["papers"])]:
         return keys
     keys = [key for key in ("metrics", "config", "versions") if not isinstance(result[key], dict)]
     keys += [key for key in ("images", "seconds") if not is_number(result[key])]
-    for section, parts in PARTS.items():
-        if result[section] is not None:
-            keys += [f"{section}.{part}" for part in lacking(result[section], parts)]
+    keys += [f"budget.{part}" for part in lacking(result["budget"], BUDGET) if result["budget"] is not None]
+    if isinstance(claims := papers_in(result), list):
+        keys += [f"papers[{k}].{part}" for k, claim in enumerate(claims) for part in lacking(claim, PAPER)]
+    else:
+        keys += ["papers"]
     return keys + [key for key in ("experiment", "run") if not re.fullmatch(r"\w[\w.+-]*", str(result[key]))]
 
 
@@ -82,8 +87,9 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> li
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} has no result.json: the run has not finished; continue it with resume=auto")
     result = portable(read_json(folder / "result.json") | {"curve": read_curve(folder / "curve.csv")})
-    result |= {"suspect": suspect or result.get("suspect"), **compare(result, root)}
-    if result["status"] == "gap" and not result["suspect"]:
+    result |= {"suspect": suspect or result.get("suspect"), **compare_all(result, root)}
+    statuses = {comparison["metric"]: comparison["status"] for comparison in result["comparisons"]}
+    if "gap" in statuses.values() and not result["suspect"]:
         raise ValueError(f'a gap at full budget needs a named suspect: python -m results add {folder} suspect="..."')
     path = Path(root) / "runs" / result["experiment"] / f"{result['run']}.json"
     content = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -96,4 +102,8 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> li
         write(path.with_suffix(".png"), image)
     write(path, content)  # last: the run counts as recorded from here on
     warning = f"warning: {result['run']} ran on uncommitted changes: its commit does not give its code"
-    return [f"recorded {path}: {result['status']}", *([warning] if result["dirty"] else [])]
+    if len(statuses) > 1:
+        status = ", ".join(f"{metric} {word}" for metric, word in statuses.items())
+    else:
+        status = result["status"]
+    return [f"recorded {path}: {status}", *([warning] if result["dirty"] else [])]
