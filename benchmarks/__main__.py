@@ -25,7 +25,7 @@ from lightning_modules.precision import full_float32
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state
-from results.runs import write
+from results.files import write
 from results.speed import COMPILED
 
 

@@ -34,12 +34,12 @@ from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import full_float32
 from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
+from reproduce.arguments import parse_seeds, settings
 from reproduce.config import ConfigError, arguments, compose
 from reproduce.experiment import command, fit, load_config, make_trainer
-from reproduce.figure3 import parse_seeds, settings
 from reproduce.provenance import git_state, machine
 from results import stability
-from results.runs import portable, write
+from results.files import portable, write
 
 RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
 QUIET = ["preset=cpu", "logger.name=none", "trainer.limit_val_batches=0", "checkpoint.select=last"]
@@ -85,7 +85,7 @@ def fixed_images(data, module: DensityModule) -> Tensor:
     return evaluation_input(module.dequantizer, images, indices, module.noise_seed).to(module.device)
 
 
-def given(kind: str, overrides: list[str]) -> list[str]:
+def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
     """The arguments that all runs of a command share."""
     return [*QUIET, *RECIPE, *KINDS[kind][1], *overrides]
 
@@ -103,7 +103,7 @@ def described(config: DictConfig) -> dict:
 
 def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
     """One seed: its curve on the fixed batch, skipped steps, worst round trip in grey levels, finite samples."""
-    words = [*given(kind, overrides), f"seed={seed}", f"run_dir={folder}"]
+    words = [*shared_arguments(kind, overrides), f"seed={seed}", f"run_dir={folder}"]
     config = load_config(glow_cifar10.__file__, __doc__, words)
     data = make_data(seed=config.seed, **config.data)
     flow = glow_cifar10.make_flow(config, data.shape)
@@ -199,9 +199,10 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
     content = stability.read(path)
     if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
         raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
-    here = described(compose(glow_cifar10.__name__.split(".")[-1], given(kind, overrides)))
-    if found := stability.changes(stability.model(content["runs"][0]), stability.model(here)):
-        raise ConfigError(f"{path} holds runs with {found[0]}, not with {found[1]}: give another file")
+    recipe = glow_cifar10.__name__.split(".")[-1]
+    model = described(compose(recipe, shared_arguments(kind, overrides)))
+    if change := stability.changes(stability.model(content["runs"][0]), stability.model(model)):
+        raise ConfigError(f"{path} holds runs with {change[0]}, not with {change[1]}: give another file")
     return content
 
 

@@ -21,18 +21,18 @@ class Here:
     """turn(method): the seconds that a method of make() takes, and what it gives. No arguments."""
 
     def __init__(self, make: Callable[[], object]) -> None:
-        self.thing = make()
+        self.candidate = make()
 
     def __call__(self, method: str) -> tuple[float, Any]:
         _wait()
         start = time.perf_counter()
-        given = getattr(self.thing, method)()
+        answer = getattr(self.candidate, method)()
         _wait()
-        return time.perf_counter() - start, given
+        return time.perf_counter() - start, answer
 
     def close(self) -> None:
         """No turns after this."""
-        del self.thing
+        del self.candidate
 
 
 class Apart:
@@ -44,11 +44,11 @@ class Apart:
 
     def __init__(self, make: Callable[[], object]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(make, child_end), daemon=True)
         with _no_interrupts():  # Ctrl-C ends the one that asks, and then the pipe
             self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
+        child_end.close()  # so that the end of the process ends the pipe
         self._receive()
 
     def __call__(self, method: str) -> tuple[float, Any]:

@@ -13,6 +13,7 @@ CHOICES = {
     "checkpoint.select": ("best", "last"),
     "resume": (None, "auto"),
 }
+NONE_ONE_OR_SEVERAL = ("paper",)  # keys whose value is null, a name, or a list of names
 
 
 class ConfigError(Exception):
@@ -137,6 +138,11 @@ def _check_type(there: list[dict], key: str, value) -> None:
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
         raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
+    if key in NONE_ONE_OR_SEVERAL:
+        names = value if isinstance(value, ListConfig) else [value]
+        if value is not None and not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{key}={value} has the wrong type: give a name, a list of names, or null")
+        return
     replaced = [leaves[key] for leaves in there if key in leaves]
     fits = any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
     if not fits and key not in CHOICES:

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
 from datamodules.samplers import n_micro_batches
@@ -47,7 +47,7 @@ from reproduce.run_folder import (
     selected_weights,
 )
 from reproduce.sweep import agent_arguments, in_sweep
-from results.runs import write
+from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
 
@@ -117,7 +117,7 @@ def _validates(config: DictConfig) -> bool:
 
 def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) -> L.Trainer:
     """A Trainer with everything that a run of this house has; makes the run folder and its log."""
-    folder, batch_size, paper = Path(config.run_dir), config.data.batch_size, paper_of(config)
+    folder, batch_size, papers = Path(config.run_dir), config.data.batch_size, papers_of(config)
     settings = OmegaConf.to_container(config.trainer)
     for ours in ("compile", "recompute", "cuda_graph"):
         settings.pop(ours)
@@ -135,9 +135,9 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     callbacks = [
         Provenance(config),
         Initialization(),
-        Curve(folder, batch_size, interval, paper),
+        Curve(folder, batch_size, interval, papers),
         Samples(folder / "samples", **config.samples),
-        PaperComparison(paper),
+        PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
         *extra,
         checkpoints,
@@ -272,14 +272,31 @@ def _say_how_long(config: DictConfig, module: L.LightningModule) -> None:
     )
 
 
-def paper_of(config: DictConfig) -> dict | None:
-    """The claim beside which a run is shown; comparable where data and test split are the claim's."""
-    if config.paper is None:
-        return None
-    claim = results.load_claim(config.paper)
+def papers_of(config: DictConfig) -> list[dict]:
+    """The claims beside which a run is shown; comparable where data and test split are the claim's.
+
+    `paper` is null, an id, or a list of ids. ConfigError, ValueError: an unknown id, or two claims on one metric.
+    """
+    ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
+    claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
+    by_metric: dict[str, str] = {}
+    for claim in claims:
+        other = by_metric.setdefault(claim["metric"], claim["id"])
+        if other != claim["id"]:
+            raise ConfigError(f"paper: {other} and {claim['id']} are both claims on {claim['metric']}: give one")
+    return [_paper(config, claim) for claim in {claim["id"]: claim for claim in claims}.values()]
+
+
+def _paper(config: DictConfig, claim: dict) -> dict:
     same_data = config.data.name == claim["data"] and results.same_n_bits(claim, config.data)
-    comparable = same_data and config.trainer.limit_test_batches is None
-    return {"claim": config.paper, "metric": claim["metric"], "value": claim["value"], "comparable": comparable}
+    return {
+        "claim": claim["id"],
+        "metric": claim["metric"],
+        "value": claim["value"],
+        "decimals": results.decimals_of(claim),
+        "direction": claim["direction"],
+        "comparable": same_data and config.trainer.limit_test_batches is None,
+    }
 
 
 def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict:
@@ -304,7 +321,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
         "weights": None,
         "suspect": None,
     }
-    result |= results.compare(result)
+    result |= results.compare_all(result)
     if trainer.is_global_zero:
         write(folder / "result.json", json.dumps(result, indent=1))
         report(trainer.logger, result)
@@ -322,7 +339,7 @@ def _outcome(config: DictConfig, trainer: L.Trainer, module: DensityModule, data
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},
-        "paper": paper_of(config),
+        "papers": papers_of(config),
         "budget": budget and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
         "seed": config.seed,
         "commit": provenance.commit,

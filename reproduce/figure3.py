@@ -20,16 +20,18 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_modules.stopping import TRY_AGAIN
+from reproduce.arguments import parse_seeds, settings
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, compose
 from reproduce.launch import processes
-from reproduce.run_folder import DIVERGED, FREE
+from reproduce.run_folder import DIVERGED
 from results import figure3, is_number
 from results.figure3 import COUPLINGS, NAME, PERMUTATIONS
-from results.runs import read_curve, read_json, write
+from results.files import write
+from results.runs import read_curve, read_json
 
 EXPERIMENT = "glow_cifar10"
 SEEDS = (0, 1, 2)  # three, as the paper
@@ -45,11 +47,11 @@ OWN = {  # keys that this command decides, and what to give in their place
 @command
 def main(argv: list[str] | None = None) -> dict | None:
     """All runs that are missing, the table after each; returns the content of figure3.json."""
-    given = arguments(argv)
-    if {"--help", "-h"} & set(given):
+    words = arguments(argv)
+    if {"--help", "-h"} & set(words):
         print(__doc__.strip())
         return None
-    seeds, out, overrides = split(given)
+    seeds, out, overrides = split(words)
     config = compose(EXPERIMENT, [*overrides, *run_arguments(PERMUTATIONS[0], COUPLINGS[0], seeds[0])])
     check_one_process(config)
     root = Path(out or Path("outputs", NAME, config.preset or "paper"))
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     todo = [(p, c, seed) for seed in seeds for c in COUPLINGS for p in PERMUTATIONS]
     folders = {run: root / f"{run[0]}-{run[1]}-seed{run[2]}" for run in todo}
     written = None
-    with repeatable(given):
+    with repeatable(words):
         for n, (run, folder) in enumerate(folders.items(), 1):
             if outcome(folder):
                 continue
@@ -72,10 +74,10 @@ def run_arguments(permutation: str, coupling: str, seed: int) -> list[str]:
     return [f"flow.permutation={permutation}", f"flow.coupling={coupling}", f"seed={seed}"]
 
 
-def split(given: list[str]) -> tuple[list[int], str | None, list[str]]:
+def split(words: list[str]) -> tuple[list[int], str | None, list[str]]:
     """The arguments as seeds, `out` and what every run is given. ConfigError: not seeds, or a key of OWN."""
     seeds, out, overrides = list(SEEDS), None, []
-    for word in given:
+    for word in words:
         key, _, value = word.partition("=")
         if key in OWN:
             raise ConfigError(f"{key} is not to be given here: {OWN[key]}")
@@ -86,15 +88,6 @@ def split(given: list[str]) -> tuple[list[int], str | None, list[str]]:
         else:
             overrides.append(word)
     return seeds, out, overrides
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`[0,1,2]`, `0,1,2` or `0` as a list. ConfigError: something else, or a seed twice."""
-    words = text.removeprefix("[").removesuffix("]").split(",")
-    seeds = [int(word) for word in words if word.strip().isdecimal()]
-    if len(seeds) < len(words) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={text} are no seeds: give different integers from 0, as seeds=[0,1,2]")
-    return seeds
 
 
 def check_one_process(config: DictConfig) -> None:
@@ -112,24 +105,16 @@ def check_one_process(config: DictConfig) -> None:
 
 def check_settings(root: Path, overrides: list[str]) -> None:
     """ConfigError, one line, where finished runs in `root` had other settings: they would be compared with these."""
-    here = settings(overrides)
+    wanted = settings(overrides, OWN)
     for folder in finished(root):
         result = read_json(outcome(folder))
-        there = settings(result.get("overrides", []))
+        used = settings(result.get("overrides", []), OWN)
         if result["experiment"] != EXPERIMENT:
             raise ConfigError(f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: give another out=FOLDER")
-        changed = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
-        if changed:
-            was, now = (" ".join(f"{k}={d[k]}" if k in d else f"no {k}" for k in changed) for d in (there, here))
-            raise ConfigError(f"{folder} was run with {was}, not with {now}: say the same, or give another out=FOLDER")
-
-
-def settings(overrides: list[str], own=tuple(OWN)) -> dict[str, object]:
-    """Arguments as keys and values, without `own`, in which runs differ, and those that change no number."""
-    words = dict(word.partition("=")[::2] for word in overrides)
-    values = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])) for key, text in words.items()}
-    free = {key for key in values if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE}
-    return {key: value["value"] for key, value in values.items() if key not in free}
+        keys = [key for key in sorted(wanted | used) if wanted.get(key) != used.get(key)]
+        if keys:
+            old, new = (" ".join(f"{k}={d[k]}" if k in d else f"no {k}" for k in keys) for d in (used, wanted))
+            raise ConfigError(f"{folder} was run with {old}, not with {new}: say the same, or give another out=FOLDER")
 
 
 def train(words: list[str], folder: Path) -> None:
@@ -144,7 +129,7 @@ def train(words: list[str], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def repeatable(given: list[str]) -> Iterator[None]:
+def repeatable(words: list[str]) -> Iterator[None]:
     """Where the command was stopped, in a run or between two, say how to go on, and end with exit code 75."""
     try:
         yield
@@ -154,15 +139,15 @@ def repeatable(given: list[str]) -> Iterator[None]:
             raise
         if isinstance(code, str):
             print(code, file=sys.stderr)
-        again = shlex.join(["python", "-m", f"reproduce.{NAME}", *given])
+        again = shlex.join(["python", "-m", f"reproduce.{NAME}", *words])
         print(f"the ablation goes on with: {again}", file=sys.stderr, flush=True)
         sys.exit(TRY_AGAIN)
 
 
 def finished(root: Path) -> list[Path]:
     """The folders of runs with an outcome, of whatever seeds, in the order of the table."""
-    found = [sorted(root.glob(f"{p}-{c}-seed*")) for c in COUPLINGS for p in PERMUTATIONS]
-    return [folder for folders in found for folder in folders if outcome(folder)]
+    patterns = [f"{permutation}-{coupling}-seed*" for coupling in COUPLINGS for permutation in PERMUTATIONS]
+    return [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if outcome(folder)]
 
 
 def outcome(folder: Path) -> Path | None:

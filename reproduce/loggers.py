@@ -16,7 +16,7 @@ from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
 from reproduce.sweep import in_sweep
-from results.runs import write
+from results.files import write
 
 STOP_WITHIN = 16.0  # seconds in which a stop that W&B wants has reached the run: wandb asks its server every 15
 _stop_wanted = threading.Event()
@@ -93,9 +93,9 @@ def _wandb_id(folder: Path) -> str:
 def report(logger, result: dict) -> None:
     """The result of a finished run at W&B; nothing with another logger. result: what result.json holds.
 
-    The summary gets what was tested, `paper/<name>` and `gap/<name>` (tested, not of a validation), `status` and, where
-    the best weights were, `best/val/<name>`: `val/<name>` stays the last value, a number, as sweeps want it. Table
-    `comparison`; the status becomes a tag.
+    The summary gets what was tested, for each claim `paper/<name>` and `gap/<name>` (tested, not of a validation),
+    `status` (of the first claim) and, where the best weights were, `best/val/<name>`: `val/<name>` stays the last
+    value, a number, as sweeps want it. Table `comparison` has a row a claim; the statuses become tags.
     """
     if not isinstance(logger, StepLogger):
         return
@@ -105,15 +105,15 @@ def report(logger, result: dict) -> None:
     summary = {key: value for key, value in metrics.items() if not key.startswith("val/")}
     if result["tested"]["chosen"] == "best":
         summary |= {f"best/{key}": value for key, value in metrics.items() if key.startswith("val/")}
-    if result["paper"] is not None:
-        name = result["paper"]["metric"].split("/")[-1]
-        summary |= {f"paper/{name}": result["paper"]["value"]}
-        summary |= {f"gap/{name}": result["gap"]} if result["gap"] is not None else {}
+    for comparison in result["comparisons"]:
+        name = comparison["metric"].split("/")[-1]
+        summary |= {f"paper/{name}": comparison["value"]}
+        summary |= {f"gap/{name}": comparison["gap"]} if comparison["gap"] is not None else {}
     table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in comparison_rows(result)])
     run.log({"comparison": table}, commit=True)  # before the summary, which a row still to be written would change
     run.summary.update({**summary, "status": result["status"]})
-    if result["status"] != "-":
-        run.tags = (*run.tags, result["status"])
+    statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
+    run.tags = (*run.tags, *(status for status in statuses if status != "-"))
 
 
 def mark_preempting() -> None:

@@ -1,4 +1,4 @@
-"""`python -m results` writes results/README.md; `add RUN` and `ablation FOLDER` take in what has finished first."""
+"""`python -m results` writes results/README.md; `add RUN` and `figure3 FOLDER` take in what has finished first."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from results import ROOT, figure3
 from results.page import write_page
 from results.runs import add
 
-USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | ablation outputs/figure3/<name>]'
+USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             take_in = partial(add, run, None, root)
         case ["add", run, option] if option.startswith("suspect="):
             take_in = partial(add, run, option.removeprefix("suspect="), root)
-        case ["ablation", folder]:
+        case ["figure3" | "ablation", folder]:  # the second is what it was called before
             take_in = partial(figure3.add, folder, root)
         case _:
             print(USAGE, file=sys.stderr)

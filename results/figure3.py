@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
-from results.runs import lacking, portable, small_png, write
+from results.files import checked_json, lacking, portable, small_png, write
 
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
@@ -39,8 +39,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 def seeds_of(runs: list[dict], permutation: str, coupling: str) -> dict[int, dict]:
     """The runs of one combination by seed."""
-    found = {run["seed"]: run for run in runs if (run["permutation"], run["coupling"]) == (permutation, coupling)}
-    return dict(sorted(found.items()))
+    by_seed = {run["seed"]: run for run in runs if (run["permutation"], run["coupling"]) == (permutation, coupling)}
+    return dict(sorted(by_seed.items()))
 
 
 def name(run: dict) -> str:
@@ -87,12 +87,12 @@ def t_quantile(freedom: int) -> float:
 
 def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
     """A `verdict` with its `label` for each pair, over the seeds that both have with a finite test/bpd."""
-    found = []
+    each = []
     for label, low, high in claims():
-        ours, theirs = seeds_of(runs, *low), seeds_of(runs, *high)
-        pairs = [(ours[seed]["test/bpd"], theirs[seed]["test/bpd"]) for seed in ours if seed in theirs]
-        found.append({"label": label} | verdict([a - b for a, b in pairs if is_number(a) and is_number(b)]))
-    return found
+        lows, highs = seeds_of(runs, *low), seeds_of(runs, *high)
+        pairs = [(lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs]
+        each.append({"label": label} | verdict([a - b for a, b in pairs if is_number(a) and is_number(b)]))
+    return each
 
 
 # Words
@@ -103,12 +103,12 @@ def rows(runs: list[dict]) -> list[list[str]]:
     table = []
     for coupling in COUPLINGS:
         for permutation in PERMUTATIONS:
-            if not (found := seeds_of(runs, permutation, coupling)):
+            if not (by_seed := seeds_of(runs, permutation, coupling)):
                 continue
-            values = [run["test/bpd"] for run in found.values() if is_number(run["test/bpd"])]
+            values = [run["test/bpd"] for run in by_seed.values() if is_number(run["test/bpd"])]
             bpd = plus_minus(*mean_and_error(values)) if values else "-"
-            bpd += f" ({len(found) - len(values)} not finite)" if len(values) < len(found) else ""
-            seeds = ", ".join(str(seed) for seed in found)
+            bpd += f" ({len(by_seed) - len(values)} not finite)" if len(values) < len(by_seed) else ""
+            seeds = ", ".join(str(seed) for seed in by_seed)
             table.append([permutation, coupling, seeds, bpd])
     return table
 
@@ -118,26 +118,26 @@ def plus_minus(mean: float, error: float | None, form: str = ".4f") -> str:
     return format(mean, form) + ("" if error is None else f" ± {error:.4f}")
 
 
-def verdict_line(found: dict) -> str:
+def verdict_line(pair: dict) -> str:
     """`additive: invertible < shuffle: -0.0120 ± 0.0030 over 3 seeds: agrees`."""
-    if found["mean"] is None:
-        return f"{found['label']}: {found['word']}"
-    seeds = "1 seed" if found["n"] == 1 else f"{found['n']} seeds"
-    return f"{found['label']}: {plus_minus(found['mean'], found['error'], '+.4f')} over {seeds}: {found['word']}"
+    if pair["mean"] is None:
+        return f"{pair['label']}: {pair['word']}"
+    seeds = "1 seed" if pair["n"] == 1 else f"{pair['n']} seeds"
+    return f"{pair['label']}: {plus_minus(pair['mean'], pair['error'], '+.4f')} over {seeds}: {pair['word']}"
 
 
-def summary(found: list[dict]) -> str:
+def summary(pairs: list[dict]) -> str:
     """One line: whether the order is the paper's, and how many pairs say so."""
     agree, disagree, noise, nothing = (
-        [v["word"] for v in found].count(word) for word in (AGREES, DISAGREES, NOISE, NOTHING)
+        [pair["word"] for pair in pairs].count(word) for word in (AGREES, DISAGREES, NOISE, NOTHING)
     )
     answer = (
         "disagrees with the paper's" if disagree
-        else "agrees with the paper's" if agree == len(found)
+        else "agrees with the paper's" if agree == len(pairs)
         else "does not contradict the paper's" if agree
         else "is not decided"
     )  # fmt: skip
-    counts = f"{agree} of {len(found)} pairs agree, {disagree} disagree, {noise} within noise"
+    counts = f"{agree} of {len(pairs)} pairs agree, {disagree} disagree, {noise} within noise"
     counts += f", {nothing} without a seed in common" if nothing else ""
     return f"The order {answer} (1x1 < shuffle < reverse, affine < additive): {counts}"
 
@@ -147,8 +147,8 @@ def report(runs: list[dict]) -> str:
     table = [list(COLUMNS), *rows(runs)]
     widths = [max(len(row[k]) for row in table) for k in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    found = verdicts(runs)
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *map(verdict_line, found), summary(found)])
+    pairs = verdicts(runs)
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *map(verdict_line, pairs), summary(pairs)])
 
 
 def command(ablation: dict) -> str:
@@ -167,37 +167,39 @@ def dump(ablation: dict) -> str:
 
 def read(path: Path) -> dict:
     """A figure3.json. ValueError, one line that names the file and what is wrong with it."""
-    try:
-        ablation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it, or repeat the ablation") from error
-    wrong = lacking(ablation, REQUIRED)
-    if not wrong:
-        kinds = {"overrides": list, "config": dict, "runs": list}
-        wrong = [key for key, kind in kinds.items() if not isinstance(ablation[key], kind)]
-        wrong += [k for k in REQUIRED[:3] if not re.fullmatch(r"\w[\w.+-]*", str(ablation[k]))]
-    if not wrong:
-        wrong = [f"runs[{k}].{key}" for k, run in enumerate(ablation["runs"]) for key in faults(run)]
-    if wrong:
-        raise ValueError(
-            f"{path} lacks a usable {', '.join(wrong)}: edited, or of another version? Repeat the ablation"
-        )
-    return ablation
+    return checked_json(
+        path,
+        faults,
+        damaged="is not valid JSON ({problem}): restore it, or repeat the ablation",
+        unusable="lacks a usable {problem}: edited, or of another version? Repeat the ablation",
+    )
 
 
-def faults(run: object) -> list[str]:
-    """The keys that a run lacks, or whose value cannot be what it should."""
-    if not isinstance(run, dict) or (wrong := lacking(run, RUN)):
-        return RUN if not isinstance(run, dict) else wrong
-    wrong = [key for key in ("images", "seconds", "seed", "skipped_steps", "parameters") if not is_number(run[key])]
-    wrong += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
-    wrong += [] if run["coupling"] in COUPLINGS else ["coupling"]
+def faults(ablation: Any) -> list[str]:
+    """The keys that a figure3.json lacks, or whose value cannot be what it should."""
+    if keys := lacking(ablation, REQUIRED):
+        return keys
+    kinds = {"overrides": list, "config": dict, "runs": list}
+    keys = [key for key, kind in kinds.items() if not isinstance(ablation[key], kind)]
+    keys += [key for key in REQUIRED[:3] if not re.fullmatch(r"\w[\w.+-]*", str(ablation[key]))]
+    if keys:
+        return keys
+    return [f"runs[{k}].{key}" for k, run in enumerate(ablation["runs"]) for key in run_faults(run)]
+
+
+def run_faults(run: Any) -> list[str]:
+    """The keys that one of the runs lacks, or whose value cannot be what it should."""
+    if keys := lacking(run, RUN):
+        return keys
+    keys = [key for key in ("images", "seconds", "seed", "skipped_steps", "parameters") if not is_number(run[key])]
+    keys += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
+    keys += [] if run["coupling"] in COUPLINGS else ["coupling"]
     curve = run["curve"] if isinstance(run["curve"], list) else [None]
     points = [isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1]) for row in curve]
-    return wrong + ([] if all(points) else ["curve"])
+    return keys + ([] if all(points) else ["curve"])
 
 
-def read_ablations(root: Path = ROOT) -> dict[str, dict]:
+def read_all(root: Path = ROOT) -> dict[str, dict]:
     """Every recorded ablation by its stem. ValueError when one cannot be read."""
     return {path.stem: read(path) for path in sorted((Path(root) / "ablations").glob("*.json"))}
 

@@ -62,5 +62,11 @@ class Metric:
 
 def kind_of(key: str) -> str:
     """The kind of a likelihood that is called `test/bpd_bound`, by its name; "exact" where the name has none."""
-    suffix = key.rpartition("/")[2].partition("_")[2].rstrip("0123456789")
-    return suffix if suffix in KINDS else "exact"
+    words = (word.rstrip("0123456789") for word in key.rpartition("/")[2].split("_")[1:])
+    return next((word for word in words if word in KINDS), "exact")
+
+
+def without_kind(key: str) -> str:
+    """What is measured, whatever the kind of figure: `test/bpd` of `test/bpd_bound` and of `test/bpd` itself."""
+    first, *words = key.split("_")
+    return "_".join([first, *(word for word in words if word.rstrip("0123456789") not in KINDS)])

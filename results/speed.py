@@ -1,11 +1,11 @@
 """What our flows cost beside others: the files of `python -m benchmarks`, without torch, for the page."""
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from results import ROOT, is_number
-from results.runs import lacking
+from results.files import checked_json, lacking
 
 ROW = [
     *("model", "setting", "dtype", "step_s", "floor_s", "sample_s_per_image", "activation_bytes_per_image"),
@@ -19,17 +19,16 @@ STEP, SAMPLING, KEPT = "step_s", "sample_s_per_image", "activation_bytes_per_ima
 
 def read(path: Path) -> list[dict]:
     """The rows of one file. ValueError, one line: not of benchmarks."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        lacks = [key for row in rows or [None] for key in lacking(row, ROW)]
-        lacks = lacks or ["setting" for row in rows if not re.search(r"B[1-9]\d*$", str(row["setting"]))]
-        lacks = lacks or [KEPT for row in rows if not is_number(row[KEPT]) and row["model"] != COMPILED]
-        problem = f"no {lacks[0]}" if lacks else None
-    except (ValueError, TypeError) as error:  # not JSON, not text, or no list
-        problem = str(error)
-    if problem:
-        raise ValueError(f"{path} is not what `python -m benchmarks` writes ({problem}): write it again")
-    return rows
+    text = "is not what `python -m benchmarks` writes ({problem}): write it again"
+    return checked_json(path, faults, damaged=text, unusable=text)
+
+
+def faults(rows: Any) -> list[str]:
+    """`no KEY` for the first key that a row lacks, or whose value is of no use."""
+    keys = [key for row in (rows if isinstance(rows, list) and rows else [None]) for key in lacking(row, ROW)]
+    keys = keys or ["setting" for row in rows if not re.search(r"B[1-9]\d*$", str(row["setting"]))]
+    keys = keys or [KEPT for row in rows if not is_number(row[KEPT]) and row["model"] != COMPILED]
+    return [f"no {key}" for key in keys[:1]]
 
 
 def read_all(root: Path = ROOT) -> dict[str, list[dict]]:

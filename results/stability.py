@@ -1,11 +1,10 @@
 """Whether an affine Glow stays finite: the files of `python -m benchmarks.stability`, without torch, for the page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from results import ROOT
-from results.runs import lacking
+from results.files import checked_json, lacking
 
 MODEL = ("depth", "hidden_channels", "batch_size", "min_scale", "optim")  # equal in all runs of a file
 RUN = [  # what a run has; min_scale, which not all have: see `model`
@@ -20,30 +19,29 @@ def model(run: dict) -> dict[str, Any]:
     return values | {f"optim.{key}": value for key, value in values.pop("optim").items()}
 
 
-def changes(there: dict, here: dict) -> tuple[str, str] | None:
+def changes(old: dict, new: dict) -> tuple[str, str] | None:
     """What the two have otherwise, `depth=4` and `depth=8`; None where they agree."""
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    was, now = (" ".join(f"{k}={values.get(k)}" for k in keys) for values in (there, here))
-    return (was, now) if keys else None
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    before, after = (" ".join(f"{key}={values.get(key)}" for key in keys) for values in (old, new))
+    return (before, after) if keys else None
 
 
 def read(path: Path) -> dict:
     """kind, overrides and runs of one file. ValueError, one line: not of benchmarks.stability, or of two models."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lacks = lacking(content, ["kind", "overrides", "runs"])
-        lacks = lacks or [key for run in content["runs"] or [None] for key in lacking(run, RUN)]
-        problem = f"no {lacks[0]}" if lacks else None
-    except (ValueError, TypeError) as error:  # not JSON, not text, or runs that are no list
-        problem = str(error)
-    if problem:
-        raise ValueError(
-            f"{path} is not what benchmarks.stability writes ({problem}): restore it, or give another file"
-        )
+    text = "is not what benchmarks.stability writes ({problem}): restore it, or give another file"
+    content = checked_json(path, faults, damaged=text, unusable=text)
     for run in content["runs"]:
-        if found := changes(model(content["runs"][0]), model(run)):
-            raise ValueError(f"{path} mixes runs of {found[0]} and {found[1]}: give each model a file of its own")
+        if change := changes(model(content["runs"][0]), model(run)):
+            raise ValueError(f"{path} mixes runs of {change[0]} and {change[1]}: give each model a file of its own")
     return content
+
+
+def faults(content: Any) -> list[str]:
+    """`no KEY` for the first key that a file, or one of its runs, lacks."""
+    keys = lacking(content, ["kind", "overrides", "runs"])
+    keys = keys or ([] if isinstance(content["runs"], list) else ["runs"])
+    keys = keys or [key for run in content["runs"] or [None] for key in lacking(run, RUN)]
+    return [f"no {key}" for key in keys[:1]]
 
 
 def read_all(root: Path = ROOT) -> dict[str, dict]:

@@ -83,17 +83,51 @@ def test_gap_is_logged_only_on_the_claims_own_data(comparable, expected):
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)})
     paper = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": comparable}
     module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
-    PaperComparison(paper).on_validation_epoch_end(trainer, module)
+    PaperComparison([paper]).on_validation_epoch_end(trainer, module)
     assert logged == pytest.approx(expected)
+
+
+def test_each_claim_is_logged_under_its_own_name():
+    logged = {}
+    seen = {"val/psnr": torch.tensor(28.0), "val/lpips": torch.tensor(0.125)}
+    trainer = SimpleNamespace(sanity_checking=False, callback_metrics=seen)
+    papers = [
+        {"claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "comparable": True},
+        {"claim": "f.ssim", "metric": "test/ssim", "value": 0.76, "comparable": True},  # not measured at validations
+        {"claim": "f.lpips", "metric": "test/lpips", "value": 0.12, "comparable": False},
+    ]
+    module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
+    PaperComparison(papers).on_validation_epoch_end(trainer, module)
+    expected = {"paper/psnr": 27.75, "gap/psnr": 0.25, "paper/ssim": 0.76, "paper/lpips": 0.12}
+    assert logged == pytest.approx(expected)
+    trainer.sanity_checking = True
+    PaperComparison(papers).on_validation_epoch_end(trainer, SimpleNamespace())
+
+
+def test_table_has_a_row_for_each_claim_with_its_decimals():
+    result = {
+        "experiment": "e",
+        "metrics": {"test/psnr": 28.0, "test/lpips": 0.1234567, "test/l1": 0.5},
+        "comparisons": [
+            {"metric": "test/psnr", "value": 27.7, "decimals": 2, "gap": 0.3, "status": "reproduced"},
+            {"metric": "test/ssim", "value": 0.76, "decimals": 2, "gap": None, "status": "not measured"},
+            {"metric": "test/lpips", "value": 0.12, "decimals": 4, "gap": 0.0034567, "status": "shortened"},
+        ],
+    }
+    rows = [line.split(maxsplit=5) for line in comparison_table(result).splitlines()[2:]]
+    assert rows == [
+        ["e", "test/l1", "-", "0.5000", "-", "-"],
+        ["e", "test/lpips", "0.1200", "0.12346", "+0.00346", "shortened"],
+        ["e", "test/psnr", "27.70", "28.0000", "+0.300", "reproduced"],
+        ["e", "test/ssim", "0.76", "-", "-", "not measured"],
+    ]
 
 
 def test_table_shows_gap_and_status_in_the_papers_row():
     result = {
         "experiment": "e",
         "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": 3.58, "val/bpd": 3.7},
-        "paper": {"metric": "test/bpd", "value": 3.49},
-        "gap": 0.11,
-        "status": "shortened",
+        "comparisons": [{"metric": "test/bpd", "value": 3.49, "gap": 0.11, "status": "shortened"}],
     }
     rows = [line.split() for line in comparison_table(result).splitlines()[2:]]
     assert rows == [
@@ -103,10 +137,10 @@ def test_table_shows_gap_and_status_in_the_papers_row():
 
 
 def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
-    before = Curve(tmp_path, 64, 10, None)
+    before = Curve(tmp_path, 64, 10, [])
     before.started = -100.0
     before.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
-    after = Curve(tmp_path, 64, 10, None)
+    after = Curve(tmp_path, 64, 10, [])
     after.load_state_dict(before.state_dict())
     assert after.rows == before.rows
     assert after.seconds_before >= 100
@@ -115,5 +149,22 @@ def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
     rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
-    draw_curve(rows, tmp_path / "curve.png", {"value": 3.49, "comparable": True})
+    draw_curve(rows, tmp_path / "curve.png", [{"metric": "test/bpd", "value": 3.49, "comparable": True}])
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("metric", "label"), [("lpips", "paper 0.120 (on other data)"), ("psnr", "paper 27.75")])
+def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(tmp_path, monkeypatch, metric, label):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
+    rows = [{"images": i, f"train/{metric}": None, f"val/{metric}": 1.0 + i} for i in range(3)]
+    papers = [
+        {"metric": "test/psnr", "value": 27.75, "decimals": 2, "comparable": True},
+        {"metric": "test/lpips", "value": 0.12, "decimals": 3, "comparable": False},
+    ]
+    draw_curve(rows, tmp_path / "curve.png", papers)
+    draw_curve(rows, tmp_path / "curve.png", [])
+    labels = [{line.get_label() for line in figure.axes[0].lines} for figure in saved]
+    assert labels == [{f"val/{metric}", label}, {f"val/{metric}"}]

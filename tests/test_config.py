@@ -15,6 +15,7 @@ from datamodules import DATA
 from flows.base import FlowModel
 from reproduce import config as config_module
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, describe, presets
+from reproduce.experiment import papers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
@@ -101,9 +102,59 @@ def test_one_string_names_an_experiment(recipe):
     if paper is None:
         assert re.search(r"^paper: null +# \w+", text, re.MULTILINE), "paper: null needs a comment with its reason"
     else:
-        claim = results.load_claim(paper)
-        assert claim["id"] == paper
-        assert isinstance(claim["value"], float | int)
+        for claim_id in [paper] if isinstance(paper, str) else paper:
+            claim = results.load_claim(claim_id)
+            assert claim["id"] == claim_id
+            assert isinstance(claim["value"], float | int)
+
+
+@pytest.mark.parametrize(
+    ("words", "claims"),
+    [
+        ([], ["realnvp.cifar10"]),
+        (["paper=null"], []),
+        (["paper=[]"], []),
+        (["paper=glow.cifar10"], ["glow.cifar10"]),
+        (["paper=[glow.cifar10]"], ["glow.cifar10"]),
+        (["paper=[glow.cifar10,glow.cifar10]"], ["glow.cifar10"]),
+    ],
+)
+def test_a_run_stands_beside_none_one_or_several_claims(words, claims):
+    papers = papers_of(compose(CIFAR, words))
+    assert [paper["claim"] for paper in papers] == claims
+    for paper in papers:
+        claim = results.load_claim(paper["claim"])
+        assert {key: claim[key] for key in ("metric", "value", "direction")}.items() <= paper.items()
+        assert (paper["decimals"], paper["comparable"]) == (2, True)
+    assert not any(paper["comparable"] for paper in papers_of(compose(CIFAR, [*words, "data.name=photos"])))
+
+
+def test_several_claims_come_in_their_order_and_each_is_comparable_by_itself(monkeypatch):
+    claim = results.load_claim("realnvp.cifar10")
+    claims = {
+        "f.psnr": claim | {"id": "f.psnr", "metric": "test/psnr", "direction": "higher", "value": 27.75},
+        "f.lpips": claim | {"id": "f.lpips", "metric": "test/lpips", "decimals": 3, "data": "photos"},
+    }
+    monkeypatch.setattr(results, "load_claim", claims.__getitem__)
+    psnr, lpips = papers_of(compose(CIFAR, ["paper=[f.psnr,f.lpips]"]))
+    assert psnr == {
+        "claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "decimals": 2, "direction": "higher",
+        "comparable": True,
+    }  # fmt: skip
+    assert (lpips["claim"], lpips["decimals"], lpips["comparable"]) == ("f.lpips", 3, False)
+
+
+def test_two_claims_on_one_metric_and_unknown_ones_are_one_line():
+    with pytest.raises(ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on test/bpd: give one"):
+        papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar10]"]))
+    with pytest.raises(ValueError, match=r"unknown claim 'glow\.cifar': did you mean"):
+        papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar]"]))
+
+
+def test_one_claim_may_replace_several_and_the_other_way_round():
+    section = OmegaConf.create({"paper": ["realnvp.cifar10", "glow.cifar10"]})
+    for text, value in (("null", None), ("realnvp.cifar10", "realnvp.cifar10"), ("[glow.cifar10]", ["glow.cifar10"])):
+        assert config_module.merge(section, config_module.parse([f"paper={text}"]), [section]).paper == value
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -152,6 +203,9 @@ def test_every_data_file_is_a_datamodule():
         ("resume=auto", "resume", "auto"),
         ("optim.clip_norm=null", "optim.clip_norm", None),  # what is on can be switched off
         ("paper=null", "paper", None),
+        ("paper=glow.cifar10", "paper", "glow.cifar10"),
+        ("paper=[glow.cifar10]", "paper", ["glow.cifar10"]),
+        ("paper=[glow.cifar10,realnvp.cifar10]", "paper", ["glow.cifar10", "realnvp.cifar10"]),
         ("optim.betas=[0.8,0.95]", "optim.betas", [0.8, 0.95]),
         ("samples.temperatures=[0.7]", "samples.temperatures", [0.7]),
     ],
@@ -210,6 +264,9 @@ def test_a_key_that_is_like_no_other():
         ("data.hflip=maybe", "bool"),
         ("optim.name=3", "str"),
         ("optim.betas=0.9", "list"),
+        ("paper=3", "a list of names"),
+        ("paper=[realnvp.cifar10,3]", "a list of names"),
+        ("paper=[[realnvp.cifar10]]", "a list of names"),
         ("trainer.devices=[0,1]", "str"),
     ],
 )

@@ -84,10 +84,10 @@ def test_result(name, finished):
     assert (result["experiment"], result["images"], result["preset"]) == (name, 48, "demo")
     assert result["config"]["data"]["n_bits"] == n_bits
     if claim is None:
-        assert result["paper"] is None
+        assert result["papers"] == []
     else:  # other images than the paper's
-        comparable = {"metric": "test/bpd", "comparable": False}
-        assert result["paper"] == {"claim": claim[0], "value": claim[1], **comparable}
+        rest = {"metric": "test/bpd", "decimals": 2, "direction": "lower", "comparable": False}
+        assert result["papers"] == [{"claim": claim[0], "value": claim[1], **rest}]
     assert (result["gap"], result["status"]) == (None, "-")
     assert result["budget"]["of"] == compose(name, []).budget.images
     averaged = name == "glow_cifar10_modern"

@@ -13,8 +13,9 @@ from PIL import Image
 import results
 from results import figure3
 from results.__main__ import main
+from results.files import PICTURE_BYTES, checked_json, portable, write
+from results.metrics import KINDS, kind_of, without_kind
 from results.page import budget, count, render, speed_section, stability_section, wall_time
-from results.runs import PICTURE_BYTES, portable, write
 
 CLAIM = {
     "dataset": "CIFAR-10", "data": "cifar10", "table": "Table 1", "row": "Ours", "split": "test", "metric": "test/bpd",
@@ -29,11 +30,15 @@ CURVE = """step,images,seconds,lr,train/bpd,val/bpd
 """
 
 
+PSNR = CLAIM | {"metric": "test/psnr", "unit": "dB", "value": 27.75, "direction": "higher", "tolerance": 0.1}
+LPIPS = CLAIM | {"metric": "test/lpips", "unit": "", "value": 0.12, "decimals": 3, "tolerance": 0.001}
+
+
 def result(value=3.9, fraction=0.032, **more):
     """A result as reproduce/ writes it."""
     return {
         "experiment": "flow_cifar10", "run": "20261122-231500-ab12", "preset": "cpu", "metrics": {"test/bpd": value},
-        "paper": PAPER,
+        "papers": [PAPER],
         "gap": None, "status": "-", "seed": 0, "commit": "0123456789abcdef", "dirty": False, "device": "CPU",
         "budget": {"images": 400_000, "of": 12_480_000, "fraction": fraction, "source": "ours"},
         "versions": {"torch": "2.9"},
@@ -68,6 +73,11 @@ def recorded(root, **more):
     record = result(**more)
     write(root / f"runs/{record['experiment']}/{record['run']}.json", json.dumps(record))
     return record
+
+
+def compare(record, root):
+    """gap and status beside the only claim."""
+    return {key: value for key, value in results.compare_all(record, root).items() if key != "comparisons"}
 
 
 def snapshot(root):
@@ -147,6 +157,22 @@ def test_broken_claims_file_is_one_line(root):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("decimals", [-1, 7, 2.0, "2", True, None])
+def test_decimals_that_are_none_are_one_line(root, decimals):
+    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"decimals": decimals}}}))
+    message = rf"flow\.yaml: decimals={decimals} of the claim cifar10 are not understood: give an int from 0 to 6"
+    with pytest.raises(ValueError, match=message) as error:
+        results.load_claims(root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_papers_number_has_its_decimals_and_ours_one_more_but_three():
+    claims = [{"decimals": n} if n is not None else {} for n in (None, 0, 3, 6)]
+    assert [results.printed(0.12, claim) for claim in claims] == ["0.12", "0", "0.120", "0.120000"]
+    assert [results.own_decimals(claim) for claim in claims] == [3, 3, 4, 7]
+    assert [results.own_decimals(claim, 4) for claim in claims] == [4, 4, 4, 7]
+
+
 # The status rule
 
 
@@ -166,13 +192,13 @@ def test_broken_claims_file_is_one_line(root):
     ],
 )
 def test_status(root, value, fraction, status):
-    assert results.compare(result(value, fraction), root)["status"] == status
+    assert compare(result(value, fraction), root)["status"] == status
 
 
 def test_gap_is_ours_minus_the_paper(root):
-    assert results.compare(result(3.9), root)["gap"] == pytest.approx(0.41)
-    assert results.compare(result(math.nan), root)["gap"] is None
-    assert results.compare(result(metrics={"val/bpd": 3.0}), root) == {"gap": None, "status": "shortened"}
+    assert compare(result(3.9), root)["gap"] == pytest.approx(0.41)
+    assert compare(result(math.nan), root)["gap"] is None
+    assert compare(result(metrics={"val/bpd": 3.0}), root) == {"gap": None, "status": "not measured"}
 
 
 @pytest.mark.parametrize(
@@ -180,14 +206,14 @@ def test_gap_is_ours_minus_the_paper(root):
 )
 def test_higher_is_better(root, value, status):
     paper = {"claim": "flow.mnist", "metric": "test/nats_ll", "comparable": True}
-    record = result(fraction=1.0, metrics={"test/nats_ll": value}, paper=paper)
-    assert results.compare(record, root)["status"] == status
+    record = result(fraction=1.0, metrics={"test/nats_ll": value}, papers=[paper])
+    assert compare(record, root)["status"] == status
 
 
 def test_nothing_to_compare_with(root):
     other = PAPER | {"comparable": False}
-    assert results.compare(result(3.0, paper=None), root) == {"gap": None, "status": "-"}
-    assert results.compare(result(3.0, paper=other), root) == {"gap": None, "status": "-"}
+    assert compare(result(3.0, papers=[]), root) == {"gap": None, "status": "-"}
+    assert compare(result(3.0, papers=[other]), root) == {"gap": None, "status": "-"}
 
 
 @pytest.mark.parametrize(
@@ -206,12 +232,200 @@ def test_bits_are_compared_with_the_same_bits_only(root, claimed, data, compared
     write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"protocol": claimed}}}))
     record = result(3.0, config={"data": {"name": "cifar10", **data}})
     found = {"gap": pytest.approx(-0.49), "status": "reproduced"} if compared else {"gap": None, "status": "-"}
-    assert results.compare(record, root) == found
+    assert compare(record, root) == found
     assert results.same_n_bits(CLAIM | {"protocol": claimed}, data) is compared
 
 
 def test_runs_without_a_config_have_8_bits(root):
-    assert results.compare(result(3.0, config=None), root)["status"] == "reproduced"
+    assert compare(result(3.0, config=None), root)["status"] == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "status"),
+    [
+        ({"test/bpd": 3.6}, "shortened"),
+        ({"test/bpd": None}, "shortened"),  # measured, and not finite
+        ({"test/bpd_bound": 3.4}, "-"),
+        ({"test/bpd_iw16": 3.4, "test/bpd_bound": 3.5}, "-"),
+        ({"test/bpd_bound": 3.4, "test/bpd": 3.6}, "shortened"),
+        ({"test/nll": 1.0, "val/bpd": 3.6}, "not measured"),
+        ({}, "not measured"),
+    ],
+)
+def test_a_figure_is_compared_with_its_own_kind_only(root, metrics, status):
+    comparison = compare(result(metrics=metrics), root)
+    assert comparison == {"gap": pytest.approx(0.11) if metrics.get("test/bpd") else None, "status": status}
+
+
+def test_an_exact_figure_is_not_compared_with_a_claim_on_a_bound(root):
+    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"metric": "test/bpd_bound"}}}))
+    for metric in ("test/bpd_bound", "test/bpd"):  # the second of a run that was recorded before the claim said so
+        record = result(3.4, papers=[PAPER | {"metric": metric}])
+        assert compare(record, root) == {"gap": None, "status": "-"}
+        assert compare(record | {"metrics": {"test/bpd_bound": 3.4}}, root)["status"] == (
+            "reproduced" if metric == "test/bpd_bound" else "-"
+        )
+
+
+def test_the_kind_is_read_off_the_name():
+    kinds = {
+        "test/bpd": "exact", "test/bpd_bound": "bound", "val/bpd_iw16": "iw", "bpd_estimate": "estimate",
+        "test/bpd_noisy": "noisy", "test/bpd_bound_reestimated": "bound", "test/bpd_reestimated": "exact",
+        "test/nats_ll": "exact", "test/nats_ll_bound": "bound", "test/psnr": "exact",
+    }  # fmt: skip
+    assert {key: kind_of(key) for key in kinds} == kinds
+    assert {without_kind(key) for key in ("test/bpd", "test/bpd_bound", "test/bpd_iw16")} == {"test/bpd"}
+    assert without_kind("test/nats_ll_bound") == "test/nats_ll"
+    assert without_kind("test/bpd_bound_reestimated") == "test/bpd_reestimated"
+
+
+# Several claims
+
+
+@pytest.fixture
+def several(root):
+    """A result that stands beside three claims of one paper, of which its run measured two."""
+    claims = {"psnr": PSNR, "lpips": LPIPS, "ssim": CLAIM | {"metric": "test/ssim"}}
+    paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
+    write(root / "paper/flow.yaml", yaml.safe_dump(paper, sort_keys=False))
+    metrics = {"test/psnr": 27.7, "test/lpips": 0.1234567}
+    papers = [
+        {"claim": f"flow.{row}", "metric": claim["metric"], "value": claim["value"], "comparable": True}
+        for row, claim in claims.items()
+    ]
+    curve = [{"images": 64 * k, "val/psnr": 20 + k, "train/psnr": 21 + k} for k in range(5)]
+    return result(metrics=metrics, papers=papers, fraction=1.0, curve=curve)
+
+
+def test_each_claim_of_a_run_has_its_gap_and_its_status(root, several):
+    compared = results.compare_all(several, root)
+    assert [(c["claim"], c["metric"], c["value"], c["status"]) for c in compared["comparisons"]] == [
+        ("flow.psnr", "test/psnr", 27.75, "reproduced"),
+        ("flow.lpips", "test/lpips", 0.12, "gap"),
+        ("flow.ssim", "test/ssim", 3.49, "not measured"),
+    ]
+    gaps = [comparison["gap"] for comparison in compared["comparisons"]]
+    assert gaps == [pytest.approx(-0.05), pytest.approx(0.0034567), None]
+    assert (compared["gap"], compared["status"]) == (gaps[0], "reproduced")
+
+
+def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, several):
+    write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    recorded(root, **several)
+    files = render(root)
+    page = files[root / "README.md"]
+    rows = [line.split(" | ")[:8] for line in page.splitlines() if line.startswith("| flow_")]
+    assert [row[2:7] for row in rows] == [
+        ["test/psnr", "27.75", "27.700", "-0.050", "reproduced"],
+        ["test/lpips", "0.120", "0.1235", "+0.0035", "gap"],
+        ["test/ssim", "3.49", "-", "-", "not measured"],
+    ]
+    front = [line.split(" | ")[3:8] for line in files[root.parent / "README.md"].splitlines() if "| flow_" in line]
+    assert front == [row[2:7] for row in rows]
+    assert page.count("### flow_cifar10/20261122-231500-ab12") == 1
+    assert page.count("The paper's protocol: n_bits 8.\n") == 1
+    assert "## Runs without a paper number\n\nNone yet.\n" in page
+    svg = files[root / f"runs/flow_cifar10/{several['run']}.svg"]
+    assert "paper 27.75<" in svg
+    assert svg.count("stroke-dasharray") == 1
+
+
+def test_a_papers_table_is_split_by_metric_and_has_the_claims_decimals(root):
+    quoted = {"ESRGAN": {"value": 0.1, "train": 0.09, "bound": "exact"}}
+    claims = {"psnr": PSNR, "lpips": LPIPS | {"compared": quoted, "train": 0.11}}
+    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    page = render(root)[root / "README.md"]
+    assert "Table 1, test/psnr; the training figure in brackets" in page
+    assert "Table 1, test/lpips; the training figure in brackets" in page
+    assert "| CIFAR-10 | test | dB | 27.75 | stored |" in page
+    assert "| CIFAR-10 | test |  | 0.120 (0.110) | 0.100 (0.090) | stored |" in page
+
+
+def test_a_curve_has_the_line_of_its_own_metric_only(root, several):
+    for metric, line in (("psnr", "paper 27.75<"), ("lpips", "paper 0.120<"), ("l1", None)):
+        curve = [{"images": 64 * k, f"val/{metric}": 1.0 + k} for k in range(3)]
+        record = recorded(root, **several | {"curve": curve})
+        svg = render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
+        assert f"flow_cifar10, {metric}<" in svg
+        assert ("stroke-dasharray" in svg) == (line is not None)
+        assert (line or "") in svg
+
+
+def test_protocols_that_differ_say_whose_they_are(root, several):
+    claims = {
+        "psnr": PSNR | {"protocol": {"crop": 4}}, "lpips": LPIPS | {"protocol": {"network": "alex"}},
+        "ssim": CLAIM | {"metric": "test/ssim", "protocol": {"crop": 4}},
+    }  # fmt: skip
+    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    recorded(root, **several)
+    page = render(root)[root / "README.md"]
+    assert "The paper's protocol for test/psnr, test/ssim: crop 4.\n" in page
+    assert "The paper's protocol for test/lpips: network alex.\n" in page
+
+
+def test_a_gap_beside_any_claim_needs_a_suspect(root, run, several, capsys):
+    write(run / "result.json", json.dumps(several))
+    assert main(["add", str(run)], root) == 1
+    assert "a gap at full budget needs a named suspect" in capsys.readouterr().err
+    assert main(["add", str(run), "suspect=another network"], root) == 0
+    path = root / f"runs/flow_cifar10/{several['run']}.json"
+    line = f"recorded {path}: test/psnr reproduced, test/lpips gap, test/ssim not measured"
+    assert line in capsys.readouterr().out.splitlines()
+    record = json.loads(path.read_text())
+    assert [comparison["status"] for comparison in record["comparisons"]] == ["reproduced", "gap", "not measured"]
+
+
+@pytest.mark.parametrize("paper", [PAPER, PAPER | {"comparable": False}, None])
+def test_runs_recorded_with_one_paper_give_the_same_page(root, paper):
+    record = recorded(root, papers=[] if paper is None else [paper], curve=[{"images": 1, "val/bpd": 4.0}])
+    page = render(root)
+    older = {key: value for key, value in record.items() if key != "papers"} | {"paper": paper}
+    write(root / f"runs/flow_cifar10/{record['run']}.json", json.dumps(older))
+    assert render(root) == page
+
+
+def test_kinds_are_explained_under_the_table_that_shows_them(root):
+    claims = {"cifar10": CLAIM, "cifar10_vdq": CLAIM | {"metric": "test/bpd_bound", "value": 3.28}}
+    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    paper = PAPER | {"claim": "flow.cifar10_vdq", "metric": "test/bpd_bound"}
+    recorded(root, run="a")
+    assert not any(text in render(root)[root / "README.md"] for text in KINDS.values())
+    recorded(root, run="b", papers=[paper], metrics={"test/bpd_bound": 3.3})
+    recorded(root, run="c", papers=[], metrics={"test/bpd_iw16": 3.2})
+    beside, _, without = render(root)[root / "README.md"].partition("## Runs without a paper number")
+    assert "| 3.28 | 3.300 | +0.020 | reproduced |" in beside
+    assert f"\n\n* `test/bpd_bound`: {KINDS['bound']}.\n" in beside
+    assert f"\n\n* `test/bpd_iw16`: {KINDS['iw']}.\n" in without
+    assert KINDS["iw"] not in beside
+    assert KINDS["bound"] not in without
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "b": 2}', None),
+        ('{"a": 1}', "is of no use, without b, c"),
+        ("{", r"is damaged \(Expecting property name .*\)$"),
+        (b"\xff\xfe", r"is damaged \('utf-8' codec can't decode .*\)$"),
+    ],
+)
+def test_checked_json_is_the_content_or_one_line(tmp_path, content, message):
+    write(path := tmp_path / "a.json", content)
+    texts = {"damaged": "is damaged ({problem})", "unusable": "is of no use, without {problem}"}
+
+    def read():
+        return checked_json(path, lambda value: [] if "b" in value else ["b", "c"], **texts)
+
+    if message is None:
+        assert read() == {"a": 1, "b": 2}
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        read()
+    assert str(error.value).startswith(f"{path} is ")
+    assert "\n" not in str(error.value)
 
 
 # Taking a run in
@@ -268,11 +482,16 @@ def test_machine_paths_stay_out_of_the_record(root, run):
         ("result.json", "{", "is not valid JSON"),
         ("result.json", b"\xff\xfe\x00", "is not valid JSON"),
         ("result.json", "[]", "lacks a usable experiment, run, preset"),
-        ("result.json", json.dumps(result(paper={"claim": "x"})), "lacks a usable paper.metric, paper.comparable"),
+        (
+            "result.json",
+            json.dumps(result(papers=[{"claim": "x"}])),
+            r"lacks a usable papers\[0\]\.metric, papers\[0\]\.comparable",
+        ),
+        ("result.json", json.dumps(result(papers="flow.cifar10")), "lacks a usable papers:"),
         ("result.json", json.dumps(result(metrics=[])), "lacks a usable metrics"),
         ("result.json", json.dumps(result(run="../../x")), "lacks a usable run"),
         ("result.json", json.dumps(result(3.9, 1.0)), 'needs a named suspect: python -m results add .* suspect="..."'),
-        ("result.json", json.dumps(result(paper=PAPER | {"claim": "flow.cifar"})), "did you mean 'flow.cifar10'"),
+        ("result.json", json.dumps(result(papers=[PAPER | {"claim": "flow.cifar"}])), "did you mean 'flow.cifar10'"),
         ("curve.csv", "step,images\n1,many\n", r"curve\.csv is not a table of numbers"),
         ("curve.csv", "step,images\n1,2,3\n", r"curve\.csv is not a table of numbers"),
         ("samples/samples_100.png", "no picture", "is not a readable picture"),
@@ -311,7 +530,7 @@ def test_two_dimensional_run(root, run):
     Image.new("L", (20, 20)).save(run / "density.png")
     write(run / "curve.csv", "step,images,seconds,lr,train/nll,val/nll\n1,10,1,0.1,2.5,\n2,20,2,0.1,,-1.5\n")
     data = {"data": {"name": "two_moons"}}
-    write(run / "result.json", json.dumps(result(paper=None, metrics={"test/nll": -1.25}, config=data, budget=None)))
+    write(run / "result.json", json.dumps(result(papers=[], metrics={"test/nll": -1.25}, config=data, budget=None)))
     assert main(["add", str(run)], root) == 0
     page = (root / "README.md").read_text()
     assert "| flow_cifar10 | two_moons | test/nll -1.250 | 400 k images |" in page
@@ -319,12 +538,12 @@ def test_two_dimensional_run(root, run):
     assert "flow_cifar10, nll<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
 
 
-@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["ablation"]])
+@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"]])
 def test_usage(root, argv, capsys):
     assert main(argv, root) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | ablation outputs/figure3/<name>]'
+        'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
     ]
 
 
@@ -360,7 +579,7 @@ def test_a_claim_without_recipe_and_run_is_only_in_the_papers_table(root):
 
 
 def test_other_data_and_reestimated_statistics(root):
-    recorded(root, run="a", paper=PAPER | {"comparable": False})
+    recorded(root, run="a", papers=[PAPER | {"comparable": False}])
     recorded(root, run="b", metrics={"test/bpd": 3.9, "test/bpd_reestimated": 3.8, "val/bpd": 3.7})
     beside, _, without = render(root)[root / "README.md"].partition("## Runs without a paper number")
     assert "| 3.900 (re-estimated 3.800) | +0.410 |" in beside
@@ -391,7 +610,7 @@ def test_curve_has_both_lines_and_the_papers_value(root):
     assert svg.count("<polyline") == 2
     assert svg.count("stroke-dasharray") == 1
     assert len(svg) < 20_000
-    recorded(root, curve=rows, paper=None)
+    recorded(root, curve=rows, papers=[])
     assert "stroke-dasharray" not in render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
 
 
@@ -554,7 +773,7 @@ def test_summary_says_no_more_than_the_pairs():
 
 
 def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, capsys):
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "The order disagrees with the paper's" in capsys.readouterr().out
     content = (root / "ablations/glow_cifar10-figure3-cpu.json").read_text()
     assert "/home" not in content
@@ -562,7 +781,7 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     picture = root / "ablations/glow_cifar10-figure3-cpu.png"
     assert picture.stat().st_size < PICTURE_BYTES < (figure / "figure3.png").stat().st_size
     page = (root / "README.md").read_text()
-    section = page[page.index("## Ablations") : page.index("## A flow")]
+    section = page[page.index("## Glow's Figure 3") : page.index("## A flow")]
     assert "### glow_cifar10-figure3-cpu\n" in section
     assert "python -m reproduce.figure3 'seeds=[0,1,2]' preset=cpu data.root=data\n" in section
     assert "| permutation | coupling | seeds | test/bpd |\n" in section
@@ -578,21 +797,21 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     assert "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
     assert "skipped" not in section
     before = snapshot(root)
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "already recorded, with the same content" in capsys.readouterr().out
     assert main([], root) == 0
     assert snapshot(root) == before
 
 
-def test_a_page_without_ablations_has_no_section(root):
-    assert "Ablations" not in render(root)[root / "README.md"]
+def test_a_page_without_figure_3_has_no_section(root):
+    assert "## Glow's Figure 3" not in render(root)[root / "README.md"]
 
 
 def test_what_differs_between_runs_is_said(root, figure, capsys):
     runs = ablation_runs()
     runs[1] |= {"device": "GPU", "dirty": True, "images": 6400, "skipped_steps": 2}
     edit(figure, runs=runs, config={"data": {"name": "cifar10", "n_bits": 5}})
-    assert main(["ablation", str(figure)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
     assert "warning: some of its runs ran on uncommitted changes" in capsys.readouterr().out
     page = (root / "README.md").read_text()
     assert (
@@ -624,28 +843,33 @@ def broken(**more):
 def test_a_bad_ablation_is_one_line_and_writes_nothing(root, figure, capsys, more, message):
     edit(figure, **more)
     before = snapshot(root)
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert snapshot(root) == before
 
 
-def test_missing_and_damaged_ablations(root, figure, capsys):
-    assert main(["ablation", str(figure.parent)], root) == 1
-    assert "give the folder of an ablation, outputs/figure3/<name>" in capsys.readouterr().err
+def test_figure_3_is_also_taken_in_under_its_old_name(root, figure):
     assert main(["ablation", str(figure)], root) == 0
+    assert figure3.read_all(root)["glow_cifar10-figure3-cpu"]["name"] == "cpu"
+
+
+def test_missing_and_damaged_ablations(root, figure, capsys):
+    assert main(["figure3", str(figure.parent)], root) == 1
+    assert "give the folder of an ablation, outputs/figure3/<name>" in capsys.readouterr().err
+    assert main(["figure3", str(figure)], root) == 0
     edit(figure, runs=[run for run in ablation_runs() if run["seed"] == 0])  # a seed each is enough
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "already recorded, with other content" in capsys.readouterr().err
     write(figure / "figure3.json", "{")
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "figure3.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_an_ablation_without_its_picture_is_not_recorded(root, figure, capsys):
     (figure / "figure3.png").unlink()
-    assert main(["ablation", str(figure)], root) == 1
+    assert main(["figure3", str(figure)], root) == 1
     assert "figure3.png is not a readable picture" in capsys.readouterr().err
     assert not (root / "ablations").exists()
 
@@ -657,7 +881,7 @@ def test_committed_page_is_up_to_date():
     drawn = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
     stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
-    assert stems == set(figure3.read_ablations()), "an ablation without its picture, or the other way round"
+    assert stems == set(figure3.read_all()), "an ablation without its picture, or the other way round"
 
 
 def stability_run(seed, **other):

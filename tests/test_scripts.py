@@ -63,7 +63,9 @@ def test_result_says_what_the_number_rests_on(finished):
     assert result["experiment"] == "realnvp_cifar10"
     assert (result["images"], result["n_train"], result["seed"], result["preset"]) == (96, 64, 0, "demo")
     assert result["budget"] == {"images": 96, "of": 12_480_000, "fraction": 96 / 12_480_000, "source": "ours"}
-    assert result["paper"] == {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": False}
+    claim = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "decimals": 2}
+    assert result["papers"] == [claim | {"direction": "lower", "comparable": False}]
+    assert result["comparisons"] == [claim | {"gap": None, "status": "-"}]
     assert (result["gap"], result["status"]) == (None, "-")
     assert result["config"]["flow"] == {"n_scales": 2, "hidden_channels": 4, "n_blocks": 1, "alpha": 0.05}
     assert result["precision"] == "32-true"
@@ -271,7 +273,7 @@ def test_moons_reports_nll_and_integral(tmp_path):
     result = realnvp_moons.main(small)
     assert result["metrics"]["density_integral"] == pytest.approx(1, abs=0.2)  # untrained: mass outside of the box
     assert 0 < result["metrics"]["test/nll"] < 4
-    assert (result["paper"], result["status"]) == (None, "-")
+    assert (result["papers"], result["status"]) == ([], "-")
     assert (tmp_path / "density.png").stat().st_size > 5000
 
 

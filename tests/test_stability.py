@@ -106,7 +106,7 @@ def trained(monkeypatch):
         if seed >= 7:
             raise RunStopped("stopped at step 3; go on with: ...", 75 if seed == 7 else 1)
         given.append((kind, seed, overrides, every))
-        config = compose("glow_cifar10", stability.given(kind, overrides))
+        config = compose("glow_cifar10", stability.shared_arguments(kind, overrides))
         rest = dict.fromkeys([key for key in stored.RUN if key not in stored.MODEL])
         return {**rest, "seed": seed, "bpd": [7.0, float("nan")], **stability.described(config)}
 

@@ -31,7 +31,7 @@ TINY = [*cases.TINY, "logger.name=wandb", "trainer.log_every_n_steps=2"]
 RESULT = {  # of a run on the claim's own data
     "experiment": "realnvp_cifar10",
     "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": float("nan"), "val/bpd": 3.5, "samples/finite_T1": 1.0},
-    "paper": {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": True},
+    "comparisons": [{"metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": 0.11, "status": "shortened"}],
     "tested": {"chosen": "best"},
     "gap": 0.11,
     "status": "shortened",
@@ -267,9 +267,30 @@ def test_report_sets_the_tested_gap_over_the_last_validations(tmp_path, alone):
     assert json.loads(path.read_text())["data"][0] == ["realnvp_cifar10", "test/bpd", 3.49, 3.6, 0.11, "shortened"]
 
 
+def test_report_of_several_claims(tmp_path, alone):
+    logger = make_logger(config_for(tmp_path / "run"))
+    psnr = {"metric": "test/psnr", "value": 27.75, "decimals": 2, "gap": 0.25, "status": "reproduced"}
+    ssim = {"metric": "test/ssim", "value": 0.76, "decimals": 2, "gap": None, "status": "not measured"}
+    again = {"metric": "test/mse", "value": 1.0, "decimals": 2, "gap": 0.5, "status": "shortened"}
+    metrics = RESULT["metrics"] | {"test/psnr": 28.0, "test/mse": 1.5}
+    comparisons = [*RESULT["comparisons"], psnr, ssim, again]
+    report(logger, RESULT | {"metrics": metrics, "comparisons": comparisons})
+    close(0)
+    (part,) = parts_of(tmp_path / "run")
+    summary = part.summary
+    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (3.49, 0.11, "shortened")
+    assert (summary["paper/psnr"], summary["gap/psnr"]) == (27.75, 0.25)
+    assert (summary["paper/ssim"], "gap/ssim" in summary) == (0.76, False)
+    assert list(part.run.tags)[-3:] == ["shortened", "reproduced", "not measured"]
+    (path,) = (part.folder / "files" / "media" / "table").iterdir()
+    rows = {row[1]: row[2:] for row in json.loads(path.read_text())["data"]}
+    assert rows["test/psnr"] == [27.75, 28.0, 0.25, "reproduced"]
+    assert rows["test/ssim"] == [0.76, None, None, "not measured"]
+
+
 def test_the_last_weights_are_not_called_best(tmp_path, alone):
     logger = make_logger(config_for(tmp_path / "run"))
-    report(logger, RESULT | {"tested": {"chosen": "step"}, "paper": None, "gap": None, "status": "-"})
+    report(logger, RESULT | {"tested": {"chosen": "step"}, "comparisons": [], "gap": None, "status": "-"})
     close(0)
     (part,) = parts_of(tmp_path / "run")
     assert not {key for key in part.summary if key.startswith(("best/", "paper/", "gap/"))}

@@ -10,7 +10,8 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
-from results.runs import write
+from results import printed
+from results.files import write
 
 
 class Curve(L.Callback):
@@ -18,12 +19,12 @@ class Curve(L.Callback):
 
     Columns: step, images (seen in training), seconds (of training and validation, over all resumed parts), lr,
     train/M (mean since the row before), val/M, with M bpd or nll. Without a validation set a row
-    comes every `interval` steps all the same. batch_size: the global one. paper: {"value", "comparable"} of the claim,
-    drawn as a line, or None.
+    comes every `interval` steps all the same. batch_size: the global one. papers: the claims beside which the run is
+    shown, each {"metric", "value", "decimals", "comparable"}; the one on M is drawn as a line.
     """
 
-    def __init__(self, folder: Path, batch_size: int, interval: int, paper: dict | None) -> None:
-        self.folder, self.batch_size, self.interval, self.paper = Path(folder), batch_size, interval, paper
+    def __init__(self, folder: Path, batch_size: int, interval: int, papers: list[dict]) -> None:
+        self.folder, self.batch_size, self.interval, self.papers = Path(folder), batch_size, interval, papers
         self.seconds_before = 0.0
         self.rows: list[dict] = []
 
@@ -82,7 +83,7 @@ class Curve(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
-            draw_curve(self.rows, self.folder / "curve.png", self.paper)
+            draw_curve(self.rows, self.folder / "curve.png", self.papers)
 
     def validated(self, metric: str, best: bool) -> dict[str, float]:
         """{"val/M": the lowest or else the last validation value after step 0}, empty where there was none."""
@@ -120,8 +121,11 @@ class Curve(L.Callback):
         write(self.path, table.getvalue())
 
 
-def draw_curve(rows: list[dict], path: Path, paper: dict | None) -> None:
-    """val and train over images seen, as PNG, the paper's value dashed; non-finite values are left out."""
+def draw_curve(rows: list[dict], path: Path, papers: list[dict]) -> None:
+    """val and train over images seen, as PNG; non-finite values are left out.
+
+    Of the papers' values the one of the curve's own metric is drawn, dashed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,9 +136,12 @@ def draw_curve(rows: list[dict], path: Path, paper: dict | None) -> None:
         points = [(r["images"], r[key]) for r in rows if r[key] is not None and math.isfinite(r[key])]
         axes.plot(*zip(*points, strict=True), label=key, marker=".") if points else None
     values = [r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None and math.isfinite(r[k])]
+    paper = next((paper for paper in papers if f"val/{paper['metric'].split('/')[-1]}" in rows[0]), None)
     if paper is not None:
         data = "" if paper["comparable"] else " (on other data)"
-        axes.axhline(paper["value"], linestyle="--", color="grey", label=f"paper {paper['value']:g}{data}")
+        axes.axhline(
+            paper["value"], linestyle="--", color="grey", label=f"paper {printed(paper['value'], paper)}{data}"
+        )
     if values:
         low, high = min([*values, paper["value"] if paper else values[0]]), max(values)
         axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)

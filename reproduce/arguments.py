@@ -1,0 +1,28 @@
+"""What commands with several runs share: the seeds they are given, and the settings their runs have in common."""
+
+from collections.abc import Collection
+
+from omegaconf import OmegaConf
+
+from reproduce.config import ConfigError
+from reproduce.run_folder import FREE
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`[0,1,2]`, `0,1,2` or `0` as a list. ConfigError: something else, or a seed twice."""
+    words = text.removeprefix("[").removesuffix("]").split(",")
+    seeds = [int(word) for word in words if word.strip().isdecimal()]
+    if len(seeds) < len(words) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={text} are no seeds: give different integers from 0, as seeds=[0,1,2]")
+    return seeds
+
+
+def settings(overrides: list[str], own: Collection[str]) -> dict[str, object]:
+    """key=value arguments as keys and values.
+
+    Left out are the keys of `own`, in which the runs of a command differ, and those that change no number.
+    """
+    words = dict(word.partition("=")[::2] for word in overrides)
+    values = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])) for key, text in words.items()}
+    free = {key for key in values if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE}
+    return {key: value["value"] for key, value in values.items() if key not in free}
