@@ -82,8 +82,9 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         if config.trainer[key] < 1:
             raise ConfigError(f"trainer.{key}={config.trainer[key]} are steps: give at least 1")
     if config.checkpoint.select == "best" and not _validates(config):
-        given = f"data.n_val={config.data.n_val} trainer.limit_val_batches={config.trainer.limit_val_batches}"
-        raise ConfigError(f"{given} leaves nothing to choose the best weights by: add checkpoint.select=last")
+        keys = [key for key in ("data.n_val", "trainer.limit_val_batches") if OmegaConf.select(config, key) == 0]
+        settings = " ".join(f"{key}=0" for key in keys)
+        raise ConfigError(f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last")
     if config.trainer.limit_test_batches == 0:
         raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
     _decide_run_dir(config)
@@ -112,7 +113,8 @@ def _decide_run_dir(config: DictConfig) -> None:
 
 
 def _validates(config: DictConfig) -> bool:
-    return bool(config.data.n_val) and config.trainer.limit_val_batches != 0
+    """Whether there is a validation. A data set with a split of its own for it has no data.n_val."""
+    return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
 
 
 def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) -> L.Trainer:
