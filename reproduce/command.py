@@ -88,7 +88,8 @@ def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
         yield
     except RunStopped as stop:
         if not stop.agreed and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # the ranks that it has started wait for this one
+            kill = getattr(signal, "SIGKILL", signal.SIGTERM)  # SIGTERM: on Windows, where it kills
+            trainer.strategy.launcher.kill(kill)  # the ranks that it has started wait for this one
         if stop.code == TRY_AGAIN:
             stop.message += f"; go on with: {again} resume=auto"
         raise

@@ -1,6 +1,5 @@
 """A run's folder: outputs/<experiment>/<run id>/ with its config, log, curve, samples, checkpoints and result."""
 
-import fcntl
 import inspect
 import json
 import logging
@@ -17,6 +16,11 @@ from torch import nn
 
 from lightning_modules.checkpoint_io import PART
 from reproduce.config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 
@@ -47,16 +51,10 @@ def check_run_dir(config: DictConfig) -> None:
 def open_folder(folder: Path) -> None:
     """Make it and hold it as long as this process lives; write Lightning's and our messages into its log.txt.
 
-    ConfigError: another process holds it. The lock goes with the process, also with one that is killed.
+    ConfigError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    HELD[folder] = (folder / "lock").open("a")
-    try:
-        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
-    except OSError:
-        pass  # a file system without locks
+    _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
         part.unlink()  # of a run that was killed while it saved
     log, handler = logging.getLogger("lightning.pytorch"), logging.FileHandler(folder / "log.txt")
@@ -64,6 +62,24 @@ def open_folder(folder: Path) -> None:
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
         log.removeHandler(old)  # of an earlier run in this process
     log.addHandler(handler)
+
+
+def _lock(folder: Path) -> None:
+    """Hold a folder as long as this process lives. ConfigError: another one holds it.
+
+    A lock by fcntl goes with its process, also with one that is killed, and forked workers do not inherit it. Nothing
+    else has both: `filelock` takes flock, which workers of a killed run would still hold, and where that is missing a
+    file that a killed run leaves behind. So on Windows, and on a file system without locks, nothing is held.
+    """
+    if fcntl is None:
+        return
+    HELD[folder] = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
+    except OSError:
+        pass  # a file system without locks
 
 
 HELD: dict[Path, IO] = {}  # lock files of this process
