@@ -14,8 +14,9 @@ from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro
 
 def ignore_signals(worker: int) -> None:
     """Signals reach every process of a job or a terminal, but whether to stop is the main process's affair."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class StatelessDataModule(L.LightningDataModule):

@@ -37,8 +37,10 @@ PART = ".part"  # of a file that is being written
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename in it survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in it survive a crash of the machine; nothing where a folder cannot be opened, on Windows."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -80,13 +81,15 @@ def _leave(stop: RunStopped) -> None:
 @contextlib.contextmanager
 def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
     """Where a run was stopped, or interrupted twice, say how to go on."""
-    words = ["python", f"reproduce/{config.experiment}.py", *config.overrides, f"run_dir={config.run_dir}"]
-    again = shlex.join(words)
+    script = Path("reproduce", f"{config.experiment}.py")
+    program = [script.as_posix()] if script.is_file() else ["-m", f"reproduce.{config.experiment}"]  # installed
+    again = shlex.join(["python", *program, *config.overrides, f"run_dir={config.run_dir}"])
     try:
         yield
     except RunStopped as stop:
         if not stop.agreed and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # the ranks that it has started wait for this one
+            kill = getattr(signal, "SIGKILL", signal.SIGTERM)  # SIGTERM: on Windows, where it kills
+            trainer.strategy.launcher.kill(kill)  # the ranks that it has started wait for this one
         if stop.code == TRY_AGAIN:
             stop.message += f"; go on with: {again} resume=auto"
         raise

@@ -1,5 +1,6 @@
 """Recipes: OmegaConf files composed, overridden from the command line, and checked. Nothing here knows a model."""
 
+import copy
 import difflib
 import re
 import sys
@@ -21,48 +22,44 @@ class ConfigError(Exception):
 
 
 def compose(experiment: str, arguments: list[str]) -> DictConfig:
-    """The recipe `experiment` with its bases, data set and preset, and `key=value` arguments on top.
+    """The recipe `experiment` over its bases, then its data set and preset, then `key=value` arguments.
 
     data.name and preset are read first, since they bring sections of their own; from then on no key may be new and
     no value may change its type.
     """
-    recipe = _read(CONFIGS / f"{experiment}.yaml")
     overrides = parse(arguments)
     preset = OmegaConf.select(overrides, "preset")
-    config = OmegaConf.create({"experiment": experiment, "preset": preset})
-    for base in recipe.pop("bases"):
-        config = OmegaConf.merge(config, _read(CONFIGS / base))
-    base, own = config, recipe.pop("presets", OmegaConf.create({}))
-    config = OmegaConf.merge(config, recipe)
+    files = _files(f"{experiment}.yaml")
+    recipe_presets = _recipe_presets(files)
+    config, earlier = OmegaConf.create({"experiment": experiment, "preset": preset}), []
+    for name, content in files.items():
+        config = _extend(config, name, content, earlier)
+        earlier.insert(0, config)
 
     for key in overrides:
         _check_section(config, overrides, key)
-    layers = _preset(experiment, preset, own)
+    layers = _preset(experiment, preset, recipe_presets)
     name = overrides.data.name if "name" in overrides.get("data", {}) else _last(layers, "data.name", config.data.name)
     if name != config.data.name:
-        config.data = _read(_data_file(name)).data
+        config.data = _data_section(name)
     OmegaConf.set_struct(config, True)
-    before = [config, base]
     for layer in layers:
         if "name" in layer.get("data", {}) and layer.data.name != name:
             del layer.data  # of the data set that the command line has replaced
-        config = merge(config, layer, before)
-    config = merge(config, overrides, before)
+        config = merge(config, layer, earlier)
+    config = merge(config, overrides, earlier)
     _check_choices(config)
     return config
 
 
 def presets(experiment: str) -> list[str]:
     """Names that `preset=` accepts for a recipe."""
-    return list(_read(CONFIGS / f"{experiment}.yaml").get("presets", {}))
+    return list(_recipe_presets(_files(f"{experiment}.yaml")))
 
 
 def describe(experiment: str, doc: str) -> str:
     """The text of --help: what is reproduced, the presets, every key with its default and comment."""
-    recipe = _read(CONFIGS / f"{experiment}.yaml")
-    comments: dict[str, str] = {}
-    for file in [*recipe.bases, f"{experiment}.yaml"]:
-        comments |= _comments((CONFIGS / file).read_text())
+    comments = _comments(experiment)
     lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
     lines.append("keys, with the value of the recipe without a preset:")
     for key, value in _leaves(compose(experiment, [])):
@@ -73,26 +70,86 @@ def describe(experiment: str, doc: str) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path) -> DictConfig:
-    return OmegaConf.load(path)
+def read(path: Path) -> DictConfig | ListConfig:
+    """A YAML file. ConfigError: it is none."""
+    try:
+        return OmegaConf.load(path)
+    except Exception as error:  # YAML's and OmegaConf's errors alike
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _data_file(name: str) -> Path:
+def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
+    """A file of configs/ and all that it extends, by name: each once, behind its own bases, and without its `bases`.
+
+    extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends itself.
+    """
+    if name in extending:
+        raise ConfigError(f"{CONFIGS / name} extends itself: {' -> '.join((*extending, name))}")
+    if not (CONFIGS / name).is_file():
+        cause = f"it is among the bases of {extending[-1]}" if extending else "a script needs a recipe of its name"
+        raise ConfigError(f"{CONFIGS / name} is missing: {cause}")
+    content = read(CONFIGS / name)
+    bases = content.pop("bases", []) if isinstance(content, DictConfig) else None
+    if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{CONFIGS / name} needs its bases as a list of files: bases: [base.yaml, ...]")
+    files: dict[str, DictConfig] = {}
+    for base in bases:
+        files = files | _files(base, (*extending, name))
+    return files | {name: content}
+
+
+def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
+    """The `presets:` section of a recipe, over those of the recipes that it extends, preset by preset."""
+    return OmegaConf.merge(*(content.get("presets") or {} for content in files.values()))
+
+
+def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[DictConfig]) -> DictConfig:
+    """A file's content over what it extends. Keys may be new; those that there are keep their type, except `paper`.
+
+    Another data.name brings the section of that data set. earlier: what was composed before, the newest first.
+    """
+    config = copy.deepcopy(config)
+    data_name = OmegaConf.select(content, "data.name")
+    if data_name not in (None, OmegaConf.select(config, "data.name")):
+        config.data = _data_section(data_name)
+    values = [dict(_leaves(layer)) for layer in (config, *earlier)]
+    own = OmegaConf.masked_copy(content, [key for key in content if key != "presets"])
+    for key, value in _leaves(own):
+        if key.split(".")[0] != "paper":
+            _check_extension(CONFIGS / name, key, value, values)
+    return OmegaConf.merge(config, own)
+
+
+def _check_extension(path: Path, key: str, value, values: list[dict]) -> None:
+    """values: as in `_check_type`."""
+    sections = [k for k in values[0] if k.startswith(f"{key}.")]
+    parents = [k for k, replaced in values[0].items() if key.startswith(f"{k}.") and replaced is not None]
+    if sections:
+        raise ConfigError(f"{path}: {key} is a section, not a value")
+    if parents:
+        raise ConfigError(f"{path}: {parents[0]} is a value, not a section with {key}")
+    if values[0].get(key) is not None and not _may_replace(value, key, values):
+        raise ConfigError(f"{path}: {_wrong_type(key, value, values[0][key])}")
+
+
+def _data_section(name: str) -> DictConfig:
+    """The whole `data` section of a data set."""
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"data.name={name} is not known{nearest(str(name), known)}: give one of {', '.join(known)}")
-    return path
+    return read(path).data
 
 
-def _preset(experiment: str, preset: str | None, own: DictConfig) -> list[DictConfig]:
+def _preset(experiment: str, preset: str | None, recipe_presets: DictConfig) -> list[DictConfig]:
     """The shared part of a preset (trainer, data, logger), then the recipe's own."""
     if preset is None:
         return []
-    if preset not in own:
-        known = f"give one of {', '.join(own)}" if own else f"{experiment} has none"
-        raise ConfigError(f"preset={preset} is not known{nearest(str(preset), list(own))}: {known}")
-    return [_read(CONFIGS / "presets" / f"{preset}.yaml"), own[preset]]
+    if preset not in recipe_presets:
+        names = list(recipe_presets)
+        choice = f"give one of {', '.join(names)}" if names else f"{experiment} has none"
+        raise ConfigError(f"preset={preset} is not known{nearest(str(preset), names)}: {choice}")
+    return [read(CONFIGS / "presets" / f"{preset}.yaml"), recipe_presets[preset]]
 
 
 def parse(arguments: list[str]) -> DictConfig:
@@ -113,11 +170,14 @@ def _last(layers: list[DictConfig], key: str, otherwise):
     return values[-1] if values else otherwise
 
 
-def merge(config: DictConfig, layer: DictConfig, before: list[DictConfig]) -> DictConfig:
-    """`layer` over `config`; a value has the type of what it replaces, there or in the recipe or base it came from."""
-    there = [dict(_leaves(c)) for c in (config, *before)]
+def merge(config: DictConfig, layer: DictConfig, earlier: list[DictConfig]) -> DictConfig:
+    """`layer` over `config`; a value has the type of what it replaces, in the config or in the recipe, or is null.
+
+    earlier: the recipe, then what it extends; where one of them has null, null may come back.
+    """
+    values = [dict(_leaves(c)) for c in (config, *earlier)]
     for key, value in _leaves(layer):
-        _check_type(there, key, value)
+        _check_type(values, key, value)
         if isinstance(OmegaConf.select(config, key), float) and type(value) is int:
             OmegaConf.update(layer, key, float(value))
     return OmegaConf.merge(config, layer)
@@ -130,9 +190,9 @@ def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
         )
 
 
-def _check_type(there: list[dict], key: str, value) -> None:
-    """there: the leaves of the config and of what it was composed from."""
-    keys = [k for k in there[0] if k != "experiment"]
+def _check_type(values: list[dict], key: str, value) -> None:
+    """values: the leaves of the config and of what it was composed from, the newest first."""
+    keys = [k for k in values[0] if k != "experiment"]
     if key not in keys:
         inside = [k for k in keys if k.startswith(f"{key}.")]
         if inside:
@@ -143,17 +203,26 @@ def _check_type(there: list[dict], key: str, value) -> None:
         if value is not None and not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{key}={value} has the wrong type: give a name, a list of names, or null")
         return
-    replaced = [leaves[key] for leaves in there if key in leaves]
-    fits = any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
-    if not fits and key not in CHOICES:
-        kind = "list like it" if isinstance(replaced[0], ListConfig) else type(replaced[0]).__name__
-        raise ConfigError(f"{key}={value} has the wrong type: it replaces {replaced[0]!r}, so give a {kind}")
+    if key not in CHOICES and not _may_replace(value, key, values):
+        raise ConfigError(_wrong_type(key, value, values[0][key]))
+
+
+def _may_replace(value, key: str, values: list[dict]) -> bool:
+    """Whether `value` fits what it replaces in the newest of `values` or the one before, or is null as in any."""
+    replaced = [leaves[key] for leaves in values if key in leaves]
+    return any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
+
+
+def _wrong_type(key: str, value, replaced) -> str:
+    kind = "list like it" if isinstance(replaced, ListConfig) else type(replaced).__name__
+    text = "null" if value is None else value
+    return f"{key}={text} has the wrong type: it replaces {replaced!r}, so give a {kind}"
 
 
 def _fits(value, old) -> bool:
     """Whether `value` may stand where `old` does: null is free, `auto` any scalar, an int may become a float."""
     if isinstance(value, ListConfig) and isinstance(old, ListConfig):
-        return all(_fits(element, old[0]) for element in value)
+        return not old or all(_fits(element, old[0]) for element in value)
     if type(old) is type(value):
         return True
     if old is None:
@@ -174,9 +243,9 @@ def _check_choices(config: DictConfig) -> None:
 def nearest(word: str, known: list[str]) -> str:
     """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts."""
     by_lower = {k.lower(): k for k in known} | {k.lower().split(".")[-1]: k for k in reversed(known)}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    found = found or difflib.get_close_matches(word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6)
-    return f" (did you mean {by_lower[found[0]]}?)" if found else ""
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    matches = matches or difflib.get_close_matches(word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, object]]:
@@ -190,17 +259,35 @@ def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, object]]:
     return leaves
 
 
-def _comments(text: str) -> dict[str, str]:
-    """Dotted key -> the comment at the end of its line."""
-    found, stack = {}, []
+def _comments(experiment: str) -> dict[str, str]:
+    """Dotted key -> the comment that --help shows.
+
+    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value comes from, which
+    no longer holds where a recipe that extends it gives another.
+    """
+    of_keys: dict[str, str] = {}
+    of_values: dict[str, str] = {}
+    for name in _files(f"{experiment}.yaml"):
+        text = (CONFIGS / name).read_text(encoding="utf-8")
+        comments = _comments_of(text)
+        written = {key: comment for key, comment in comments.items() if comment}
+        if re.search(r"^bases:", text, re.MULTILINE):
+            of_values = {key: comment for key, comment in of_values.items() if key not in comments} | written
+        else:
+            of_keys |= written
+    return of_keys | of_values
+
+
+def _comments_of(text: str) -> dict[str, str | None]:
+    """Dotted key -> the comment at the end of its line, or None."""
+    comments, stack = {}, []
     for line in text.splitlines():
         match = re.match(r"( *)(\w+):[^#]*(?:# (.*))?$", line)
         if match:
-            indent, key, comment = len(match[1]) // 2, match[2], match[3]
+            indent, key = len(match[1]) // 2, match[2]
             stack = [*stack[:indent], key]
-            if comment:
-                found[".".join(stack)] = comment
-    return found
+            comments[".".join(stack)] = match[3]
+    return comments
 
 
 def arguments(argv: list[str] | None) -> list[str]:

@@ -58,17 +58,20 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     Answers --help and --print-config itself, and ends with 0 where the run is already finished.
     """
     experiment = Path(script).stem
-    given = agent_arguments(arguments(argv), experiment)
-    if {"--help", "-h"} & set(given):
+    words = agent_arguments(arguments(argv), experiment)
+    if {"--help", "-h"} & set(words):
         print(describe(experiment, doc))
         sys.exit(0)
-    config = compose(experiment, [a for a in given if a != "--print-config"])
+    config = compose(experiment, [word for word in words if word != "--print-config"])
     L.seed_everything(config.seed, verbose=False)
+    _choose_cpu_for_mps(config)
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
-    if "--print-config" in given:
+    if "--print-config" in words:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         sys.exit(0)
+    if config.trainer.accelerator == "mps":
+        raise ConfigError(f"trainer.accelerator=mps, but {MPS_LACKS}: give cpu")
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
@@ -82,14 +85,15 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         if config.trainer[key] < 1:
             raise ConfigError(f"trainer.{key}={config.trainer[key]} are steps: give at least 1")
     if config.checkpoint.select == "best" and not _validates(config):
-        given = f"data.n_val={config.data.n_val} trainer.limit_val_batches={config.trainer.limit_val_batches}"
-        raise ConfigError(f"{given} leaves nothing to choose the best weights by: add checkpoint.select=last")
+        keys = [key for key in ("data.n_val", "trainer.limit_val_batches") if OmegaConf.select(config, key) == 0]
+        settings = " ".join(f"{key}=0" for key in keys)
+        raise ConfigError(f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last")
     if config.trainer.limit_test_batches == 0:
         raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)
-    config.overrides = [a for a in given if not a.startswith(("run_dir=", "resume="))]
+    config.overrides = [word for word in words if not word.startswith(("run_dir=", "resume="))]
     OmegaConf.resolve(config)
     OmegaConf.set_readonly(config, True)
     return config
@@ -112,7 +116,18 @@ def _decide_run_dir(config: DictConfig) -> None:
 
 
 def _validates(config: DictConfig) -> bool:
-    return bool(config.data.n_val) and config.trainer.limit_val_batches != 0
+    """Whether there is a validation. A data set with a split of its own for it has no data.n_val."""
+    return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
+
+
+MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
+
+
+def _choose_cpu_for_mps(config: DictConfig) -> None:
+    """The accelerator that Lightning would choose on a Mac cannot train a flow."""
+    if config.trainer.accelerator == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        config.trainer.accelerator = "cpu"
+        rank_zero_info(f"trainer.accelerator=cpu: {MPS_LACKS}")
 
 
 def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) -> L.Trainer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from reproduce.config import ConfigError, arguments
+from reproduce.config import ConfigError, arguments, read
 
 
 def rows(path: Path) -> list[dict]:
@@ -19,10 +19,7 @@ def rows(path: Path) -> list[dict]:
 
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give a sweep file with method: grid")
-    try:
-        sweep = OmegaConf.load(path)
-    except Exception as error:  # YAML's and OmegaConf's errors alike
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    sweep = read(path)
     if not isinstance(sweep, DictConfig) or sweep.get("method") != "grid":
         raise ConfigError(f"{path} is no grid: an array needs a sweep file with method: grid")
     if not isinstance(parameters := sweep.get("parameters"), DictConfig) or not parameters:
@@ -46,17 +43,17 @@ def words(row: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
-    given = arguments(argv)
+    file, *numbers = arguments(argv) or [""]
     try:
-        if len(given) not in (1, 2) or not all(index.isdecimal() for index in given[1:]):
+        if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
             raise ConfigError("give the sweep file, and for one of its rows a number from 0")
-        table = rows(Path(given[0]))
-        if len(given) == 1:
+        table = rows(Path(file))
+        if not numbers:
             print(len(table))
-        elif (index := int(given[1])) < len(table):
+        elif (index := int(numbers[0])) < len(table):
             print("\n".join(words(table[index])))
         else:
-            raise ConfigError(f"{given[0]} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}")
+            raise ConfigError(f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}")
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -78,5 +78,5 @@ def requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        rank_zero_warn(f"Slurm does not queue job {name} again: {' '.join(said.split())}")
+        reason = getattr(error, "stderr", None) or str(error)
+        rank_zero_warn(f"Slurm does not queue job {name} again: {' '.join(reason.split())}")

@@ -131,7 +131,10 @@ def mark_preempting() -> None:
 def _stop() -> None:
     """What wandb calls, in its own thread, when the run is to stop: the same way out as for a preemption."""
     _stop_wanted.set()
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    else:  # Windows
+        signal.raise_signal(signal.SIGTERM)
 
 
 def close(exit_code: int) -> None:

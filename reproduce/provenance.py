@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
+THIS_FILE = "reproduce/provenance.py"
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "numpy")
 
 
@@ -65,7 +66,10 @@ def device_name(device: torch.device) -> str:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """The commit of this checkout and whether tracked files differ from it; (None, False) outside git."""
+    """The commit of this checkout and whether tracked files differ from it; (None, False) outside of one.
+
+    An installed copy is outside of one, even where its folder lies in a repository: that one is another project's.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -73,6 +77,8 @@ def git_state() -> tuple[str | None, bool]:
         ).stdout.strip()
 
     try:
+        if git("ls-files", "--full-name", THIS_FILE) != THIS_FILE:  # not tracked, or not from ROOT on
+            return None, False
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, False

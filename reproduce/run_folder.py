@@ -1,6 +1,6 @@
 """A run's folder: outputs/<experiment>/<run id>/ with its config, log, curve, samples, checkpoints and result."""
 
-import fcntl
+import inspect
 import json
 import logging
 import sys
@@ -16,6 +16,11 @@ from torch import nn
 
 from lightning_modules.checkpoint_io import PART
 from reproduce.config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 
@@ -35,9 +40,9 @@ def check_run_dir(config: DictConfig) -> None:
     if config.resume is None:
         raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
     if (folder / "result.json").is_file():
-        there = json.loads((folder / "result.json").read_text())["experiment"]
-        if there != config.experiment:
-            raise ConfigError(f"{folder} holds a finished run of {there}: give another run_dir")
+        experiment = json.loads((folder / "result.json").read_text())["experiment"]
+        if experiment != config.experiment:
+            raise ConfigError(f"{folder} holds a finished run of {experiment}: give another run_dir")
         rank_zero_only(print)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
 
@@ -46,16 +51,10 @@ def check_run_dir(config: DictConfig) -> None:
 def open_folder(folder: Path) -> None:
     """Make it and hold it as long as this process lives; write Lightning's and our messages into its log.txt.
 
-    ConfigError: another process holds it. The lock goes with the process, also with one that is killed.
+    ConfigError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    HELD[folder] = (folder / "lock").open("a")
-    try:
-        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
-    except OSError:
-        pass  # a file system without locks
+    _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
         part.unlink()  # of a run that was killed while it saved
     log, handler = logging.getLogger("lightning.pytorch"), logging.FileHandler(folder / "log.txt")
@@ -63,6 +62,24 @@ def open_folder(folder: Path) -> None:
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
         log.removeHandler(old)  # of an earlier run in this process
     log.addHandler(handler)
+
+
+def _lock(folder: Path) -> None:
+    """Hold a folder as long as this process lives. ConfigError: another one holds it.
+
+    A lock by fcntl goes with its process, also with one that is killed, and forked workers do not inherit it. Nothing
+    else has both: `filelock` takes flock, which workers of a killed run would still hold, and where that is missing a
+    file that a killed run leaves behind. So on Windows, and on a file system without locks, nothing is held.
+    """
+    if fcntl is None:
+        return
+    HELD[folder] = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
+    except OSError:
+        pass  # a file system without locks
 
 
 HELD: dict[Path, IO] = {}  # lock files of this process
@@ -135,29 +152,53 @@ def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: n
 
     n_micro_batches: a process accumulates in a step; Lightning counts an epoch in them.
     """
-    there, here = checkpoint["paperflows"], OmegaConf.to_container(config)
-    if there["experiment"] != config.experiment:
-        raise ConfigError(f"{path} is of {there['experiment']}, not of {config.experiment}: give another run_dir")
-    was, now = (dict(pair for key in SAME for pair in _flat(c[key], key)) for c in (there["config"], here))
-    changed = [f"{key}={was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
+    origin = checkpoint["paperflows"]
+    if origin["experiment"] != config.experiment:
+        raise ConfigError(f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir")
+    trained_with, wanted = (_settings(c, module) for c in (origin["config"], OmegaConf.to_container(config)))
+    keys = sorted(trained_with | wanted)
+    changed = [f"{key}={trained_with.get(key)}" for key in keys if trained_with.get(key) != wanted.get(key)]
     if changed:
         raise ConfigError(f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir")
-    if (before := there.get("n_micro_batches", 1)) != n_micro_batches:
+    if (before := origin.get("n_micro_batches", 1)) != n_micro_batches:
         raise ConfigError(
             f"{path} was trained with {before} micro-batches a step and process, now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
-    if other := _unlike(checkpoint["state_dict"], module.state_dict()):
-        raise ConfigError(f"{path} {other}; give another run_dir, or use its commit {there['commit']}")
+    if mismatch := _mismatch(checkpoint["state_dict"], module.state_dict()):
+        raise ConfigError(f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}")
 
 
-def _unlike(weights: dict, expected: dict) -> str | None:
+def _settings(config: dict, module: nn.Module) -> dict[str, object]:
+    """The values of a config that a resumed run must have in common with its first part, by dotted key.
+
+    A key that the recipe of then did not have is the constructor's default, with which that run was trained.
+    """
+    return _defaults(module) | dict(pair for section in SAME for pair in _flat(config[section], section))
+
+
+def _defaults(module: nn.Module) -> dict[str, object]:
+    """Dotted key -> default, of the constructors to which a recipe's sections go."""
+    constructed = {"optim": type(module), "eval": type(module)}
+    if isinstance(flow := getattr(module, "flow", None), nn.Module):  # not every objective has one
+        constructed["flow"] = type(flow)
+    defaults = {}
+    for section, kind in constructed.items():
+        for base in reversed(kind.__mro__):  # a constructor may hand on what it does not name
+            for name, parameter in inspect.signature(base.__init__).parameters.items():
+                if parameter.default is not parameter.empty and name not in FREE:
+                    value = parameter.default
+                    defaults[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
+    return defaults
+
+
+def _mismatch(weights: dict, expected: dict) -> str | None:
     """The first weight that one of the two has not, or in another shape, in words."""
-    other = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]
-    if not other:
+    keys = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]
+    if not keys:
         return None
-    there, here = _shape(weights, other[0]), _shape(expected, other[0])
-    return f"does not fit this flow: {other[0]} is {there} there and {here} here"
+    stored, needed = _shape(weights, keys[0]), _shape(expected, keys[0])
+    return f"does not fit this flow: {keys[0]} is {stored} there and {needed} here"
 
 
 def _shape(weights: dict, key: str) -> tuple[int, ...] | None:
@@ -193,12 +234,12 @@ def read_run(folder: str | Path):
     else:
         path = path / json.loads(finished.read_text())["checkpoint"] if path.is_dir() else path
         checkpoint = read_checkpoint(path)
-    there = checkpoint["paperflows"]
-    script = import_module(f"reproduce.{there['experiment']}")
-    flow = script.make_flow(OmegaConf.create(there["config"]), there["shape"])
+    origin = checkpoint["paperflows"]
+    script = import_module(f"reproduce.{origin['experiment']}")
+    flow = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
     weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
     stored = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")}
-    if other := _unlike(stored, weights):
-        raise ConfigError(f"{path} {other}; use its commit {there['commit']}")
+    if mismatch := _mismatch(stored, weights):
+        raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
     flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
-    return flow.eval(), there
+    return flow.eval(), origin

@@ -17,8 +17,8 @@ def in_sweep() -> bool:
     return all(os.environ.get(name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
 
 
-def agent_arguments(given: list[str], experiment: str) -> list[str]:
-    """The command line as it was given or, inside a sweep, as an agent means it.
+def agent_arguments(words: list[str], experiment: str) -> list[str]:
+    """The words of the command line or, inside a sweep, what an agent means by them.
 
     An agent writes Python values; 8.0 becomes 8 where the recipe has an int, as a sweep's q_uniform means it. Where it
     starts a preempted run again it sends that run's whole config, sections as dicts: of these values the ones that
@@ -26,9 +26,9 @@ def agent_arguments(given: list[str], experiment: str) -> list[str]:
     ConfigError: the old run was of another experiment.
     """
     if not in_sweep():
-        return given
+        return words
     values, texts = {}, {}
-    for key, _, text in (word.partition("=") for word in given if "=" in word):
+    for key, _, text in (word.partition("=") for word in words if "=" in word):
         value = _literal(text)
         leaves = _leaves(key, value)
         values |= leaves
@@ -41,7 +41,7 @@ def agent_arguments(given: list[str], experiment: str) -> list[str]:
         if values["experiment"] != experiment:
             raise ConfigError(f"this sweep's runs are of {values['experiment']}: its program is not {experiment}'s")
         texts = {key: text for key, text in texts.items() if _differs(key, values[key], recipe)}
-    return [*(word for word in given if "=" not in word), *(f"{key}={text}" for key, text in texts.items())]
+    return [*(word for word in words if "=" not in word), *(f"{key}={text}" for key, text in texts.items())]
 
 
 def _differs(key: str, value, recipe) -> bool:

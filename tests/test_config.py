@@ -161,7 +161,37 @@ def test_one_claim_may_replace_several_and_the_other_way_round():
 def test_recipes_open_with_a_comment_and_their_bases(recipe):
     text = (CONFIGS / f"{recipe}.yaml").read_text()
     assert text.startswith("# ")
-    assert next(line for line in text.splitlines() if not line.startswith("#")).startswith("bases: [base.yaml, ")
+    line = next(line for line in text.splitlines() if not line.startswith("#"))
+    assert re.fullmatch(r"bases: \[(base\.yaml, data/\w+|\w+)\.yaml\]", line)
+    assert line[len("bases: [") : -len(".yaml]")] in {*RECIPES, *(f"base.yaml, data/{name}" for name in DATA)}
+    assert re.search(r"^paper: ", text, re.MULTILINE), "a claim is never taken over from an extended recipe"
+
+
+GLOWS = {  # recipe -> what it says that glow_cifar10 does not
+    "glow_cifar10_additive5bit": {
+        **{"paper": "glow.cifar10_additive5bit", "flow.coupling": "additive", "data.n_bits": 5},
+    },
+    "glow_cifar10_conditional": {
+        **{"paper": None, "flow.coupling": "additive", "flow.n_classes": 10, "data.n_bits": 5, "data.labels": True},
+        "optim.class_weight": 0.01,
+    },
+    "glow_cifar10_modern": {
+        **{"paper": None, "flow.alpha": 0.05, "flow.min_scale": 0.5, "data.hflip": True, "data.shift": 0.0},
+        **{"optim.betas": [0.9, 0.99], "optim.warmup_steps": 1000, "optim.cooldown_steps": 29300, "ema.decay": 0.999},
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", GLOWS)
+def test_a_recipe_that_extends_another_differs_from_it_in_what_it_says(recipe):
+    plain = leaves(compose("glow_cifar10", []))
+    extended = leaves(compose(recipe, []))
+    assert plain.keys() <= extended.keys()
+    different = {key: value for key, value in extended.items() if key not in plain or plain[key] != value}
+    assert different == {"experiment": recipe, **GLOWS[recipe]}
+    assert presets(recipe) == presets("glow_cifar10")
+    small = compose(recipe, ["preset=cpu"])
+    assert (small.flow.depth, small.data.batch_size, small.optim.warmup_steps) == (8, 32, 500)  # glow_cifar10's preset
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
@@ -393,14 +423,20 @@ def test_auto_stays_possible_under_a_preset():
 
 
 @pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A small configs/ folder: two bases, a recipe with two presets, one shared part of a preset each, two data."""
+def write(tmp_path):
+    """Writes a file of the small configs/ folder."""
 
     def write(name, text):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(inspect.cleandoc(text))
 
+    return write
+
+
+@pytest.fixture
+def house(tmp_path, write, monkeypatch):
+    """A small configs/ folder: two bases, a recipe with two presets, one shared part of a preset each, two data."""
     tail = "logger: {name: csv}\ncheckpoint: {select: last}\nresume: null"
     write("one.yaml", f"only_one: 1\na: 1\nb: 1\nc: 1\nd: 1\ne: 1\n{tail}")
     write("two.yaml", "a: 2\nb: 2\nc: 2\nd: 2\ne: 2\ndata: {name: x, n: 2, m: 2}")
@@ -445,6 +481,155 @@ def test_order_of_merging_with_other_data(house):
     assert data("data.name=y", "preset=small", "data.n=9") == other | {"data.n": 9}
     assert data("preset=other") == other
     assert data("preset=other", "data.name=x") == {"data.name": "x", "data.n": 2, "data.m": 3}
+
+
+# ---------------------------------------------------------------------------------------------- recipes that extend
+
+
+@pytest.fixture
+def extending(house, write):
+    """A recipe that extends flow_x of `house`: (leaves of the composed config, given arguments)."""
+    write(
+        "one.yaml",
+        """
+        paper: null
+        a: 1
+        b: 1
+        c: 1
+        d: 1
+        e: 1
+        list: [1, 2, 3]
+        speed: 0.5
+        free: null
+        section: {k: 1}
+        logger: {name: csv}
+        """,
+    )
+    write(
+        "two.yaml",
+        """
+        bases: [one.yaml]
+        a: 2
+        free: 7
+        data: {name: x, n: 2, m: 2}
+        checkpoint: {select: last}
+        resume: null
+        """,
+    )
+    write(
+        "flow_x.yaml",
+        """
+        bases: [one.yaml, two.yaml]
+        paper: x.row
+        b: 3
+        presets:
+          small: {a: 5, b: 5, section: {k: 5}}
+          other: {data: {name: y}}
+        """,
+    )
+    write(
+        "flow_z.yaml",
+        """
+        bases: [flow_x.yaml]
+        paper: null
+        list: [4]
+        speed: 2.5
+        free: null
+        section: {k: 8, new: 9}
+        presets:
+          small: {b: 6}
+          third: {a: 7}
+        """,
+    )
+    write("presets/third.yaml", "b: 9")
+    return lambda *given: leaves(compose("flow_z", list(given)))
+
+
+def test_a_recipe_extends_a_recipe_with_its_bases_and_presets(extending):
+    plain = {"paper": None, "a": 2, "b": 3, "list": [4], "speed": 2.5, "free": None, "section.k": 8, "section.new": 9}
+    assert extending().items() >= plain.items()
+    assert presets("flow_z") == ["small", "other", "third"]
+    small = {"a": 5, "b": 6, "section.k": 5, "section.new": 9}  # flow_x's preset, and flow_z's part of it on top
+    assert extending("preset=small").items() >= (plain | small | {"data.n": 4}).items()
+    assert extending("preset=third").items() >= (plain | {"a": 7, "b": 9}).items()
+    assert extending("preset=other")["data.only_y"] == 8
+    assert extending("paper=x.row")["paper"] == "x.row"  # what is switched off can come back
+
+
+def test_a_file_that_is_reached_twice_counts_once(house, write):
+    """Where it was reached first: what stands between the two is not undone."""
+    write("flow_a.yaml", "bases: [one.yaml, two.yaml]\na: 3")
+    write("flow_b.yaml", "bases: [flow_a.yaml, one.yaml]\nb: 3")
+    assert leaves(compose("flow_b", [])).items() >= {"a": 3, "b": 3, "c": 2, "only_one": 1}.items()
+
+
+def test_a_base_may_bring_other_data(house, write):
+    """The whole section of the data set, as data.name= on the command line does."""
+    write("flow_b.yaml", "bases: [flow_x.yaml, data/y.yaml]\ndata: {n: 9}")
+    assert OmegaConf.to_container(compose("flow_b", []).data) == {"name": "y", "n": 9, "only_y": 8}
+    write("flow_c.yaml", "bases: [flow_x.yaml]\ndata: {name: y}")
+    assert OmegaConf.to_container(compose("flow_c", []).data) == {"name": "y", "n": 8, "only_y": 8}
+
+
+@pytest.mark.parametrize("claims", ["[x.one, x.two]", "{x.one: 1}"])
+def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
+    write("flow_w.yaml", f"bases: [flow_x.yaml]\npaper: {claims}")
+    assert OmegaConf.to_container(compose("flow_w", []).paper) == yaml.safe_load(claims)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("b: null", "b=null has the wrong type: it replaces 3, so give a int"),
+        ("speed: fast", "speed=fast has the wrong type: it replaces 0.5, so give a float"),
+        ("list: 3", "list=3 has the wrong type"),
+        ("section: 3", "section is a section, not a value"),
+        ("b: {c: 3}", "b is a value, not a section with b.c"),
+        ("data: {name: z}", "data.name=z is not known"),
+    ],
+)
+def test_what_is_extended_keeps_its_types(extending, write, line, message):
+    write("flow_w.yaml", f"bases: [flow_x.yaml]\n{line}")
+    assert message in mistake(recipe="flow_w")
+    if "data" not in line:
+        assert "flow_w.yaml" in mistake(recipe="flow_w")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bases: [flow_w.yaml]", "flow_w.yaml extends itself: flow_w.yaml -> flow_w.yaml"),
+        ("bases: [flow_v.yaml]", "flow_w.yaml extends itself: flow_w.yaml -> flow_v.yaml -> flow_w.yaml"),
+        ("bases: [flow_xx.yaml]", "flow_xx.yaml is missing: it is among the bases of flow_w.yaml"),
+        ("bases: flow_x.yaml", "flow_w.yaml needs its bases as a list"),
+        ("bases: null", "flow_w.yaml needs its bases as a list"),
+        ("bases: [3]", "flow_w.yaml needs its bases as a list"),
+        ("- 3", "flow_w.yaml needs its bases as a list"),
+        ("bases: [", "cannot read"),
+    ],
+)
+def test_bases_that_cannot_be_are_one_line(house, write, text, message):
+    write("flow_w.yaml", text)
+    write("flow_v.yaml", "bases: [flow_x.yaml, flow_w.yaml]")
+    assert message in mistake(recipe="flow_w")
+
+
+def test_a_script_without_a_recipe_is_one_line(house):
+    assert "link.yaml is missing: a script needs a recipe of its name" in mistake(recipe="link")
+
+
+def test_help_follows_bases_of_bases(house, write):
+    """A base says what a key is; a recipe where its value is from, which is no longer so where that is replaced."""
+    write(
+        "one.yaml", "a: 1  # a key\nb: 1  # another key\nc: 1\nd: 1\ndata: {name: x}\nlogger: {name: csv}\nresume: null"
+    )
+    write("two.yaml", "checkpoint: {select: last}\nd: 1  # of two")
+    write("flow_x.yaml", "bases: [one.yaml, two.yaml]\na: 2\nb: 2  # from x\nc: 2  # from x")
+    write("flow_z.yaml", "bases: [flow_x.yaml]\nb: 3\nd: 3  # from z")
+    lines = describe("flow_z", "").splitlines()
+    assert {"  a=2  # a key", "  b=3  # another key", "  c=2  # from x", "  d=3  # from z"} <= set(lines)
+    write("flow_z.yaml", "bases: [flow_x.yaml]\nc: 3")
+    assert "  c=3" in describe("flow_z", "").splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- help

@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ import torch
 from cases import TINY
 from PIL import Image
 
+from datamodules import DATA
+from datamodules.two_moons import TwoMoons
 from flows.recompute import recompute
+from reproduce import config as config_module
 from reproduce import load, realnvp_cifar10, realnvp_moons
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
@@ -221,6 +226,23 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
     if "preset=gpu" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert said in mistake(capsys, *arguments, f"run_dir={tmp_path / 'run'}")
+
+
+def test_data_with_a_validation_split_of_their_own_need_no_n_val(tmp_path, monkeypatch, capsys):
+    shutil.copytree(config_module.CONFIGS, tmp_path / "configs")
+    path = tmp_path / "configs" / "data" / "two_moons.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "n_val:" not in line))
+    monkeypatch.setattr(config_module, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setitem(DATA, "two_moons", partial(TwoMoons, n_val=16))
+    few = ["data.n_train=64", "data.batch_size=32", "data.n_test=16", "samples.n=8", "trainer.max_steps=2"]
+    words = [*few, "flow.n_couplings=1", "flow.hidden_channels=2", "logger.name=none", f"run_dir={tmp_path / 'run'}"]
+    result = realnvp_moons.main(words)
+    assert "n_val" not in result["config"]["data"]
+    assert result["tested"]["chosen"] == "best"
+    assert "val/nll" in result["metrics"]
+    line = mistake(capsys, *words[:-1], "trainer.limit_val_batches=0", main=realnvp_moons.main)
+    wanted = "trainer.limit_val_batches=0 leaves nothing to choose the best weights by: add checkpoint.select=last"
+    assert line == f"error: {wanted}"
 
 
 def test_without_validation_the_last_weights_are_tested(tmp_path):

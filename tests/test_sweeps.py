@@ -128,6 +128,23 @@ def test_there_are_sweeps():
     assert {path.stem for path in FILES} == recipes | {"realnvp_cifar10_grid"}
 
 
+@pytest.mark.parametrize(
+    ("stem", "own"),
+    [
+        ("glow_cifar10_additive5bit", set()),
+        ("glow_cifar10_conditional", {"method", "optim.class_weight"}),
+        ("glow_cifar10_modern", {"early_terminate", "command", "ema.decay", "data.batch_size"}),
+        ("glow_photos", {"method", "flow.coupling", "flow.hidden_channels", "data.batch_size"}),
+    ],
+)
+def test_what_the_glow_sweeps_share_stays_in_step(stem, own):
+    """W&B reads a sweep by `yaml.safe_load` from one file, so recipes may extend one another and sweeps cannot."""
+    first, other = (load(CONFIGS / "sweeps" / f"{name}.yaml") for name in ("glow_cifar10", stem))
+    first, other = (sweep | sweep.pop("parameters") for sweep in (first, other))
+    different = {key for key in first | other if first.get(key) != other.get(key)}
+    assert different == {"program", "name", *own}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_wandb_takes_the_file(path):
     assert violations(load(path)) == []

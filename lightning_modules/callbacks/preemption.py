@@ -16,7 +16,9 @@ from lightning_modules.optimizer_steps import ends_step, validates_now
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 
 NOTHING, STOP, REQUEUE = 0, 1, 2
-MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR1: REQUEUE}
+MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP}
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    MEANING[signal.SIGUSR1] = REQUEUE
 
 
 class Preemption(Checkpoint):
