@@ -181,8 +181,8 @@ class FlowModel(Flow):
         """ValueError, one line: an estimated log-determinant lacks its noise, or an exact one was handed some."""
         name = type(self).__name__
         if self.noise_shape is not None and noise is None:
-            wanted = f"(B, {', '.join(map(str, self.noise_shape))})"
-            raise ValueError(f"the log-determinant of {name} is an estimate: give noise {wanted}, uniform in [0, 1)")
+            shape = f"(B, {', '.join(map(str, self.noise_shape))})"
+            raise ValueError(f"the log-determinant of {name} is an estimate: give noise {shape}, uniform in [0, 1)")
         if self.noise_shape is None and noise is not None:
             raise ValueError(f"the log-determinant of {name} is exact: leave the noise out")
 

@@ -15,16 +15,16 @@ class Classes:
 
     def check(self, context: Any, model: str) -> None:
         """ValueError, one line, where `context` holds no classes. model: the name of the flow's class."""
-        wanted = f"this {model} is class-conditional: give the classes as context, (B,) int64"
+        request = f"this {model} is class-conditional: give the classes as context, (B,) int64"
         if not isinstance(context, Tensor):
-            raise ValueError(f"{wanted}, not {type(context).__name__}")
+            raise ValueError(f"{request}, not {type(context).__name__}")
         if context.dim() != 1 or context.dtype != torch.int64:
-            raise ValueError(f"{wanted}, not {tuple(context.shape)} {context.dtype}")
+            raise ValueError(f"{request}, not {tuple(context.shape)} {context.dtype}")
         # On a GPU the values are not looked at: that would wait for the device in every step.
         if context.device.type == "cpu" and not torch.compiler.is_compiling() and len(context):
             low, high = context.min(), context.max()
             if low < 0 or high >= self.n_classes:
-                raise ValueError(f"{wanted}, from 0 to {self.n_classes - 1}, not {low} to {high}")
+                raise ValueError(f"{request}, from 0 to {self.n_classes - 1}, not {low} to {high}")
 
     def examples(self, n: int, device: torch.device) -> Tensor:
         """n contexts for pictures: the classes in turn, (n,)."""
@@ -39,11 +39,11 @@ class Images:
 
     def check(self, context: Any, model: str) -> None:
         """ValueError, one line, where `context` holds no such images. model: the name of the flow's class."""
-        wanted = f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
+        request = f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
         if not isinstance(context, Tensor):
-            raise ValueError(f"{wanted}, not {type(context).__name__}")
+            raise ValueError(f"{request}, not {type(context).__name__}")
         if context.dim() != 4 or context.shape[1] != self.channels or not context.is_floating_point():
-            raise ValueError(f"{wanted}, floating point, not {tuple(context.shape)} {context.dtype}")
+            raise ValueError(f"{request}, floating point, not {tuple(context.shape)} {context.dtype}")
 
     def examples(self, n: int, device: torch.device) -> None:
         """None: images cannot be made up, so pictures take those of the validation data."""

@@ -65,9 +65,9 @@ class Glow(FlowModel):
         super().__init__()
         if min(n_levels, depth, hidden_channels) < 1:
             raise ValueError("flow.n_levels, flow.depth and flow.hidden_channels must be at least 1")
-        for key, value, known in (("coupling", coupling, COUPLINGS), ("permutation", permutation, PERMUTATIONS)):
-            if value not in known:
-                raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(known)}")
+        for key, value, choices in (("coupling", coupling, COUPLINGS), ("permutation", permutation, PERMUTATIONS)):
+            if value not in choices:
+                raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(choices)}")
         self.shape, self.n_levels = tuple(shape), n_levels
         self.check_image_shape(self.shape)
         self.conditioned_on = None if n_classes is None else Classes(n_classes)

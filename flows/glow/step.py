@@ -63,11 +63,11 @@ def _differentiable(ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor,
     """The same gradients as autograd makes them."""
     x, weight, bias, *folded = inputs
     outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
-    given = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-    outputs, grads = zip(*given, strict=True)  # an additive coupling's log_det is a constant
-    found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], grads, create_graph=True)
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)  # an additive coupling's log_det is a constant
+    needed = [i for i, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
+    needed_gradients = torch.autograd.grad(outputs, [inputs[i] for i in needed], grads, create_graph=True)
     gradients = [None] * len(inputs)
-    for i, gradient in zip(wanted, found, strict=True):
+    for i, gradient in zip(needed, needed_gradients, strict=True):
         gradients[i] = gradient
     return gradients
