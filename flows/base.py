@@ -79,11 +79,17 @@ class FlowModel(Flow):
     Differs from a layer in one thing: the latent is a tuple, one tensor a level, also where there is one level.
     Subclasses set `shape` (of one datum) and `latent_shapes` (of one latent each), and `n_classes` where the context
     is a class, (B,) int64.
+
+    noise_shape: None where the log-determinant is exact; else the shape of one datum's noise, uniform on [0, 1), from
+    which it is estimated: `log_prob`, `forward` and `inverse` then take the noise (B, *noise_shape) after the context.
+    needs_autograd: whether evaluation takes gradients, and so has to run under `torch.enable_grad`.
     """
 
     shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
     n_classes: int | None = None
+    noise_shape: tuple[int, ...] | None = None
+    needs_autograd = False
     base = StandardNormal()
 
     @abstractmethod
