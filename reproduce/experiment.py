@@ -1,7 +1,6 @@
 """The only glue: a config becomes a trainer, a trainer a run folder, a run folder a result."""
 
 import copy
-import inspect
 import json
 import logging
 import sys
@@ -13,7 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +30,7 @@ from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.cuda_graph import CudaGraph
 from lightning_modules.density import DensityModule
+from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe
@@ -168,18 +168,10 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
         given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"Lightning does not take {given}: {error}") from error
-    _adapt(trainer, preemption)
+    set_signal_handlers_with(trainer, preemption.listen)
+    send_no_buffers(trainer)
     _accumulate(config, trainer, module)
     return trainer
-
-
-def _adapt(trainer: L.Trainer, preemption: Preemption) -> None:
-    """Two things that Lightning 2.6 has no argument for."""
-    trainer._signal_connector.register_signal_handlers = preemption.listen
-    if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
-        known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
-        trainer.strategy._ddp_kwargs[name] = False
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
+from lightning_modules.lightning_internals import name_no_anonymous_mode
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
 from reproduce.sweep import in_sweep
@@ -32,7 +33,7 @@ class StepLogger(L.loggers.WandbLogger):
 
     def __init__(self, batch_size: int, **arguments) -> None:
         super().__init__(**arguments)
-        self._wandb_init.pop("anonymous", None)  # Lightning always gives it, and wandb warns where it is given
+        name_no_anonymous_mode(self)
         self.batch_size = batch_size
         self.trainer: L.Trainer | None = None
         self.first: int | None = None

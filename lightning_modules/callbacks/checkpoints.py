@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_modules.lightning_internals import count_running_epoch
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from lightning_modules.stopping import RunStopped
 
@@ -37,14 +38,7 @@ class Checkpoints(Checkpoint):
         self.best = state["best"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Count the epoch that is running as begun.
-
-        Lightning 2.6.6 forgets to after a resume from the last batch of an epoch; a second resume from such a batch
-        would then repeat the epoch's number, so its order and noise.
-        """
-        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            progress["ready"] = progress["started"] = progress["processed"] + 1
-            progress["completed"] = progress["processed"]
+        count_running_epoch(checkpoint)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
         if not ends_step(trainer, batch_idx):
