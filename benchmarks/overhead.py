@@ -80,9 +80,7 @@ def main(argv=None):
         given.append(f"run_dir={tempfile.mkdtemp()}")
     config = load_config("realnvp_cifar10", __doc__, given)
     data = make_data(seed=config.seed, **config.data)
-    module = DensityModule(
-        make_flow(config, data.shape), data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval
-    )
+    module = DensityModule.of(config, make_flow(config, data.shape), data)
     alternate = Alternate()
     trainer = make_trainer(config, module, alternate)
     fit(config, trainer, module, data)

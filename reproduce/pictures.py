@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
-from lightning_modules.callbacks.samples import drawn, finite_share, picture
+from lightning_modules.callbacks.samples import finite_share, picture
+from lightning_modules.density import drawn
 from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
 from reproduce.command import command
@@ -93,7 +94,7 @@ class Run:
             raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
         chosen = np.random.default_rng(self.options.seed).permutation(len(images))[:n]
         q, index, *labels = default_collate([images[0, i] for i in chosen.tolist()])
-        x = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
+        x, _ = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
         return x, labels[0] if labels else None
 
     def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
