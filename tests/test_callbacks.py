@@ -12,7 +12,6 @@ from lightning_modules.callbacks.samples import Samples, picture
 from lightning_modules.optimizer_steps import last_step
 from results.metrics import Metric
 
-
 BPD, PSNR = Metric("bpd", "lower", "bits/dim"), Metric("psnr", "higher", "dB")
 
 
