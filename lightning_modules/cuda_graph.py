@@ -20,7 +20,7 @@ class CudaGraph:
     def __init__(self, flow: nn.Module) -> None:
         self.flow = flow
         self._replay: Callable | None = None
-        self._of: tuple | None = None  # the method and the shapes that were captured
+        self._signature: tuple | None = None  # the method and the shapes that were captured
 
     def __deepcopy__(self, memo: dict) -> "CudaGraph":
         """Of a copy nothing has been captured."""
@@ -28,10 +28,10 @@ class CudaGraph:
 
     def __call__(self, method: Callable, *inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """method(*inputs), under the ambient autocast of the first call. ValueError, one line: it is not capturable."""
-        wanted = (method.__name__, *(None if x is None else x.shape for x in inputs))
+        signature = (method.__name__, *(None if x is None else x.shape for x in inputs))
         if self._replay is None:
             try:
-                self._replay, self._of = self._captured(method, inputs), wanted
+                self._replay, self._signature = self._captured(method, inputs), signature
             except RuntimeError as error:
                 if "captur" not in str(error):
                     raise
@@ -39,8 +39,8 @@ class CudaGraph:
                 raise ValueError(
                     f"{type(self.flow).__name__} cannot be captured ({reason}): add trainer.cuda_graph=false"
                 ) from error
-        if wanted != self._of:
-            raise RuntimeError(f"captured was {self._of}, not {wanted}")
+        if signature != self._signature:
+            raise RuntimeError(f"captured was {self._signature}, not {signature}")
         return self._replay(*_tensors(inputs))
 
     def _captured(self, method: Callable, inputs: tuple[Tensor | None, ...]) -> Callable:
@@ -51,8 +51,8 @@ class CudaGraph:
         buffers = list(self.flow.buffers())
         before = [buffer.clone() for buffer in buffers]
         make = torch.cuda.make_graphed_callables
-        known = "capture_error_mode" in inspect.signature(make).parameters  # not yet in torch 2.11
-        other_threads = {"capture_error_mode": "thread_local"} if known else {}  # they pin batches meanwhile
+        has_mode = "capture_error_mode" in inspect.signature(make).parameters  # not yet in torch 2.11
+        other_threads = {"capture_error_mode": "thread_local"} if has_mode else {}  # they pin batches meanwhile
         with torch.autocast("cuda", enabled=False):  # `call` has its own
             replay = make(call, examples, allow_unused_input=True, **other_threads)
         with torch.no_grad():  # its trial runs have moved running statistics

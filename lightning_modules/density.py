@@ -129,14 +129,17 @@ class DensityModule(OptimizedModule):
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """ValueError, one line: the flow is conditioned on what the data have not."""
-        wanted, name = self.flow.n_classes, type(data).__name__
-        if wanted is None:
+        n_classes = self.flow.n_classes
+        if n_classes is None:
             return
         if not data.labels:
-            raise ValueError(f"flow.n_classes={wanted} needs classes: give data.labels=true, where the data have them")
-        if wanted != data.n_classes:
             raise ValueError(
-                f"flow.n_classes={wanted}, but {name} has {data.n_classes}: give flow.n_classes={data.n_classes}"
+                f"flow.n_classes={n_classes} needs classes: give data.labels=true, where the data have them"
+            )
+        if n_classes != data.n_classes:
+            raise ValueError(
+                f"flow.n_classes={n_classes}, but {type(data).__name__} has {data.n_classes}: "
+                f"give flow.n_classes={data.n_classes}"
             )
 
     def needs_initialization(self) -> bool:
@@ -284,8 +287,8 @@ class DensityModule(OptimizedModule):
         for name, values in measures.items():
             mean = self.eval_means[f"{name}{suffix}"]
             mean.update(values.detach())
-            shown = name == self.metric.name and not suffix
-            self.log(f"{split}/{name}{suffix}", mean, on_step=False, on_epoch=True, prog_bar=shown)
+            in_bar = name == self.metric.name and not suffix
+            self.log(f"{split}/{name}{suffix}", mean, on_step=False, on_epoch=True, prog_bar=in_bar)
 
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -296,8 +299,8 @@ class DensityModule(OptimizedModule):
     def _prepare_evaluation(self, both: bool) -> None:
         self._evaluated = {"": self.flow}
         averaged = any(isinstance(c, L.callbacks.WeightAveraging) for c in self.trainer.callbacks)
-        wanted = self.bn_images > 0 and (both or averaged) and not self.trainer.sanity_checking
-        if not wanted or not has_batch_norm(self.flow):
+        asked = self.bn_images > 0 and (both or averaged)
+        if not asked or self.trainer.sanity_checking or not has_batch_norm(self.flow):
             return
         with evaluation(self.device.type), self._gradients():
             batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))

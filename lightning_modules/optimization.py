@@ -135,8 +135,8 @@ class OptimizedModule(Objective):
     def _restore_statistics(self, finite: Tensor) -> None:
         """Take back the running statistics of a step that is skipped, without asking the host whether it is."""
         if self._statistics:
-            kept = torch.where(finite, flattened(self._statistics), self._before)
-            parts = kept.split([b.numel() for b in self._statistics])
+            statistics = torch.where(finite, flattened(self._statistics), self._before)
+            parts = statistics.split([b.numel() for b in self._statistics])
             torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
 
 

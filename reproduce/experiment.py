@@ -113,7 +113,7 @@ def _decide_run_dir(config: DictConfig) -> None:
 
 def _validates(config: DictConfig) -> bool:
     """Whether there are validation data: a data set without the key n_val has a split of its own."""
-    held_out = config.data.n_val > 0 if _has(config, "data.n_val") else True
+    held_out = bool(config.data.n_val) if _has(config, "data.n_val") else True
     return held_out and config.trainer.limit_val_batches != 0
 
 
@@ -135,8 +135,8 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     if type(settings["max_epochs"]) not in (int, type(None)):
         raise ConfigError(f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int")
     interval = settings["val_check_interval"]
-    chooses = module.metric if _validates(config) else None
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, chooses)
+    metric = module.metric if _validates(config) else None
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, metric)
     preemption = Preemption(checkpoints)
     preemption.listen()
     callbacks = [

@@ -84,11 +84,11 @@ def make_logger(config: DictConfig):
 def _wandb_id(folder: Path) -> str:
     """The run's id at W&B: the agent's in a sweep, else kept in the folder, so that a resumed run is the same there."""
     path = folder / "wandb-run-id.txt"
-    kept = path.read_text().strip() if path.is_file() else None
-    chosen = os.environ["WANDB_RUN_ID"] if in_sweep() else kept or secrets.token_hex(8)
-    if chosen != kept:
-        write(path, f"{chosen}\n")
-    return chosen
+    earlier_id = path.read_text().strip() if path.is_file() else None
+    run_id = os.environ["WANDB_RUN_ID"] if in_sweep() else earlier_id or secrets.token_hex(8)
+    if run_id != earlier_id:
+        write(path, f"{run_id}\n")
+    return run_id
 
 
 def report(logger, result: dict) -> None:

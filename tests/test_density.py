@@ -284,6 +284,16 @@ def test_l2_is_added_to_the_nats():
     assert losses[0.25] == pytest.approx(losses[0.0] + 0.25 * penalty, rel=1e-6)
 
 
+def test_a_trial_is_a_loss_of_made_up_images_without_a_trainer():
+    """By which a run's duration is told; there is none for points."""
+    module, point = density(), density(RealNVP2d(hidden_channels=4), TwoMoons)
+    loss = module.trial(4)
+    loss.backward()
+    assert 0 < loss.item() < 192 * 8
+    assert all(p.grad is not None for p in module.flow.parameters())
+    assert point.trial(4) is None
+
+
 def test_the_loss_is_the_mean_of_minus_log_p():
     data, flow = RandomImages(), tiny_flow().train()
     q = torch.stack([data.train[key][0] for key in list(TrainSampler(64, 16, 0))[:16]])

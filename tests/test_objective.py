@@ -227,6 +227,16 @@ def test_what_is_not_declared_is_not_there():
             use()
 
 
+@pytest.mark.parametrize(
+    ("data", "limit", "expected"),
+    [({"n_val": 5}, None, True), ({"n_val": 0}, None, False), ({}, None, True), ({}, 0, False)],
+)
+def test_a_data_set_with_a_split_of_its_own_needs_no_n_val(data, limit, expected):
+    config = OmegaConf.create({"data": data, "trainer": {"limit_val_batches": limit}})
+    OmegaConf.set_struct(config, True)
+    assert experiment._validates(config) is expected
+
+
 def test_parts_of_what_is_trained_are_compiled_one_by_one():
     compiled = []
 

@@ -111,8 +111,8 @@ class Curve(L.Callback):
         self._write()
         if step == 0 and trainer.logger is not None and val is not None:  # Lightning logs nothing of its sanity check
             trainer.logger.log_metrics({f"val/{metric}": val.item()}, step=0)
-        shown = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
-        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(shown)}")
+        values = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
+        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(values)}")
 
     @rank_zero_only
     def _write(self) -> None:
