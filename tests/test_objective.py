@@ -219,6 +219,8 @@ def test_what_is_not_declared_is_not_there():
     assert not plain.needs_initialization()
     assert plain.check_data(None) is plain.check_skipped() is plain.trial(3) is None
     assert plain.draw(2, 1.0, 0) is plain.reconstruct([torch.zeros(2)]) is None
+    x, context, log_weight, noise = plain.input_of([torch.ones(2, 3), torch.arange(2), torch.tensor([4, 5])])
+    assert (x.shape, context.tolist(), log_weight.tolist(), noise) == ((2, 3), [4, 5], [0.0, 0.0], None)
     assert plain.skipped.item() == plain.skipped_last.item() == 0
     with pytest.raises(ValueError, match=r"Objective captures no CUDA graphs: give trainer.cuda_graph=false"):
         plain.capture()
