@@ -22,6 +22,7 @@ from torch import nn
 from datamodules import make_data
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.density import DensityModule
+from lightning_modules.lightning_internals import broadcast_no_signals, broadcast_signals
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.realnvp_cifar10 import make_flow
 
@@ -38,8 +39,7 @@ class Alternate(L.Callback):
         self.last = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loop = type(trainer.fit_loop.epoch_loop)
-        self.agree, self.broadcast = Preemption._agree, loop._broadcast_sigterm_tensor
+        self.agree = Preemption._agree
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx) -> None:
         now, kinds = time.perf_counter(), ("guarded", "bare")
@@ -54,8 +54,7 @@ class Alternate(L.Callback):
                 setattr(pl_module, name, function)
         Preemption._agree = _nothing if bare else self.agree
         if trainer.world_size > 1:
-            loop = trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor = self.broadcast.__get__(loop) if bare else _nothing
+            (broadcast_signals if bare else broadcast_no_signals)(trainer)
         self.last = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,9 +80,7 @@ def main(argv=None):
         given.append(f"run_dir={tempfile.mkdtemp()}")
     config = load_config("realnvp_cifar10", __doc__, given)
     data = make_data(seed=config.seed, **config.data)
-    module = DensityModule(
-        make_flow(config, data.shape), data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval
-    )
+    module = DensityModule.of(config, make_flow(config, data.shape), data)
     alternate = Alternate()
     trainer = make_trainer(config, module, alternate)
     fit(config, trainer, module, data)

@@ -30,7 +30,6 @@ from datamodules import make_data
 from flows.glow import Glow
 from lightning_modules.callbacks.samples import finite_share
 from lightning_modules.density import DensityModule
-from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import full_float32
 from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
@@ -82,7 +81,7 @@ class FixedBatch(L.Callback):
 def fixed_images(data, module: DensityModule) -> Tensor:
     """The first images of a split, dequantised with their own evaluation noise, (256, C, H, W)."""
     images, indices = default_collate([data[0, i][:2] for i in range(min(N_IMAGES, len(data)))])
-    return evaluation_input(module.dequantizer, images, indices, module.noise_seed).to(module.device)
+    return module.input_of([images, indices]).x.to(module.device)
 
 
 def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
@@ -107,7 +106,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
     config = load_config(glow_cifar10.__file__, __doc__, words)
     data = make_data(seed=config.seed, **config.data)
     flow = glow_cifar10.make_flow(config, data.shape)
-    module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
+    module = DensityModule.of(config, flow, data)
     watch = FixedBatch(every)
     trainer = make_trainer(config, module, watch)
     with contextlib.suppress(Diverged):  # what is looked for: measured as far as it came

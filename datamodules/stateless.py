@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datamodules.dequantization import Dequantizer
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
 
@@ -20,20 +21,36 @@ def ignore_signals(worker: int) -> None:
 
 
 class StatelessDataModule(L.LightningDataModule):
-    """What every datamodule shares. Subclasses set `shape`, and `train`, `val`, `test` data sets in `setup`.
+    """What every datamodule shares, and all that may be used of one.
 
-    Batches are (datum, index) or, with classes, (datum, index, label). `n_bits` and `dequantizer` are None where data
-    are real numbers (points); `n_classes` and `class_names` are None where data have no classes.
+    Known from construction on, so that a script can build the model before it reads any data:
+        shape           of one datum.
+        n_bits          of integers, 0 .. 2^n_bits - 1, as uint8; None for real numbers.
+        dequantizer     a `Dequantizer` of these integers; None for real numbers.
+        labels          whether batches have the number of a class: then n_classes is how many there are.
+        n_classes, class_names
+                        None where the data have no classes.
+    Set by `setup`, after `prepare_data` has made sure that the files are there:
+        train, val, test
+                        data sets whose item (epoch, index) is (datum, index), with labels (datum, index, label), a pure
+                        function of seed, epoch and index; `val` and `test` do not depend on the epoch. `val` may be
+                        empty.
+
+    Batches are items, collated. A data set without a validation split of its own takes `n_val` as an argument, so that
+    a recipe has the key data.n_val: how many training data are held out, 0 for a run without validation. One with such
+    a split needs no such key; `trainer.limit_val_batches=0` then leaves it out.
+
     batch_size: of an optimizer step, over all processes. micro_batch: data that one process holds at once, or None
-    for all of its share; an optimizer step then accumulates several.
+    for all of its share; an optimizer step then accumulates several. num_workers: processes that load data. seed: of
+    the order, and of flips and crops in training.
     """
 
+    shape: tuple[int, ...]
     n_bits: int | None = None
-    dequantizer = None
+    dequantizer: Dequantizer | None = None
     n_classes: int | None = None
     class_names: tuple[str, ...] | None = None
-    labels = False  # whether batches have them
-    shape: tuple[int, ...]
+    labels = False
     train: Dataset
     val: Dataset
     test: Dataset
@@ -44,6 +61,7 @@ class StatelessDataModule(L.LightningDataModule):
 
     @property
     def n_train(self) -> int:
+        """The size of the training set, after `setup`."""
         return len(self.train)
 
     def train_dataloader(self) -> TrainLoader:

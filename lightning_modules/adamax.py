@@ -81,8 +81,8 @@ class Adamax(torch.optim.Adamax):
         """Gather in vectors what `state` holds: a checkpoint's moments, or nothing yet."""
         self._grad = weights[0].new_empty(sum(p.numel() for p in weights))
         self._grads = _views(self._grad, weights)
-        known = next((self.state[p] for p in weights if self.state[p]), {})
-        step = known.get("step", torch.zeros(()))
+        stored = next((self.state[p] for p in weights if self.state[p]), {})
+        step = stored.get("step", torch.zeros(()))
         moments = {"step": step.to(self._grad.device, torch.float64, copy=True)}
         views = {}
         for name in ("exp_avg", "exp_inf"):

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.density import DensityModule
-from lightning_modules.metrics import image_mean
+from results.metrics import Metric
 
 
 class ClassConditionalModule(DensityModule):
@@ -17,25 +17,22 @@ class ClassConditionalModule(DensityModule):
     class_weight: .01 in the code. The other arguments are those of `DensityModule`.
     """
 
+    extra_metrics = (Metric("accuracy", "higher", "share of images"),)
+
     def __init__(self, flow, dequantizer, n_bits, seed: int, class_weight: float = 0.01, **arguments) -> None:
         super().__init__(flow, dequantizer, n_bits, seed, **arguments)
         if flow.n_classes is None:
             raise ValueError(f"this {type(flow).__name__} knows no classes: give flow.n_classes and data.labels=true")
         if class_weight < 0:
             raise ValueError(f"optim.class_weight={class_weight} is negative: give 0.01, or 0 for none")
-        self.class_weight, self.accuracy = class_weight, image_mean()  # accuracy: of evaluation
+        self.class_weight = class_weight
 
-    def _objective(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        log_prob, logits = self._run(self.flow.log_prob_and_class_logits, x, context)
+    def objective(self, x: Tensor, context: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, logits = self.run(self.flow.log_prob_and_class_logits, x, context, *noise)
         class_loss = F.cross_entropy(logits, context)
         self.log("train/class_loss", class_loss.detach())
-        return log_prob, -log_prob.mean() + self.class_weight * x[0].numel() * class_loss
+        return log_prob, self.class_weight * x[0].numel() * class_loss
 
-    def _evaluate(self, batch: tuple[Tensor, ...], split: str) -> None:
-        super()._evaluate(batch, split)
-        self.log(f"{split}/accuracy", self.accuracy, on_step=False, on_epoch=True)
-
-    def _log_prob(self, flow, x: Tensor, context=None) -> Tensor:
-        log_prob, logits = flow.log_prob_and_class_logits(x, context)
-        self.accuracy.update((logits.argmax(1) == context).float())
-        return log_prob
+    def evaluate(self, flow, x: Tensor, context: Tensor, *noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        log_prob, logits = flow.log_prob_and_class_logits(x, context, *noise)
+        return log_prob, {"accuracy": (logits.argmax(1) == context).float()}

@@ -20,18 +20,18 @@ class CudaGraph:
     def __init__(self, flow: nn.Module) -> None:
         self.flow = flow
         self._replay: Callable | None = None
-        self._of: tuple | None = None  # the method and the shapes that were captured
+        self._signature: tuple | None = None  # the method and the shapes that were captured
 
     def __deepcopy__(self, memo: dict) -> "CudaGraph":
         """Of a copy nothing has been captured."""
         return CudaGraph(copy.deepcopy(self.flow, memo))
 
-    def __call__(self, method: Callable, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, method: Callable, *inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """method(*inputs), under the ambient autocast of the first call. ValueError, one line: it is not capturable."""
-        wanted = (method.__name__, *(x.shape for x in inputs))
+        signature = (method.__name__, *(None if x is None else x.shape for x in inputs))
         if self._replay is None:
             try:
-                self._replay, self._of = self._captured(method, inputs), wanted
+                self._replay, self._signature = self._captured(method, inputs), signature
             except RuntimeError as error:
                 if "captur" not in str(error):
                     raise
@@ -39,19 +39,22 @@ class CudaGraph:
                 raise ValueError(
                     f"{type(self.flow).__name__} cannot be captured ({reason}): add trainer.cuda_graph=false"
                 ) from error
-        if wanted != self._of:
-            raise RuntimeError(f"captured was {self._of}, not {wanted}")
-        return self._replay(*inputs)
+        if signature != self._signature:
+            raise RuntimeError(f"captured was {self._signature}, not {signature}")
+        return self._replay(*_tensors(inputs))
 
-    def _captured(self, method: Callable, inputs: tuple[Tensor, ...]) -> Callable:
-        call = _Call(self.flow, method, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+    def _captured(self, method: Callable, inputs: tuple[Tensor | None, ...]) -> Callable:
+        places = [x is not None for x in inputs]
+        autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        call = _Call(self.flow, method, places, *autocast)
+        examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in _tensors(inputs))
         buffers = list(self.flow.buffers())
         before = [buffer.clone() for buffer in buffers]
         make = torch.cuda.make_graphed_callables
-        known = "capture_error_mode" in inspect.signature(make).parameters  # not yet in torch 2.11
-        other_threads = {"capture_error_mode": "thread_local"} if known else {}  # they pin batches meanwhile
+        has_mode = "capture_error_mode" in inspect.signature(make).parameters  # not yet in torch 2.11
+        other_threads = {"capture_error_mode": "thread_local"} if has_mode else {}  # they pin batches meanwhile
         with torch.autocast("cuda", enabled=False):  # `call` has its own
-            replay = make(call, tuple(x.clone() for x in inputs), allow_unused_input=True, **other_threads)
+            replay = make(call, examples, allow_unused_input=True, **other_threads)
         with torch.no_grad():  # its trial runs have moved running statistics
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -59,12 +62,24 @@ class CudaGraph:
 
 
 class _Call(nn.Module):
-    """A method of a flow under an autocast whose copies of weights do not outlive the call."""
+    """A method of a flow under an autocast whose copies of weights do not outlive the call.
 
-    def __init__(self, flow: nn.Module, method: Callable, enabled: bool, dtype: torch.dtype) -> None:
+    places: which of the method's arguments are tensors; the others are None.
+    """
+
+    def __init__(
+        self, flow: nn.Module, method: Callable, places: list[bool], enabled: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.flow, self.method, self.enabled, self.dtype = flow, method, enabled, dtype
+        self.flow, self.method, self.places, self.enabled, self.dtype = flow, method, places, enabled, dtype
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        tensors = iter(inputs)
+        arguments = [next(tensors) if is_tensor else None for is_tensor in self.places]
         with torch.autocast("cuda", self.dtype, self.enabled, cache_enabled=False):
-            return self.method(*inputs)
+            return self.method(*arguments)
+
+
+def _tensors(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Those arguments that a graph takes: None, an absent context, is part of the code."""
+    return tuple(x for x in inputs if x is not None)

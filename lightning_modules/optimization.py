@@ -1,11 +1,11 @@
 """How weights are updated: optimizer, warm-up, clipping, and what happens to a step that is not finite."""
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_modules.adamax import Adamax
+from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step
 from lightning_modules.schedule import Schedule, warm_up
 from lightning_modules.stopping import Diverged
@@ -14,8 +14,8 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": Adamax, "adamw": torch.optim.A
 SCHEDULES = ("constant", "cosine")
 
 
-class OptimizedModule(L.LightningModule):
-    """A module that trains `self.flow`, and leaves it alone in steps whose loss or gradient is not finite.
+class OptimizedModule(Objective):
+    """An objective that updates what is `trained`, and leaves it alone in steps whose loss or gradient is not finite.
 
     Such a step changes neither weights nor moments nor running statistics; it is counted in the buffer `skipped`. The
     gradient norm decides, on the device: no step waits for it, but in fp16 for the scaler. A loss that is not finite
@@ -26,15 +26,24 @@ class OptimizedModule(L.LightningModule):
 
     name, lr, betas, weight_decay: the optimizer's. warmup_steps: linear from 0, per optimizer step. schedule: after
     the warm-up, `constant` or a `cosine` to 0 at the last step. cooldown_steps: a constant rate falls linearly to 0 in
-    the last so many. clip_norm: of the global gradient norm, in nats.
+    the last so many. clip_norm: of the global gradient norm, in the loss's unit. seed, noise_seed: of an `Objective`.
     """
 
-    flow: nn.Module
-
     def __init__(
-        self, name, lr, betas, weight_decay, warmup_steps, schedule, cooldown_steps, clip_norm, max_skipped
+        self,
+        name="adam",
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        warmup_steps=0,
+        schedule="constant",
+        cooldown_steps=0,
+        clip_norm: float | None = None,
+        max_skipped=20,
+        seed=0,
+        noise_seed=0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed, noise_seed)
         if name not in OPTIMIZERS:
             raise ValueError(f"optim.name={name} is not known: give one of {', '.join(OPTIMIZERS)}")
         if schedule not in SCHEDULES:
@@ -52,14 +61,12 @@ class OptimizedModule(L.LightningModule):
         self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.cooldown_steps = warmup_steps, schedule, cooldown_steps
         self.clip_norm, self.max_skipped = clip_norm, max_skipped
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps, in the whole run
-        self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))  # whether the newest step was
 
     def configure_optimizers(self) -> dict:
         # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled gradients.
         fused = {"fused": True} if self.name != "adamax" and not self._scaled() else {}
         optimizer = OPTIMIZERS[self.name](
-            self.flow.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
+            self.trained.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
         )
         scheduler = Schedule(optimizer, warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -70,8 +77,8 @@ class OptimizedModule(L.LightningModule):
             return None
         last, warmup, cooldown = self.trainer.max_steps, self.warmup_steps, self.cooldown_steps
         if last < 1:
-            given = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
-            raise ValueError(f"optim.{given} ends at the last step: set trainer.max_steps")
+            setting = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
+            raise ValueError(f"optim.{setting} ends at the last step: set trainer.max_steps")
         if warmup + cooldown > last:
             advice = f"optim.warmup_steps={last // 10}" + (f" optim.cooldown_steps={last // 10}" if cooldown else "")
             raise ValueError(
@@ -81,7 +88,7 @@ class OptimizedModule(L.LightningModule):
         return last
 
     def on_train_start(self) -> None:
-        norms = (m for m in self.flow.modules() if isinstance(m, _BatchNorm))
+        norms = (m for m in self.trained.modules() if isinstance(m, _BatchNorm))
         self._statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
@@ -96,7 +103,7 @@ class OptimizedModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip the global norm here (Lightning refuses to where a fused optimizer meets mixed precision); skip."""
-        parameters = [p for p in self.flow.parameters() if p.grad is not None]
+        parameters = [p for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
@@ -128,8 +135,8 @@ class OptimizedModule(L.LightningModule):
     def _restore_statistics(self, finite: Tensor) -> None:
         """Take back the running statistics of a step that is skipped, without asking the host whether it is."""
         if self._statistics:
-            kept = torch.where(finite, flattened(self._statistics), self._before)
-            parts = kept.split([b.numel() for b in self._statistics])
+            statistics = torch.where(finite, flattened(self._statistics), self._before)
+            parts = statistics.split([b.numel() for b in self._statistics])
             torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_modules.callbacks.preemption import MEANING
+from lightning_modules.lightning_internals import kill_ranks
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
@@ -87,9 +88,8 @@ def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RunStopped as stop:
-        if not stop.agreed and trainer.strategy.launcher is not None:
-            kill = getattr(signal, "SIGKILL", signal.SIGTERM)  # SIGTERM: on Windows, where it kills
-            trainer.strategy.launcher.kill(kill)  # the ranks that it has started wait for this one
+        if not stop.agreed:
+            kill_ranks(trainer)
         if stop.code == TRY_AGAIN:
             stop.message += f"; go on with: {again} resume=auto"
         raise

@@ -1,7 +1,6 @@
 """The only glue: a config becomes a trainer, a trainer a run folder, a run folder a result."""
 
 import copy
-import inspect
 import json
 import logging
 import sys
@@ -13,7 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -29,8 +28,8 @@ from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
-from lightning_modules.cuda_graph import CudaGraph
-from lightning_modules.density import DensityModule
+from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
+from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe
@@ -130,7 +129,7 @@ def _choose_cpu_for_mps(config: DictConfig) -> None:
         rank_zero_info(f"trainer.accelerator=cpu: {MPS_LACKS}")
 
 
-def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) -> L.Trainer:
+def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L.Trainer:
     """A Trainer with everything that a run of this house has; makes the run folder and its log."""
     folder, batch_size, papers = Path(config.run_dir), config.data.batch_size, papers_of(config)
     settings = OmegaConf.to_container(config.trainer)
@@ -143,8 +142,8 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
     if type(settings["max_epochs"]) not in (int, type(None)):
         raise ConfigError(f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int")
     interval = settings["val_check_interval"]
-    monitor = f"val/{module.metric}" if _validates(config) else None
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, monitor)
+    metric = module.metric if _validates(config) else None
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, metric)
     preemption = Preemption(checkpoints)
     preemption.listen()
     callbacks = [
@@ -178,31 +177,24 @@ def make_trainer(config: DictConfig, module: DensityModule, *extra: L.Callback) 
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,  # all of it: the curve's row at step 0
             use_distributed_sampler=False,  # ours shards without padding
+            inference_mode=not module.needs_autograd,
             enable_model_summary=False,
         )
     except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
-        given = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
-        raise ConfigError(f"Lightning does not take {given}: {error}") from error
-    _adapt(trainer, preemption)
+        words = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
+        raise ConfigError(f"Lightning does not take {words}: {error}") from error
+    set_signal_handlers_with(trainer, preemption.listen)
+    send_no_buffers(trainer)
     _accumulate(config, trainer, module)
     return trainer
 
 
-def _adapt(trainer: L.Trainer, preemption: Preemption) -> None:
-    """Two things that Lightning 2.6 has no argument for."""
-    trainer._signal_connector.register_signal_handlers = preemption.listen
-    if isinstance(trainer.strategy, DDPStrategy):  # buffers are equal on all ranks: none are sent around every step
-        known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
-        trainer.strategy._ddp_kwargs[name] = False
-
-
-def _accumulate(config: DictConfig, trainer: L.Trainer, module: DensityModule) -> None:
+def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
     """Cut a step's share of a process into micro-batches; Lightning counts batches, a recipe optimizer steps."""
     n = n_micro_batches(batch_size := config.data.batch_size, config.data.micro_batch, trainer.world_size)
-    if n > 1 and has_batch_norm(module.flow):
+    if n > 1 and has_batch_norm(module.trained):
         raise ConfigError(
-            f"data.micro_batch={config.data.micro_batch}: {type(module.flow).__name__} has batch norms, which need all "
+            f"data.micro_batch={config.data.micro_batch}: {module.model_name} has batch norms, which need all "
             f"{batch_size} images of a step at once; give null, or more processes"
         )
     trainer.accumulate_grad_batches = n
@@ -223,32 +215,26 @@ def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
+def fit(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> None:
     """Train, from the newest checkpoint of the run folder where resume=auto finds one. Diverged: see diverged.json."""
-    _check_classes(config, module.flow.n_classes, data)
-    folder, path = Path(config.run_dir), None
-    found = newest_checkpoint(folder) if config.resume == "auto" else None
-    if found is not None:
-        path, checkpoint = found
-        check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
-        module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
-        there = checkpoint["paperflows"]
-        origin = f"commit {there['commit']}" + (f", job {there['job']}" if there.get("job") else "")
-        rank_zero_info(f"going on from {path} ({origin})")
-        del found, checkpoint  # as large as the model and its optimizer
-    elif config.preset is None and not torch.cuda.is_available():
+    try:
+        module.check_data(data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder = Path(config.run_dir)
+    path = _go_on(config, trainer, module) if config.resume == "auto" else None
+    if path is None and config.preset is None and not torch.cuda.is_available():
         _say_how_long(config, module)
-    n_parameters = sum(p.numel() for p in module.flow.parameters())
     rank_zero_info(
-        f"{config.experiment}: {n_parameters:,} parameters, {config.trainer.precision}, run {config.run_dir}"
+        f"{config.experiment}: {module.n_parameters:,} parameters, {config.trainer.precision}, run {config.run_dir}"
     )
     if config.trainer.recompute:
-        recompute(module.flow)
+        recompute(module.trained)
     if config.trainer.compile:
-        module.flow.compile()
+        module.compile_networks()
     if config.trainer.cuda_graph:
         if isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.accumulate_grad_batches == 1:
-            module.cuda_graph = CudaGraph(module.flow)
+            module.capture()
         else:
             rank_zero_info("trainer.cuda_graph is for one GPU that takes a batch at once: not used here")
     try:
@@ -261,26 +247,32 @@ def fit(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data:
         raise
 
 
-def _check_classes(config: DictConfig, wanted: int | None, data: L.LightningDataModule) -> None:
-    if wanted is not None and not data.labels:
-        raise ConfigError(f"flow.n_classes={wanted} needs classes: give data.labels=true, where the data have them")
-    if wanted is not None and wanted != data.n_classes:
-        name = config.data.name
-        raise ConfigError(
-            f"flow.n_classes={wanted}, but {name} has {data.n_classes}: give flow.n_classes={data.n_classes}"
-        )
+def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | None:
+    """The newest checkpoint of the run folder, whose weights the module then has; None where there is none."""
+    newest = newest_checkpoint(Path(config.run_dir))
+    if newest is None:
+        return None
+    path, checkpoint = newest
+    check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
+    module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
+    origin = checkpoint["paperflows"]
+    job_number = f", job {origin['job']}" if origin.get("job") else ""
+    rank_zero_info(f"going on from {path} (commit {origin['commit']}{job_number})")
+    return path
 
 
-def _say_how_long(config: DictConfig, module: L.LightningModule) -> None:
+def _say_how_long(config: DictConfig, module: Objective) -> None:
     """One line, measured: how long the whole budget would take on this machine without a GPU."""
-    if config.budget.images is None or len(module.flow.shape) != 3:
+    if config.budget.images is None:
         return
-    flow, x = copy.deepcopy(module.flow), torch.rand(4, *module.flow.shape)
-    classes = None if flow.n_classes is None else torch.zeros(len(x), dtype=torch.int64)
+    copied, n = copy.deepcopy(module), 4
     start = time.monotonic()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-        flow.log_prob(x, classes).mean().backward()
-    days = (time.monotonic() - start) / len(x) * config.budget.images / 86_400
+        loss = copied.trial(n)
+    if loss is None:
+        return
+    loss.backward()
+    days = (time.monotonic() - start) / n * config.budget.images / 86_400
     rank_zero_info(
         f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about {days:,.0f} days; "
         "preset=cpu is a smaller model for two cores"
@@ -314,7 +306,7 @@ def _paper(config: DictConfig, claim: dict) -> dict:
     }
 
 
-def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict:
+def record(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> dict:
     """Test the selected weights, write result.json, print the table. Returns the result (schema: results/runs.py)."""
     folder, outcome = Path(config.run_dir), _outcome(config, trainer, module, data)
     curve, samples = (_callback(trainer, kind) for kind in (Curve, Samples))
@@ -344,7 +336,7 @@ def record(config: DictConfig, trainer: L.Trainer, module: L.LightningModule, da
     return result
 
 
-def _outcome(config: DictConfig, trainer: L.Trainer, module: DensityModule, data: L.LightningDataModule) -> dict:
+def _outcome(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> dict:
     """What a result says of the training that has ended: all but the metrics, which are empty."""
     images, budget = trainer.global_step * config.data.batch_size, config.budget.images
     curve, provenance = (_callback(trainer, kind) for kind in (Curve, Provenance))
@@ -367,7 +359,7 @@ def _outcome(config: DictConfig, trainer: L.Trainer, module: DensityModule, data
         "seconds": round(curve.seconds, 1),
         "skipped_steps": module.skipped.item(),
         "n_train": data.n_train,
-        "parameters": sum(p.numel() for p in module.flow.parameters()),
+        "parameters": module.n_parameters,
     }
 
 

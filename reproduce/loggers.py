@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
+from lightning_modules.lightning_internals import name_no_anonymous_mode
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
 from reproduce.sweep import in_sweep
@@ -32,7 +33,7 @@ class StepLogger(L.loggers.WandbLogger):
 
     def __init__(self, batch_size: int, **arguments) -> None:
         super().__init__(**arguments)
-        self._wandb_init.pop("anonymous", None)  # Lightning always gives it, and wandb warns where it is given
+        name_no_anonymous_mode(self)
         self.batch_size = batch_size
         self.trainer: L.Trainer | None = None
         self.first: int | None = None
@@ -83,11 +84,11 @@ def make_logger(config: DictConfig):
 def _wandb_id(folder: Path) -> str:
     """The run's id at W&B: the agent's in a sweep, else kept in the folder, so that a resumed run is the same there."""
     path = folder / "wandb-run-id.txt"
-    kept = path.read_text().strip() if path.is_file() else None
-    chosen = os.environ["WANDB_RUN_ID"] if in_sweep() else kept or secrets.token_hex(8)
-    if chosen != kept:
-        write(path, f"{chosen}\n")
-    return chosen
+    earlier_id = path.read_text().strip() if path.is_file() else None
+    run_id = os.environ["WANDB_RUN_ID"] if in_sweep() else earlier_id or secrets.token_hex(8)
+    if run_id != earlier_id:
+        write(path, f"{run_id}\n")
+    return run_id
 
 
 def report(logger, result: dict) -> None:

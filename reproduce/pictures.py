@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
-from lightning_modules.callbacks.samples import drawn, finite_share, picture
+from lightning_modules.callbacks.samples import finite_share, picture
+from lightning_modules.density import drawn
 from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
 from reproduce.command import command
@@ -74,16 +75,16 @@ class Run:
     """A trained flow and its data, not yet read. `labels` are (B,) int64 on the CPU, None where the data have none."""
 
     def __init__(self, folder: Path, options: DictConfig) -> None:
-        flow, there = read_run(folder)
+        flow, origin = read_run(folder)
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
-        self.options, self.flow, config = options, flow.to(options.device), there["config"]
-        name, given = config["data"]["name"], {key: value for key, value in options.data.items() if value}
-        known = inspect.signature(DATA[name]).parameters
-        if other := sorted(given.keys() - known):
-            raise ConfigError(f"data.{other[0]} is no key of {name}, the data of {folder}: leave it out")
-        ours = {key: value for key, value in {"download": False, "labels": True}.items() if key in known}
-        self.data = make_data(seed=config["seed"], **{**config["data"], **ours, **given})
+        self.options, self.flow, config = options, flow.to(options.device), origin["config"]
+        name, overrides = config["data"]["name"], {key: value for key, value in options.data.items() if value}
+        parameters = inspect.signature(DATA[name]).parameters
+        if unknown := sorted(overrides.keys() - parameters):
+            raise ConfigError(f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out")
+        defaults = {key: value for key, value in {"download": False, "labels": True}.items() if key in parameters}
+        self.data = make_data(seed=config["seed"], **{**config["data"], **defaults, **overrides})
         self.noise_seed = config["eval"]["noise_seed"]
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
@@ -91,9 +92,9 @@ class Run:
         images = getattr(self.data, split)
         if len(images) < 2:
             raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
-        chosen = np.random.default_rng(self.options.seed).permutation(len(images))[:n]
-        q, index, *labels = default_collate([images[0, i] for i in chosen.tolist()])
-        x = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
+        order = np.random.default_rng(self.options.seed).permutation(len(images))
+        q, index, *labels = default_collate([images[0, i] for i in order[:n].tolist()])
+        x, _ = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
         return x, labels[0] if labels else None
 
     def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
@@ -114,8 +115,8 @@ def temperature(run: Run) -> tuple[list[Tensor], str]:
     """A row a temperature, and the shares of samples whose every value is finite."""
     n = run.options.n if run.flow.n_classes is None else run.flow.n_classes
     rows = [drawn(run.flow, n, t, run.options.seed) for t in TEMPERATURES]
-    said = ", ".join(f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True))
-    return rows, f"finite of {len(rows[0])} samples: {said}"
+    shares = ", ".join(f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True))
+    return rows, f"finite of {len(rows[0])} samples: {shares}"
 
 
 def interpolation(run: Run) -> tuple[list[Tensor], str]:
@@ -132,10 +133,10 @@ def levels(run: Run) -> tuple[list[Tensor], str]:
     """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
     x, labels = run.images("test", run.options.n)
     eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
-    drawn = run.flow.base.sample(len(x), run.flow.latent_shapes(), 0.7, generator, eps[0])
-    kept = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
-    kept += [keep_levels(eps, k, drawn) for k in range(1, len(eps))]
-    return [x, *(run.decode(z, labels) for z in kept)], f"test images from 1 to {len(eps)} levels"
+    others = run.flow.base.sample(len(x), run.flow.latent_shapes(), 0.7, generator, eps[0])
+    latents = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
+    latents += [keep_levels(eps, k, others) for k in range(1, len(eps))]
+    return [x, *(run.decode(z, labels) for z in latents)], f"test images from 1 to {len(eps)} levels"
 
 
 def attributes(run: Run, cls: int | None) -> tuple[list[Tensor], str]:
@@ -166,13 +167,13 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     return Path(words[0]), options
 
 
-def write(path: Path, rows: list[Tensor], said: str, n_bits: int) -> None:
+def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
     """One picture, and a line that says what it shows."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(rows, n_bits).permute(1, 2, 0).numpy()).save(path, optimize=True)
-    print(f"{path}: {said}", flush=True)
+    print(f"{path}: {caption}", flush=True)
 
 
 @command
@@ -182,9 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words := arguments(argv)):
         return print(__doc__.strip())
     folder, options = read_options(words)
-    run, asked, out = Run(folder, options), options.attribute, Path(str(options.out or folder / "pictures"))
-    if asked is not None and asked not in (names := run.data.class_names or [asked]):
-        raise ConfigError(f"attribute={asked} is not known{nearest(str(asked), names)}: give {', '.join(names)}")
+    run, attribute, out = Run(folder, options), options.attribute, Path(str(options.out or folder / "pictures"))
+    if attribute is not None and attribute not in (names := run.data.class_names or [attribute]):
+        raise ConfigError(
+            f"attribute={attribute} is not known{nearest(str(attribute), names)}: give {', '.join(names)}"
+        )
     n_bits = run.data.n_bits
     with evaluation(options.device):
         write(out / "temperature.png", *temperature(run), n_bits)
@@ -193,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         write(out / "interpolation.png", *interpolation(run), n_bits)
         write(out / "levels.png", *levels(run), n_bits)
         if names := run.data.class_names:
-            name = "attributes.png" if asked is None else f"attributes-{asked}.png"
-            write(out / name, *attributes(run, None if asked is None else names.index(asked)), n_bits)
+            name = "attributes.png" if attribute is None else f"attributes-{attribute}.png"
+            write(out / name, *attributes(run, None if attribute is None else names.index(attribute)), n_bits)
         else:
             print(f"{type(run.data).__name__} has no labels: no attributes.png")
 

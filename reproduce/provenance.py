@@ -10,6 +10,8 @@ import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_modules.objective import Objective
+
 ROOT = Path(__file__).resolve().parent.parent
 THIS_FILE = "reproduce/provenance.py"
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "numpy")
@@ -29,11 +31,11 @@ class Provenance(L.Callback):
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
-            "shape": list(pl_module.flow.shape),
+            "shape": None if pl_module.shape is None else list(pl_module.shape),
             "n_micro_batches": trainer.accumulate_grad_batches,
             "commit": self.commit,
             "dirty": self.dirty,

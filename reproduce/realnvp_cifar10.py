@@ -19,7 +19,7 @@ def main(argv=None):
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)
-    module = DensityModule(flow, data.dequantizer, data.n_bits, config.seed, **config.optim, **config.eval)
+    module = DensityModule.of(config, flow, data)
     trainer = make_trainer(config, module)
     fit(config, trainer, module, data)
     return record(config, trainer, module, data)

@@ -144,7 +144,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 SAME = ("flow", "data", "optim", "ema", "eval", "seed")  # what a resumed run must have in common with its first part
-FREE = ("root", "download", "num_workers", "micro_batch", "bn_images", "max_skipped")  # but these
+FREE = ("root", "download", "num_workers", "micro_batch", "bn_images", "noise_samples", "max_skipped")  # but these
 
 
 def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: nn.Module, n_micro_batches: int) -> None:

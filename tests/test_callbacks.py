@@ -10,6 +10,9 @@ from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
 from lightning_modules.optimizer_steps import last_step
+from results.metrics import Metric
+
+BPD, PSNR = Metric("bpd", "lower", "bits/dim"), Metric("psnr", "higher", "dB")
 
 
 @pytest.mark.parametrize(
@@ -61,17 +64,17 @@ def test_a_picture_of_5_bits_has_their_grey_levels():
 
 
 def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
-    class Broken(torch.nn.Module):
-        n_classes = None
+    class Broken:
+        has_temperature = True
 
-        def sample(self, n, temperature, generator):
+        def draw(self, n, temperature, seed, batch):
             samples = torch.zeros(n, 3, 4, 4)
             if temperature > 0.8:
                 samples[0, 0, 0, 0] = float("inf")
             return samples
 
     samples = Samples(tmp_path, [0.7, 1.0], n=4, every_n_steps=1)
-    samples._sample(SimpleNamespace(flow=Broken()))
+    samples._sample(Broken())
     assert samples.finite == {"samples/finite_T0.7": 1.0, "samples/finite_T1": 0.75}
 
 
@@ -144,7 +147,16 @@ def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
     after.load_state_dict(before.state_dict())
     assert after.rows == before.rows
     assert after.seconds_before >= 100
-    assert before.validated("bpd", best=True) == {}  # step 0 does not count
+    assert before.validated(BPD, best=True) == {}  # step 0 does not count
+
+
+@pytest.mark.parametrize(("metric", "best"), [(BPD, 20.0), (PSNR, 30.0)])
+def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
+    """Of rows after step 0; a value that is not finite is not the best."""
+    curve, key = Curve(tmp_path, 64, 10, None), f"val/{metric.name}"
+    curve.rows = [{"step": i, key: value} for i, value in enumerate((10.0, 20.0, 30.0, float("nan"), None, 25.0))]
+    assert curve.validated(metric, best=True) == {key: best}
+    assert curve.validated(metric, best=False) == {key: 25.0}
 
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):

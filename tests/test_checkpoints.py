@@ -19,6 +19,7 @@ from lightning_modules.checkpoint_io import SafeCheckpointIO
 from reproduce import realnvp_moons
 from reproduce.config import ConfigError, compose
 from reproduce.run_folder import load_flow, newest_checkpoint, read_checkpoint, step_checkpoints
+from results.metrics import Metric
 
 BIG = {"state_dict": {"w": torch.arange(100_000.0)}}
 OLD = {"state_dict": {"w": torch.ones(3)}}
@@ -264,8 +265,8 @@ class Trainer:
     state = SimpleNamespace(fn="fit")
     strategy = SimpleNamespace(broadcast=lambda problem: problem)
 
-    def __init__(self, module, value):
-        self.lightning_module, self.callback_metrics, self.saved = module, {"val/bpd": torch.tensor(value)}, []
+    def __init__(self, module, value, metric="bpd"):
+        self.lightning_module, self.callback_metrics, self.saved = module, {f"val/{metric}": torch.tensor(value)}, []
 
     def save_checkpoint(self, path):
         self.saved.append(path.name)
@@ -275,13 +276,37 @@ def test_the_best_score_is_that_of_the_best_file(tmp_path):
     """A score whose weights cannot be kept, or that is no number, does not count."""
     good, bad = density(tiny_flow()), density(tiny_flow())
     bad.skipped_last.fill_(True)
-    callback, written = Checkpoints(tmp_path, 100, "val/bpd"), []
+    callback, written = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim")), []
     scores = [(8.0, good), (7.0, bad), (-torch.inf, good), (torch.nan, good), (7.5, good), (7.6, good)]
     for value, module in scores:
         trainer = Trainer(module, value)
         callback.on_validation_end(trainer, module)
         written.append((trainer.saved, callback.best))
     assert written == [(["best.ckpt"], 8.0), ([], 8.0), ([], 8.0), ([], 8.0), (["best.ckpt"], 7.5), ([], 7.5)]
+
+
+def test_of_a_metric_that_is_better_when_higher_the_highest_is_the_best(tmp_path):
+    """A PSNR of 20 and then 30; the score goes through a checkpoint."""
+    psnr, module, written = Metric("psnr", "higher", "dB"), density(tiny_flow()), []
+    callback = Checkpoints(tmp_path, 100, psnr)
+    for value in (20.0, 30.0, torch.inf, 25.0, 31.0):
+        trainer = Trainer(module, value, "psnr")
+        callback.on_validation_end(trainer, module)
+        written.append((trainer.saved, callback.best))
+        state, callback = callback.state_dict(), Checkpoints(tmp_path, 100, psnr)
+        callback.load_state_dict(state)
+    yes, no = ["best.ckpt"], []
+    assert written == [(yes, 20.0), (yes, 30.0), (no, 30.0), (no, 30.0), (yes, 31.0)]
+
+
+def test_a_run_that_goes_on_with_validations_has_no_score_before_them(tmp_path):
+    without = Checkpoints(tmp_path, 100, None)
+    without.on_validation_end(Trainer(density(tiny_flow()), 8.0), None)
+    after = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim"))
+    after.load_state_dict(without.state_dict())
+    trainer = Trainer(module := density(tiny_flow()), 9.0)
+    after.on_validation_end(trainer, module)
+    assert (trainer.saved, after.best) == (["best.ckpt"], 9.0)
 
 
 def test_finite_looks_at_weights_statistics_and_the_newest_step():

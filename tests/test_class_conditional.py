@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 
 from datamodules.images import ImageArray
 from datamodules.samplers import TrainSampler
+from flows.base import FlowModel
 from flows.glow import Glow
+from flows.normalization import CouplingBatchNorm
 from lightning_modules.class_conditional import ClassConditionalModule
-from lightning_modules.noise import batch_noise
+from lightning_modules.noise import Position, batch_noise
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -219,6 +222,74 @@ def test_accuracy_by_hand():
         flow.classifier.bias[1] = -100.0
     [found] = make_trainer(limit_val_batches=None).validate(conditional(flow), data, verbose=False)
     assert found["val/accuracy"] == pytest.approx(21 / 23, abs=1e-6)
+
+
+class NormedFlow(FlowModel):
+    """One batch norm as a flow, whose statistics are those of images to which the class is added; its own classifier.
+
+    Says that an image is of class 0 where its first latent is positive, and else of class 1.
+    """
+
+    n_classes = N_CLASSES
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.latent_shapes = SHAPE, (SHAPE,)
+        self.norm = CouplingBatchNorm(3)
+
+    def forward(self, x, context=None):
+        z, log_det = self.norm(x + context[:, None, None, None])
+        return (z,), log_det
+
+    def inverse(self, z, context=None):
+        x, log_det = self.norm.inverse(z[0])
+        return x - context[:, None, None, None], log_det
+
+    def log_prob_and_class_logits(self, x, context):
+        latents, log_det = self(x, context)
+        first = latents[0][:, 0, 0, 0]
+        return self.base.log_prob(latents) + log_det, torch.stack([first, 0 * first, first - 1e9], 1)
+
+
+def test_every_image_counts_once_and_reestimated_statistics_have_an_accuracy_of_their_own():
+    """23 images in batches of 16 and 7, evaluated with two sets of statistics in one pass."""
+    data, module = LabelledImages(), conditional(NormedFlow(), bn_images=64)
+    counts = {}
+
+    class Count(L.Callback):
+        def on_test_end(self, trainer, pl_module):
+            counts.update({name: mean.weight.item() for name, mean in means_of(pl_module).items()})
+
+    [tested] = make_trainer(Count()).test(module, data, verbose=False)
+    assert set(tested) == {"test/bpd", "test/bpd_reestimated", "test/accuracy", "test/accuracy_reestimated"}
+    q, y = torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)
+    x = module.input_of([q, torch.arange(23)]).x
+    shares = {}
+    for name, flow in (("", module.flow.eval()), ("_reestimated", by_all_of_the_training(data, module))):
+        with torch.no_grad():
+            _, logits = flow.log_prob_and_class_logits(x, y)
+        shares[f"test/accuracy{name}"] = (logits.argmax(1) == y).double().mean().item()
+    assert len(set(shares.values())) == 2
+    assert {name: tested[name] for name in shares} == pytest.approx(shares, abs=1e-6)
+    assert counts == dict.fromkeys(counts, 23)
+    assert len(counts) == 4
+
+
+def means_of(module):
+    """The means over images that a module logs, by name; before 391d0f9 accuracy stood beside the others."""
+    return dict(module.eval_means) | ({"accuracy": module.accuracy} if hasattr(module, "accuracy") else {})
+
+
+def by_all_of_the_training(data, module):
+    """The same flow with the statistics of epoch 0, given each image's class."""
+    flow = NormedFlow()
+    batches = list(data.train_batches(64))
+    for number, batch in enumerate(batches):
+        x = module.training_input(batch, Position(0, number)).x + batch[2][:, None, None, None]
+        flow.norm.running_mean += x.mean((0, 2, 3)) / len(batches)
+        flow.norm.running_var += x.var((0, 2, 3), correction=0) / len(batches)
+    flow.norm.running_var -= 1  # its initial value
+    return flow.eval()
 
 
 def test_a_flow_without_classes_is_refused():

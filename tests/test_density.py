@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from cases import TINY
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,6 +26,8 @@ from lightning_modules.adamax import Adamax
 from lightning_modules.density import DensityModule
 from lightning_modules.noise import batch_noise
 from lightning_modules.precision import full_float32
+from reproduce import experiment
+from reproduce.config import compose
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -281,6 +284,16 @@ def test_l2_is_added_to_the_nats():
     assert losses[0.25] == pytest.approx(losses[0.0] + 0.25 * penalty, rel=1e-6)
 
 
+def test_a_trial_is_a_loss_of_made_up_images_without_a_trainer():
+    """By which a run's duration is told; there is none for points."""
+    module, point = density(), density(RealNVP2d(hidden_channels=4), TwoMoons)
+    loss = module.trial(4)
+    loss.backward()
+    assert 0 < loss.item() < 192 * 8
+    assert all(p.grad is not None for p in module.flow.parameters())
+    assert point.trial(4) is None
+
+
 def test_the_loss_is_the_mean_of_minus_log_p():
     data, flow = RandomImages(), tiny_flow().train()
     q = torch.stack([data.train[key][0] for key in list(TrainSampler(64, 16, 0))[:16]])
@@ -501,6 +514,123 @@ def test_averaging_does_not_touch_the_training():
     averaged = fit(density(), callbacks=[EMAWeightAveraging(use_buffers=False, decay=0.5)],
                    max_steps=6, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=2)  # fmt: skip
     assert averaged.losses == fit(density(), max_steps=6).losses
+
+
+# ---------------------------------------------------------------------------------------------- estimated, by autograd
+
+
+class Estimated(FlowModel):
+    """x + a, whose log-determinant is 0 and estimated as 10 (mean of the noise - 1/2); notes the noise."""
+
+    noise_shape = (2, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.latent_shapes, self.a = SHAPE, (SHAPE,), nn.Parameter(torch.zeros(()))
+        self.noises = []
+
+    def forward(self, x, context=None, noise=None):
+        self.noises.append(noise)
+        return (x + self.a,), 10 * (noise.flatten(1).mean(1) - 0.5)
+
+    def inverse(self, z, context=None, noise=None):
+        return z[0] - self.a, torch.zeros(len(z[0]))
+
+    def log_prob(self, x, context=None, noise=None):
+        latents, log_det = self(x, context, noise)
+        return self.base.log_prob(latents) + log_det
+
+
+def test_an_estimate_is_called_one_and_depends_on_the_image_alone():
+    data = RandomImages(batch_size=7)
+    [tested] = make_trainer().test(density(flow := Estimated(), noise_seed=3), data, verbose=False)
+    assert list(tested) == ["test/bpd_estimate"]
+    noise = [np.random.default_rng([3, i, 0, 1]).random((2, 5), dtype=np.float32) for i in range(23)]
+    assert np.array_equal(torch.cat(flow.noises), np.stack(noise))
+    exact = bits_by_hand(SimpleNamespace(log_prob=lambda x: flow.base.log_prob((x,))), data.test.images, 3)
+    nats = 10 * (np.stack(noise).mean((1, 2)) - 0.5)
+    expected = (exact.numpy() - nats / (192 * math.log(2))).mean()
+    assert tested["test/bpd_estimate"] == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(("ranks", "n_micro"), [(1, 1), (2, 1), (2, 2)])
+def test_the_noise_of_an_estimate_is_a_function_of_the_global_batch(ranks, n_micro):
+    """Ranks and micro-batches take slices; the dequantisation noise is what it is without an estimate."""
+    module, plain, parts = density(Estimated(), seed=5), density(seed=5), ranks * n_micro
+    q = torch.from_numpy(RandomImages().train.images[:16])
+    found = []
+    for rank in range(ranks):
+        for micro in range(n_micro):
+            trainer = SimpleNamespace(
+                world_size=ranks, global_rank=rank, accumulate_grad_batches=n_micro, current_epoch=2
+            )
+            module.trainer = plain.trainer = trainer
+            at = module.position(3 * n_micro + micro)
+            piece = [q[(rank * n_micro + micro) * 16 // parts :][: 16 // parts]]
+            found.append(module.training_input(piece, at))
+            assert torch.equal(found[-1].x, plain.training_input(piece, at).x)
+            assert found[-1].arguments[2] is found[-1].noise
+    key = np.random.SeedSequence([5, 2, 3, 1]).generate_state(1)[0]
+    whole = torch.rand((16, 2, 5), generator=torch.Generator().manual_seed(int(key)))
+    assert torch.equal(torch.cat([part.noise for part in found]), whole)
+
+
+def test_several_samples_of_an_estimate_are_no_bound():
+    """exp of an estimate is on average too large."""
+    with pytest.raises(ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is no bound to tighten"):
+        density(Estimated(), noise_samples=8)
+
+
+class ByAutograd(FlowModel):
+    """x + x^3, whose log-determinant is taken by autograd."""
+
+    needs_autograd = True
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.latent_shapes, self.a = SHAPE, (SHAPE,), nn.Parameter(torch.ones(()))
+
+    def forward(self, x, context=None):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        z = x + self.a * x**3
+        (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+        return (z,), slope.log().flatten(1).sum(1)
+
+    def inverse(self, z, context=None):
+        x = z[0].detach()
+        for _ in range(50):
+            x = x - (x + self.a * x**3 - z[0]) / (1 + 3 * self.a * x**2)
+        return x, -self(x)[1]
+
+
+class Seen(L.Callback):
+    """What evaluation keeps."""
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        mean = pl_module.eval_means["bpd"]
+        self.kept = (mean.mean_value.requires_grad, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+
+
+def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
+    """The glue turns inference mode off; what is kept has no graph."""
+    data, module = RandomImages(), density(ByAutograd())
+    config = compose("realnvp_cifar10", [*TINY, "logger.name=none", f"run_dir={tmp_path}"])
+    trainer = experiment.make_trainer(config, module, seen := Seen())
+    [tested] = trainer.test(module, data, verbose=False)
+    assert seen.kept == (False, False, False)
+    u = [np.random.default_rng([0, i, 0]).random(SHAPE, dtype=np.float32) for i in range(23)]
+    x = (torch.from_numpy(data.test.images) + torch.from_numpy(np.stack(u))) / 256
+    by_hand = module.flow.base.log_prob((x + x**3,)) + (1 + 3 * x**2).log().flatten(1).sum(1)
+    assert tested["test/bpd"] == pytest.approx((8 - by_hand / (192 * math.log(2))).mean().item(), abs=2e-6)
+    batch = [torch.from_numpy(data.val.images[:4]), torch.arange(4)]
+    with torch.no_grad():
+        original, again = module.reconstruct(batch)
+        samples = module.draw(3, 0.7, 0)
+    torch.testing.assert_close(original, again, atol=1e-5, rtol=0)
+    assert not any(t.requires_grad for t in (original, again, samples))
+    exact = experiment.make_trainer(config, density(tiny_flow()), other := Seen())
+    exact.test(density(tiny_flow(), bn_images=0), data, verbose=False)
+    assert other.kept == (False, True, False)
 
 
 # ---------------------------------------------------------------------------------------------- resuming

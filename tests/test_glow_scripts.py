@@ -117,7 +117,7 @@ def test_load_gives_the_tested_flow(name, finished):
     data = make_data(seed=0, **result["config"]["data"])
     data.setup()
     images, index, *context = map(torch.stack, zip(*tensors(data.test), strict=True))
-    x = data.dequantizer(images, image_noise(index, data.shape, 0))
+    x, _ = data.dequantizer(images, image_noise(index, data.shape, 0))
     with torch.no_grad():
         log_prob = flow.log_prob(x, *context)
         assert torch.equal(log_prob, module.flow.eval().log_prob(x, *context))
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
         (
             "glow_cifar10_conditional",
             ["flow.n_classes=10"],
-            "flow.n_classes=10, but photos has 7: give flow.n_classes=7",
+            "flow.n_classes=10, but Photos has 7: give flow.n_classes=7",
         ),
         ("glow_cifar10_conditional", ["optim.class_weight=-1"], "optim.class_weight=-1.0 is negative"),
         ("glow_cifar10_modern", ["trainer.max_steps=-1", "trainer.max_epochs=1"], "set trainer.max_steps"),

@@ -100,7 +100,7 @@ def shown(indices, kind=Photos):
     data = kind(batch_size=16, size=SIZE, n_train=N_TRAIN, n_test=N_TEST)
     data.setup()
     q = torch.stack([data.test[0, int(i)][0] for i in indices])
-    x = data.dequantizer(q, image_noise(torch.as_tensor(indices), q.shape[1:], 0))
+    x, _ = data.dequantizer(q, image_noise(torch.as_tensor(indices), q.shape[1:], 0))
     return (x * 256).floor().permute(0, 2, 3, 1).int().numpy()
 
 

@@ -8,6 +8,7 @@ import torch
 from processes import Plain, Run
 from test_density import SHAPE, RandomImages, Recorder, density, make_trainer, tiny_flow
 
+from lightning_modules.noise import Position
 from results.runs import read_json
 
 pytestmark = [
@@ -95,7 +96,7 @@ def test_without_harm_nothing_is_skipped_and_the_losses_are_those_of_a_plain_loo
     other.trainer = make_trainer(max_steps=4)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
     for number, (q, _) in enumerate(list(RandomImages().train_dataloader())):
-        loss = -flow.log_prob(other._training_input(q, 0, number, 1)).mean()
+        loss = -flow.log_prob(other.training_input([q], Position(0, number)).x).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

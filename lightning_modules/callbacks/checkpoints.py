@@ -8,27 +8,32 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_modules.lightning_internals import count_running_epoch
+from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from lightning_modules.stopping import RunStopped
+from results.metrics import Metric
 
 KEPT = 2  # step checkpoints: should the newest not load, there is another
 
 
 class Checkpoints(Checkpoint):
-    """step-<step>.ckpt every `every_n_steps` and at the last step, the newest two kept; best.ckpt by `monitor`.
+    """step-<step>.ckpt every `every_n_steps` and at the last step, the newest two kept; best.ckpt by `metric`.
 
     Where a validation is due at the same step it saves after it, so that a resumed run has that row of the curve and
     knows that score. A state whose weights, or whose newest step, are not finite is not saved. Where a checkpoint
     cannot be written, all ranks stop at the same step.
 
-    monitor: a logged metric, lower is better, or None. A `Checkpoint` to Lightning, which therefore calls it last.
+    metric: the one by which, in validation, weights are the best; None: nothing is validated. A `Checkpoint` to
+    Lightning, which therefore calls it last.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int, monitor: str | None) -> None:
+    def __init__(self, folder: Path, every_n_steps: int, metric: Metric | None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps={every_n_steps} are steps: give at least 1")
-        self.folder, self.every_n_steps, self.monitor = Path(folder), every_n_steps, monitor
-        self.best, self.waiting, self.saved = math.inf, False, -1
+        self.folder, self.every_n_steps, self.metric = Path(folder), every_n_steps, metric
+        self.best: float | None = None
+        self.waiting, self.saved = False, -1
 
     def state_dict(self) -> dict:
         return {"best": self.best}
@@ -36,17 +41,10 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state: dict) -> None:
         self.best = state["best"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Count the epoch that is running as begun.
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
+        count_running_epoch(checkpoint)
 
-        Lightning 2.6.6 forgets to after a resume from the last batch of an epoch; a second resume from such a batch
-        would then repeat the epoch's number, so its order and noise.
-        """
-        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            progress["ready"] = progress["started"] = progress["processed"] + 1
-            progress["completed"] = progress["processed"]
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx) -> None:
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -55,17 +53,21 @@ class Checkpoints(Checkpoint):
         if due and not self.waiting:
             self.save_step(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        value = math.inf if self.monitor is None else float(trainer.callback_metrics[self.monitor])
-        if math.isfinite(value) and value < self.best:
-            before, self.best = self.best, value  # the checkpoint holds its own score
-            if not self._save(trainer, "best.ckpt"):
-                self.best = before
+        if self.metric is not None:
+            self._save_if_better(trainer, float(trainer.callback_metrics[f"val/{self.metric.name}"]))
         if self.waiting:
             self.waiting = False
             self.save_step(trainer)
+
+    def _save_if_better(self, trainer: L.Trainer, value: float) -> None:
+        if not self.metric.better(value, self.metric.worst if self.best is None else self.best):
+            return
+        before, self.best = self.best, value  # the checkpoint holds its own score
+        if not self._save(trainer, "best.ckpt"):
+            self.best = before
 
     def save_step(self, trainer: L.Trainer) -> bool:
         """Save the state after this step, and remove all but the newest two before it. False: it is not finite."""
@@ -96,8 +98,8 @@ class Checkpoints(Checkpoint):
         return True
 
 
-def finite(module: L.LightningModule) -> bool:
+def finite(module: Objective) -> bool:
     """Whether weights and statistics are finite, and the newest step was not skipped. Waits for the device."""
     values = [v for v in module.state_dict().values() if v.is_floating_point() and v.numel()]
     largest = nn.utils.get_total_norm(values, norm_type=math.inf)
-    return bool(largest.isfinite()) and not bool(getattr(module, "skipped_last", False))
+    return bool(largest.isfinite()) and not bool(module.skipped_last)

@@ -9,16 +9,18 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from results import printed
 from results.files import write
+from results.metrics import Metric
 
 
 class Curve(L.Callback):
     """One row of curve.csv a validation, from step 0 (before training), and curve.png at the end of training.
 
     Columns: step, images (seen in training), seconds (of training and validation, over all resumed parts), lr,
-    train/M (mean since the row before), val/M, with M bpd or nll. Without a validation set a row
+    train/M (mean since the row before), val/M, with M the objective's metric. Without a validation set a row
     comes every `interval` steps all the same. batch_size: the global one. papers: the claims beside which the run is
     shown, each {"metric", "value", "decimals", "comparable"}; the one on M is drawn as a line.
     """
@@ -43,55 +45,58 @@ class Curve(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         self.seconds_before, self.rows = state["seconds"], state["rows"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
         """What has been summed for the next row, over all ranks."""
         mean = pl_module.train_mean
         with mean.sync_context():
             checkpoint["train_mean"] = {"total": mean.total.clone(), "n": mean.n.clone()}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
         saved, mean = checkpoint["train_mean"], pl_module.train_mean
         if saved["n"] > 0:
             mean.update(mean.total.new_empty(0))  # so that all ranks know of having been updated, and compute together
         if trainer.is_global_zero:
             mean.total, mean.n = saved["total"].to(mean.device), saved["n"].to(mean.device)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Objective, stage: str) -> None:
         if stage == "fit":
             self.started = time.monotonic()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Objective) -> None:
         self._write()  # a resumed run's file may hold rows from after its checkpoint
 
-    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         self._add(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._add(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx) -> None:
         if not ends_step(trainer, batch_idx) or validates_now(trainer):
             return
         due = sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0
         if due or trainer.global_step == last_step(trainer):  # before the checkpoint of this step
             self._add(trainer, pl_module, fresh=False)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if not self.rows or self.rows[-1]["step"] < trainer.global_step:
             self._add(trainer, pl_module, fresh=False)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if trainer.is_global_zero and self.rows:
             draw_curve(self.rows, self.folder / "curve.png", self.papers)
 
-    def validated(self, metric: str, best: bool) -> dict[str, float]:
-        """{"val/M": the lowest or else the last validation value after step 0}, empty where there was none."""
-        values = [row[f"val/{metric}"] for row in self.rows[1:] if row[f"val/{metric}"] is not None]
-        return {f"val/{metric}": min(values) if best else values[-1]} if values else {}
+    def validated(self, metric: Metric, best: bool) -> dict[str, float]:
+        """{"val/M": the best or else the last validation value after step 0}, empty where there was none."""
+        key = f"val/{metric.name}"
+        values = [row[key] for row in self.rows[1:] if row[key] is not None]
+        if not values:
+            return {}
+        return {key: metric.best(values) if best else values[-1]}
 
-    def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, fresh: bool = True) -> None:
-        metric, step = pl_module.metric, trainer.global_step
+    def _add(self, trainer: L.Trainer, pl_module: Objective, fresh: bool = True) -> None:
+        metric, step = pl_module.metric.name, trainer.global_step
         train = pl_module.train_mean.compute().item() if pl_module.train_mean.update_called else None
         pl_module.train_mean.reset()
         val = trainer.callback_metrics.get(f"val/{metric}") if fresh else None
@@ -107,8 +112,8 @@ class Curve(L.Callback):
         self._write()
         if step == 0 and trainer.logger is not None and val is not None:  # Lightning logs nothing of its sanity check
             trainer.logger.log_metrics({f"val/{metric}": val.item()}, step=0)
-        shown = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
-        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(shown)}")
+        values = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
+        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(values)}")
 
     @rank_zero_only
     def _write(self) -> None:

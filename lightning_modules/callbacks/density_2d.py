@@ -6,11 +6,14 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
+from lightning_modules.density import DensityModule
 from lightning_modules.precision import evaluation
 
 
 class Density2d(L.Callback):
     """After testing: `density_integral`, the density summed over a grid, and density.png: data, samples, density.
+
+    For a `DensityModule` of points, which can draw and has a `log_prob`.
 
     box: (left, right, bottom, top) of the grid. cell: its spacing; features of width sigma need cell <= sigma / 2.
     n: points shown of the data and of the samples.
@@ -20,10 +23,10 @@ class Density2d(L.Callback):
         self.folder, self.n, self.box, self.cell, self.seed = Path(folder), n, box, cell, seed
 
     @torch.no_grad()
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: DensityModule) -> None:
         with evaluation(pl_module.device.type):
             density = self._density(pl_module)
-            samples = pl_module.flow.sample(self.n, generator=torch.Generator().manual_seed(self.seed))
+            samples = pl_module.draw(self.n, 1.0, self.seed)
         pl_module.log("density_integral", float(density.sum() * self.cell**2), rank_zero_only=True)
         if trainer.is_global_zero:
             data = torch.stack(
@@ -31,13 +34,13 @@ class Density2d(L.Callback):
             )
             self._draw(data.numpy(), samples.cpu().numpy(), density)
 
-    def _density(self, pl_module: L.LightningModule) -> np.ndarray:
+    def _density(self, pl_module: DensityModule) -> np.ndarray:
         """p at the centres of the grid's cells, (rows, columns)."""
         left, right, bottom, top = self.box
         xs = torch.arange(left + self.cell / 2, right, self.cell)
         ys = torch.arange(bottom + self.cell / 2, top, self.cell)
         grid = torch.cartesian_prod(ys, xs).flip(1)
-        log_prob = [pl_module.flow.log_prob(part.to(pl_module.device)).cpu() for part in grid.split(16_384)]
+        log_prob = [pl_module.log_prob(part.to(pl_module.device)).cpu() for part in grid.split(16_384)]
         return torch.cat(log_prob).double().exp().view(len(ys), len(xs)).numpy()
 
     def _draw(self, data: np.ndarray, samples: np.ndarray, density: np.ndarray) -> None:

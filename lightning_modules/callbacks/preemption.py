@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed
 
 from lightning_modules.callbacks.checkpoints import Checkpoints
+from lightning_modules.lightning_internals import broadcast_no_signals
 from lightning_modules.optimizer_steps import ends_step, validates_now
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 
@@ -29,9 +30,7 @@ class Preemption(Checkpoint):
     due it is finished first, since it decides which weights are the best. Outside of training nothing can be lost,
     and the signal ends the process at once, as a second Ctrl-C always does.
 
-    make_trainer has it take the place of Lightning's own handlers: version 2.6.6 calls collectives inside them, which
-    deadlocks when one rank is in the middle of a backward pass (issue 20806), and in every batch broadcasts a flag from
-    the GPU, which waits for it.
+    make_trainer has it take the place of Lightning's own handlers (lightning_internals.py says why).
 
     SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that were cancelled;
     those that were preempted reproduce/slurm.sh queues again.
@@ -67,7 +66,7 @@ class Preemption(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self.group = distributed.new_group(backend="gloo")
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            broadcast_no_signals(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.in_training = True

@@ -1,4 +1,4 @@
-"""What the flow draws, and whether it inverts: pictures a person can open."""
+"""What a model draws, and what it makes of data: pictures a person can open."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from flows.base import FlowModel
 from flows.caching import cached
-from lightning_modules.noise import evaluation_input
+from lightning_modules.objective import Objective
 from lightning_modules.precision import evaluation
 
 N_SHOWN = 16  # pictures a row
@@ -18,9 +17,9 @@ class Samples(L.Callback):
     """After validations: a grid of samples, a row a temperature, and reconstructions, as uint8 PNGs in `folder`.
 
     The base samples are the same at every validation, so the grids show one picture learning. Logs
-    `samples/finite_T<temperature>`, the share of samples whose every value is finite; a flow can have a fine
-    likelihood and inverses that overflow. Drawn in float32 from the
-    weights as trained, not from the best ones.
+    `samples/finite_T<temperature>`, the share of samples whose every value is finite (`samples/finite` of an objective
+    without temperatures); a flow can have a fine likelihood and inverses that overflow. Drawn in float32 from the
+    weights as trained, not from the best ones. Nothing where the objective's data are no images.
 
     n: samples a temperature for that share, of which 16 are shown. every_n_steps: at most so often.
     """
@@ -32,8 +31,7 @@ class Samples(L.Callback):
             )
         self.folder, self.temperatures, self.n, self.seed = Path(folder), temperatures, n, seed
         self.every_n_steps, self.drawn_at = every_n_steps, 0
-        self.images: Tensor | None = None
-        self.context: Tensor | None = None  # of the images
+        self.batch: list[Tensor] | None = None  # the first validation data
         self.finite: dict[str, float] = {}
 
     def state_dict(self) -> dict:
@@ -43,42 +41,43 @@ class Samples(L.Callback):
         self.drawn_at, self.finite = state["drawn_at"], state["finite"]
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if batch_idx == 0 and pl_module.dequantizer is not None:
-            data, indices = batch[0][:N_SHOWN], batch[1][:N_SHOWN]
-            self.context = batch[2][:N_SHOWN] if len(batch) > 2 else None
-            self.images = evaluation_input(pl_module.dequantizer, data, indices, pl_module.noise_seed)
+        if batch_idx == 0:
+            self.batch = [part[:N_SHOWN] for part in batch]
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if not trainer.sanity_checking and trainer.global_step >= self.drawn_at + self.every_n_steps:
             self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
         if trainer.global_step > self.drawn_at:
             self._draw(trainer, pl_module)
 
     @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: Objective) -> None:
         self.drawn_at = trainer.global_step
-        if not trainer.is_global_zero or len(pl_module.flow.shape) != 3:
+        if not trainer.is_global_zero or pl_module.shape is None or len(pl_module.shape) != 3:
             return
-        was_training = pl_module.flow.training
-        pl_module.flow.eval()
-        with evaluation(pl_module.device.type), cached(pl_module.flow):
-            rows = self._sample(pl_module)
-            pictures = {"samples": picture(rows, pl_module.n_bits)}
-            if self.images is not None:
-                z, _ = pl_module.flow(self.images, self.context)
-                again, _ = pl_module.flow.inverse(z, self.context)
-                pictures["reconstruction"] = picture([self.images, again], pl_module.n_bits)
-        pl_module.flow.train(was_training)
-        self._write(trainer, pictures)
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        with evaluation(pl_module.device.type), cached(pl_module.trained):
+            rows = {"samples": self._sample(pl_module)}
+            pair = None if self.batch is None else pl_module.reconstruct(self.batch)
+            rows["reconstruction"] = [] if pair is None else list(pair)
+        for module, training in modes.items():
+            module.training = training
+        n_bits = pl_module.n_bits or 8
+        self._write(trainer, {name: picture(images, n_bits) for name, images in rows.items() if images})
 
-    def _sample(self, pl_module: L.LightningModule) -> list[Tensor]:
+    def _sample(self, objective: Objective) -> list[Tensor]:
+        """A row a temperature, or one row; none where the objective draws nothing."""
         rows = []
-        for temperature in self.temperatures:
-            samples = drawn(pl_module.flow, self.n, temperature, self.seed)
+        for temperature in self.temperatures if objective.has_temperature else [1.0]:
+            samples = objective.draw(self.n, temperature, self.seed, self.batch)
+            if samples is None:
+                return []
             rows.append(samples[:N_SHOWN])
-            self.finite[f"samples/finite_T{temperature:g}"] = finite_share(samples)
+            suffix = f"_T{temperature:g}" if objective.has_temperature else ""
+            self.finite[f"samples/finite{suffix}"] = finite_share(samples)
         return rows
 
     def _write(self, trainer: L.Trainer, pictures: dict[str, Tensor]) -> None:
@@ -90,17 +89,8 @@ class Samples(L.Callback):
             Image.fromarray(array).save(self.folder / f"{name}-{trainer.global_step:07d}.png")
             if hasattr(trainer.logger, "log_image"):  # W&B; uint8, since it logs floats in [0, 1] as black
                 trainer.logger.log_image(f"pictures/{name}", [array], step=trainer.global_step)
-        if trainer.logger is not None:
+        if trainer.logger is not None and self.finite:
             trainer.logger.log_metrics(self.finite, step=trainer.global_step)
-
-
-def drawn(flow: FlowModel, n: int, temperature: float, seed: int) -> Tensor:
-    """n samples, (n, *shape), of the same eps at every temperature; of a class-conditional flow its classes in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    if flow.n_classes is None:
-        return flow.sample(n, temperature, generator=generator)
-    classes = torch.arange(n, device=next(flow.parameters()).device) % flow.n_classes
-    return flow.sample(1, temperature, classes, generator=generator)[0]
 
 
 def finite_share(samples: Tensor) -> float:

@@ -1,0 +1,345 @@
+"""Dequantisers as parts: their weights are right, and a learned one belongs to the objective like the flow."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from test_class_conditional import N_CLASSES, LabelledImages
+from test_density import SHAPE, RandomImages, bits_by_hand, density, gradients, make_trainer, tiny_flow
+from torch import nn
+
+from datamodules.dequantization import Dequantizer, UniformDequantizer, below_one
+from datamodules.images import ImageArray
+from flows.base import Compose, FlowModel
+from flows.elementwise import Logit
+from flows.glow import Glow
+from flows.normalization import ActNorm, uninitialized
+from lightning_modules.density import DensityModule, log_mean_exp
+from lightning_modules.noise import Position, batch_noise, image_noise
+from reproduce.config import compose
+from reproduce.run_folder import FREE
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("does not have many workers", "LeafSpec.* is deprecated")
+]
+D = math.prod(SHAPE)
+
+
+class LogitNormal(Dequantizer):
+    """u = sigmoid(m + e^s eps), eps ~ N(0, 1), with m and s linear in the pixel (and m in the class)."""
+
+    noise, kind = "normal", "bound"
+
+    def __init__(self, n_bits, n_classes=1):
+        super().__init__(n_bits)
+        self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
+        self.log_std = nn.Parameter(torch.tensor([0.5, 0.2]))
+        self.by_class = nn.Parameter(torch.linspace(0, 1, n_classes))
+
+    def forward(self, q, noise, context=None):
+        level = q.to(noise.dtype) / 2**self.n_bits
+        classes = 0 if context is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
+        log_std = self.log_std[0] + self.log_std[1] * level
+        logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
+        base = -0.5 * (noise.square() + math.log(2 * math.pi))
+        log_slope = log_std + nn.functional.logsigmoid(logits) + nn.functional.logsigmoid(-logits)  # of u in eps
+        x = below_one((q.to(noise.dtype) + logits.sigmoid()) / 2**self.n_bits)
+        return x, (log_slope - base).flatten(1).sum(1)
+
+
+class Gaussian(Dequantizer):
+    """x = (q + 1/2 + eps) / 2^n_bits: noise that leaves the bin."""
+
+    noise, kind = "normal", "noisy"
+
+    def forward(self, q, noise, context=None):
+        return (q.to(noise.dtype) + 0.5 + noise) / 2**self.n_bits, noise.new_zeros(len(q))
+
+
+def drawn(dequantizer, n, shape, seed=0):
+    """float64 noise of the kind that a dequantiser wants, (n, *shape)."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"uniform": torch.rand, "normal": torch.randn}[dequantizer.noise]
+    return draw(n, *shape, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("make", [UniformDequantizer, LogitNormal])
+@pytest.mark.parametrize("levels", [(5,), (0, 7), (3, 6, 1)])
+def test_importance_weights_average_to_the_volume_and_to_a_known_mass(make, levels):
+    """E[1/q(u)] is the bin's volume, 1; E[p(x) / q(u)] the integral over the bin of p, here of prod 2 x_i on [0, 1]^D.
+
+    3 bits, 1 to 3 dimensions, 400,000 samples, within five standard errors.
+    """
+    n, dequantizer = 400_000, make(3).double()
+    q = torch.tensor(levels, dtype=torch.uint8).expand(n, -1)
+    with torch.no_grad():
+        x, log_weight = dequantizer(q, drawn(dequantizer, n, q.shape[1:]))
+    assert torch.equal((x * 8).floor().to(torch.uint8), q)
+    assert log_weight.shape == (n,)
+    mass = math.prod((2 * level + 1) / 8 for level in levels)  # of u in the unit cube
+    for weights, expected in ((log_weight.exp(), 1.0), (log_weight.exp() * (2 * x).prod(1), mass)):
+        error = weights.std().item() / math.sqrt(n)
+        assert error < 0.01 * expected
+        assert weights.mean().item() == pytest.approx(expected, abs=5 * error + 1e-12)
+
+
+def test_log_weight_is_minus_the_log_density_of_what_was_added():
+    """In one dimension, over a grid of the noise: dP = q(u) du."""
+    dequantizer = LogitNormal(8).double()
+    eps = torch.linspace(-3, 3, 20_001, dtype=torch.float64)[:, None]
+    q = torch.full(eps.shape, 200, dtype=torch.uint8)
+    with torch.no_grad():
+        x, log_weight = dequantizer(q, eps)
+    u = (x * 256 - 200)[:, 0]
+    log_normal = -0.5 * (eps[:, 0].square() + math.log(2 * math.pi))
+    slope = (u[2:] - u[:-2]) / (eps[2:, 0] - eps[:-2, 0])
+    torch.testing.assert_close(-log_weight[1:-1], log_normal[1:-1] - slope.log(), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- the objective's part
+
+
+def learned(flow=None, cls=DensityModule, data=RandomImages, **arguments):
+    dequantizer = LogitNormal(8, N_CLASSES)
+    return cls(flow or tiny_flow(), dequantizer, data.n_bits, **({"seed": 0, "bn_images": 0} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("dequantizer", "name"),
+    [(UniformDequantizer, "bpd"), (LogitNormal, "bpd_bound"), (Gaussian, "bpd_noisy")],
+)
+def test_what_a_figure_is_stands_in_its_name(dequantizer, name):
+    module = DensityModule(tiny_flow(), dequantizer(8), 8, seed=0, bn_images=0)
+    [tested] = make_trainer().test(module, RandomImages(), verbose=False)
+    assert list(tested) == [f"test/{name}"]
+    assert (module.metric.name, module.metric.direction, module.metric.unit) == (name, "lower", "bits/dim")
+
+
+def test_a_noisy_figure_is_that_of_the_noisy_data():
+    data, module = RandomImages(), DensityModule(tiny_flow(), Gaussian(8), 8, seed=0, noise_seed=2, bn_images=0)
+    eps = [np.random.default_rng([2, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)]
+    x = (torch.from_numpy(data.test.images) + 0.5 + torch.from_numpy(np.stack(eps))) / 256
+    with torch.no_grad():
+        expected = (8 - module.flow.eval().log_prob(x) / (D * math.log(2))).mean().item()
+    [tested] = make_trainer().test(module, data, verbose=False)
+    assert tested["test/bpd_noisy"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_weight_enters_loss_and_evaluation():
+    data, module = RandomImages(), learned(l2=0.0, noise_seed=3)
+    q = torch.from_numpy(data.test.images)
+    eps = [np.random.default_rng([3, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)]
+    with torch.no_grad():
+        x, log_weight = module.dequantizer(q, torch.from_numpy(np.stack(eps)))
+        expected = 8 - (module.flow.eval().log_prob(x) + log_weight) / (D * math.log(2))
+    [tested] = make_trainer().test(module, data, verbose=False)
+    assert tested["test/bpd_bound"] == pytest.approx(expected.mean().item(), abs=2e-6)
+    module, losses = learned(), []
+    batch = data.initialization_batch(16)
+    eps = batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"), "normal")
+    x, log_weight = module.dequantizer(batch[0], eps)
+    log_prob = module.flow.train().log_prob(x)
+    assert log_weight.abs().mean() > 1
+    trainer = make_trainer(max_steps=1)
+    module.finite_or_nan = lambda loss: losses.append(loss.item()) or loss
+    trainer.fit(module, datamodule=data)
+    assert losses == [pytest.approx(-(log_prob + log_weight).mean().item(), rel=1e-6)]
+
+
+def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
+    """Behind the flow's, whose place and keys do not change."""
+
+    class Clipped(DensityModule):
+        def configure_gradient_clipping(self, *arguments, **more):
+            super().configure_gradient_clipping(*arguments, **more)
+            self.norm = gradients(self.trained).norm().item()
+            self.noise_gradient = self.dequantizer.mean.grad.clone()
+
+    module = learned(cls=Clipped, clip_norm=0.5, lr=0.01)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    flow = [f"flow.{key}" for key in tiny_flow().state_dict()]
+    more = [f"dequantizer.{key}" for key in ("mean", "log_std", "by_class")]
+    assert list(before) == ["skipped", "skipped_last", *flow, *more]
+    average = EMAWeightAveraging(use_buffers=False, decay=0.5)
+    trainer = make_trainer(average, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2), max_steps=3,
+                           enable_checkpointing=True)  # fmt: skip
+    trainer.fit(module, datamodule=RandomImages())
+    parameters = trainer.optimizers[0].param_groups[0]["params"]
+    assert [id(p) for p in parameters[-3:]] == [id(p) for p in module.dequantizer.parameters()]
+    assert module.n_parameters == sum(p.numel() for p in parameters)
+    assert module.norm == pytest.approx(0.5, rel=1e-4)
+    assert (module.noise_gradient != 0).all()
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    raw, averaged = saved["current_model_state"], saved["state_dict"]
+    for key in ("dequantizer.mean", "dequantizer.log_std"):
+        assert (averaged[key] != before[key]).all()
+        assert (averaged[key] != raw[key]).any()
+    again = learned()
+    again.load_state_dict(averaged)
+    assert torch.equal(again.dequantizer.mean, averaged["dequantizer.mean"])
+
+
+def test_it_gets_the_context_too():
+    torch.manual_seed(0)
+    flow = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4, n_classes=N_CLASSES)
+    module, data = learned(flow, data=LabelledImages), LabelledImages()
+    batch = data.initialization_batch(16)
+    noises = {
+        "training": batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"), "normal"),
+        "evaluation": image_noise(batch[1], SHAPE, 0, kind="normal"),
+    }
+    inputs = {"training": module.training_input(batch, Position(0, 0)), "evaluation": module.input_of(batch)}
+    for name, prepared in inputs.items():
+        assert torch.equal(prepared.context, batch[2])
+        assert torch.equal(prepared.x, module.dequantizer(batch[0], noises[name], batch[2])[0])
+        assert not torch.equal(prepared.x, module.dequantizer(batch[0], noises[name])[0])
+
+
+class Initialised(LogitNormal):
+    """With an ActNorm of the noise, set from data."""
+
+    def __init__(self, n_bits):
+        super().__init__(n_bits)
+        self.norm = ActNorm(3)
+
+    def forward(self, q, noise, context=None):
+        eps, log_det = self.norm(noise)
+        x, log_weight = super().forward(q, eps, context)
+        return x, log_weight + log_det - 0.5 * (eps.square() - noise.square()).flatten(1).sum(1)
+
+    def initialize(self, q, noise, context=None):
+        self.norm.initialize(3 * noise + 1)
+
+
+def test_it_is_initialised_before_the_flow():
+    torch.manual_seed(0)
+    flow = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4)
+    module = DensityModule(flow, Initialised(8), 8, seed=0)
+    assert module.needs_initialization()
+    batch = RandomImages().initialization_batch(64)
+    module.initialize(batch)
+    assert not module.needs_initialization()
+    with torch.no_grad():
+        x = module.training_input(batch, Position(0, 0)).x
+        torch.manual_seed(0)
+        alone = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4)
+        alone.initialize(x)
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in flow.state_dict().items())
+    assert not uninitialized(module.dequantizer)
+
+
+def test_of_takes_a_learned_one_in_the_place_of_the_datas():
+    config = compose("realnvp_cifar10", ["preset=demo", "eval.noise_seed=4", "optim.lr=0.5"])
+    data = RandomImages()
+    usual, other = DensityModule.of(config, tiny_flow(), data), LogitNormal(8)
+    assert usual.dequantizer is data.dequantizer
+    assert (usual.n_bits, usual.shape, usual.seed, usual.noise_seed, usual.lr) == (8, SHAPE, 0, 4, 0.5)
+    assert DensityModule.of(config, tiny_flow(), data, other).dequantizer is other
+
+
+def test_one_with_batch_norms_is_refused():
+    class Normed(LogitNormal):
+        def __init__(self):
+            super().__init__(8)
+            self.norm = nn.BatchNorm2d(3)
+
+    with pytest.raises(ValueError, match="Normed has batch norms") as error:
+        DensityModule(tiny_flow(), Normed(), 8, seed=0)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- several samples
+
+
+class Slope(FlowModel):
+    """x to its logit plus a bias a pixel: a density that is far from flat in a bin."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.latent_shapes = SHAPE, (SHAPE,)
+        self.layers = Compose([Logit(0.05)])
+        self.bias = nn.Parameter(torch.linspace(-4, 4, D).view(SHAPE))
+
+    def forward(self, x, context=None):
+        z, log_det = self.layers(x)
+        return (z + self.bias,), log_det
+
+    def inverse(self, z, context=None):
+        return self.layers.inverse(z[0] - self.bias)
+
+
+class FewBits(RandomImages):
+    """The same images in 2 bits: wide bins."""
+
+    n_bits, dequantizer = 2, UniformDequantizer(2)
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        for split in ("train", "val", "test"):
+            setattr(self, split, ImageArray(getattr(self, split).images, n_bits=2))
+
+
+@pytest.mark.parametrize("make", [UniformDequantizer, LogitNormal])
+def test_several_samples_are_importance_weighted(make):
+    """log 1/k sum p(x_i) / q(x_i) of every image in float64, by hand; the first sample's figure stays."""
+    data, k = FewBits(), 16
+    module = DensityModule(Slope(), make(2), 2, seed=0, noise_seed=1, noise_samples=k)
+    one = DensityModule(Slope(), make(2), 2, seed=0, noise_seed=1)
+    q = torch.from_numpy(data.test.images) >> 6
+    terms = []
+    for i in range(k):
+        noise = image_noise(torch.arange(23), SHAPE, 1, i, module.dequantizer.noise)
+        with torch.no_grad():
+            x, log_weight = module.dequantizer(q, noise)
+            terms.append((module.flow.log_prob(x) + log_weight).double().numpy())
+    weighted = np.log(np.mean(np.exp(terms - np.max(terms, 0)), 0)) + np.max(terms, 0)
+    expected = (2 - weighted / (D * math.log(2))).mean()
+    single = module.metric.name
+    [tested] = make_trainer().test(module, data, verbose=False)
+    [alone] = make_trainer().test(one, data, verbose=False)
+    assert set(tested) == {f"test/{single}", "test/bpd_iw16"}
+    assert tested["test/bpd_iw16"] == pytest.approx(expected, abs=2e-6)
+    assert alone == {f"test/{single}": tested[f"test/{single}"]}
+    assert tested["test/bpd_iw16"] < tested[f"test/{single}"] - 1e-3  # a tighter bound
+    assert [(m.name, m.kind, m.samples) for m in module.metrics][1] == ("bpd_iw16", "iw", 16)
+
+
+def test_reestimated_statistics_have_weighted_figures_of_their_own():
+    [tested] = make_trainer().test(density(tiny_flow(), noise_samples=2), RandomImages(), verbose=False)
+    names = ("bpd", "bpd_reestimated", "bpd_iw2", "bpd_iw2_reestimated")
+    assert set(tested) == {f"test/{name}" for name in names}
+    images = RandomImages().test.images
+    assert tested["test/bpd"] == pytest.approx(bits_by_hand(tiny_flow().eval(), images).mean().item(), abs=2e-6)
+
+
+def test_log_mean_exp_neither_overflows_nor_loses_digits():
+    samples = [torch.tensor([2000.0, -3000.0]), torch.tensor([2000.0, -3000.0 + math.log(3)])]
+    found = log_mean_exp(samples)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor([2000.0, -3000.0 + math.log(2)]).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((UniformDequantizer(8), 8, 0), r"eval\.noise_samples=0: give at least 1"),
+        ((Gaussian(8), 8, 4), r"eval\.noise_samples=4, but bpd_noisy is no bound to tighten: give 1"),
+        ((None, None, 4), r"eval\.noise_samples=4, but no noise is drawn: give 1"),
+    ],
+)
+def test_samples_that_tighten_nothing_are_refused(arguments, message):
+    dequantizer, n_bits, k = arguments
+    with pytest.raises(ValueError, match=message) as error:
+        DensityModule(tiny_flow(), dequantizer, n_bits, seed=0, noise_samples=k)
+    assert "\n" not in str(error.value)
+
+
+def test_the_number_of_samples_may_change_in_a_run_that_goes_on():
+    assert "noise_samples" in FREE
+    assert compose("realnvp_cifar10", []).eval.noise_samples == 1

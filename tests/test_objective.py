@@ -1,0 +1,261 @@
+"""The contract of an objective, kept by one that has no flow: a denoiser, whose metric is better when higher.
+
+It passes what every objective has to pass: the glue, all callbacks, a resume and W&B.
+"""
+
+import csv
+import json
+
+import pytest
+import torch
+from cases import TINY
+from omegaconf import OmegaConf
+from test_wandb import nobody_logged_in
+from torch import nn
+from torch.nn import functional as F
+from wandb_file import parts_of
+
+from datamodules import make_data
+from lightning_modules.metrics import image_mean
+from lightning_modules.noise import image_noise
+from lightning_modules.objective import Objective
+from lightning_modules.optimization import OptimizedModule
+from reproduce import experiment
+from reproduce.config import compose
+from reproduce.loggers import close
+from reproduce.run_folder import read_checkpoint, step_checkpoints
+from results.metrics import Metric
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("does not have many workers", "LeafSpec.* is deprecated")
+]
+SIGMA = 0.2
+
+
+class Denoiser(OptimizedModule):
+    """A network that takes noise off images, x + sigma eps to x; minimises the squared error, reports the PSNR in dB.
+
+    It is initialised by data (the mean colour), draws nothing, and shows what it makes of noisy images.
+    """
+
+    metrics = (Metric("psnr", "higher", "dB"),)
+
+    def __init__(self, net: nn.Module, shape, **arguments) -> None:
+        super().__init__(**arguments)
+        self.net, self.shape, self.n_bits = net, tuple(shape), 8
+        self.register_buffer("colour", torch.full((3, 1, 1), torch.nan))
+        self.eval_mean = image_mean()
+
+    @classmethod
+    def of(cls, config, model, data):
+        return cls(model, data.shape, seed=config.seed, noise_seed=config.eval.noise_seed, **config.optim)
+
+    @property
+    def trained(self):
+        return self.net
+
+    def needs_initialization(self):
+        return bool(self.colour.isnan().any())
+
+    def initialize(self, batch):
+        self.colour.copy_((batch[0] / 255).mean((0, 2, 3))[:, None, None])
+
+    def noisy(self, batch):
+        """Images and noisy images of evaluation."""
+        clean = batch[0] / 255
+        eps = image_noise(batch[1], self.shape, self.noise_seed, kind="normal").to(clean)
+        return clean, clean + SIGMA * eps
+
+    def denoised(self, x):
+        return self.colour + self.net(x - self.colour)
+
+    def training_step(self, batch, batch_idx):
+        clean = batch[0] / 255
+        eps = self.training_noise(clean.shape, self.position(batch_idx), "normal")
+        error = (self.denoised(clean + SIGMA * eps) - clean).square().flatten(1).mean(1)
+        self.train_mean.update(psnr(error.detach()))
+        self.log("train/psnr", psnr(error.detach()).mean())
+        return self.finite_or_nan(error.mean())
+
+    def validation_step(self, batch, batch_idx):
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch, batch_idx):
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch, split):
+        clean, noisy = self.noisy(batch)
+        self.eval_mean.update(psnr(F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1)))
+        self.log(f"{split}/psnr", self.eval_mean, on_step=False, on_epoch=True)
+
+    def reconstruct(self, batch):
+        _, noisy = self.noisy(batch)
+        return noisy, self.denoised(noisy)
+
+
+def psnr(mean_square):
+    """Of images in [0, 1], dB."""
+    return -10 * mean_square.log10()
+
+
+def settings(folder, *words):
+    """A config as load_config gives it, of an experiment that has neither a recipe nor a flow."""
+    keys = [word for word in TINY if not word.startswith("flow.")]
+    config = compose("realnvp_cifar10", [*keys, "checkpoint.every_n_steps=100", *words])
+    OmegaConf.set_struct(config, False)
+    optim = {"name": "adam", "lr": 0.02, "clip_norm": 5.0}
+    config = OmegaConf.merge(config, {"experiment": "denoiser", "run_dir": str(folder), "overrides": []})
+    config.optim, config.flow, config.paper = optim, {}, None
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
+def run(folder, *words, model=None, extra=()):
+    """Train and test, as a script's main does. The result, and the module that was tested."""
+    config = settings(folder, *words)
+    data = make_data(seed=config.seed, **config.data)
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 3, 3, padding=1) if model is None else model
+    module = Denoiser.of(config, net, data)
+    trainer = experiment.make_trainer(config, module, *extra)
+    experiment.fit(config, trainer, module, data)
+    return experiment.record(config, trainer, module, data), module
+
+
+def curve(folder):
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of twelve steps, logged to W&B: the folder, the result, the module."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with nobody_logged_in(folder.parent):
+        result, module = run(folder, "trainer.max_steps=12", "logger.name=wandb", "trainer.log_every_n_steps=1")
+        close(0)
+    return folder, result, module
+
+
+def test_it_learns_and_the_best_is_the_highest(finished):
+    folder, result, _ = finished
+    values = [float(row["val/psnr"]) for row in curve(folder)]
+    assert list(curve(folder)[0]) == ["step", "images", "seconds", "lr", "train/psnr", "val/psnr"]
+    assert values[-1] > values[0] + 1
+    best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
+    assert best["callbacks"]["Checkpoints"]["best"] == max(values[1:])
+    assert best["global_step"] == int(curve(folder)[1:][values[1:].index(max(values[1:]))]["step"])
+    assert result["metrics"]["val/psnr"] == max(values[1:])
+    assert set(result["metrics"]) == {"val/psnr", "test/psnr"}
+
+
+def test_the_result_says_what_it_rests_on(finished):
+    folder, result, module = finished
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert (result["experiment"], result["images"], result["skipped_steps"]) == ("denoiser", 12 * 16, 0)
+    assert result["parameters"] == sum(p.numel() for p in module.net.parameters()) == 3 * 3 * 9 + 3
+    assert (result["paper"], result["status"]) == (None, "-")
+    assert read_checkpoint(step_checkpoints(folder)[0])["paperflows"]["shape"] == [3, 8, 8]
+
+
+def test_it_was_initialised_by_the_first_batch_and_before_the_first_validation(finished):
+    _, _, module = finished
+    data = make_data(seed=0, **finished[1]["config"]["data"])
+    data.setup()
+    expected = (torch.stack(list(data.initialization_batch(64)[0])) / 255).mean((0, 2, 3))
+    torch.testing.assert_close(module.colour[:, 0, 0], expected)
+
+
+def test_only_what_it_can_show_is_drawn(finished):
+    folder, _, _ = finished
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == [f"reconstruction-{step:07d}.png" for step in (3, 6, 9, 12)]
+
+
+def test_wandb_has_the_metric_over_steps(finished):
+    folder, result, _ = finished
+    (part,) = parts_of(folder)
+    logged = {row["trainer/global_step"]: row["val/psnr"] for row in part.rows if "val/psnr" in row}
+    expected = {int(row["step"]): float(row["val/psnr"]) for row in curve(folder)}
+    assert logged == pytest.approx(expected, abs=1e-5)
+    assert part.summary["test/psnr"] == result["metrics"]["test/psnr"]
+    assert part.summary["best/val/psnr"] == result["metrics"]["val/psnr"]
+    assert any("pictures/reconstruction" in key for row in part.rows for key in row)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(tmp_path):
+    """Killed after step 5, in an epoch of 4 batches; averaged weights, and micro-batches."""
+    words = ["checkpoint.every_n_steps=2", "ema.decay=0.9", "data.micro_batch=8"]
+    whole, _ = run(tmp_path / "whole", "trainer.max_steps=7", *words)
+    run(tmp_path / "parts", "trainer.max_steps=5", *words)
+    (tmp_path / "parts" / "result.json").unlink()
+    (tmp_path / "parts" / "checkpoints" / "step-00000005.ckpt").unlink()
+    parts, _ = run(tmp_path / "parts", "trainer.max_steps=7", "resume=auto", *words)
+    a, b = (read_checkpoint(step_checkpoints(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert a["global_step"] == b["global_step"] == 7
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][key], value) for key, value in b["state_dict"].items())
+    assert parts["metrics"] == whole["metrics"]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    class Poisoned(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return super().forward(x) * (torch.inf if self.training and self.calls == 2 else 1)
+
+    result, module = run(tmp_path, "trainer.max_steps=3", model=Poisoned(3, 3, 3, padding=1))
+    assert result["skipped_steps"] == module.skipped.item() == 1
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_what_is_not_declared_is_not_there():
+    """The defaults of the contract, which an objective may leave as they are."""
+    plain = Objective()
+    assert (plain.shape, plain.n_bits, plain.needs_autograd, plain.has_temperature) == (None, None, False, True)
+    assert not plain.needs_initialization()
+    assert plain.check_data(None) is plain.check_skipped() is plain.trial(3) is None
+    assert plain.draw(2, 1.0, 0) is plain.reconstruct([torch.zeros(2)]) is None
+    x, context, log_weight, noise = plain.input_of([torch.ones(2, 3), torch.arange(2), torch.tensor([4, 5])])
+    assert (x.shape, context.tolist(), log_weight.tolist(), noise) == ((2, 3), [4, 5], [0.0, 0.0], None)
+    assert plain.skipped.item() == plain.skipped_last.item() == 0
+    with pytest.raises(ValueError, match=r"Objective captures no CUDA graphs: give trainer.cuda_graph=false"):
+        plain.capture()
+    for use in (lambda: plain.trained, lambda: Objective.of(None, None, None)):
+        with pytest.raises(NotImplementedError):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("data", "limit", "expected"),
+    [({"n_val": 5}, None, True), ({"n_val": 0}, None, False), ({}, None, True), ({}, 0, False)],
+)
+def test_a_data_set_with_a_split_of_its_own_needs_no_n_val(data, limit, expected):
+    config = OmegaConf.create({"data": data, "trainer": {"limit_val_batches": limit}})
+    OmegaConf.set_struct(config, True)
+    assert experiment._validates(config) is expected
+
+
+def test_parts_of_what_is_trained_are_compiled_one_by_one():
+    compiled = []
+
+    class Part(nn.Linear):
+        def compile(self):
+            compiled.append(self)
+
+    class Two(Objective):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Part(1, 2), Part(2, 3)
+
+        @property
+        def trained(self):
+            return nn.ModuleList([self.first, self.second])
+
+    two = Two()
+    two.compile_networks()
+    assert compiled == [two.first, two.second]
+    assert two.n_parameters == 4 + 9
