@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from datamodules.images import ImageArray
 from datamodules.samplers import TrainSampler
 from flows.base import FlowModel
+from flows.context import Classes
 from flows.glow import Glow
 from flows.normalization import CouplingBatchNorm
 from lightning_modules.class_conditional import ClassConditionalModule
@@ -230,12 +231,15 @@ class NormedFlow(FlowModel):
     Says that an image is of class 0 where its first latent is positive, and else of class 1.
     """
 
-    n_classes = N_CLASSES
+    conditioned_on = Classes(N_CLASSES)
 
     def __init__(self):
         super().__init__()
-        self.shape, self.latent_shapes = SHAPE, (SHAPE,)
+        self.shape = SHAPE
         self.norm = CouplingBatchNorm(3)
+
+    def latent_shapes(self, shape=None):
+        return (SHAPE,)
 
     def forward(self, x, context=None):
         z, log_det = self.norm(x + context[:, None, None, None])

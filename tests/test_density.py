@@ -526,8 +526,11 @@ class Estimated(FlowModel):
 
     def __init__(self):
         super().__init__()
-        self.shape, self.latent_shapes, self.a = SHAPE, (SHAPE,), nn.Parameter(torch.zeros(()))
+        self.shape, self.a = SHAPE, nn.Parameter(torch.zeros(()))
         self.noises = []
+
+    def latent_shapes(self, shape=None):
+        return (SHAPE,)
 
     def forward(self, x, context=None, noise=None):
         self.noises.append(noise)
@@ -588,7 +591,10 @@ class ByAutograd(FlowModel):
 
     def __init__(self):
         super().__init__()
-        self.shape, self.latent_shapes, self.a = SHAPE, (SHAPE,), nn.Parameter(torch.ones(()))
+        self.shape, self.a = SHAPE, nn.Parameter(torch.ones(()))
+
+    def latent_shapes(self, shape=None):
+        return (SHAPE,)
 
     def forward(self, x, context=None):
         x = x if x.requires_grad else x.detach().requires_grad_()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from sketch_dequantizer import LogitNormal
 from test_class_conditional import N_CLASSES, LabelledImages
 from test_density import SHAPE, RandomImages, bits_by_hand, density, gradients, make_trainer, tiny_flow
 from torch import nn
 
-from datamodules.dequantization import Dequantizer, UniformDequantizer, below_one
+from datamodules.dequantization import Dequantizer, UniformDequantizer
 from datamodules.images import ImageArray
 from flows.base import Compose, FlowModel
 from flows.elementwise import Logit
@@ -26,28 +27,6 @@ pytestmark = [
     for text in ("does not have many workers", "LeafSpec.* is deprecated")
 ]
 D = math.prod(SHAPE)
-
-
-class LogitNormal(Dequantizer):
-    """u = sigmoid(m + e^s eps), eps ~ N(0, 1), with m and s linear in the pixel (and m in the class)."""
-
-    noise, kind = "normal", "bound"
-
-    def __init__(self, n_bits, n_classes=1):
-        super().__init__(n_bits)
-        self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
-        self.log_std = nn.Parameter(torch.tensor([0.5, 0.2]))
-        self.by_class = nn.Parameter(torch.linspace(0, 1, n_classes))
-
-    def forward(self, q, noise, context=None):
-        level = q.to(noise.dtype) / 2**self.n_bits
-        classes = 0 if context is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
-        log_std = self.log_std[0] + self.log_std[1] * level
-        logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
-        base = -0.5 * (noise.square() + math.log(2 * math.pi))
-        log_slope = log_std + nn.functional.logsigmoid(logits) + nn.functional.logsigmoid(-logits)  # of u in eps
-        x = below_one((q.to(noise.dtype) + logits.sigmoid()) / 2**self.n_bits)
-        return x, (log_slope - base).flatten(1).sum(1)
 
 
 class Gaussian(Dequantizer):
@@ -262,9 +241,12 @@ class Slope(FlowModel):
 
     def __init__(self):
         super().__init__()
-        self.shape, self.latent_shapes = SHAPE, (SHAPE,)
+        self.shape = SHAPE
         self.layers = Compose([Logit(0.05)])
         self.bias = nn.Parameter(torch.linspace(-4, 4, D).view(SHAPE))
+
+    def latent_shapes(self, shape=None):
+        return (SHAPE,)
 
     def forward(self, x, context=None):
         z, log_det = self.layers(x)

@@ -10,93 +10,22 @@ import pytest
 import torch
 from cases import TINY
 from omegaconf import OmegaConf
+from sketch_denoiser import Denoiser
 from test_wandb import nobody_logged_in
 from torch import nn
-from torch.nn import functional as F
 from wandb_file import parts_of
 
 from datamodules import make_data
-from lightning_modules.metrics import image_mean
-from lightning_modules.noise import image_noise
 from lightning_modules.objective import Objective
-from lightning_modules.optimization import OptimizedModule
 from reproduce import experiment
 from reproduce.config import compose
 from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
-from results.metrics import Metric
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
     for text in ("does not have many workers", "LeafSpec.* is deprecated")
 ]
-SIGMA = 0.2
-
-
-class Denoiser(OptimizedModule):
-    """A network that takes noise off images, x + sigma eps to x; minimises the squared error, reports the PSNR in dB.
-
-    It is initialised by data (the mean colour), draws nothing, and shows what it makes of noisy images.
-    """
-
-    metrics = (Metric("psnr", "higher", "dB"),)
-
-    def __init__(self, net: nn.Module, shape, **arguments) -> None:
-        super().__init__(**arguments)
-        self.net, self.shape, self.n_bits = net, tuple(shape), 8
-        self.register_buffer("colour", torch.full((3, 1, 1), torch.nan))
-        self.eval_mean = image_mean()
-
-    @classmethod
-    def of(cls, config, model, data):
-        return cls(model, data.shape, seed=config.seed, noise_seed=config.eval.noise_seed, **config.optim)
-
-    @property
-    def trained(self):
-        return self.net
-
-    def needs_initialization(self):
-        return bool(self.colour.isnan().any())
-
-    def initialize(self, batch):
-        self.colour.copy_((batch[0] / 255).mean((0, 2, 3))[:, None, None])
-
-    def noisy(self, batch):
-        """Images and noisy images of evaluation."""
-        clean = batch[0] / 255
-        eps = image_noise(batch[1], self.shape, self.noise_seed, kind="normal").to(clean)
-        return clean, clean + SIGMA * eps
-
-    def denoised(self, x):
-        return self.colour + self.net(x - self.colour)
-
-    def training_step(self, batch, batch_idx):
-        clean = batch[0] / 255
-        eps = self.training_noise(clean.shape, self.position(batch_idx), "normal")
-        error = (self.denoised(clean + SIGMA * eps) - clean).square().flatten(1).mean(1)
-        self.train_mean.update(psnr(error.detach()))
-        self.log("train/psnr", psnr(error.detach()).mean())
-        return self.finite_or_nan(error.mean())
-
-    def validation_step(self, batch, batch_idx):
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch, batch_idx):
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch, split):
-        clean, noisy = self.noisy(batch)
-        self.eval_mean.update(psnr(F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1)))
-        self.log(f"{split}/psnr", self.eval_mean, on_step=False, on_epoch=True)
-
-    def reconstruct(self, batch):
-        _, noisy = self.noisy(batch)
-        return noisy, self.denoised(noisy)
-
-
-def psnr(mean_square):
-    """Of images in [0, 1], dB."""
-    return -10 * mean_square.log10()
 
 
 def settings(folder, *words):
@@ -155,7 +84,7 @@ def test_the_result_says_what_it_rests_on(finished):
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["experiment"], result["images"], result["skipped_steps"]) == ("denoiser", 12 * 16, 0)
     assert result["parameters"] == sum(p.numel() for p in module.net.parameters()) == 3 * 3 * 9 + 3
-    assert (result["paper"], result["status"]) == (None, "-")
+    assert (result["papers"], result["status"]) == ([], "-")
     assert read_checkpoint(step_checkpoints(folder)[0])["paperflows"]["shape"] == [3, 8, 8]
 
 

@@ -1,0 +1,35 @@
+"""A sketch of a learned dequantiser (Ho et al. 2019, Flow++, in small), written with public parts alone.
+
+A script hands it over: `DensityModule.of(config, flow, data, LogitNormal(data.n_bits))`. Its parameters are then
+trained, clipped, averaged, saved and loaded with the flow's, and the figure is called `bpd_bound`.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from datamodules.dequantization import Dequantizer, below_one
+
+
+class LogitNormal(Dequantizer):
+    """u = sigmoid(m + e^s eps), eps ~ N(0, 1), with m and s linear in the pixel (and m in the class)."""
+
+    noise, kind = "normal", "bound"
+
+    def __init__(self, n_bits, n_classes=1):
+        super().__init__(n_bits)
+        self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
+        self.log_std = nn.Parameter(torch.tensor([0.5, 0.2]))
+        self.by_class = nn.Parameter(torch.linspace(0, 1, n_classes))
+
+    def forward(self, q, noise, context=None):
+        level = q.to(noise.dtype) / 2**self.n_bits
+        classes = 0 if context is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
+        log_std = self.log_std[0] + self.log_std[1] * level
+        logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
+        base = -0.5 * (noise.square() + math.log(2 * math.pi))
+        log_slope = log_std + F.logsigmoid(logits) + F.logsigmoid(-logits)  # of u in eps
+        x = below_one((q.to(noise.dtype) + logits.sigmoid()) / 2**self.n_bits)
+        return x, (log_slope - base).flatten(1).sum(1)
