@@ -63,12 +63,12 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
 @command
 def main(argv: list[str] | None = None) -> list[dict] | None:
     """Measure, print, write."""
-    given = arguments(argv)
-    if not given or {"--help", "-h"} & set(given):
+    words = arguments(argv)
+    if not words or {"--help", "-h"} & set(words):
         print(__doc__.strip())
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, path, rounds, settings = read(given, device)
+    kind, path, rounds, settings = read(words, device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as preset=gpu
     apart = device.type == "cpu"
     bf16 = best_precision("auto") == "bf16-mixed"
@@ -95,22 +95,22 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     return rows
 
 
-def read(given: list[str], device: torch.device) -> tuple[str, Path | None, int, list[str]]:
+def read(words: list[str], device: torch.device) -> tuple[str, Path | None, int, list[str]]:
     """Kind, file, rounds, settings. ConfigError: a mistake in them."""
-    kind, rounds = given[0], 7
+    kind, rounds = words[0], 7
     if kind not in SETTINGS:
         raise ConfigError(f"'{kind}' is not measured here: give one of {', '.join(SETTINGS)}")
-    path, words = take_json(given[1:])
-    known = list(SETTINGS[kind])
-    settings = [setting for setting in known if (setting in LARGE) == (device.type == "cuda")]
+    path, words = take_json(words[1:])
+    choices = list(SETTINGS[kind])
+    settings = [setting for setting in choices if (setting in LARGE) == (device.type == "cuda")]
     for word in words:
         key, _, value = word.partition("=")
         if key == "rounds" and value.isdecimal() and int(value) > 0:
             rounds = int(value)
-        elif key == "settings" and value in known:
+        elif key == "settings" and value in choices:
             settings = [value]
         else:
-            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {known}")
+            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {choices}")
     return kind, path, rounds, settings
 
 

@@ -43,13 +43,13 @@ class GlowSize:
 
     def convolutions(self) -> list[Convolution]:
         """Those of the conditioners."""
-        channels, side, hidden, found = SHAPE[0], SHAPE[1], self.hidden_channels, []
+        channels, side, hidden, convolutions = SHAPE[0], SHAPE[1], self.hidden_channels, []
         for _ in range(self.n_levels):
             channels, side = 4 * channels, side // 2
             net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
-            found += [Convolution(*layer, side, side) for _ in range(self.depth) for layer in net]
+            convolutions += [Convolution(*layer, side, side) for _ in range(self.depth) for layer in net]
             channels //= 2
-        return found
+        return convolutions
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ class RealNVPSize:
         """As the conditioners hold them: checkerboards at the scale's size, channel couplings at half of it."""
         with torch.device("meta"):
             flow = self.flow()
-        found = []
+        convolutions = []
         for i, scale in enumerate(flow.scales):
             for layer in scale.layers:
                 if hasattr(layer, "conditioner"):
                     side = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
                     nets = (m for m in layer.conditioner.modules() if isinstance(m, nn.Conv2d))
-                    found += [Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side) for m in nets]
-        return found
+                    convolutions += [
+                        Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side) for m in nets
+                    ]
+        return convolutions
 
 
 Size = GlowSize | RealNVPSize

@@ -75,10 +75,10 @@ def _clip(module: DensityModule) -> None:
 
 @command
 def main(argv=None):
-    given = [*SETTINGS, *(sys.argv[1:] if argv is None else argv)]
-    if not any(word.startswith("run_dir=") for word in given):
-        given.append(f"run_dir={tempfile.mkdtemp()}")
-    config = load_config("realnvp_cifar10", __doc__, given)
+    words = [*SETTINGS, *(sys.argv[1:] if argv is None else argv)]
+    if not any(word.startswith("run_dir=") for word in words):
+        words.append(f"run_dir={tempfile.mkdtemp()}")
+    config = load_config("realnvp_cifar10", __doc__, words)
     data = make_data(seed=config.seed, **config.data)
     module = DensityModule.of(config, make_flow(config, data.shape), data)
     alternate = Alternate()
