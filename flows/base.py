@@ -157,8 +157,10 @@ class FlowModel(Flow):
         """torch.compile every conditioner: those of one shape share their graphs. The whole flow would take minutes.
 
         All conditioners are one piece of code, with a graph for each shape, and each batch size and mode they are
-        called in: soon more than the 8 after which torch stops compiling and says so in a log only.
+        called in: soon more than the 8 after which torch stops compiling and says so in a log only. Sizes are
+        constants of a graph (dynamic=False), since what depends on them alone is one (`constant`).
         """
+        kwargs.setdefault("dynamic", False)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.modules():
             if hasattr(layer, "conditioner"):
