@@ -91,7 +91,8 @@ class FlowModel(Flow):
         with the rows of the context; None: the layers take the context itself.
     noise_shape: None for an exact log-determinant. A flow whose log-determinant is an estimate (FFJORD, Residual Flow)
         gives the shape of one datum's noise, uniform in [0, 1), that the estimate is a function of; `forward`,
-        `inverse` and `log_prob` then take `noise`, (B, *noise_shape), behind the context.
+        `inverse` and `log_prob` then take `noise`, (B, *noise_shape), behind the context. `sample` calls `inverse`
+        without it, and drops the log-determinant.
     needs_autograd: whether also evaluation needs gradients, as an estimate by autograd does. No inference mode then.
     """
 
@@ -134,17 +135,20 @@ class FlowModel(Flow):
         """
         self.check_shape(x)
         self.check_noise(noise)
+        context = self.encode_context(context)
+        if context is not None and len(context) != len(x):
+            raise ValueError(f"{len(context)} contexts for {len(x)} data: give one each")
         latents, log_det = self(x, context) if noise is None else self(x, context, noise)
         return self.base.log_prob(latents) + log_det
 
     def encode_context(self, context) -> Encoded | None:
         """A context as the layers take it, for several calls with the same one. ValueError, one line: it is none."""
-        if context is None and self.conditioned_on is None:
+        if self.conditioned_on is None:
+            if context is not None:
+                raise ValueError(f"this {type(self).__name__} is not conditioned on anything: leave the context out")
             return None
         if isinstance(context, Encoded):
             return context
-        if self.conditioned_on is None:
-            raise ValueError(f"this {type(self).__name__} is not conditioned on anything: leave the context out")
         self.conditioned_on.check(context, type(self).__name__)
         return Encoded(context if self.context_encoder is None else self.context_encoder(context))
 

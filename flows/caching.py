@@ -33,11 +33,14 @@ def cached(flow: nn.Module) -> Iterator[None]:
             module.made_once = made
 
 
-def once(module: nn.Module, name: str, make: Callable[[], T]) -> T:
-    """make(), or within a block of `cached` what it gave the first time."""
-    made = module.__dict__.get("made_once")
-    if made is None or torch.is_grad_enabled():
+def once(module: nn.Module, name: str, make: Callable[[], T], size: tuple[int, ...] = ()) -> T:
+    """make(), or within a block of `cached` what it gave the first time.
+
+    size: of the images at hand, where the value depends on it; that of the newest size is kept.
+    """
+    values = module.__dict__.get("made_once")
+    if values is None or torch.is_grad_enabled():
         return make()
-    if name not in made:
-        made[name] = make()
-    return made[name]
+    if name not in values or values[name][0] != size:
+        values[name] = (size, make())
+    return values[name][1]

@@ -11,16 +11,21 @@ def constant(make: Callable[..., Tensor], *arguments: int, like: Tensor) -> Tens
     """make(*arguments) with the dtype and the device of `like`. Nobody may change the tensor: it is shared.
 
     make: a function of a module, of integers alone; it makes the tensor on the CPU. A compiled graph holds the tensor
-    as a constant. While a CUDA graph is captured nothing is kept, since the tensor would belong to that graph.
+    as a constant.
     """
     if torch.compiler.is_compiling():
         return _in_graph(make, arguments, like.dtype, like.device)
+    tensor = _kept(make, arguments, like.dtype, like.device)
     if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return make(*arguments).to(like)
-    return _kept(make, arguments, like.dtype, like.device)
+        # The passes before a capture have made it. The graph reads its memory from now on.
+        READ_BY_GRAPHS[make, arguments, like.dtype, like.device] = tensor
+    return tensor
 
 
-@lru_cache(maxsize=256)
+READ_BY_GRAPHS: dict[tuple, Tensor] = {}
+
+
+@lru_cache(maxsize=64)
 def _kept(make: Callable[..., Tensor], arguments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # A tensor made in inference mode could not take part in training later.
     with torch.inference_mode(False), torch.no_grad():

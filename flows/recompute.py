@@ -23,10 +23,11 @@ def is_random(module: nn.Module) -> bool:
     torch's dropout layers do so in training. A module that draws by itself (`F.dropout`, `torch.rand`) declares it by
     an attribute `is_random = True`.
     """
-    return any(_draws(part) for part in module.modules())
+    return any(draws(part) for part in module.modules())
 
 
-def _draws(module: nn.Module) -> bool:
+def draws(module: nn.Module) -> bool:
+    """The same of the module by itself, without its parts."""
     dropout = isinstance(module, _DropoutNd) and module.training and module.p > 0
     return dropout or getattr(module, "is_random", False)
 

@@ -67,8 +67,19 @@ class DensityModule(OptimizedModule):
         noise_samples=1,
         shape: tuple[int, ...] | None = None,
     ) -> None:
-        rate = (lr, betas, weight_decay, warmup_steps, schedule, cooldown_steps)
-        super().__init__(name, *rate, clip_norm, max_skipped, seed, noise_seed)
+        super().__init__(
+            name=name,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            cooldown_steps=cooldown_steps,
+            clip_norm=clip_norm,
+            max_skipped=max_skipped,
+            seed=seed,
+            noise_seed=noise_seed,
+        )
         if l2 and not hasattr(flow, "l2_penalty"):
             raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
         if bn_images < 0:
@@ -94,8 +105,8 @@ class DensityModule(OptimizedModule):
     def _likelihoods(self) -> list[Metric]:
         """The metric of one noise sample and, where more are taken, that of all of them. ValueError: there is none."""
         kind = "exact" if self.dequantizer is None else self.dequantizer.kind
-        if kind == "exact" and self.flow.noise_shape is not None:
-            kind = "estimate"
+        if self.flow.noise_shape is not None:
+            kind = "estimate" if kind == "exact" else f"{kind}_estimate"
         quantity, unit = ("nll", "nats") if self.n_bits is None else ("bpd", "bits/dim")
         single = Metric(quantity, "lower", unit, kind)
         k = self.noise_samples
@@ -103,7 +114,7 @@ class DensityModule(OptimizedModule):
             return [single]
         if k < 1:
             raise ValueError(f"eval.noise_samples={k}: give at least 1")
-        if self.dequantizer is None or self.flow.noise_shape is not None or kind == "noisy":
+        if self.dequantizer is None or self.flow.noise_shape is not None or kind.startswith("noisy"):
             reason = "no noise is drawn" if self.dequantizer is None else f"{single.name} is no bound to tighten"
             raise ValueError(f"eval.noise_samples={k}, but {reason}: give 1")
         return [single, Metric(quantity, "lower", unit, "iw", k)]
@@ -122,6 +133,9 @@ class DensityModule(OptimizedModule):
     @property
     def needs_autograd(self) -> bool:
         return self.flow.needs_autograd
+
+    def constructors(self) -> dict[str, type]:
+        return {**super().constructors(), "flow": type(self.flow)}
 
     @property
     def _learns_noise(self) -> bool:
@@ -157,7 +171,7 @@ class DensityModule(OptimizedModule):
             self.flow.initialize(x, context)
 
     def trial(self, n: int) -> Tensor | None:
-        if len(self.shape) != 3:
+        if len(self.shape) != 3 or None in self.shape:
             return None
         datum = torch.rand(n, *self.shape)
         if self.dequantizer is not None:
@@ -176,8 +190,13 @@ class DensityModule(OptimizedModule):
 
     def draw(self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None) -> Tensor | None:
         context = None if batch is None else self.context(batch)
+        shape = self.shape
+        if None in shape:  # data of several sizes: as large as the validation data
+            if batch is None:
+                return None
+            shape = tuple(batch[0].shape[1:])
         with self._gradients():
-            samples = drawn(self.flow, n, temperature, seed, self.shape, context)
+            samples = drawn(self.flow, n, temperature, seed, shape, context)
         return None if samples is None else samples.detach()
 
     def reconstruct(self, batch: list[Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -209,13 +228,15 @@ class DensityModule(OptimizedModule):
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
         """A batch with each datum's own noise, keyed (noise_seed, index, k)."""
         q, indices, context = batch[0], batch[1], self.context(batch)
-        shape, noise = self.flow.noise_shape, None
-        if shape is not None:
-            noise = image_noise(indices, shape, self.noise_seed, k, stream=FLOW).to(q.device, self.dtype)
+        noise = None if self.flow.noise_shape is None else self._estimation_noise(indices, k)
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
         sample = evaluation_input(self.dequantizer, q, indices, self.noise_seed, self.dtype, k, context)
         return Input(sample[0], context, sample[1], noise)
+
+    def _estimation_noise(self, indices: Tensor, k: int) -> Tensor:
+        noise = image_noise(indices, self.flow.noise_shape, self.noise_seed, k, stream=FLOW)
+        return noise.to(self.device, self.dtype)
 
     def _dequantization_noise(self, shape: torch.Size, at: Position) -> Tensor:
         return self.training_noise(tuple(shape), at, self.dequantizer.noise)
@@ -259,9 +280,15 @@ class DensityModule(OptimizedModule):
         return flow.log_prob(x, context, *noise), {}
 
     def log_prob(self, x: Tensor, context=None) -> Tensor:
-        """log p(x | context), (B,) nats, of data that need no dequantisation, by the flow as it is."""
+        """log p(x | context), (B,) nats, of data that need no dequantisation, by the flow as it is.
+
+        An estimated log-determinant has the noise of the data's numbers in x.
+        """
+        noise = ()
+        if self.flow.noise_shape is not None:
+            noise = (self._estimation_noise(torch.arange(len(x)), 0),)
         with evaluation(self.device.type), self._gradients():
-            return self.flow.log_prob(x, context).detach()
+            return self.flow.log_prob(x, context, *noise).detach()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self._measure(batch, "val")
@@ -346,7 +373,8 @@ def drawn(
     (B, ...), in turn; None where there are none. shape: of one datum, for a flow of any size.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = shape if None in flow.shape else None
+    decides_itself = type(flow).sample_shape is not FlowModel.sample_shape
+    shape = None if decides_itself or None not in flow.shape else shape
     if flow.conditioned_on is None:
         return flow.sample(n, temperature, shape=shape, generator=generator)
     device = next(flow.parameters()).device
@@ -356,4 +384,4 @@ def drawn(
     if context is None:
         return None
     contexts = context.to(device)[torch.arange(n, device=device) % len(context)]
-    return flow.sample(1, temperature, contexts, generator=generator)[0]
+    return flow.sample(1, temperature, contexts, shape=shape, generator=generator)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("uniform", "normal")  # on [0, 1), and standard normal
-DATA, FLOW = 0, 1  # streams: one moves no number of the other
+DATA, FLOW, NETWORK = 0, 1, 2  # streams: one moves no number of another
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def evaluation_input(
     """x and log_weight of integers q (B, *shape), with each one's own `image_noise`, on their device."""
     noise = image_noise(indices, q.shape[1:], seed, k, dequantizer.noise)
     return dequantizer(q, noise.to(q.device, dtype), context)
+
+
+def network_seed(seed: int, at: Position) -> int:
+    """For torch's generator in a pass through a network that draws (dropout): a function of seed and place."""
+    return int(np.random.SeedSequence([*_key(seed, at.epoch, at.step, NETWORK), at.part]).generate_state(1)[0])
 
 
 def _key(seed: int, first: int, second: int, stream: int) -> list[int]:

@@ -14,13 +14,14 @@ from results.metrics import Metric
 class Input(NamedTuple):
     """What a batch becomes.
 
-    x: (B, *shape), the data that are modelled. context: what they are conditioned on, or None. log_weight: (B,) nats,
-    what a dequantiser adds to log p(x) (`Dequantizer`); zeros where nothing is dequantised. noise: of an estimated
-    log-determinant, (B, *noise_shape), or None.
+    x: (B, *shape), the data that are modelled.
+    context: what they are conditioned on, (B, ...), or None.
+    log_weight: (B,) nats, what a dequantiser adds to log p(x) (`Dequantizer`); zeros where nothing is dequantised.
+    noise: of an estimated log-determinant, (B, *noise_shape), or None.
     """
 
     x: Tensor
-    context: Tensor | tuple[Tensor, ...] | None
+    context: Tensor | None
     log_weight: Tensor
     noise: Tensor | None = None
 
@@ -50,9 +51,13 @@ class Objective(L.LightningModule):
         of              the constructor that a script calls.
 
     What it may set, or replace; as it stands, each means that there is none:
-        shape           of one datum. Where it is (C, H, W), x is an image in [0, 1] and pictures are drawn.
+        shape           of one datum; entries may be None, any size. Where it is (C, H, W), x is an image in [0, 1] and
+                        pictures are drawn.
         n_bits          of the data's integers; None for real numbers.
         needs_autograd  whether evaluation takes gradients: then Lightning's inference mode is off.
+        model_name, n_parameters
+                        what messages and results call the model, and how many numbers are trained.
+        input_of        how a batch becomes what evaluation sees; `benchmarks.stability` asks for it.
         has_temperature, draw, reconstruct
                         what is drawn for pictures, and whether samples have a temperature.
         needs_initialization, initialize
@@ -61,6 +66,10 @@ class Objective(L.LightningModule):
         trial           a loss of made-up data, by which a run's duration is told.
         compile_networks, capture
                         how its networks are compiled and its steps captured as CUDA graphs.
+        constructors    what the sections of a recipe are the arguments of, where a run goes on.
+
+    What it has without doing anything: `metric`, `train_mean`, and the counts of steps that were left out since they
+    were not finite, `skipped` (in the whole run), `skipped_last` (whether the newest was) and `check_skipped()`.
 
     Batches are (datum, index) or (datum, index, context), as `StatelessDataModule` gives them. Noise is a function of
     where it is used: `training_noise` in training, `image_noise` with `noise_seed` in evaluation.
@@ -108,6 +117,13 @@ class Objective(L.LightningModule):
     def n_parameters(self) -> int:
         """Numbers that are trained."""
         return sum(parameter.numel() for parameter in self.trained.parameters())
+
+    def constructors(self) -> dict[str, type]:
+        """Section of a recipe -> the class whose keyword arguments its keys are.
+
+        Where a run goes on, a key that its recipe did not have at first counts as the constructor's default.
+        """
+        return {"optim": type(self), "eval": type(self)}
 
     # ------------------------------------------------------------------------------------------ before training
 
@@ -175,6 +191,6 @@ class Objective(L.LightningModule):
         return None
 
 
-def context_of(batch: list[Tensor]) -> Tensor | tuple[Tensor, ...] | None:
+def context_of(batch: list[Tensor]) -> Tensor | None:
     """What the data of a batch are conditioned on, its third part; None where it has none."""
     return batch[2] if len(batch) > 2 else None

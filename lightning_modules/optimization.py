@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flows.recompute import is_random
 from lightning_modules.adamax import Adamax
+from lightning_modules.noise import network_seed
 from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step
 from lightning_modules.schedule import Schedule, warm_up
@@ -90,8 +92,13 @@ class OptimizedModule(Objective):
     def on_train_start(self) -> None:
         norms = (m for m in self.trained.modules() if isinstance(m, _BatchNorm))
         self._statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
+        self._is_random = is_random(self.trained)
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        if self._is_random:
+            # Dropout draws from torch's own generator, which no checkpoint holds. Seeded by the place in training, it
+            # is the same in a run that goes on; each rank and micro-batch has numbers of its own.
+            torch.manual_seed(network_seed(self.seed, self.position(batch_idx)))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._before = flattened(self._statistics)
 

@@ -14,7 +14,7 @@ CHOICES = {
     "checkpoint.select": ("best", "last"),
     "resume": (None, "auto"),
 }
-NONE_ONE_OR_SEVERAL = ("paper",)  # keys whose value is null, a name, or a list of names
+OPEN = ("flow", "data", "optim")  # sections that a recipe may add keys to: the arguments of what it chooses
 
 
 class ConfigError(Exception):
@@ -35,6 +35,8 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     for name, content in files.items():
         config = _extend(config, name, content, earlier)
         earlier.insert(0, config)
+    if OmegaConf.select(config, "data.name") is None:
+        raise ConfigError(f"{CONFIGS / experiment}.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]")
 
     for key in overrides:
         _check_section(config, overrides, key)
@@ -99,7 +101,15 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
 
 
 def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
-    """The `presets:` section of a recipe, over those of the recipes that it extends, preset by preset."""
+    """The `presets:` section of a recipe, over those of the recipes that it extends, preset by preset.
+
+    ConfigError: it is no mapping, or one of its presets is none.
+    """
+    for name, content in files.items():
+        section = content.get("presets")
+        sections = list(section.values()) if isinstance(section, DictConfig) else []
+        if section is not None and not (sections and all(isinstance(part, DictConfig) for part in sections)):
+            raise ConfigError(f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}")
     return OmegaConf.merge(*(content.get("presets") or {} for content in files.values()))
 
 
@@ -114,10 +124,33 @@ def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[Di
         config.data = _data_section(data_name)
     values = [dict(_leaves(layer)) for layer in (config, *earlier)]
     own = OmegaConf.masked_copy(content, [key for key in content if key != "presets"])
-    for key, value in _leaves(own):
-        if key.split(".")[0] != "paper":
+    for key, value in _leaves(own, resolve=False):
+        if key in DECIDED_ELSEWHERE:
+            raise ConfigError(f"{CONFIGS / name}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
+        if key.split(".")[0] == "paper":
+            if problem := _wrong_paper(key, value):
+                raise ConfigError(f"{CONFIGS / name}: {problem}")
+        elif not _is_interpolation(value):  # it has a type when all is composed
             _check_extension(CONFIGS / name, key, value, values)
     return OmegaConf.merge(config, own)
+
+
+DECIDED_ELSEWHERE = {
+    "experiment": "it is the name of the recipe",
+    "preset": "it is given on the command line",
+}
+
+
+def _is_interpolation(value) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _wrong_paper(key: str, value) -> str | None:
+    """What is wrong with a value of `paper`, in words: it is null, a name, or a list of names."""
+    names = value if isinstance(value, ListConfig) else [value]
+    if key == "paper" and (value is None or all(isinstance(name, str) for name in names)):
+        return None
+    return f"{key}={value} has the wrong type: give a name, a list of names, or null"
 
 
 def _check_extension(path: Path, key: str, value, values: list[dict]) -> None:
@@ -128,6 +161,9 @@ def _check_extension(path: Path, key: str, value, values: list[dict]) -> None:
         raise ConfigError(f"{path}: {key} is a section, not a value")
     if parents:
         raise ConfigError(f"{path}: {parents[0]} is a value, not a section with {key}")
+    section = key.split(".")[0]
+    if key not in values[0] and section not in OPEN and any(k.startswith(f"{section}.") for k in values[0]):
+        raise ConfigError(f"{path}: {key} is no key of what it extends{nearest(key, list(values[0]))}")
     if values[0].get(key) is not None and not _may_replace(value, key, values):
         raise ConfigError(f"{path}: {_wrong_type(key, value, values[0][key])}")
 
@@ -198,10 +234,9 @@ def _check_type(values: list[dict], key: str, value) -> None:
         if inside:
             raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
         raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
-    if key in NONE_ONE_OR_SEVERAL:
-        names = value if isinstance(value, ListConfig) else [value]
-        if value is not None and not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"{key}={value} has the wrong type: give a name, a list of names, or null")
+    if key == "paper":
+        if problem := _wrong_paper(key, value):
+            raise ConfigError(problem)
         return
     if key not in CHOICES and not _may_replace(value, key, values):
         raise ConfigError(_wrong_type(key, value, values[0][key]))
@@ -248,12 +283,16 @@ def nearest(word: str, known: list[str]) -> str:
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
-def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, object]]:
-    leaves = []
+def _leaves(config: DictConfig, prefix: str = "", resolve: bool = True) -> list[tuple[str, object]]:
+    """Dotted keys and values. resolve: whether ${...} is looked up, for which the config has to be whole."""
+    leaves: list[tuple[str, object]] = []
     for key in config:
+        if not resolve and OmegaConf.is_interpolation(config, key):
+            leaves.append((f"{prefix}{key}", OmegaConf.to_container(config, resolve=False)[key]))
+            continue
         value = config[key]
         if isinstance(value, DictConfig):
-            leaves += _leaves(value, f"{prefix}{key}.")
+            leaves += _leaves(value, f"{prefix}{key}.", resolve)
         else:
             leaves.append((f"{prefix}{key}", value))
     return leaves

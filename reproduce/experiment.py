@@ -288,9 +288,10 @@ def papers_of(config: DictConfig) -> list[dict]:
     claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
     by_metric: dict[str, str] = {}
     for claim in claims:
-        other = by_metric.setdefault(claim["metric"], claim["id"])
+        name = claim["metric"].split("/")[-1]  # what `paper/<name>` and `gap/<name>` are called in the logs
+        other = by_metric.setdefault(name, claim["id"])
         if other != claim["id"]:
-            raise ConfigError(f"paper: {other} and {claim['id']} are both claims on {claim['metric']}: give one")
+            raise ConfigError(f"paper: {other} and {claim['id']} are both claims on {name}: give one")
     return [_paper(config, claim) for claim in {claim["id"]: claim for claim in claims}.values()]
 
 
@@ -340,12 +341,14 @@ def _outcome(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.
     """What a result says of the training that has ended: all but the metrics, which are empty."""
     images, budget = trainer.global_step * config.data.batch_size, config.budget.images
     curve, provenance = (_callback(trainer, kind) for kind in (Curve, Provenance))
+    metric = module.metric
     return {
         "experiment": config.experiment,
         "run": Path(config.run_dir).name,
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},
+        "metric": {"name": metric.name, "direction": metric.direction, "unit": metric.unit},  # of the curve
         "papers": papers_of(config),
         "budget": budget and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
         "seed": config.seed,

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
+from flows.base import FlowModel
 from lightning_modules.callbacks.samples import finite_share, picture
 from lightning_modules.density import drawn
 from lightning_modules.noise import evaluation_input
@@ -78,6 +79,8 @@ class Run:
         flow, origin = read_run(folder)
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
+        if problem := _not_drawn(flow, origin["parts"]):
+            raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
         self.options, self.flow, config = options, flow.to(options.device), origin["config"]
         name, overrides = config["data"]["name"], {key: value for key, value in options.data.items() if value}
         parameters = inspect.signature(DATA[name]).parameters
@@ -86,6 +89,8 @@ class Run:
         defaults = {key: value for key, value in {"download": False, "labels": True}.items() if key in parameters}
         self.data = make_data(seed=config["seed"], **{**config["data"], **defaults, **overrides})
         self.noise_seed = config["eval"]["noise_seed"]
+        if None in self.data.shape:
+            raise ConfigError(f"{folder} has data of several sizes: give data.size=, where its data set has that key")
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
         """x, n images (or all there are) chosen by the seed, dequantised as in evaluation, and labels."""
@@ -111,10 +116,19 @@ class Run:
         return None if self.flow.n_classes is None else labels[rows].to(self.options.device)
 
 
+def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
+    """What is special about a flow that the pictures here do not know, in words; None: nothing."""
+    if flow.conditioned_on is not None and flow.n_classes is None:
+        return "given something else than a class"
+    if flow.noise_shape is not None:
+        return "whose log-determinant is an estimate"
+    return "with a learned dequantiser" if "dequantizer" in parts else None
+
+
 def temperature(run: Run) -> tuple[list[Tensor], str]:
     """A row a temperature, and the shares of samples whose every value is finite."""
     n = run.options.n if run.flow.n_classes is None else run.flow.n_classes
-    rows = [drawn(run.flow, n, t, run.options.seed) for t in TEMPERATURES]
+    rows = [drawn(run.flow, n, t, run.options.seed, run.data.shape) for t in TEMPERATURES]
     shares = ", ".join(f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True))
     return rows, f"finite of {len(rows[0])} samples: {shares}"
 
@@ -133,7 +147,7 @@ def levels(run: Run) -> tuple[list[Tensor], str]:
     """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
     x, labels = run.images("test", run.options.n)
     eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
-    others = run.flow.base.sample(len(x), run.flow.latent_shapes(), 0.7, generator, eps[0])
+    others = run.flow.base.sample(len(x), run.flow.latent_shapes(run.data.shape), 0.7, generator, eps[0])
     latents = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
     latents += [keep_levels(eps, k, others) for k in range(1, len(eps))]
     return [x, *(run.decode(z, labels) for z in latents)], f"test images from 1 to {len(eps)} levels"

@@ -12,9 +12,9 @@ from typing import IO
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from lightning_modules.checkpoint_io import PART
+from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 
 try:
@@ -147,7 +147,7 @@ SAME = ("flow", "data", "optim", "ema", "eval", "seed")  # what a resumed run mu
 FREE = ("root", "download", "num_workers", "micro_batch", "bn_images", "noise_samples", "max_skipped")  # but these
 
 
-def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: nn.Module, n_micro_batches: int) -> None:
+def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: Objective, n_micro_batches: int) -> None:
     """ConfigError, one line that names what differs, where a run would not go on as it began.
 
     n_micro_batches: a process accumulates in a step; Lightning counts an epoch in them.
@@ -169,7 +169,7 @@ def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: n
         raise ConfigError(f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}")
 
 
-def _settings(config: dict, module: nn.Module) -> dict[str, object]:
+def _settings(config: dict, module: Objective) -> dict[str, object]:
     """The values of a config that a resumed run must have in common with its first part, by dotted key.
 
     A key that the recipe of then did not have is the constructor's default, with which that run was trained.
@@ -177,13 +177,10 @@ def _settings(config: dict, module: nn.Module) -> dict[str, object]:
     return _defaults(module) | dict(pair for section in SAME for pair in _flat(config[section], section))
 
 
-def _defaults(module: nn.Module) -> dict[str, object]:
+def _defaults(module: Objective) -> dict[str, object]:
     """Dotted key -> default, of the constructors to which a recipe's sections go."""
-    constructed = {"optim": type(module), "eval": type(module)}
-    if isinstance(flow := getattr(module, "flow", None), nn.Module):  # not every objective has one
-        constructed["flow"] = type(flow)
     defaults = {}
-    for section, kind in constructed.items():
+    for section, kind in module.constructors().items():
         for base in reversed(kind.__mro__):  # a constructor may hand on what it does not name
             for name, parameter in inspect.signature(base.__init__).parameters.items():
                 if parameter.default is not parameter.empty and name not in FREE:
@@ -215,13 +212,17 @@ def _flat(value, key: str) -> list[tuple[str, object]]:
 def load_flow(folder: str | Path):
     """The flow of a finished or running run, or of one checkpoint file, in eval mode on the CPU.
 
-    Batch-norm statistics are the running ones. ValueError or FileNotFoundError, one line: nothing there to load.
+    A learned dequantiser stays behind: with the flow alone, data are dequantised uniformly. Batch-norm statistics are
+    the running ones. ValueError or FileNotFoundError, one line: nothing there to load.
     """
     return read_run(folder)[0]
 
 
 def read_run(folder: str | Path):
-    """The flow as `load_flow` gives it, and what its checkpoint says of the run: experiment, config, shape, commit."""
+    """The flow as `load_flow` gives it, and what its checkpoint says of the run: experiment, config, shape, commit.
+
+    Under `parts` it also names the parts of the module that have weights or buffers, as "flow" and "dequantizer".
+    """
     path = Path(folder)
     finished = path / "result.json"
     if path.is_dir() and not finished.is_file():
@@ -236,10 +237,13 @@ def read_run(folder: str | Path):
         checkpoint = read_checkpoint(path)
     origin = checkpoint["paperflows"]
     script = import_module(f"reproduce.{origin['experiment']}")
+    if not hasattr(script, "make_flow"):
+        raise ConfigError(f"{path} is of {origin['experiment']}, which trains no flow: there is none to load")
     flow = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
     weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
     stored = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")}
     if mismatch := _mismatch(stored, weights):
         raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
     flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
-    return flow.eval(), origin
+    parts = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
+    return flow.eval(), {**origin, "parts": parts}

@@ -10,6 +10,8 @@ KINDS = {
     "bound": "a variational bound on the likelihood of the integers: the dequantiser is learned",
     "iw": "a bound by several importance-weighted noise samples, whose number ends the name (Burda et al. 2016)",
     "noisy": "the density of data with added noise, which bounds nothing on 8-bit images",
+    "bound_estimate": "a variational bound with an estimated log-determinant: the dequantiser is learned",
+    "noisy_estimate": "the density of data with added noise with an estimated log-determinant, which bounds nothing",
 }
 
 
@@ -63,7 +65,7 @@ class Metric:
 def kind_of(key: str) -> str:
     """The kind of a likelihood that is called `test/bpd_bound`, by its name; "exact" where the name has none."""
     words = (word.rstrip("0123456789") for word in key.rpartition("/")[2].split("_")[1:])
-    return next((word for word in words if word in KINDS), "exact")
+    return "_".join(word for word in words if word in KINDS) or "exact"
 
 
 def without_kind(key: str) -> str:

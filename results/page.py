@@ -439,14 +439,18 @@ def curve_svg(run: dict, claims: list[dict]) -> str | None:
         return None
     claim = next((claim for claim in claims if claim["metric"].partition("/")[2] == unit), None)
     x_ticks = ticks(0, max(x for points in lines.values() for x, _ in points) or 1, 6)
-    y_ticks = ticks(*limits([y for points in lines.values() for _, y in points], claim["value"] if claim else None), 5)
+    metric = run.get("metric") or {}  # runs were recorded without it when lower was better in all of them
+    values = [y for points in lines.values() for _, y in points]
+    bounds = limits(values, claim["value"] if claim else None, metric.get("direction", "lower"))
+    y_ticks = ticks(*bounds, 5)
 
     def at(x: float, y: float) -> tuple[float, float]:
         """Pixels of a point."""
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1], HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
 
-    parts = [*frame(f"{run['experiment']}, {unit}", at, x_ticks, y_ticks), *drawn(lines, at)]
+    title = f"{run['experiment']}, {unit}" + (f" ({metric['unit']})" if metric else "")
+    parts = [*frame(title, at, x_ticks, y_ticks), *drawn(lines, at)]
     if claim:
         y = at(0, claim["value"])[1]
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#cf222e" stroke-dasharray="6 4"/>')
@@ -469,10 +473,15 @@ def series(run: dict) -> tuple[str, dict[str, list]]:
     return unit, finite
 
 
-def limits(values: list[float], paper: float | None) -> tuple[float, float]:
-    """The value axis: all values, but those far above nine in ten of them (the first steps would flatten the rest)."""
-    low, high = min(values), sorted(values)[math.ceil(0.9 * len(values)) - 1]
-    shown = [value for value in values if value <= high + (high - low)] + ([] if paper is None else [paper])
+def limits(values: list[float], paper: float | None, direction: str = "lower") -> tuple[float, float]:
+    """The value axis: all values, but those far worse than nine in ten (the first steps would flatten the rest).
+
+    direction: "lower" or "higher", whichever is better.
+    """
+    sign = 1 if direction == "lower" else -1
+    losses = sorted(sign * value for value in values)
+    best, worse = losses[0], losses[math.ceil(0.9 * len(losses)) - 1]
+    shown = [value for value in values if sign * value <= worse + (worse - best)] + ([] if paper is None else [paper])
     room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
     return min(shown) - room, max(shown) + room
 

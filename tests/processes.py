@@ -47,8 +47,9 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
-        for process in self.processes:
+        for process in self.processes:  # all before the first is waited for: a rank that is left alone ends by itself
             process.kill()
+        for process in self.processes:
             process.join()
 
     def signal(self, number: int, rank: int = 0, group: bool = False) -> None:

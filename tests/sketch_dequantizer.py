@@ -18,15 +18,15 @@ class LogitNormal(Dequantizer):
 
     noise, kind = "normal", "bound"
 
-    def __init__(self, n_bits, n_classes=1):
+    def __init__(self, n_bits, n_classes=None):
         super().__init__(n_bits)
         self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
         self.log_std = nn.Parameter(torch.tensor([0.5, 0.2]))
-        self.by_class = nn.Parameter(torch.linspace(0, 1, n_classes))
+        self.by_class = None if n_classes is None else nn.Parameter(torch.linspace(0, 1, n_classes))
 
     def forward(self, q, noise, context=None):
         level = q.to(noise.dtype) / 2**self.n_bits
-        classes = 0 if context is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
+        classes = 0 if self.by_class is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
         log_std = self.log_std[0] + self.log_std[1] * level
         logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
         base = -0.5 * (noise.square() + math.log(2 * math.pi))

@@ -180,3 +180,14 @@ def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(tmp_p
     draw_curve(rows, tmp_path / "curve.png", [])
     labels = [{line.get_label() for line in figure.axes[0].lines} for figure in saved]
     assert labels == [{f"val/{metric}", label}, {f"val/{metric}"}]
+
+
+@pytest.mark.parametrize("value", [27.75, 12.5])
+def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeypatch, value):
+    limits = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylim", lambda axes, *bounds, **more: limits.append(bounds))
+    rows = [{"images": i, "train/psnr": None, "val/psnr": 20.0 + 2 * i} for i in range(4)]
+    papers = [{"metric": "test/psnr", "value": value, "decimals": 2, "comparable": True}]
+    draw_curve(rows, tmp_path / "curve.png", papers)
+    low, high = next(bounds for bounds in limits if len(bounds) == 2)
+    assert low < min(22.0, value) < max(26.0, value) < high

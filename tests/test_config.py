@@ -145,7 +145,7 @@ def test_several_claims_come_in_their_order_and_each_is_comparable_by_itself(mon
 
 
 def test_two_claims_on_one_metric_and_unknown_ones_are_one_line():
-    with pytest.raises(ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on test/bpd: give one"):
+    with pytest.raises(ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on bpd: give one"):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar10]"]))
     with pytest.raises(ValueError, match=r"unknown claim 'glow\.cifar': did you mean"):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar]"]))
@@ -535,7 +535,8 @@ def extending(house, write):
         list: [4]
         speed: 2.5
         free: null
-        section: {k: 8, new: 9}
+        section: {k: 8}
+        flow: {new: 9}
         presets:
           small: {b: 6}
           third: {a: 7}
@@ -546,10 +547,10 @@ def extending(house, write):
 
 
 def test_a_recipe_extends_a_recipe_with_its_bases_and_presets(extending):
-    plain = {"paper": None, "a": 2, "b": 3, "list": [4], "speed": 2.5, "free": None, "section.k": 8, "section.new": 9}
+    plain = {"paper": None, "a": 2, "b": 3, "list": [4], "speed": 2.5, "free": None, "section.k": 8, "flow.new": 9}
     assert extending().items() >= plain.items()
     assert presets("flow_z") == ["small", "other", "third"]
-    small = {"a": 5, "b": 6, "section.k": 5, "section.new": 9}  # flow_x's preset, and flow_z's part of it on top
+    small = {"a": 5, "b": 6, "section.k": 5, "flow.new": 9}  # flow_x's preset, and flow_z's part of it on top
     assert extending("preset=small").items() >= (plain | small | {"data.n": 4}).items()
     assert extending("preset=third").items() >= (plain | {"a": 7, "b": 9}).items()
     assert extending("preset=other")["data.only_y"] == 8
@@ -571,10 +572,10 @@ def test_a_base_may_bring_other_data(house, write):
     assert OmegaConf.to_container(compose("flow_c", []).data) == {"name": "y", "n": 8, "only_y": 8}
 
 
-@pytest.mark.parametrize("claims", ["[x.one, x.two]", "{x.one: 1}"])
+@pytest.mark.parametrize("claims", ["[x.one, x.two]", "x.two", "null"])
 def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
     write("flow_w.yaml", f"bases: [flow_x.yaml]\npaper: {claims}")
-    assert OmegaConf.to_container(compose("flow_w", []).paper) == yaml.safe_load(claims)
+    assert OmegaConf.to_container(compose("flow_w", []))["paper"] == yaml.safe_load(claims)
 
 
 @pytest.mark.parametrize(
@@ -586,6 +587,14 @@ def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
         ("section: 3", "section is a section, not a value"),
         ("b: {c: 3}", "b is a value, not a section with b.c"),
         ("data: {name: z}", "data.name=z is not known"),
+        ("paper: {x.one: 1}", "has the wrong type: give a name, a list of names, or null"),
+        ("paper: 3", "paper=3 has the wrong type"),
+        ("section: {kk: 3}", "section.kk is no key of what it extends (did you mean section.k?)"),
+        ("experiment: y", "experiment is not for a file to say: it is the name of the recipe"),
+        ("preset: small", "preset is not for a file to say: it is given on the command line"),
+        ("presets: 3", "presets are sections"),
+        ("presets: {small: }", "presets are sections"),
+        ("presets: {small: 3}", "presets are sections"),
     ],
 )
 def test_what_is_extended_keeps_its_types(extending, write, line, message):
@@ -606,12 +615,19 @@ def test_what_is_extended_keeps_its_types(extending, write, line, message):
         ("bases: [3]", "flow_w.yaml needs its bases as a list"),
         ("- 3", "flow_w.yaml needs its bases as a list"),
         ("bases: [", "cannot read"),
+        ("a: 3", "flow_w.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]"),
     ],
 )
 def test_bases_that_cannot_be_are_one_line(house, write, text, message):
     write("flow_w.yaml", text)
     write("flow_v.yaml", "bases: [flow_x.yaml, flow_w.yaml]")
     assert message in mistake(recipe="flow_w")
+
+
+def test_a_recipe_may_refer_to_other_keys(extending, write):
+    """Also to those of what it extends, which is not whole when the file is read."""
+    write("flow_w.yaml", 'bases: [flow_x.yaml]\nb: "${section.k}"')
+    assert compose("flow_w", ["section.k=21"]).b == 21
 
 
 def test_a_script_without_a_recipe_is_one_line(house):

@@ -85,7 +85,7 @@ def test_log_weight_is_minus_the_log_density_of_what_was_added():
 
 
 def learned(flow=None, cls=DensityModule, data=RandomImages, **arguments):
-    dequantizer = LogitNormal(8, N_CLASSES)
+    dequantizer = LogitNormal(8, N_CLASSES if data.labels else None)
     return cls(flow or tiny_flow(), dequantizer, data.n_bits, **({"seed": 0, "bn_images": 0} | arguments))
 
 
@@ -143,14 +143,14 @@ def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
     module = learned(cls=Clipped, clip_norm=0.5, lr=0.01)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     flow = [f"flow.{key}" for key in tiny_flow().state_dict()]
-    more = [f"dequantizer.{key}" for key in ("mean", "log_std", "by_class")]
+    more = [f"dequantizer.{key}" for key in ("mean", "log_std")]
     assert list(before) == ["skipped", "skipped_last", *flow, *more]
     average = EMAWeightAveraging(use_buffers=False, decay=0.5)
     trainer = make_trainer(average, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2), max_steps=3,
                            enable_checkpointing=True)  # fmt: skip
     trainer.fit(module, datamodule=RandomImages())
     parameters = trainer.optimizers[0].param_groups[0]["params"]
-    assert [id(p) for p in parameters[-3:]] == [id(p) for p in module.dequantizer.parameters()]
+    assert [id(p) for p in parameters[-2:]] == [id(p) for p in module.dequantizer.parameters()]
     assert module.n_parameters == sum(p.numel() for p in parameters)
     assert module.norm == pytest.approx(0.5, rel=1e-4)
     assert (module.noise_gradient != 0).all()
@@ -177,7 +177,8 @@ def test_it_gets_the_context_too():
     for name, prepared in inputs.items():
         assert torch.equal(prepared.context, batch[2])
         assert torch.equal(prepared.x, module.dequantizer(batch[0], noises[name], batch[2])[0])
-        assert not torch.equal(prepared.x, module.dequantizer(batch[0], noises[name])[0])
+        others = (batch[2] + 1) % N_CLASSES
+        assert not torch.equal(prepared.x, module.dequantizer(batch[0], noises[name], others)[0])
 
 
 class Initialised(LogitNormal):

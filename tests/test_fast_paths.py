@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cases import CASES, MODELS, fresh, perturb, trained
 from torch import nn
 from torch.nn import functional as F
 
+from flows import constants
 from flows.base import Compose
 from flows.caching import cached, once
 from flows.conditioners import ResidualBlock
@@ -19,6 +21,7 @@ from flows.constants import constant
 from flows.coupling import MaskedCoupling, SigmoidCoupling
 from flows.glow import Glow
 from flows.glow.conditioner import GlowConditioner
+from flows.glow.edges import ZeroConv2d
 from flows.glow.kernels import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
 from flows.glow.steps import Steps
 from flows.linear import InvertibleConv1x1LU
@@ -26,6 +29,7 @@ from flows.masks import Checkerboard, checkerboard
 from flows.normalization import ActNorm
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
+from lightning_modules.batch_norm import reestimated
 from lightning_modules.precision import evaluation
 
 BOTH = [case for case in MODELS if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")]
@@ -490,7 +494,6 @@ def gradients(flow, x, seed=1):
 
 
 def test_steps_with_a_network_that_is_not_glow_s_are_their_layers_one_after_another():
-    """Before: AttributeError, no 'norm_in'."""
     steps, x = random_steps().eval(), randn(5, 4, 2, 3)
     for fast, plain in ((steps(x), Compose.forward(steps, x)), (steps.inverse(x), Compose.inverse(steps, x))):
         for a, b in zip(fast, plain, strict=True):
@@ -523,7 +526,7 @@ def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_
 
 @pytest.mark.parametrize("make", [random_steps, random_coupling, partial(random_coupling, layer=False, declared=True)])
 def test_a_random_network_draws_the_same_again_under_recomputation(make):
-    """Before: gradients that are off by more than the largest of them, without a word."""
+    """Other numbers in the backward pass would give gradients off by more than the largest of them."""
     flow, x = make(), randn(5, 4, 2, 3)
     expected = gradients(flow, x)
     assert max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True)) > 1e-3
@@ -544,15 +547,18 @@ def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each():
+def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each(monkeypatch):
     torch.manual_seed(0)
     flow = perturb(Glow((3, None, None), 2, 2, 6), 0.1).double().eval()
     small, large = (randn(2, 3, *size).sigmoid() for size in ((8, 8), (4, 12)))
     expected = [flow.log_prob(x) for x in (small, large)]
+    folded, fold = [], ZeroConv2d._folded
+    monkeypatch.setattr(ZeroConv2d, "_folded", lambda conv, size: folded.append(size) or fold(conv, size))
     with torch.no_grad(), cached(flow):
-        for x, log_prob in zip((small, large, small), (*expected, expected[0]), strict=True):
+        for x, log_prob in zip((small, small, large, small), (*expected[:1], *expected, expected[0]), strict=True):
             torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-9)
             torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-9)
+    assert folded == [(4, 4), (2, 6), (4, 4)]  # of the one prior of a split; the newest size is kept
 
 
 def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
@@ -565,3 +571,33 @@ def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
     (weight * one).sum().backward()
     assert torch.equal(weight.grad, one)
     assert constant(checkerboard, 5, 7, 0, like=torch.empty(0, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
+    """What was made by the passes before the capture, and nothing from the host's memory within it."""
+    gpu = type("Device", (), {"type": "cuda"})()
+    tensor, like = torch.ones(3), SimpleNamespace(dtype=torch.float32, device=gpu)
+    monkeypatch.setattr(constants, "_kept", lambda *key: tensor)
+    monkeypatch.setattr(constants, "READ_BY_GRAPHS", {})
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert constant(checkerboard, 2, 2, 0, like=like) is tensor
+        assert list(constants.READ_BY_GRAPHS.values()) == [tensor] * capturing
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_dropout_is_left_out_of_reestimated_statistics():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.dropout(x))
+
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + 3
+    fresh = reestimated(Dropped(), [(x,)])
+    torch.testing.assert_close(fresh.norm.running_mean, x.mean(0))
+    torch.testing.assert_close(fresh.norm.running_var, x.var(0))

@@ -15,7 +15,7 @@ from results import figure3
 from results.__main__ import main
 from results.files import PICTURE_BYTES, checked_json, portable, write
 from results.metrics import KINDS, kind_of, without_kind
-from results.page import budget, count, render, speed_section, stability_section, wall_time
+from results.page import budget, count, limits, render, speed_section, stability_section, wall_time
 
 CLAIM = {
     "dataset": "CIFAR-10", "data": "cifar10", "table": "Table 1", "row": "Ours", "split": "test", "metric": "test/bpd",
@@ -1000,3 +1000,15 @@ def test_a_speed_file_of_another_program_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"glow.json is not what `python -m benchmarks` writes") as error:
         speed_section(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_first_steps_far_worse_than_the_rest_do_not_flatten_a_curve(sign):
+    """Above where lower is better, below where higher is."""
+    direction = "lower" if sign == 1 else "higher"
+    values = [sign * value for value in (90.0, *(4 - 0.01 * k for k in range(20)))]
+    low, high = sorted(sign * bound for bound in limits(values, None, direction))
+    assert low == pytest.approx(3.81, abs=0.02)
+    assert high == pytest.approx(4.0, abs=0.02)
+    low, high = sorted(sign * bound for bound in limits(values, sign * 3.49, direction))
+    assert low < 3.49 < 4 < high < 5

@@ -188,7 +188,7 @@ def test_soak_twenty_random_kills(tmp_path, ranks):
     assert whole.wait(600) == [0] * ranks, whole.output()
     chance, moments = random.Random(ranks), []
     for _ in range(20):
-        run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks)
+        run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks, slow=0.1 / ranks)  # not done too early
         time.sleep(chance.uniform(0.5, 8))
         run.kill()
         assert all(p.exitcode == -signal.SIGKILL for p in run.processes), run.output()

@@ -17,6 +17,9 @@ class Module(torch.nn.Module):
         super().__init__()
         self.flow = Glow((3, 2, 2), **config.flow)
 
+    def constructors(self):
+        return {"optim": type(self), "eval": type(self), "flow": Glow}
+
 
 def checked(path, stored, config, module=None):
     """The message with which a checkpoint of the config `stored` is refused; None where it is taken."""

@@ -8,19 +8,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from sketch_dequantizer import LogitNormal
 from sketch_nice import Nice
 from sketch_residual import ResidualFlow
 from sketch_super_resolution import SuperResolution
-from test_density import SHAPE, RandomImages, fit, make_trainer
+from test_density import SHAPE, RandomImages, Recorder, fit, make_trainer
+from test_distributed import on_two_ranks
+from torch import nn
 from torch.nn import functional as F
 
 from datamodules.two_moons import TwoMoons
+from flows.base import FlowModel
+from flows.coupling import AdditiveCoupling
+from flows.glow import Glow
 from flows.normalization import uninitialized
-from lightning_modules.callbacks.initialization import Initialization
+from lightning_modules.callbacks.density_2d import Density2d
+from lightning_modules.callbacks.initialization import Initialization, n_data
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.density import DensityModule
+from results.metrics import kind_of
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -109,3 +117,135 @@ def test_a_learned_dequantiser_trains_and_its_figure_is_a_bound():
     assert losses[-1] < losses[0] - 5
     assert set(tested) == {"test/bpd_bound"}
     assert (module.dequantizer.mean != before).all()
+
+
+# ---------------------------------------------------------------------------------------------- what they share
+
+
+def parts_on(rank=0, ranks=1):
+    """NICE with a learned dequantiser, then a flow with an estimate: losses, weights after training, what is tested."""
+    torch.manual_seed(0)
+    images, points = RandomImages(), TwoMoons(batch_size=16, n_train=64, n_val=8, n_test=23)
+    modules = {
+        "bound": (DensityModule(Nice(SHAPE), LogitNormal(8), 8, seed=0), images),
+        "estimate": (DensityModule(ResidualFlow((2,)), None, None, seed=0), points),
+    }
+    outcome = {}
+    for name, (module, data) in modules.items():
+        recorder = Recorder()
+        trainer = make_trainer(
+            recorder, max_steps=4, precision="64-true", devices=ranks, num_nodes=1, inference_mode=False
+        )
+        trainer.fit(module, datamodule=data)
+        [tested] = trainer.test(module, data, verbose=False)
+        losses = torch.tensor(recorder.losses, dtype=torch.float64)
+        outcome[name] = {"losses": losses, "state": module.state_dict(), "tested": tested}
+    return outcome
+
+
+def _parts_on(rank):
+    return parts_on(rank, 2)
+
+
+def test_two_ranks_train_a_learned_dequantiser_and_an_estimate_as_one_process_does(tmp_path):
+    one, (a, b) = parts_on(), on_two_ranks(tmp_path, _parts_on)
+    for name, alone in one.items():
+        assert ((a[name]["losses"] + b[name]["losses"]) / 2 - alone["losses"]).abs().max() < 1e-9
+        for key, value in alone["state"].items():
+            torch.testing.assert_close(a[name]["state"][key], value, rtol=0, atol=1e-8)
+            assert torch.equal(a[name]["state"][key], b[name]["state"][key])
+        assert a[name]["tested"] == b[name]["tested"] == pytest.approx(alone["tested"], abs=1e-6)
+    assert list(one["bound"]["tested"]) == ["test/bpd_bound"]
+    assert list(one["estimate"]["tested"]) == ["test/nll_estimate"]
+
+
+def test_a_density_in_the_plane_can_be_an_estimate(tmp_path):
+    """Its integral is 1 but for the estimate, whose noise is that of the grid's points."""
+    module = DensityModule(ResidualFlow((2,)), None, None, seed=0)
+    plane = Density2d(tmp_path, 50, box=(-5, 5, -5, 5), cell=0.1)
+    trainer = make_trainer(plane, inference_mode=False)
+    [tested] = trainer.test(module, TwoMoons(64, n_test=64), verbose=False)
+    assert tested["density_integral"] == pytest.approx(1, abs=0.05)
+    x = torch.rand(3, 2)
+    assert torch.equal(module.log_prob(x), module.log_prob(x))
+
+
+class AnySize(RandomImages):
+    """Images that are of one size here, by data that do not say so, as photographs are."""
+
+    shape = (3, None, None)
+
+
+def test_data_of_several_sizes_initialise_train_and_are_drawn_as_large_as_those_of_validation(tmp_path):
+    torch.manual_seed(0)
+    flow, pictures = Glow((3, None, None), 2, 1, 4), Samples(tmp_path, [0.7], 4, 1)
+    module, losses, tested = trained(flow, AnySize(), Initialization(), pictures)
+    assert losses[-1] < losses[0]
+    assert set(tested) == {"test/bpd"}
+    assert pictures.finite == {"samples/finite_T0.7": 1.0}
+    assert module.trial(2) is None
+    assert module.draw(2, 1.0, 0) is None
+    batch = [torch.zeros(1, 3, 4, 12), torch.zeros(1)]
+    assert module.draw(2, 1.0, 0, batch).shape == (2, 3, 4, 12)
+    assert n_data(module.shape) == 256
+
+
+@pytest.mark.parametrize(
+    ("flow", "dequantizer", "name"),
+    [
+        (Nice, LogitNormal, "bpd_bound"),
+        (ResidualFlow, LogitNormal, "bpd_bound_estimate"),
+        (ResidualFlow, None, "nll_estimate"),
+    ],
+)
+def test_a_figure_has_the_kinds_of_both_its_parts(flow, dequantizer, name):
+    noise, n_bits = (None, None) if dequantizer is None else (dequantizer(8), 8)
+    assert DensityModule(flow((4,)), noise, n_bits, seed=0).metric.name == name
+    assert kind_of(f"test/{name}_reestimated") == name.partition("_")[2]
+
+
+class Dropout(FlowModel):
+    """Points that are shifted by a network with dropout, the second coordinate by the first."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 1))
+        self.layer = AdditiveCoupling(WithoutContext(net))
+
+    def latent_shapes(self, shape=None):
+        return (self.shape,)
+
+    def forward(self, x, context=None):
+        z, log_det = self.layer(x)
+        return (z,), log_det
+
+    def inverse(self, z, context=None):
+        return self.layer.inverse(z[0])
+
+
+class WithoutContext(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, context=None):
+        return self.net(x)
+
+
+def test_a_flow_with_dropout_goes_on_bit_for_bit(tmp_path):
+    """torch's own generator, from which dropout draws, is in no checkpoint."""
+
+    def run(steps, checkpoint=None):
+        torch.manual_seed(0)
+        module = DensityModule(Dropout(), None, None, seed=0, lr=1e-2)
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        trainer = make_trainer(saver, max_steps=steps, enable_checkpointing=True)
+        data = TwoMoons(batch_size=16, n_train=128, n_val=8, n_test=8)
+        torch.manual_seed(7 if checkpoint is None else 8)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return module.state_dict()
+
+    whole, resumed = run(6), run(6, tmp_path / "step=2.ckpt")
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())

@@ -65,7 +65,7 @@ class GlowConditioner(nn.Module):
     def forward(self, x: Tensor, context=None) -> Tensor:
         dtype = dtype_of_products(x)
         size = tuple(x.shape[-2:])
-        weights, biases = once(self, f"layers in {dtype} at {size}", lambda: self._layers(dtype, size))
+        weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype, size), size)
         return self.last(self.hidden(x, weights, biases)[1], weights, biases)
 
     def hidden(self, x: Tensor, weights: PerLayer, biases: PerLayer) -> tuple[Tensor, Tensor]:

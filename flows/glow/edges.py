@@ -104,7 +104,7 @@ class ZeroConv2d(EdgeConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[-2:])
-        weight, shift = once(self, f"folded at {size}", lambda: self._folded(size))
+        weight, shift = once(self, "folded", lambda: self._folded(size), size)
         return conv3x3(x, weight).to(shift.dtype) + shift
 
     def _folded(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

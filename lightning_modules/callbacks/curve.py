@@ -148,7 +148,8 @@ def draw_curve(rows: list[dict], path: Path, papers: list[dict]) -> None:
             paper["value"], linestyle="--", color="grey", label=f"paper {printed(paper['value'], paper)}{data}"
         )
     if values:
-        low, high = min([*values, paper["value"] if paper else values[0]]), max(values)
+        shown = [*values, paper["value"] if paper else values[0]]
+        low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -24,5 +24,5 @@ class Initialization(L.Callback):
 
 
 def n_data(shape: tuple[int, ...] | None) -> int:
-    """How many data of a shape the first batch has: PIXELS, whatever an image's size; 256 without a shape."""
-    return 256 if shape is None else math.ceil(PIXELS / math.prod(shape[1:]))
+    """How many data of a shape the first batch has: PIXELS, whatever an image's size; 256 where it is not fixed."""
+    return 256 if shape is None or None in shape else math.ceil(PIXELS / math.prod(shape[1:]))
