@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,12 +23,16 @@ from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
 
+# How Python refuses a key of a recipe's section that the class which the section goes to does not take.
+UNKNOWN_ARGUMENT = re.compile(r"^(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+
 
 def command(main):
     """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
 
     Mistakes: a ConfigError, a setting that Lightning refuses, an OSError (missing file, full disk), a ValueError (an
-    impossible value, whoever finds it). PAPERFLOWS_TRACEBACK=1 shows where it was raised; other errors always do.
+    impossible value, whoever finds it), a key of a recipe that a constructor does not take. PAPERFLOWS_TRACEBACK=1
+    shows where it was raised; other errors always do.
     """
 
     @functools.wraps(main)
@@ -48,6 +53,11 @@ def command(main):
             if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
                 sys.exit(1)
             sys.exit(f"error: {' '.join(str(error).split())}")
+        except TypeError as error:
+            argument = UNKNOWN_ARGUMENT.search(str(error))
+            if argument is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
+                raise
+            sys.exit(f"error: {argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help")
         except KeyboardInterrupt:
             sys.exit("stopped")
         except SystemExit as end:

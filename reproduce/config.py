@@ -81,7 +81,7 @@ def read(path: Path) -> DictConfig | ListConfig:
 
 
 def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
-    """A file of configs/ and all that it extends, by name: each once, behind its own bases, and without its `bases`.
+    """A file of configs/ and all that it extends, by name: each once, and behind its own bases.
 
     extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends itself.
     """
@@ -91,7 +91,7 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
         cause = f"it is among the bases of {extending[-1]}" if extending else "a script needs a recipe of its name"
         raise ConfigError(f"{CONFIGS / name} is missing: {cause}")
     content = read(CONFIGS / name)
-    bases = content.pop("bases", []) if isinstance(content, DictConfig) else None
+    bases = content.get("bases", []) if isinstance(content, DictConfig) else None
     if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{CONFIGS / name} needs its bases as a list of files: bases: [base.yaml, ...]")
     files: dict[str, DictConfig] = {}
@@ -110,6 +110,11 @@ def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
         sections = list(section.values()) if isinstance(section, DictConfig) else []
         if section is not None and not (sections and all(isinstance(part, DictConfig) for part in sections)):
             raise ConfigError(f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}")
+        choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
+        for preset in section or []:
+            if preset not in choices:
+                hint = nearest(str(preset), choices)
+                raise ConfigError(f"{CONFIGS / name}: presets.{preset} has no file presets/{preset}.yaml{hint}")
     return OmegaConf.merge(*(content.get("presets") or {} for content in files.values()))
 
 
@@ -123,7 +128,7 @@ def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[Di
     if data_name not in (None, OmegaConf.select(config, "data.name")):
         config.data = _data_section(data_name)
     values = [dict(_leaves(layer)) for layer in (config, *earlier)]
-    own = OmegaConf.masked_copy(content, [key for key in content if key != "presets"])
+    own = OmegaConf.masked_copy(content, [key for key in content if key not in ("bases", "presets")])
     for key, value in _leaves(own, resolve=False):
         if key in DECIDED_ELSEWHERE:
             raise ConfigError(f"{CONFIGS / name}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
@@ -131,7 +136,7 @@ def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[Di
             if problem := _wrong_paper(key, value):
                 raise ConfigError(f"{CONFIGS / name}: {problem}")
         elif not _is_interpolation(value):  # it has a type when all is composed
-            _check_extension(CONFIGS / name, key, value, values)
+            _check_extension(CONFIGS / name, key, value, values, is_recipe="bases" in content)
     return OmegaConf.merge(config, own)
 
 
@@ -153,8 +158,8 @@ def _wrong_paper(key: str, value) -> str | None:
     return f"{key}={value} has the wrong type: give a name, a list of names, or null"
 
 
-def _check_extension(path: Path, key: str, value, values: list[dict]) -> None:
-    """values: as in `_check_type`."""
+def _check_extension(path: Path, key: str, value, values: list[dict], is_recipe: bool) -> None:
+    """values: as in `_check_type`. is_recipe: the file has bases, and adds keys to sections in OPEN alone."""
     sections = [k for k in values[0] if k.startswith(f"{key}.")]
     parents = [k for k, replaced in values[0].items() if key.startswith(f"{k}.") and replaced is not None]
     if sections:
@@ -162,7 +167,11 @@ def _check_extension(path: Path, key: str, value, values: list[dict]) -> None:
     if parents:
         raise ConfigError(f"{path}: {parents[0]} is a value, not a section with {key}")
     section = key.split(".")[0]
-    if key not in values[0] and section not in OPEN and any(k.startswith(f"{section}.") for k in values[0]):
+    names = {k.split(".")[0] for k in values[0]} - {"experiment", "preset"}
+    is_new_section = section not in names and section != key
+    near = difflib.get_close_matches(section, names, n=1, cutoff=0.75)
+    is_typo = bool(near) if is_new_section else section not in OPEN and key not in values[0]
+    if is_recipe and is_typo:
         raise ConfigError(f"{path}: {key} is no key of what it extends{nearest(key, list(values[0]))}")
     if values[0].get(key) is not None and not _may_replace(value, key, values):
         raise ConfigError(f"{path}: {_wrong_type(key, value, values[0][key])}")

@@ -32,7 +32,7 @@ from lightning_modules.lightning_internals import send_no_buffers, set_signal_ha
 from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
-from reproduce.config import ConfigError, arguments, compose, describe
+from reproduce.config import ConfigError, arguments, compose, describe, presets
 from reproduce.launch import job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, machine
@@ -273,6 +273,8 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
         return
     loss.backward()
     days = (time.monotonic() - start) / n * config.budget.images / 86_400
+    if days < 1 or "cpu" not in presets(config.experiment):
+        return
     rank_zero_info(
         f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about {days:,.0f} days; "
         "preset=cpu is a smaller model for two cores"

@@ -12,13 +12,15 @@ from results.metrics import kind_of, without_kind
 
 ROOT = Path(__file__).parent
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
+CLAIM = ("dataset", "data", "table", "row", "split", "metric", "unit", "value", "direction", "tolerance", "protocol")
 ROUNDING = 1e-9  # 3.51 - 3.49 is 0.02 and a little in binary: a gap equal to the tolerance is within it
 
 
 def load_papers(root: Path = ROOT) -> dict[str, dict]:
     """All of `paper/*.yaml`, by file stem.
 
-    ValueError, one line: a file is not YAML or has no `claims`, or a claim's `decimals` are no int from 0 to 6.
+    ValueError, one line: a file is not YAML or has no `claims`, or a claim lacks one of CLAIM, or its `decimals` are no
+    int from 0 to 6.
     """
     papers = {}
     for path in sorted((Path(root) / "paper").glob("*.yaml")):
@@ -27,6 +29,9 @@ def load_papers(root: Path = ROOT) -> dict[str, dict]:
             decimals = {row: decimals_of(claim) for row, claim in papers[path.stem]["claims"].items()}
         except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be YAML with a mapping `claims`: {' '.join(str(error).split())}") from error
+        for row, claim in papers[path.stem]["claims"].items():
+            if missing := [key for key in CLAIM if key not in claim]:
+                raise ValueError(f"{path}: the claim {row} lacks {', '.join(missing)}: see results/paper/realnvp.yaml")
         for row, n in decimals.items():
             if type(n) is not int or not 0 <= n <= 6:
                 raise ValueError(f"{path}: decimals={n} of the claim {row} are not understood: give an int from 0 to 6")

@@ -191,3 +191,10 @@ def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeyp
     draw_curve(rows, tmp_path / "curve.png", papers)
     low, high = next(bounds for bounds in limits if len(bounds) == 2)
     assert low < min(22.0, value) < max(26.0, value) < high
+
+
+@pytest.mark.parametrize(("status", "n_rows"), [("-", 1), ("not measured", 2)])
+def test_a_claim_on_other_data_that_was_not_measured_has_no_row(status, n_rows):
+    comparison = {"claim": "c", "metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": None, "status": status}
+    result = {"experiment": "e", "metrics": {"test/nll": 0.3}, "comparisons": [comparison]}
+    assert len(comparison_table(result).splitlines()) == 2 + n_rows

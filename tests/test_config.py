@@ -14,6 +14,7 @@ import results
 from datamodules import DATA
 from flows.base import FlowModel
 from reproduce import config as config_module
+from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, describe, presets
 from reproduce.experiment import papers_of
 
@@ -503,6 +504,8 @@ def extending(house, write):
         free: null
         section: {k: 1}
         logger: {name: csv}
+        checkpoint: {select: last}
+        resume: null
         """,
     )
     write(
@@ -512,8 +515,6 @@ def extending(house, write):
         a: 2
         free: 7
         data: {name: x, n: 2, m: 2}
-        checkpoint: {select: last}
-        resume: null
         """,
     )
     write(
@@ -590,6 +591,9 @@ def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
         ("paper: {x.one: 1}", "has the wrong type: give a name, a list of names, or null"),
         ("paper: 3", "paper=3 has the wrong type"),
         ("section: {kk: 3}", "section.kk is no key of what it extends (did you mean section.k?)"),
+        ("papr: x.row", "papr is no key of what it extends (did you mean paper?)"),
+        ("secton: {k: 3}", "secton.k is no key of what it extends (did you mean section.k?)"),
+        ("presets: {smal: {b: 3}}", "presets.smal has no file presets/smal.yaml (did you mean small?)"),
         ("experiment: y", "experiment is not for a file to say: it is the name of the recipe"),
         ("preset: small", "preset is not for a file to say: it is given on the command line"),
         ("presets: 3", "presets are sections"),
@@ -703,3 +707,22 @@ def test_null_and_list_elements_have_types(argument):
 def test_null_where_the_base_has_it():
     assert compose(CIFAR, ["optim.clip_norm=null"]).optim.clip_norm is None
     assert compose(CIFAR, ["optim.betas=[0,0.99]"]).optim.betas == [0, 0.99]
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+class Takes:
+    def __init__(self, depth=1):
+        self.depth = depth
+
+
+def test_a_key_that_a_constructor_does_not_take_is_one_line_and_other_type_errors_are_not(monkeypatch):
+    """What a recipe of one's own may hold: compose knows no model."""
+    with pytest.raises(SystemExit, match="error: Takes takes no 'depht': look for it in the recipe"):
+        command(lambda argv: Takes(depht=2))([])
+    with pytest.raises(TypeError):
+        command(lambda argv: len(3))([])
+    monkeypatch.setenv("PAPERFLOWS_TRACEBACK", "1")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'depht'"):
+        command(lambda argv: Takes(depht=2))([])

@@ -1012,3 +1012,12 @@ def test_first_steps_far_worse_than_the_rest_do_not_flatten_a_curve(sign):
     assert high == pytest.approx(4.0, abs=0.02)
     low, high = sorted(sign * bound for bound in limits(values, sign * 3.49, direction))
     assert low < 3.49 < 4 < high < 5
+
+
+@pytest.mark.parametrize("key", results.CLAIM)
+def test_a_claim_that_lacks_something_is_one_line(root, key):
+    claim = {name: value for name, value in CLAIM.items() if name != key}
+    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "t", "claims": {"cifar10": claim}}))
+    with pytest.raises(ValueError, match=rf"flow\.yaml: the claim cifar10 lacks {key}: see") as error:
+        results.load_claims(root)
+    assert "\n" not in str(error.value)

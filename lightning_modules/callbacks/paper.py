@@ -32,9 +32,13 @@ def comparison_rows(result: dict) -> list[tuple]:
     """COLUMNS for each test metric and each claim, by metric.
 
     paper is None where a metric has no claim, ours where the run did not measure a claim's metric, and gap where the
-    two cannot be compared.
+    two cannot be compared. A claim on other data whose metric was not measured either has no row.
     """
-    claims = {comparison["metric"]: comparison for comparison in result["comparisons"]}
+    claims = {
+        comparison["metric"]: comparison
+        for comparison in result["comparisons"]
+        if comparison["metric"] in result["metrics"] or comparison["status"] != "-"
+    }
     tested = {key for key in result["metrics"] if key.startswith("test/") or key == "density_integral"}
     rows = []
     for metric in sorted(tested | claims.keys()):
