@@ -20,7 +20,6 @@ from flows.normalization import ActNorm, uninitialized
 from lightning_modules.density import DensityModule, log_mean_exp
 from lightning_modules.noise import Position, batch_noise, image_noise
 from reproduce.config import compose
-from reproduce.run_folder import FREE
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -321,8 +320,3 @@ def test_samples_that_tighten_nothing_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         DensityModule(tiny_flow(), dequantizer, n_bits, seed=0, noise_samples=k)
     assert "\n" not in str(error.value)
-
-
-def test_the_number_of_samples_may_change_in_a_run_that_goes_on():
-    assert "noise_samples" in FREE
-    assert compose("realnvp_cifar10", []).eval.noise_samples == 1

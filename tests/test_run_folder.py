@@ -65,3 +65,10 @@ def test_the_defaults_of_an_objective_count_too_also_those_that_it_hands_on(tmp_
     config.optim.betas, config.optim.lr = [0.9, 0.999], 0.25
     del old["optim"]["betas"], old["optim"]["lr"]
     assert checked(tmp_path, old, config, Objective(config)) is None
+
+
+def test_how_many_noise_samples_are_evaluated_may_change_in_a_run_that_goes_on(tmp_path):
+    config, more = (compose("glow_cifar10", [*TINY_GLOW, f"eval.noise_samples={k}"]) for k in (1, 4))
+    assert checked(tmp_path, OmegaConf.to_container(config), more) is None
+    other = compose("glow_cifar10", [*TINY_GLOW, "eval.noise_seed=4"])
+    assert "was trained with eval.noise_seed=0" in checked(tmp_path, OmegaConf.to_container(config), other)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from sketch_denoiser import Denoiser
 from sketch_dequantizer import LogitNormal
 from sketch_nice import Nice
 from sketch_residual import ResidualFlow
@@ -123,12 +124,13 @@ def test_a_learned_dequantiser_trains_and_its_figure_is_a_bound():
 
 
 def parts_on(rank=0, ranks=1):
-    """NICE with a learned dequantiser, then a flow with an estimate: losses, weights after training, what is tested."""
+    """Of three parts of each kind: losses, weights after training, what is tested."""
     torch.manual_seed(0)
     images, points = RandomImages(), TwoMoons(batch_size=16, n_train=64, n_val=8, n_test=23)
     modules = {
         "bound": (DensityModule(Nice(SHAPE), LogitNormal(8), 8, seed=0), images),
         "estimate": (DensityModule(ResidualFlow((2,)), None, None, seed=0), points),
+        "denoiser": (Denoiser(nn.Conv2d(3, 3, 3, padding=1), SHAPE, name="adam", lr=1e-2), RandomImages()),
     }
     outcome = {}
     for name, (module, data) in modules.items():
@@ -136,6 +138,8 @@ def parts_on(rank=0, ranks=1):
         trainer = make_trainer(
             recorder, max_steps=4, precision="64-true", devices=ranks, num_nodes=1, inference_mode=False
         )
+        if module.needs_initialization():
+            module.initialize(data.initialization_batch(64))
         trainer.fit(module, datamodule=data)
         [tested] = trainer.test(module, data, verbose=False)
         losses = torch.tensor(recorder.losses, dtype=torch.float64)
@@ -147,7 +151,7 @@ def _parts_on(rank):
     return parts_on(rank, 2)
 
 
-def test_two_ranks_train_a_learned_dequantiser_and_an_estimate_as_one_process_does(tmp_path):
+def test_two_ranks_train_a_learned_dequantiser_an_estimate_and_a_denoiser_as_one_process_does(tmp_path):
     one, (a, b) = parts_on(), on_two_ranks(tmp_path, _parts_on)
     for name, alone in one.items():
         assert ((a[name]["losses"] + b[name]["losses"]) / 2 - alone["losses"]).abs().max() < 1e-9
@@ -157,6 +161,7 @@ def test_two_ranks_train_a_learned_dequantiser_and_an_estimate_as_one_process_do
         assert a[name]["tested"] == b[name]["tested"] == pytest.approx(alone["tested"], abs=1e-6)
     assert list(one["bound"]["tested"]) == ["test/bpd_bound"]
     assert list(one["estimate"]["tested"]) == ["test/nll_estimate"]
+    assert list(one["denoiser"]["tested"]) == ["test/psnr"]
 
 
 def test_a_density_in_the_plane_can_be_an_estimate(tmp_path):
