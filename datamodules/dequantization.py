@@ -1,10 +1,12 @@
 """From integers to reals: a flow needs a density, and pixels have none."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class Dequantizer(nn.Module):
+class Dequantizer(nn.Module, ABC):
     """Integers q become x in [0, 1), whose density bounds the probability of q from below.
 
         x = (q + u) / 2^n_bits, u ~ q(u | q, context),    log P(q) >= E[log p(x) - log q(u | q, context)]
@@ -30,15 +32,15 @@ class Dequantizer(nn.Module):
             raise ValueError(f"data.n_bits={n_bits} does not fit integers of 8 bits: give 1 to 8")
         self.n_bits = n_bits
 
+    @abstractmethod
     def forward(self, q: Tensor, noise: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        """x and log_weight.
+        """x and log_weight, both of the noise's dtype, also where training autocasts what a network computes.
 
         q: (B, *shape) uint8. noise: (B, *shape), float. context: what the flow is conditioned on, or None.
         x: (B, *shape) in [0, 1), of the noise's dtype. log_weight: (B,), -log q(x - q | q, context) in nats, the base
         density of the noise included and with x - q in units of a bin: 0 for uniform noise. log p(x) + log_weight is
         then the integrand of the bound, of which n_bits - (log p(x) + log_weight) / (D ln 2) are bits per dimension.
         """
-        raise NotImplementedError
 
     def initialize(self, q: Tensor, noise: Tensor, context=None) -> None:
         """Set what depends on data (`ActNorm`) from a first batch, where there is such a part."""

@@ -1,5 +1,6 @@
 """The contract of an objective: all that callbacks, the glue and the results know of what is trained."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import lightning.pytorch as L
@@ -31,7 +32,7 @@ class Input(NamedTuple):
         return (self.x, self.context) if self.noise is None else (self.x, self.context, self.noise)
 
 
-class Objective(L.LightningModule):
+class Objective(L.LightningModule, ABC):
     """A LightningModule of this house: one a kind of training (likelihood, super-resolution, denoising).
 
     To add one, subclass `OptimizedModule`, which is an `Objective` that updates weights as a recipe's `optim` section
@@ -91,12 +92,12 @@ class Objective(L.LightningModule):
         self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))  # whether the newest step was
 
     @classmethod
+    @abstractmethod
     def of(cls, config, model: nn.Module, data: L.LightningDataModule) -> "Objective":
         """The objective that a recipe describes. config: the whole one; model: what the script made of `config.flow`.
 
         data: not yet set up; their `shape`, `n_bits` and `dequantizer` are known.
         """
-        raise NotImplementedError
 
     @property
     def metric(self) -> Metric:
@@ -104,9 +105,9 @@ class Objective(L.LightningModule):
         return self.metrics[0]
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The module whose parameters are trained; where there are several parts, a ModuleList of them."""
-        raise NotImplementedError
 
     @property
     def model_name(self) -> str:
