@@ -4,13 +4,19 @@ VENV := .venv/bin
 # The versions that were tested; empty for the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint results slurm-test
+.PHONY: demo test test-newest lint results slurm-test
 
 demo: .venv/installed
 	$(VENV)/python reproduce/realnvp_cifar10.py preset=demo
 
 test: .venv/installed
 	$(VENV)/python -m pytest -n 2 --dist worksteal
+
+# The suite with the newest versions that pyproject.toml allows, in a copy with a .venv of its own: before a bound in
+# pyproject.toml or a version in constraints.txt is moved.
+test-newest:
+	rm -rf .newest && git clone --quiet . .newest
+	$(MAKE) -C .newest test CONSTRAINTS=
 
 lint: .venv/installed
 	$(VENV)/ruff check .

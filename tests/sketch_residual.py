@@ -52,10 +52,12 @@ class ResidualFlow(FlowModel):
 
     needs_autograd = True
 
-    def __init__(self, shape=(3,), hidden_channels: int = 8) -> None:
+    def __init__(self, shape=(3,), hidden_channels: int = 8, n_iterations: int = 60) -> None:
         super().__init__()
         self.shape, self.noise_shape = tuple(shape), (2, *shape)
-        self.layers = nn.ModuleList(ResidualLayer(shape[0], hidden_channels) for _ in range(2))
+        self.layers = nn.ModuleList(
+            ResidualLayer(shape[0], hidden_channels, n_iterations=n_iterations) for _ in range(2)
+        )
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         return (self.shape,)
