@@ -104,9 +104,9 @@ class StatelessDataModule(L.LightningDataModule):
 
     def _workers(self) -> dict:
         workers = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        return (
-            {**workers, "persistent_workers": True, "worker_init_fn": ignore_signals} if self.num_workers else workers
-        )
+        if self.num_workers:
+            workers |= {"persistent_workers": True, "worker_init_fn": ignore_signals}
+        return workers
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -12,8 +12,8 @@ class Base(ABC):
     """A distribution of independent, equally distributed dimensions, over the latents of all levels."""
 
     @abstractmethod
-    def log_density(self, z: Tensor) -> Tensor:
-        """ln p(z) of every single dimension, in nats, with the shape of z."""
+    def log_prob_of_level(self, z: Tensor) -> Tensor:
+        """ln p of the latents of one level, (B, *shape): nats, (B,)."""
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class Base(ABC):
 
     def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
         """ln p of the latents, a tuple of (B, *shape): nats, (B,), summed over all levels and dimensions."""
-        return sum(self.log_density(z).flatten(1).sum(1) for z in latents)
+        return sum(self.log_prob_of_level(z) for z in latents)
 
     def sample(
         self,
@@ -44,12 +44,9 @@ class Base(ABC):
 class StandardNormal(Base):
     """z ~ N(0, 1): ln p(z) = -1/2 (z^2 + ln 2 pi)."""
 
-    def log_density(self, z: Tensor) -> Tensor:
-        return -0.5 * (z.square() + math.log(2 * math.pi))
-
-    def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
-        # The factor stands behind the sum: inside, it would make the gradient of channels_last latents contiguous.
-        return sum(-0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) for z in latents)
+    def log_prob_of_level(self, z: Tensor) -> Tensor:
+        # The factor is taken of the sum: inside, it would make the gradient of channels_last latents contiguous.
+        return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
         return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
@@ -58,8 +55,8 @@ class StandardNormal(Base):
 class StandardLogistic(Base):
     """z ~ logistic(0, 1), the base of NICE: ln p(z) = -softplus(z) - softplus(-z) (Dinh et al. 2014, section 3.4)."""
 
-    def log_density(self, z: Tensor) -> Tensor:
-        return -F.softplus(z) - F.softplus(-z)
+    def log_prob_of_level(self, z: Tensor) -> Tensor:
+        return (-F.softplus(z) - F.softplus(-z)).flatten(1).sum(1)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
         uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)

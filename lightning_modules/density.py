@@ -228,15 +228,15 @@ class DensityModule(OptimizedModule):
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
         """A batch with each datum's own noise, keyed (noise_seed, index, k)."""
         q, indices, context = batch[0], batch[1], self.context(batch)
-        noise = None if self.flow.noise_shape is None else self._estimation_noise(indices, k)
+        noise = None if self.flow.noise_shape is None else self._estimation_noise(indices, k, q.device)
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
         sample = evaluation_input(self.dequantizer, q, indices, self.noise_seed, self.dtype, k, context)
         return Input(sample[0], context, sample[1], noise)
 
-    def _estimation_noise(self, indices: Tensor, k: int) -> Tensor:
+    def _estimation_noise(self, indices: Tensor, k: int, device: torch.device) -> Tensor:
         noise = image_noise(indices, self.flow.noise_shape, self.noise_seed, k, stream=FLOW)
-        return noise.to(self.device, self.dtype)
+        return noise.to(device, self.dtype)
 
     def _dequantization_noise(self, shape: torch.Size, at: Position) -> Tensor:
         return self.training_noise(tuple(shape), at, self.dequantizer.noise)
@@ -286,7 +286,7 @@ class DensityModule(OptimizedModule):
         """
         noise = ()
         if self.flow.noise_shape is not None:
-            noise = (self._estimation_noise(torch.arange(len(x)), 0),)
+            noise = (self._estimation_noise(torch.arange(len(x)), 0, x.device),)
         with evaluation(self.device.type), self._gradients():
             return self.flow.log_prob(x, context, *noise).detach()
 
@@ -379,9 +379,8 @@ def drawn(
         return flow.sample(n, temperature, shape=shape, generator=generator)
     device = next(flow.parameters()).device
     contexts = flow.conditioned_on.examples(n, device)
-    if contexts is not None:
-        return flow.sample(1, temperature, contexts, shape=shape, generator=generator)[0]
-    if context is None:
+    if contexts is None and context is not None:
+        contexts = context.to(device)[torch.arange(n, device=device) % len(context)]
+    if contexts is None:
         return None
-    contexts = context.to(device)[torch.arange(n, device=device) % len(context)]
     return flow.sample(1, temperature, contexts, shape=shape, generator=generator)[0]

@@ -105,12 +105,12 @@ def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
 
     ConfigError: it is no mapping, or one of its presets is none.
     """
+    choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
     for name, content in files.items():
         section = content.get("presets")
         sections = list(section.values()) if isinstance(section, DictConfig) else []
         if section is not None and not (sections and all(isinstance(part, DictConfig) for part in sections)):
             raise ConfigError(f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}")
-        choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
         for preset in section or []:
             if preset not in choices:
                 hint = nearest(str(preset), choices)

@@ -263,7 +263,7 @@ def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | 
 
 def _say_how_long(config: DictConfig, module: Objective) -> None:
     """One line, measured: how long the whole budget would take on this machine without a GPU."""
-    if config.budget.images is None:
+    if config.budget.images is None or "cpu" not in presets(config.experiment):
         return
     copied, n = copy.deepcopy(module), 4
     start = time.monotonic()
@@ -273,7 +273,7 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
         return
     loss.backward()
     days = (time.monotonic() - start) / n * config.budget.images / 86_400
-    if days < 1 or "cpu" not in presets(config.experiment):
+    if days < 1:
         return
     rank_zero_info(
         f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about {days:,.0f} days; "

@@ -212,8 +212,3 @@ def perturb(flow: Flow, scale: float = 0.3, seed: int = 1) -> Flow:
 def flat(z: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Latents of a model or the output of a layer as one matrix, (B, D)."""
     return torch.cat([level.flatten(1) for level in (z if isinstance(z, tuple) else (z,))], dim=1)
-
-
-def repeat_rows(value: Tensor, n: int) -> Tensor:
-    """All rows of a tensor n times over: B rows become n * B."""
-    return value.repeat(n, *[1] * (value.dim() - 1))

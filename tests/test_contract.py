@@ -7,12 +7,13 @@ import pkgutil
 
 import pytest
 import torch
-from cases import CASES, MODELS, flat, fresh, repeat_rows, trained
+from cases import CASES, MODELS, flat, fresh, trained
 from torch import Tensor
 
 import flows
 from flows.base import Flow, FlowModel
 from flows.bases import StandardLogistic, StandardNormal
+from flows.context import repeated
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_conditional_case = pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_log_det_is_that_of_autograd_s_jacobian(case):
         assert_close(log_det, jacobian_log_det, case.tolerance)
         return
     n = 1000
-    repeated = [None if context is None else repeat_rows(context, n), case.conditions(3 * n, torch.float64)[1]]
-    estimates = flow(x.repeat(n, *[1] * (x.dim() - 1)), *repeated)[1].detach().unflatten(0, (n, 3))
+    many = [None if context is None else repeated(context, n), case.conditions(3 * n, torch.float64)[1]]
+    estimates = flow(x.repeat(n, *[1] * (x.dim() - 1)), *many)[1].detach().unflatten(0, (n, 3))
     error = estimates.std(0) / n**0.5
     assert error.max() > 0
     assert ((estimates.mean(0) - jacobian_log_det).abs() < 5 * error + case.tolerance).all()
@@ -248,7 +249,7 @@ def test_log_prob_is_that_of_the_base_plus_log_det(case):
 @every_model
 def test_temperature_scales_the_base_sample(case):
     flow = trained(case, torch.float64)
-    context, *noise = (value if value is None else repeat_rows(value, 64) for value in case.conditions(1) or (None,))
+    context, *noise = (value if value is None else repeated(value, 64) for value in case.conditions(1) or (None,))
     if context is not None and context.is_floating_point():
         context = context.double()
 
