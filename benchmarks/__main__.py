@@ -40,7 +40,9 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
         if name[1] == "bf16" and not bf16:
             turns.pop(name).close()
     dtypes = dict.fromkeys(dtype for _, dtype in turns)
-    floors = {(FLOOR, dtype): start(partial(make, size, (FLOOR, dtype), device)) for dtype in dtypes}
+    floors = {
+        (FLOOR, dtype): start(partial(make, size, (FLOOR, dtype), device)) for dtype in dtypes
+    }
     steps = interleaved(turns | floors, "step", rounds)
     for turn in turns.values():
         turn("freeze")
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     for setting in settings:
         with full_float32(device.type):
             measured = [
-                {"setting": setting} | row for row in measure(SETTINGS[kind][setting], rounds, device, apart, bf16)
+                {"setting": setting} | row
+                for row in measure(SETTINGS[kind][setting], rounds, device, apart, bf16)
             ]
         for row in measured:
             print(json.dumps(row), flush=True)
@@ -110,7 +113,9 @@ def read(words: list[str], device: torch.device) -> tuple[str, Path | None, int,
         elif key == "settings" and value in choices:
             settings = [value]
         else:
-            raise ConfigError(f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {choices}")
+            raise ConfigError(
+                f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {choices}"
+            )
     return kind, path, rounds, settings
 
 

@@ -47,7 +47,9 @@ class GlowSize:
         for _ in range(self.n_levels):
             channels, side = 4 * channels, side // 2
             net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
-            convolutions += [Convolution(*layer, side, side) for _ in range(self.depth) for layer in net]
+            convolutions += [
+                Convolution(*layer, side, side) for _ in range(self.depth) for layer in net
+            ]
             channels //= 2
         return convolutions
 
@@ -83,7 +85,8 @@ class RealNVPSize:
                     side = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
                     nets = (m for m in layer.conditioner.modules() if isinstance(m, nn.Conv2d))
                     convolutions += [
-                        Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side) for m in nets
+                        Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side)
+                        for m in nets
                     ]
         return convolutions
 
@@ -93,7 +96,9 @@ SETTINGS: dict[str, dict[str, Size]] = {
     "glow": {
         "K8 L3 H128 B16": GlowSize(3, 8, 128, 16),
         "K32 L3 H512 B16": GlowSize(3, 32, 512, 16),
-        "K32 L3 H512 B256": GlowSize(3, 32, 512, 256),  # 512, the recipe's, did not fit beside the peer's on an H200
+        "K32 L3 H512 B256": GlowSize(
+            3, 32, 512, 256
+        ),  # 512, the recipe's, did not fit beside the peer's on an H200
     },
     "realnvp": {"paper B4": RealNVPSize(2, 64, 8, 4), "paper B256": RealNVPSize(2, 64, 8, 256)},
 }

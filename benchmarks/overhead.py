@@ -27,8 +27,19 @@ from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.realnvp_cifar10 import make_flow
 
 STEPS, WARM_UP = 240, 40
-SETTINGS = ["preset=cpu", "data.name=photos", "logger.name=none", f"trainer.max_steps={STEPS}", "eval.bn_images=0"]
-SETTINGS += ["trainer.limit_val_batches=0", "checkpoint.select=last", "samples.n=1", "trainer.log_every_n_steps=50"]
+SETTINGS = [
+    "preset=cpu",
+    "data.name=photos",
+    "logger.name=none",
+    f"trainer.max_steps={STEPS}",
+    "eval.bn_images=0",
+]
+SETTINGS += [
+    "trainer.limit_val_batches=0",
+    "checkpoint.select=last",
+    "samples.n=1",
+    "trainer.log_every_n_steps=50",
+]
 
 
 class Alternate(L.Callback):
@@ -41,7 +52,9 @@ class Alternate(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agree = Preemption._agree
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx
+    ) -> None:
         now, kinds = time.perf_counter(), ("guarded", "bare")
         if self.last is not None and trainer.global_step > WARM_UP:
             self.seconds[kinds[(trainer.global_step - 1) % 2]].append(now - self.last)
@@ -70,7 +83,9 @@ def _nothing(*arguments, **keywords) -> None:
 
 
 def _clip(module: DensityModule) -> None:
-    module.log("train/grad_norm", nn.utils.clip_grad_norm_(module.flow.parameters(), module.clip_norm))
+    module.log(
+        "train/grad_norm", nn.utils.clip_grad_norm_(module.flow.parameters(), module.clip_norm)
+    )
 
 
 @command

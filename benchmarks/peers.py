@@ -12,17 +12,29 @@ class NormflowsGlow(nn.Module):
     x: (B, *shape).
     """
 
-    def __init__(self, shape: tuple[int, int, int], n_levels: int, depth: int, hidden_channels: int, autocast=False):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        n_levels: int,
+        depth: int,
+        hidden_channels: int,
+        autocast=False,
+    ):
         super().__init__()
         import normflows as nf
 
         channels, height, width = shape
         self.autocast = autocast
         bases, levels, merges = [], [], []
-        for i in range(n_levels):  # normflows counts from the latent: the coarsest level comes first
+        for i in range(
+            n_levels
+        ):  # normflows counts from the latent: the coarsest level comes first
             factor = 2 ** (n_levels - i)
             c = channels * 2 ** (n_levels + 1 - i)
-            level = [nf.flows.GlowBlock(c, hidden_channels, split_mode="channel", scale=True) for _ in range(depth)]
+            level = [
+                nf.flows.GlowBlock(c, hidden_channels, split_mode="channel", scale=True)
+                for _ in range(depth)
+            ]
             levels.append([*level, nf.flows.Squeeze()])
             own = c if i == 0 else c // 2
             bases.append(nf.distributions.DiagGaussian((own, height // factor, width // factor)))
@@ -35,8 +47,12 @@ class NormflowsGlow(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """nats, (B,)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model.log_prob(x.contiguous(memory_format=torch.channels_last) if self.autocast else x, None)
+            return self.model.log_prob(
+                x.contiguous(memory_format=torch.channels_last) if self.autocast else x, None
+            )
 
     def sample(self, n: int) -> Tensor:
-        with torch.autocast(next(self.parameters()).device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(
+            next(self.parameters()).device.type, torch.bfloat16, enabled=self.autocast
+        ):
             return self.model.sample(n)[0]

@@ -40,7 +40,11 @@ class Candidate:
 
     def loss(self) -> Tensor:
         with self._autocast():
-            log_prob = self.flow.log_prob(self.x) if self.graph is None else self.graph(self.flow.log_prob, self.x)
+            log_prob = (
+                self.flow.log_prob(self.x)
+                if self.graph is None
+                else self.graph(self.flow.log_prob, self.x)
+            )
             return -log_prob.mean()
 
     def step(self) -> None:
@@ -54,12 +58,19 @@ class Candidate:
         self._frozen.enter_context(cached(self.flow.eval()))
 
     def sample(self) -> None:
-        with torch.inference_mode(), self._autocast(), torch.compiler.set_stance("force_eager"):  # as in a run
+        with (
+            torch.inference_mode(),
+            self._autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):  # as in a run
             self.flow.sample(N_SAMPLES)
 
     def activation_bytes(self) -> int:
         """Bytes that the graph of the loss keeps for the backward pass, without parameters and buffers, each once."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.flow.parameters(), *self.flow.buffers(), self.x)}
+        own = {
+            t.untyped_storage().data_ptr()
+            for t in (*self.flow.parameters(), *self.flow.buffers(), self.x)
+        }
         kept = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -69,7 +80,9 @@ class Candidate:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()  # the graph lives until here, so that no storage's address is used again
+            loss = (
+                self.loss()
+            )  # the graph lives until here, so that no storage's address is used again
         total = sum(kept.values())
         del loss
         return total
@@ -81,11 +94,19 @@ class Candidate:
 class Floor:
     """The conditioners' convolutions alone: forward and both gradients, channels_last, each with its own weight."""
 
-    def __init__(self, convolutions: list[Convolution], batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, convolutions: list[Convolution], batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            return torch.randn(*shape, device=device, dtype=dtype).contiguous(
+                memory_format=torch.channels_last
+            )
 
-        shapes = {shape for c in convolutions for shape in ((c.c_in, c.height, c.width), (c.c_out, c.height, c.width))}
+        shapes = {
+            shape
+            for c in convolutions
+            for shape in ((c.c_in, c.height, c.width), (c.c_out, c.height, c.width))
+        }
         images = {shape: random(batch, *shape) for shape in shapes}
         self.work = [
             (
@@ -101,5 +122,15 @@ class Floor:
             padding = weight.shape[-1] // 2
             F.conv2d(x, weight, padding=padding)
             torch.ops.aten.convolution_backward(
-                grad, x, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False)
+                grad,
+                x,
+                weight,
+                None,
+                (1, 1),
+                (padding, padding),
+                (1, 1),
+                False,
+                (0, 0),
+                1,
+                (True, True, False),
             )

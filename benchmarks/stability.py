@@ -50,7 +50,10 @@ QUIET += [
 ]
 SMALL = ["flow.depth=4", "flow.hidden_channels=16", "data.batch_size=8", "trainer.max_steps=10000"]
 KINDS = {
-    "short": (range(20), ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=4", "trainer.max_steps=300"]),
+    "short": (
+        range(20),
+        ["flow.depth=32", "flow.hidden_channels=8", "data.batch_size=4", "trainer.max_steps=300"],
+    ),
     "long": (range(3), [*SMALL, "flow.min_scale=0.5"]),
     "long-authors": (range(1), SMALL),
 }
@@ -68,7 +71,9 @@ class FixedBatch(L.Callback):
         self.x = fixed_images(trainer.datamodule.val, pl_module)
         self._measure(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DensityModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: DensityModule, outputs, batch, batch_idx: int
+    ) -> None:
         if trainer.global_step % self.every == 0:
             self._measure(pl_module)
 
@@ -125,7 +130,8 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "skipped_steps": module.skipped.item(),
         "bpd_every": every,
         "bpd": watch.bpd,
-        "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],  # NaN if one is
+        "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item()
+        - watch.bpd[0],  # NaN if one is
         "round_trip_grey_levels": errors,
         **finite,
         **described(config),
@@ -179,7 +185,13 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                row = train(kind, seed, Path(folder) / "run", overrides, every=10 if kind == "short" else 100)
+                row = train(
+                    kind,
+                    seed,
+                    Path(folder) / "run",
+                    overrides,
+                    every=10 if kind == "short" else 100,
+                )
         except RunStopped as stop:
             if stop.code == TRY_AGAIN:  # its folder is gone
                 kept = f": repeat the command, {path} keeps finished seeds" if path else ""
@@ -197,11 +209,15 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
     """What FILE holds. ConfigError, ValueError: it is not of this command, or its runs had another model."""
     content = stability.read(path)
     if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
-        raise ConfigError(f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file")
+        raise ConfigError(
+            f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file"
+        )
     recipe = glow_cifar10.__name__.split(".")[-1]
     model = described(compose(recipe, shared_arguments(kind, overrides)))
     if change := stability.changes(stability.model(content["runs"][0]), stability.model(model)):
-        raise ConfigError(f"{path} holds runs with {change[0]}, not with {change[1]}: give another file")
+        raise ConfigError(
+            f"{path} holds runs with {change[0]}, not with {change[1]}: give another file"
+        )
     return content
 
 

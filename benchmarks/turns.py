@@ -68,7 +68,9 @@ class Apart:
         except (EOFError, ConnectionError):
             self.process.join()
             problem = f"a process that measures ended with exit code {self.process.exitcode}"
-            raise ConfigError(f"{problem}: -9 says out of memory; else its traceback stands above") from None
+            raise ConfigError(
+                f"{problem}: -9 says out of memory; else its traceback stands above"
+            ) from None
 
 
 def _serve(make: Callable[[], object], pipe: Connection) -> None:
@@ -105,7 +107,9 @@ def _keep_freed_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
-def interleaved(turns: dict[Key, Callable[[str], tuple[float, Any]]], method: str, rounds: int) -> dict[Key, float]:
+def interleaved(
+    turns: dict[Key, Callable[[str], tuple[float, Any]]], method: str, rounds: int
+) -> dict[Key, float]:
     """Median seconds of each, all of them in every round, after one round that does not count."""
     seconds: dict[Key, list[float]] = {key: [] for key in turns}
     for i in range(rounds + 1):

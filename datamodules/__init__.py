@@ -5,7 +5,11 @@ from datamodules.photos import Photos
 from datamodules.stateless import StatelessDataModule
 from datamodules.two_moons import TwoMoons
 
-DATA: dict[str, type[StatelessDataModule]] = {"cifar10": CIFAR10, "photos": Photos, "two_moons": TwoMoons}
+DATA: dict[str, type[StatelessDataModule]] = {
+    "cifar10": CIFAR10,
+    "photos": Photos,
+    "two_moons": TwoMoons,
+}
 
 
 def make_data(name: str, seed: int, **arguments) -> StatelessDataModule:

@@ -37,7 +37,18 @@ class CIFAR10(StatelessDataModule):
 
     shape = (3, 32, 32)
     n_classes = 10
-    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    class_names = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
 
     def __init__(
         self,
@@ -71,32 +82,43 @@ class CIFAR10(StatelessDataModule):
         if not check_integrity(str(archive), ARCHIVE_MD5):
             if not self.download:
                 other = "give another data.root, or data.download=true"
-                raise FileNotFoundError(f"CIFAR-10 is not in data.root={self.root}: {place}, {other}")
+                raise FileNotFoundError(
+                    f"CIFAR-10 is not in data.root={self.root}: {place}, {other}"
+                )
             print(
-                f"Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). Faster: {place}", flush=True
+                f"Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). Faster: {place}",
+                flush=True,
             )
             try:
                 if archive.exists():  # broken off, or not the official one: kept aside
                     archive.replace(archive.with_name(f"{ARCHIVE}.bad"))
                 download_url(URL, str(self.root), ARCHIVE, ARCHIVE_MD5)
             except (OSError, RuntimeError) as error:
-                raise FileNotFoundError(f"CIFAR-10 could not be downloaded from {URL} ({error}): {place}") from error
+                raise FileNotFoundError(
+                    f"CIFAR-10 could not be downloaded from {URL} ({error}): {place}"
+                ) from error
         extract_archive(str(archive), str(self.root))
 
     def setup(self, stage: str | None = None) -> None:
         if not 0 <= self.n_val <= 50_000 - self.batch_size:
-            raise ValueError(f"data.n_val={self.n_val} leaves no training batch: give 0 to {50_000 - self.batch_size}")
+            raise ValueError(
+                f"data.n_val={self.n_val} leaves no training batch: give 0 to {50_000 - self.batch_size}"
+            )
         if hasattr(self, "test"):
             return
         images, labels = self._read_all(TRAIN_MD5)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
         train, val = np.sort(order[self.n_val :]), np.sort(order[: self.n_val])
-        self.train = self._images(images[train], labels[train], seed=self.seed, hflip=self.hflip, shift=self.shift)
+        self.train = self._images(
+            images[train], labels[train], seed=self.seed, hflip=self.hflip, shift=self.shift
+        )
         self.val = self._images(images[val], labels[val])
         self.test = self._images(*self._read_all(TEST_MD5))
 
     def _images(self, images: np.ndarray, labels: np.ndarray, **augmentation) -> ImageArray:
-        return ImageArray(images, n_bits=self.n_bits, labels=labels if self.labels else None, **augmentation)
+        return ImageArray(
+            images, n_bits=self.n_bits, labels=labels if self.labels else None, **augmentation
+        )
 
     def _read_all(self, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
         images, labels = zip(*(self._read(name, md5) for name, md5 in files.items()), strict=True)

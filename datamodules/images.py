@@ -14,9 +14,21 @@ class ImageArray(Dataset):
     """
 
     def __init__(
-        self, images: np.ndarray, seed: int = 0, hflip: bool = False, shift=0.0, n_bits=8, labels=None
+        self,
+        images: np.ndarray,
+        seed: int = 0,
+        hflip: bool = False,
+        shift=0.0,
+        n_bits=8,
+        labels=None,
     ) -> None:
-        self.images, self.seed, self.hflip, self.shift, self.n_bits = images, seed, hflip, shift, n_bits
+        self.images, self.seed, self.hflip, self.shift, self.n_bits = (
+            images,
+            seed,
+            hflip,
+            shift,
+            n_bits,
+        )
         self.labels = labels
         self._draws: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
 
@@ -35,7 +47,9 @@ class ImageArray(Dataset):
         """Whether to flip (N,) and how far to shift (N, 2) in pixels, from two streams: neither moves the other."""
         if self._draws[0] != epoch:
             flips = np.random.default_rng([self.seed, epoch, 1]).random(len(self)) < 0.5
-            shares = np.random.default_rng([self.seed, epoch, 2]).uniform(-self.shift, self.shift, (len(self), 2))
+            shares = np.random.default_rng([self.seed, epoch, 2]).uniform(
+                -self.shift, self.shift, (len(self), 2)
+            )
             self._draws = (epoch, flips, shares * self.images.shape[-2:])
         return self._draws[1:]
 
@@ -48,5 +62,7 @@ def shifted(image: np.ndarray, by: np.ndarray) -> np.ndarray:
     """
     from scipy.ndimage import shift
 
-    planes = [shift(plane, by, np.float32, order=1, mode="nearest") for plane in image]  # half the time of one 3-D call
+    planes = [
+        shift(plane, by, np.float32, order=1, mode="nearest") for plane in image
+    ]  # half the time of one 3-D call
     return np.stack(planes).astype(np.uint8)  # floors what is not negative

@@ -19,7 +19,9 @@ def photographs() -> list[np.ndarray]:
     import sklearn.datasets
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
-    photos = [getattr(skimage.data, name)() for name in names] + [skimage.data.stereo_motorcycle()[0]]
+    photos = [getattr(skimage.data, name)() for name in names] + [
+        skimage.data.stereo_motorcycle()[0]
+    ]
     return photos + sklearn.datasets.load_sample_images().images
 
 
@@ -35,9 +37,20 @@ class Crops(Dataset):
     Items are (crop, index), with `labels` (crop, index, number of the photograph).
     """
 
-    def __init__(self, photos: list[np.ndarray], n: int, size: int, seed: int, hflip: bool, labels: bool) -> None:
-        self.photos, self.n, self.size, self.seed, self.hflip, self.labels = photos, n, size, seed, hflip, labels
-        self.positions = np.array([(p.shape[0] - size + 1) * (p.shape[1] - size + 1) for p in photos])
+    def __init__(
+        self, photos: list[np.ndarray], n: int, size: int, seed: int, hflip: bool, labels: bool
+    ) -> None:
+        self.photos, self.n, self.size, self.seed, self.hflip, self.labels = (
+            photos,
+            n,
+            size,
+            seed,
+            hflip,
+            labels,
+        )
+        self.positions = np.array(
+            [(p.shape[0] - size + 1) * (p.shape[1] - size + 1) for p in photos]
+        )
         self._epoch: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
 
     def __len__(self) -> int:
@@ -47,11 +60,17 @@ class Crops(Dataset):
         epoch, index = key
         if self._epoch[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch, 1])
-            self._epoch = (epoch, rng.integers(self.positions.sum(), size=self.n), rng.random(self.n) < 0.5)
+            self._epoch = (
+                epoch,
+                rng.integers(self.positions.sum(), size=self.n),
+                rng.random(self.n) < 0.5,
+            )
         position = self._epoch[1][index]
         number = int(np.searchsorted(self.positions.cumsum(), position, side="right"))
         photo = self.photos[number]
-        row, column = divmod(int(position - self.positions[:number].sum()), photo.shape[1] - self.size + 1)
+        row, column = divmod(
+            int(position - self.positions[:number].sum()), photo.shape[1] - self.size + 1
+        )
         crop = photo[row : row + self.size, column : column + self.size]
         if self.hflip and self._epoch[2][index]:
             crop = crop[:, ::-1]
@@ -85,19 +104,33 @@ class Photos(StatelessDataModule):
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
         if min(n_val, n_test) < 0:
-            raise ValueError(f"data.n_val={n_val}, data.n_test={n_test}: numbers of crops are not negative")
-        self.shape, self.n_bits, self.dequantizer = (3, size, size), n_bits, UniformDequantizer(n_bits)
+            raise ValueError(
+                f"data.n_val={n_val}, data.n_test={n_test}: numbers of crops are not negative"
+            )
+        self.shape, self.n_bits, self.dequantizer = (
+            (3, size, size),
+            n_bits,
+            UniformDequantizer(n_bits),
+        )
         self.sizes = {"train": n_train, "val": n_val, "test": n_test}
         self.size, self.hflip, self.labels = size, hflip, labels
 
     def setup(self, stage: str | None = None) -> None:
-        photos = [photo >> (8 - self.n_bits) for photo in photographs()]  # crops and flips move pixels only
+        photos = [
+            photo >> (8 - self.n_bits) for photo in photographs()
+        ]  # crops and flips move pixels only
         widest = min(region(p, split).shape[1] for p in photos for split in REGIONS)
         if not 1 <= self.size <= widest:
-            raise ValueError(f"data.size={self.size} does not fit the photographs' regions: give 1 to {widest}")
+            raise ValueError(
+                f"data.size={self.size} does not fit the photographs' regions: give 1 to {widest}"
+            )
         parts = {split: [region(p, split) for p in photos] for split in REGIONS}
-        self.train = Crops(parts["train"], self.sizes["train"], self.size, self.seed, self.hflip, self.labels)
-        self.val, self.test = (self._fixed(parts[split], self.sizes[split]) for split in ("val", "test"))
+        self.train = Crops(
+            parts["train"], self.sizes["train"], self.size, self.seed, self.hflip, self.labels
+        )
+        self.val, self.test = (
+            self._fixed(parts[split], self.sizes[split]) for split in ("val", "test")
+        )
 
     def _fixed(self, photos: list[np.ndarray], n: int) -> ImageArray:
         crops = Crops(photos, n, self.size, seed=0, hflip=False, labels=True)

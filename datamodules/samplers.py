@@ -12,7 +12,9 @@ def n_micro_batches(batch_size: int, micro_batch: int | None, world_size: int) -
     if micro_batch is None or micro_batch >= local:
         return 1
     if micro_batch < 1 or local % micro_batch:
-        raise ValueError(f"data.micro_batch={micro_batch} does not divide the {local} items that a process has a step")
+        raise ValueError(
+            f"data.micro_batch={micro_batch} does not divide the {local} items that a process has a step"
+        )
     return local // micro_batch
 
 
@@ -24,13 +26,17 @@ class TrainSampler(Sampler):
     same steps.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         if batch_size % world_size:
             raise ValueError(
                 f"data.batch_size={batch_size} is the global batch: give a multiple of {world_size} processes"
             )
         if not 1 <= batch_size <= n:
-            raise ValueError(f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}")
+            raise ValueError(
+                f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}"
+            )
         self.n, self.batch_size, self.seed, self.rank = n, batch_size, seed, rank
         self.local = batch_size // world_size
         self.epoch, self.skip = 0, 0  # skip: items of the epoch that a resumed run has seen

@@ -55,9 +55,16 @@ class StatelessDataModule(L.LightningDataModule):
     val: Dataset
     test: Dataset
 
-    def __init__(self, batch_size: int, micro_batch: int | None, num_workers: int, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, micro_batch: int | None, num_workers: int, seed: int
+    ) -> None:
         super().__init__()
-        self.batch_size, self.micro_batch, self.num_workers, self.seed = batch_size, micro_batch, num_workers, seed
+        self.batch_size, self.micro_batch, self.num_workers, self.seed = (
+            batch_size,
+            micro_batch,
+            num_workers,
+            seed,
+        )
 
     @property
     def n_train(self) -> int:
@@ -97,10 +104,14 @@ class StatelessDataModule(L.LightningDataModule):
     def _eval_loader(self, data: Dataset) -> DataLoader:
         rank, world_size = self._rank_and_world()
         if len(data) < world_size:
-            raise ValueError(f"{len(data)} items to evaluate on cannot be shared by {world_size} processes: give more")
+            raise ValueError(
+                f"{len(data)} items to evaluate on cannot be shared by {world_size} processes: give more"
+            )
         share = self.batch_size // world_size
         local = max(1, share if self.micro_batch is None else min(share, self.micro_batch))
-        return DataLoader(data, local, sampler=EvalSampler(len(data), rank, world_size), **self._workers())
+        return DataLoader(
+            data, local, sampler=EvalSampler(len(data), rank, world_size), **self._workers()
+        )
 
     def _workers(self) -> dict:
         workers = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
@@ -109,4 +120,8 @@ class StatelessDataModule(L.LightningDataModule):
         return workers
 
     def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return (
+            (self.trainer.global_rank, self.trainer.world_size)
+            if self.trainer is not None
+            else (0, 1)
+        )

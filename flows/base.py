@@ -145,7 +145,9 @@ class FlowModel(Flow):
         """A context as the layers take it, for several calls with the same one. ValueError, one line: it is none."""
         if self.conditioned_on is None:
             if context is not None:
-                raise ValueError(f"this {type(self).__name__} is not conditioned on anything: leave the context out")
+                raise ValueError(
+                    f"this {type(self).__name__} is not conditioned on anything: leave the context out"
+                )
             return None
         if isinstance(context, Encoded):
             return context
@@ -176,10 +178,14 @@ class FlowModel(Flow):
         """ValueError, one line: x is not (B, *shape), or a size that is free does not fit the model."""
         actual = tuple(x.shape[1:])
         fits = len(actual) == len(self.shape)
-        fits = fits and all(own in (None, side) for own, side in zip(self.shape, actual, strict=True))
+        fits = fits and all(
+            own in (None, side) for own, side in zip(self.shape, actual, strict=True)
+        )
         if not fits:
             own = str(self.shape).replace("None", "any")
-            raise ValueError(f"{type(self).__name__} was built for data of shape {own}, not {actual}")
+            raise ValueError(
+                f"{type(self).__name__} was built for data of shape {own}, not {actual}"
+            )
         if None in self.shape:
             self.latent_shapes(actual)
 
@@ -188,7 +194,9 @@ class FlowModel(Flow):
         name = type(self).__name__
         if self.noise_shape is not None and noise is None:
             shape = f"(B, {', '.join(map(str, self.noise_shape))})"
-            raise ValueError(f"the log-determinant of {name} is an estimate: give noise {shape}, uniform in [0, 1)")
+            raise ValueError(
+                f"the log-determinant of {name} is an estimate: give noise {shape}, uniform in [0, 1)"
+            )
         if self.noise_shape is None and noise is not None:
             raise ValueError(f"the log-determinant of {name} is exact: leave the noise out")
 
@@ -226,10 +234,14 @@ class FlowModel(Flow):
         ValueError, one line: nothing decides it.
         """
         if None in self.shape:
-            raise ValueError(f"this {type(self).__name__} models data of any size: give sample(..., shape=(C, H, W))")
+            raise ValueError(
+                f"this {type(self).__name__} models data of any size: give sample(..., shape=(C, H, W))"
+            )
         return self.shape
 
 
 def no_log_det(x: Tensor) -> Tensor:
     """The log-determinant of a volume-preserving map: zeros, (B,), at least float32."""
-    return torch.zeros(x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros(
+        x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
+    )

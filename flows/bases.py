@@ -16,7 +16,9 @@ class Base(ABC):
         """ln p of the latents of one level, (B, *shape): nats, (B,)."""
 
     @abstractmethod
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
+    ) -> Tensor:
         """A sample of `shape`, with the dtype and the device of `like`."""
 
     def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
@@ -38,7 +40,10 @@ class Base(ABC):
         if generator is None:
             return tuple(temperature * self.draw((n, *shape), None, like) for shape in shapes)
         place = torch.empty(0, dtype=like.dtype, device=generator.device)
-        return tuple(temperature * self.draw((n, *shape), generator, place).to(like.device) for shape in shapes)
+        return tuple(
+            temperature * self.draw((n, *shape), generator, place).to(like.device)
+            for shape in shapes
+        )
 
 
 class StandardNormal(Base):
@@ -48,7 +53,9 @@ class StandardNormal(Base):
         # The factor is taken of the sum: inside, it would make the gradient of channels_last latents contiguous.
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
+    ) -> Tensor:
         return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
@@ -58,7 +65,9 @@ class StandardLogistic(Base):
     def log_prob_of_level(self, z: Tensor) -> Tensor:
         return (-F.softplus(z) - F.softplus(-z)).flatten(1).sum(1)
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def draw(
+        self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
+    ) -> Tensor:
         uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
         # torch.rand may return 0, whose logit is infinite.
         smallest = torch.finfo(like.dtype).eps / 4

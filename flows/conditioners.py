@@ -18,17 +18,25 @@ class WeightNormConv2d(nn.Conv2d):
     as there: W ~ U(-s, s) and magnitude = s sqrt(C_in k^2 / 12) with s = sqrt(2 / C_in); biases 0.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, magnitude=False, bias=True) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, magnitude=False, bias=True
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
         bound = math.sqrt(2 / in_channels)
         nn.init.uniform_(self.weight, -bound, bound)
         if bias:
             nn.init.zeros_(self.bias)
         start = bound * math.sqrt(in_channels * kernel_size**2 / 12)
-        self.magnitude = nn.Parameter(torch.full((out_channels, 1, 1, 1), start)) if magnitude else None
+        self.magnitude = (
+            nn.Parameter(torch.full((out_channels, 1, 1, 1), start)) if magnitude else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, once(self, "normalized", self.normalized), self.bias, padding=self.padding)
+        return F.conv2d(
+            x, once(self, "normalized", self.normalized), self.bias, padding=self.padding
+        )
 
     def normalized(self) -> Tensor:
         norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
@@ -74,7 +82,11 @@ class ResidualConditioner(nn.Module):
     """
 
     def __init__(
-        self, channels: int, hidden_channels: int, n_blocks: int, mask: Tensor | nn.Module | None = None
+        self,
+        channels: int,
+        hidden_channels: int,
+        n_blocks: int,
+        mask: Tensor | nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.mask = None if mask is None else as_mask(mask)
@@ -82,7 +94,8 @@ class ResidualConditioner(nn.Module):
         self.conv_in = WeightNormConv2d(2 * channels + (mask is not None), hidden_channels, 3)
         self.blocks = nn.ModuleList(ResidualBlock(hidden_channels) for _ in range(n_blocks))
         self.skips = nn.ModuleList(
-            WeightNormConv2d(hidden_channels, hidden_channels, 1, magnitude=True) for _ in range(n_blocks + 1)
+            WeightNormConv2d(hidden_channels, hidden_channels, 1, magnitude=True)
+            for _ in range(n_blocks + 1)
         )
         self.bn_out = BiasOnlyBatchNorm2d(hidden_channels)
         self.conv_out = WeightNormConv2d(hidden_channels, 2 * channels, 1, magnitude=True)
@@ -116,7 +129,11 @@ class MLPConditioner(nn.Module):
     @staticmethod
     def _net(n_dims: int, hidden: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Linear(n_dims, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_dims)
+            nn.Linear(n_dims, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, n_dims),
         )
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,23 @@ READ_BY_GRAPHS: dict[tuple, Tensor] = {}
 
 
 @lru_cache(maxsize=64)
-def _kept(make: Callable[..., Tensor], arguments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(
+    make: Callable[..., Tensor],
+    arguments: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     # A tensor made in inference mode could not take part in training later.
     with torch.inference_mode(False), torch.no_grad():
         return make(*arguments).to(device, dtype)
 
 
 @torch.compiler.assume_constant_result
-def _in_graph(make: Callable[..., Tensor], arguments: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+def _in_graph(
+    make: Callable[..., Tensor],
+    arguments: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+):
     """A function of its own, since torch.compile looks through `lru_cache`, and warns of it."""
     return _kept(make, arguments, dtype, device)

@@ -39,11 +39,19 @@ class Images:
 
     def check(self, context: Any, model: str) -> None:
         """ValueError, one line, where `context` holds no such images. model: the name of the flow's class."""
-        request = f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
+        request = (
+            f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
+        )
         if not isinstance(context, Tensor):
             raise ValueError(f"{request}, not {type(context).__name__}")
-        if context.dim() != 4 or context.shape[1] != self.channels or not context.is_floating_point():
-            raise ValueError(f"{request}, floating point, not {tuple(context.shape)} {context.dtype}")
+        if (
+            context.dim() != 4
+            or context.shape[1] != self.channels
+            or not context.is_floating_point()
+        ):
+            raise ValueError(
+                f"{request}, floating point, not {tuple(context.shape)} {context.dtype}"
+            )
 
     def examples(self, n: int, device: torch.device) -> None:
         """None: images cannot be made up, so pictures take those of the validation data."""

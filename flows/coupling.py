@@ -22,24 +22,32 @@ class AffineCoupling(Flow):
 
     recompute = False
 
-    def __init__(self, conditioner: nn.Module, log_scale_factor: float, norm: Flow | None = None) -> None:
+    def __init__(
+        self, conditioner: nn.Module, log_scale_factor: float, norm: Flow | None = None
+    ) -> None:
         super().__init__()
         self.conditioner = conditioner
         self.log_scale_factor = nn.Parameter(torch.tensor(log_scale_factor))
         self.norm = norm
 
     def _shift_and_log_scale(self, kept: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        shift, raw = recomputed(nn.Module.__call__, self.conditioner, kept, context, on=self.recompute)
+        shift, raw = recomputed(
+            nn.Module.__call__, self.conditioner, kept, context, on=self.recompute
+        )
         return shift, self.log_scale_factor * torch.tanh(raw)
 
-    def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, x: Tensor, shift: Tensor, log_scale: Tensor, context=None
+    ) -> tuple[Tensor, Tensor]:
         y, log_det = (x + shift) * torch.exp(log_scale), log_scale.flatten(1).sum(1)
         if self.norm is None:
             return y, log_det
         y, norm_log_det = self.norm(y, context)
         return y, log_det + norm_log_det
 
-    def _inverse(self, y: Tensor, shift: Tensor, log_scale: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def _inverse(
+        self, y: Tensor, shift: Tensor, log_scale: Tensor, context=None
+    ) -> tuple[Tensor, Tensor]:
         log_det = no_log_det(y)
         if self.norm is not None:
             y, log_det = self.norm.inverse(y, context)
@@ -55,7 +63,11 @@ class MaskedCoupling(AffineCoupling):
     """
 
     def __init__(
-        self, mask: Tensor | nn.Module, conditioner: nn.Module, log_scale_factor=0.0, norm: Flow | None = None
+        self,
+        mask: Tensor | nn.Module,
+        conditioner: nn.Module,
+        log_scale_factor=0.0,
+        norm: Flow | None = None,
     ) -> None:
         super().__init__(conditioner, log_scale_factor, norm)
         self.mask = as_mask(mask)
@@ -75,18 +87,24 @@ class MaskedCoupling(AffineCoupling):
 class ChannelCoupling(AffineCoupling):
     """The kept part is one half of the channels: the first, or the second if `swap`."""
 
-    def __init__(self, conditioner: nn.Module, swap: bool, log_scale_factor=1.0, norm: Flow | None = None) -> None:
+    def __init__(
+        self, conditioner: nn.Module, swap: bool, log_scale_factor=1.0, norm: Flow | None = None
+    ) -> None:
         super().__init__(conditioner, log_scale_factor, norm)
         self.swap = swap
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(x)
-        changed, log_det = self._forward(changed, *self._shift_and_log_scale(kept, context), context)
+        changed, log_det = self._forward(
+            changed, *self._shift_and_log_scale(kept, context), context
+        )
         return self._join(kept, changed), log_det
 
     def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
-        changed, log_det = self._inverse(changed, *self._shift_and_log_scale(kept, context), context)
+        changed, log_det = self._inverse(
+            changed, *self._shift_and_log_scale(kept, context), context
+        )
         return self._join(kept, changed), log_det
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +170,9 @@ class SigmoidCoupling(AdditiveCoupling):
     def __init__(self, conditioner: nn.Module, min_scale: float = 0.0) -> None:
         super().__init__(conditioner)
         if not 0 <= min_scale < 1:
-            raise ValueError(f"flow.min_scale={min_scale} bounds no scale below 1: give 0 to less than 1")
+            raise ValueError(
+                f"flow.min_scale={min_scale} bounds no scale below 1: give 0 to less than 1"
+            )
         self.min_scale = min_scale
 
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -163,10 +183,14 @@ class SigmoidCoupling(AdditiveCoupling):
         shift, scale, log_det = self._affine(h)
         return y / scale - shift, -log_det
 
-    def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, grad: Tensor, grad_log_det: Tensor, y: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         grad_x = grad * scale  # and that of t
         of_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
-        grad_raw = of_log_scale * (1 - scale)  # d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
+        grad_raw = of_log_scale * (
+            1 - scale
+        )  # d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
         if self.min_scale:
             grad_raw = grad_raw * (scale - self.min_scale) / ((1 - self.min_scale) * scale)
         return grad_x, torch.cat([grad_x, grad_raw], dim=1)

@@ -34,7 +34,9 @@ class Logit(Flow):
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
         if not 0 <= alpha < 0.5:
-            raise ValueError(f"alpha={alpha} leaves no interval to take the logit on: give 0 <= alpha < 0.5")
+            raise ValueError(
+                f"alpha={alpha} leaves no interval to take the logit on: give 0 <= alpha < 0.5"
+            )
         self.alpha = alpha
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:

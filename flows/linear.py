@@ -23,7 +23,9 @@ class ChannelPermutation(Flow):
     @staticmethod
     def product(order: Tensor) -> tuple[Tensor, Tensor]:
         """Its matrix, (..., C, C) float64, and ln|det| = 0."""
-        return F.one_hot(order, order.shape[-1]).double(), order.new_zeros(order.shape[:-1], dtype=torch.float64)
+        return F.one_hot(order, order.shape[-1]).double(), order.new_zeros(
+            order.shape[:-1], dtype=torch.float64
+        )
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], no_log_det(x)
@@ -96,7 +98,9 @@ class InvertibleConv1x1LU(InvertibleConv1x1):
 def matrices(layers: list[ChannelPermutation | InvertibleConv1x1]) -> tuple[Tensor, Tensor]:
     """W of n layers of one kind, (n, C, C), and their ln|det W|, (n,); float64. All in a few batched operations."""
     kind = type(layers[0])
-    return kind.product(*(torch.stack([getattr(layer, part) for layer in layers]) for part in kind.PARTS))
+    return kind.product(
+        *(torch.stack([getattr(layer, part) for layer in layers]) for part in kind.PARTS)
+    )
 
 
 def multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,9 @@ from flows.base import Flow
 from flows.reshape import factor_in, factor_out
 
 
-def check_image_shape(model: str, shape: tuple[int | None, ...], n_halvings: int, key: str, value: int) -> None:
+def check_image_shape(
+    model: str, shape: tuple[int | None, ...], n_halvings: int, key: str, value: int
+) -> None:
     """ValueError, one line: `shape` is no (C, H, W), or the model halves the image to odd sizes.
 
     shape: H and W may be None, any size. n_halvings: how often the model halves the image. key, value: the setting
@@ -19,10 +21,14 @@ def check_image_shape(model: str, shape: tuple[int | None, ...], n_halvings: int
         raise ValueError(f"{model} models images (C, H, W), not data of shape {shape}")
     _, height, width = shape
     if any(side is not None and side % 2**n_halvings for side in (height, width)):
-        raise ValueError(f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {key.split('_')[-1]}")
+        raise ValueError(
+            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {key.split('_')[-1]}"
+        )
 
 
-def through(levels: Sequence[Flow], x: Tensor, log_det: Tensor, context=None) -> tuple[list[Tensor], Tensor]:
+def through(
+    levels: Sequence[Flow], x: Tensor, log_det: Tensor, context=None
+) -> tuple[list[Tensor], Tensor]:
     """Latents, one a level, and the log_det, (B,).
 
     After every level but the last the first half of the channels goes on and the second half is latent (Dinh et al.

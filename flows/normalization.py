@@ -10,7 +10,11 @@ from flows.masks import as_mask
 
 def n_ranks() -> int:
     """Processes that train together: 1 outside of torch.distributed."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
 
 
 @torch.compiler.disable
@@ -32,7 +36,9 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)  # what a reduction needs, whatever a gradient's strides
+        total = x.clone(
+            memory_format=torch.contiguous_format
+        )  # what a reduction needs, whatever a gradient's strides
         distributed.all_reduce(total)
         return total
 
@@ -50,7 +56,9 @@ class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1)
-        del self.weight  # ones that are not learned: without any, CUDA kernels have no gradient for the bias
+        del (
+            self.weight
+        )  # ones that are not learned: without any, CUDA kernels have no gradient for the bias
         self.register_buffer("weight", torch.ones(channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,12 +172,16 @@ class ActNorm(Flow):
         if not self.initialized:
             var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             self.bias.copy_(-mean[:, None, None])
-            self.log_scale.copy_(-torch.log(var.sqrt() + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR)
+            self.log_scale.copy_(
+                -torch.log(var.sqrt() + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR
+            )
             self.initialized.fill_(True)
         return self.normalize(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (x.shape[2] * x.shape[3] * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(len(x))
+        return (x.shape[2] * x.shape[3] * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(
+            len(x)
+        )
 
 
 def uninitialized(flow: nn.Module) -> bool:

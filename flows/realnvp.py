@@ -32,10 +32,14 @@ class RealNVP(FlowModel):
     x: (B, *shape) in [0, 1]. Latents: one a scale; all but the last are factored-out halves, (2C_i, H_i/2, W_i/2).
     """
 
-    def __init__(self, shape=(3, 32, 32), n_scales=2, hidden_channels=64, n_blocks=8, alpha=0.05) -> None:
+    def __init__(
+        self, shape=(3, 32, 32), n_scales=2, hidden_channels=64, n_blocks=8, alpha=0.05
+    ) -> None:
         super().__init__()
         if min(n_scales, hidden_channels, n_blocks) < 1:
-            raise ValueError("flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1")
+            raise ValueError(
+                "flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1"
+            )
         self.shape, self.n_scales = tuple(shape), n_scales
         self.check_image_shape(self.shape)
         channels = self.shape[0]
@@ -44,14 +48,18 @@ class RealNVP(FlowModel):
         for i in range(n_scales):
             last = i == n_scales - 1
             self.scales.append(self._scale(channels * 2**i, hidden_channels * 2**i, n_blocks, last))
-        self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
+        self.to(
+            memory_format=torch.channels_last
+        )  # as `forward` and `inverse` make the data: convolutions are faster
 
     @staticmethod
     def _scale(channels: int, hidden: int, n_blocks: int, last: bool) -> Compose:
         def checker(parity: int) -> Flow:
             mask = Checkerboard(parity)
             conditioner = ResidualConditioner(channels, hidden, n_blocks, mask)
-            return MaskedCoupling(mask, conditioner, 0.0, CouplingBatchNorm(channels, mask.complement()))
+            return MaskedCoupling(
+                mask, conditioner, 0.0, CouplingBatchNorm(channels, mask.complement())
+            )
 
         def channel(swap: bool) -> Flow:
             conditioner = ResidualConditioner(2 * channels, 2 * hidden, n_blocks)
@@ -100,7 +108,9 @@ class RealNVP(FlowModel):
         `scale` is not among them. The paper says "L2 regularization on the weight scale parameters" (section 4.1).
         """
         magnitudes = [
-            m.magnitude for m in self.modules() if isinstance(m, WeightNormConv2d) and m.magnitude is not None
+            m.magnitude
+            for m in self.modules()
+            if isinstance(m, WeightNormConv2d) and m.magnitude is not None
         ]
         factors = [m.log_scale_factor for m in self.modules() if isinstance(m, MaskedCoupling)]
         return sum(p.square().sum() for p in magnitudes + factors)
@@ -118,10 +128,13 @@ class RealNVP2d(FlowModel):
         super().__init__()
         self.shape = tuple(shape)
         if self.shape != (2,):
-            raise ValueError(f"RealNVP2d models points of two coordinates, not data of shape {self.shape}")
+            raise ValueError(
+                f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"
+            )
         masks = [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
         self.couplings = Compose(
-            MaskedCoupling(masks[i % 2], MLPConditioner(2, hidden_channels), 1.0) for i in range(n_couplings)
+            MaskedCoupling(masks[i % 2], MLPConditioner(2, hidden_channels), 1.0)
+            for i in range(n_couplings)
         )
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:

@@ -57,7 +57,9 @@ def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
 def _nothing_is_drawn(module: nn.Module, inputs: tuple) -> Iterator[None]:
     """RuntimeError where torch's generator has moved at the end; compiled and captured code is not looked at."""
     devices = {value.device for value in inputs if isinstance(value, Tensor)}
-    if torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (
+        torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    ):
         yield
         return
     before = _generator_states(devices)
@@ -86,9 +88,15 @@ class _RunningAveragesKept:
 
     def __enter__(self) -> None:
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training]
-        self.buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+        self.buffers = [
+            b
+            for norm in norms
+            for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+        ]
         self.before = [buffer.clone() for buffer in self.buffers]
 
     def __exit__(self, *error) -> None:
         for buffer, value in zip(self.buffers, self.before, strict=True):
-            buffer.data.copy_(value)  # autograd holds them too, and would take a change for one that matters
+            buffer.data.copy_(
+                value
+            )  # autograd holds them too, and would take a change for one that matters

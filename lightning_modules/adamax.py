@@ -34,13 +34,17 @@ class Adamax(torch.optim.Adamax):
     def state_dict(self) -> dict:
         """torch's counts in place, weight by weight: each gets a count of its own."""
         state = super().state_dict()
-        state["state"] = {i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()}
+        state["state"] = {
+            i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()
+        }
         return state
 
     def add_param_group(self, param_group: dict) -> None:
         """ValueError: there is one."""
         if self.param_groups:
-            raise ValueError("Adamax takes one group of weights: use torch.optim.Adamax for several")
+            raise ValueError(
+                "Adamax takes one group of weights: use torch.optim.Adamax for several"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -56,7 +60,9 @@ class Adamax(torch.optim.Adamax):
         if not self._weights:
             self._flatten(weights)
         if [id(p) for p in weights] != [id(p) for p in self._weights]:
-            raise ValueError("Adamax: other weights than in the first step have a gradient now; use torch.optim.Adamax")
+            raise ValueError(
+                "Adamax: other weights than in the first step have a gradient now; use torch.optim.Adamax"
+            )
         torch._foreach_copy_(self._grads, [p.grad for p in weights])
         if group["weight_decay"]:
             torch._foreach_add_(self._grads, weights, alpha=group["weight_decay"])
@@ -92,11 +98,18 @@ class Adamax(torch.optim.Adamax):
                 if self.state[p]:
                     view.copy_(self.state[p][name])
         for i, p in enumerate(weights):
-            self.state[p] = {"step": moments["step"], "exp_avg": views["exp_avg"][i], "exp_inf": views["exp_inf"][i]}
+            self.state[p] = {
+                "step": moments["step"],
+                "exp_avg": views["exp_avg"][i],
+                "exp_inf": views["exp_inf"][i],
+            }
         self._weights, self._moments = weights, moments
 
 
 def _views(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Consecutive parts of a vector, with the shapes and strides of some dense tensors."""
     parts = vector.split([x.numel() for x in like])
-    return [part.as_strided(x.shape, x.stride(), part.storage_offset()) for part, x in zip(parts, like, strict=True)]
+    return [
+        part.as_strided(x.shape, x.stride(), part.storage_offset())
+        for part, x in zip(parts, like, strict=True)
+    ]

@@ -28,7 +28,9 @@ def reestimated(flow: nn.Module, inputs: Iterable[tuple]) -> nn.Module:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean (torch.optim.swa_utils.update_bn, which hands on the data alone)
+        norm.momentum = (
+            None  # a plain mean (torch.optim.swa_utils.update_bn, which hands on the data alone)
+        )
     for arguments in inputs:
         flow(*arguments)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -15,7 +15,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     stages in $TMPDIR, and where that is another file system a kill during the move leaves a broken file.
     """
 
-    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options=None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict, path: str | os.PathLike, storage_options=None
+    ) -> None:
         """OSError, one line, where it cannot be written; what was there before is then still there."""
         path = Path(path)
         part = path.with_name(f"{path.name}{PART}")
@@ -27,7 +29,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(path)
             flush_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save ends when a write fails
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: how torch.save ends when a write fails
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise OSError(f"{path} could not be written: {reason(error)}") from error

@@ -19,12 +19,18 @@ class ClassConditionalModule(DensityModule):
 
     extra_metrics = (Metric("accuracy", "higher", "share of images"),)
 
-    def __init__(self, flow, dequantizer, n_bits, seed: int, class_weight: float = 0.01, **arguments) -> None:
+    def __init__(
+        self, flow, dequantizer, n_bits, seed: int, class_weight: float = 0.01, **arguments
+    ) -> None:
         super().__init__(flow, dequantizer, n_bits, seed, **arguments)
         if flow.n_classes is None:
-            raise ValueError(f"this {type(flow).__name__} knows no classes: give flow.n_classes and data.labels=true")
+            raise ValueError(
+                f"this {type(flow).__name__} knows no classes: give flow.n_classes and data.labels=true"
+            )
         if class_weight < 0:
-            raise ValueError(f"optim.class_weight={class_weight} is negative: give 0.01, or 0 for none")
+            raise ValueError(
+                f"optim.class_weight={class_weight} is negative: give 0.01, or 0 for none"
+            )
         self.class_weight = class_weight
 
     def objective(self, x: Tensor, context: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +39,8 @@ class ClassConditionalModule(DensityModule):
         self.log("train/class_loss", class_loss.detach())
         return log_prob, self.class_weight * x[0].numel() * class_loss
 
-    def evaluate(self, flow, x: Tensor, context: Tensor, *noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(
+        self, flow, x: Tensor, context: Tensor, *noise: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         log_prob, logits = flow.log_prob_and_class_logits(x, context, *noise)
         return log_prob, {"accuracy": (logits.argmax(1) == context).float()}

@@ -47,12 +47,18 @@ class CudaGraph:
         places = [x is not None for x in inputs]
         autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         call = _Call(self.flow, method, places, *autocast)
-        examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in _tensors(inputs))
+        examples = tuple(
+            x.detach().clone().requires_grad_(x.requires_grad) for x in _tensors(inputs)
+        )
         buffers = list(self.flow.buffers())
         before = [buffer.clone() for buffer in buffers]
         make = torch.cuda.make_graphed_callables
-        has_mode = "capture_error_mode" in inspect.signature(make).parameters  # not yet in torch 2.11
-        other_threads = {"capture_error_mode": "thread_local"} if has_mode else {}  # they pin batches meanwhile
+        has_mode = (
+            "capture_error_mode" in inspect.signature(make).parameters
+        )  # not yet in torch 2.11
+        other_threads = (
+            {"capture_error_mode": "thread_local"} if has_mode else {}
+        )  # they pin batches meanwhile
         with torch.autocast("cuda", enabled=False):  # `call` has its own
             replay = make(call, examples, allow_unused_input=True, **other_threads)
         with torch.no_grad():  # its trial runs have moved running statistics
@@ -68,10 +74,21 @@ class _Call(nn.Module):
     """
 
     def __init__(
-        self, flow: nn.Module, method: Callable, places: list[bool], enabled: bool, dtype: torch.dtype
+        self,
+        flow: nn.Module,
+        method: Callable,
+        places: list[bool],
+        enabled: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.flow, self.method, self.places, self.enabled, self.dtype = flow, method, places, enabled, dtype
+        self.flow, self.method, self.places, self.enabled, self.dtype = (
+            flow,
+            method,
+            places,
+            enabled,
+            dtype,
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         tensors = iter(inputs)

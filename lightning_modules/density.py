@@ -83,20 +83,32 @@ class DensityModule(OptimizedModule):
         if l2 and not hasattr(flow, "l2_penalty"):
             raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
         if bn_images < 0:
-            raise ValueError(f"eval.bn_images={bn_images} is negative: give a number of images, or 0 for none")
+            raise ValueError(
+                f"eval.bn_images={bn_images} is negative: give a number of images, or 0 for none"
+            )
         if dequantizer is not None and has_batch_norm(dequantizer):
-            raise ValueError(f"{type(dequantizer).__name__} has batch norms, whose statistics nobody re-estimates")
+            raise ValueError(
+                f"{type(dequantizer).__name__} has batch norms, whose statistics nobody re-estimates"
+            )
         self.flow, self.dequantizer, self.n_bits = flow, dequantizer, n_bits
         self.shape = tuple(flow.shape if shape is None else shape)
         self.l2, self.bn_images, self.noise_samples = l2, bn_images, noise_samples
         self.cuda_graph: CudaGraph | None = None  # of training steps; `capture` sets it
         self.metrics = (*self._likelihoods(), *self.extra_metrics)
-        names = [f"{metric.name}{suffix}" for metric in self.metrics for suffix in ("", REESTIMATED)]
+        names = [
+            f"{metric.name}{suffix}" for metric in self.metrics for suffix in ("", REESTIMATED)
+        ]
         self.eval_means = nn.ModuleDict({name: image_mean() for name in names})
         self._evaluated: dict[str, nn.Module] = {}  # suffix of the metrics -> flow
 
     @classmethod
-    def of(cls, config, flow: FlowModel, data: L.LightningDataModule, dequantizer: nn.Module | None = None):
+    def of(
+        cls,
+        config,
+        flow: FlowModel,
+        data: L.LightningDataModule,
+        dequantizer: nn.Module | None = None,
+    ):
         """The module of a recipe. dequantizer: a learned one, in the place of the data's."""
         dequantizer = data.dequantizer if dequantizer is None else dequantizer
         settings = {**config.optim, **config.eval}
@@ -114,8 +126,16 @@ class DensityModule(OptimizedModule):
             return [single]
         if k < 1:
             raise ValueError(f"eval.noise_samples={k}: give at least 1")
-        if self.dequantizer is None or self.flow.noise_shape is not None or kind.startswith("noisy"):
-            reason = "no noise is drawn" if self.dequantizer is None else f"{single.name} is no bound to tighten"
+        if (
+            self.dequantizer is None
+            or self.flow.noise_shape is not None
+            or kind.startswith("noisy")
+        ):
+            reason = (
+                "no noise is drawn"
+                if self.dequantizer is None
+                else f"{single.name} is no bound to tighten"
+            )
             raise ValueError(f"eval.noise_samples={k}, but {reason}: give 1")
         return [single, Metric(quantity, "lower", unit, "iw", k)]
 
@@ -139,12 +159,16 @@ class DensityModule(OptimizedModule):
 
     @property
     def _learns_noise(self) -> bool:
-        return self.dequantizer is not None and next(self.dequantizer.parameters(), None) is not None
+        return (
+            self.dequantizer is not None and next(self.dequantizer.parameters(), None) is not None
+        )
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """ValueError, one line: the flow is conditioned on what the data have not."""
         n_classes = self.flow.n_classes
-        if n_classes is None:  # a context of another kind is looked at by the flow, in the first batch
+        if (
+            n_classes is None
+        ):  # a context of another kind is looked at by the flow, in the first batch
             return
         if not data.labels:
             raise ValueError(
@@ -188,7 +212,9 @@ class DensityModule(OptimizedModule):
         """The flow's passes; a dequantiser stays outside of the graph."""
         self.cuda_graph = CudaGraph(self.flow)
 
-    def draw(self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None) -> Tensor | None:
+    def draw(
+        self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None
+    ) -> Tensor | None:
         context = None if batch is None else self.context(batch)
         shape = self.shape
         if None in shape:  # data of several sizes: as large as the validation data
@@ -228,10 +254,14 @@ class DensityModule(OptimizedModule):
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
         """A batch with each datum's own noise, keyed (noise_seed, index, k)."""
         q, indices, context = batch[0], batch[1], self.context(batch)
-        noise = None if self.flow.noise_shape is None else self._estimation_noise(indices, k, q.device)
+        noise = (
+            None if self.flow.noise_shape is None else self._estimation_noise(indices, k, q.device)
+        )
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
-        sample = evaluation_input(self.dequantizer, q, indices, self.noise_seed, self.dtype, k, context)
+        sample = evaluation_input(
+            self.dequantizer, q, indices, self.noise_seed, self.dtype, k, context
+        )
         return Input(sample[0], context, sample[1], noise)
 
     def _estimation_noise(self, indices: Tensor, k: int, device: torch.device) -> Tensor:
@@ -250,7 +280,9 @@ class DensityModule(OptimizedModule):
         loss = penalty - integrand.mean()
         per_datum = self.loss_per_datum(integrand.detach(), sample.x[0].numel())
         self.train_mean.update(per_datum)
-        self.log(f"train/{self.metric.name}", per_datum.mean(), prog_bar=True)  # of this rank; the curve's is of all
+        self.log(
+            f"train/{self.metric.name}", per_datum.mean(), prog_bar=True
+        )  # of this rank; the curve's is of all
         return self.finite_or_nan(loss + self.l2 * self.flow.l2_penalty() if self.l2 else loss)
 
     def objective(self, x: Tensor, context=None, *noise: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -268,11 +300,15 @@ class DensityModule(OptimizedModule):
         """Bits/dim for images, nats for points: what is logged, (B,). n_dims: D of a datum; None: that of `shape`."""
         if self.n_bits is None:
             return -log_prob
-        return bits_per_dim(log_prob, math.prod(self.shape) if n_dims is None else n_dims, self.n_bits)
+        return bits_per_dim(
+            log_prob, math.prod(self.shape) if n_dims is None else n_dims, self.n_bits
+        )
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    def evaluate(self, flow: FlowModel, x: Tensor, context=None, *noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(
+        self, flow: FlowModel, x: Tensor, context=None, *noise: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(x | context) under `flow`, (B,) nats, and `extra_metrics` of every datum by name, (B,) each.
 
         flow: this module's, or a copy with other batch-norm statistics, for which every metric is logged apart.
@@ -341,7 +377,9 @@ class DensityModule(OptimizedModule):
             return
         with evaluation(self.device.type), self._gradients():
             batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))
-            inputs = (self._reestimation_input(batch, number).arguments for number, batch in batches)
+            inputs = (
+                self._reestimation_input(batch, number).arguments for number, batch in batches
+            )
             fresh = reestimated(self.flow, inputs)
         self._evaluated = {"": fresh} if averaged else {"": self.flow, REESTIMATED: fresh}
 

@@ -24,7 +24,12 @@ class Position:
 
 
 def part_noise(
-    shape: tuple[int, ...], seed: int, at: Position, device: torch.device, kind: str = "uniform", stream: int = DATA
+    shape: tuple[int, ...],
+    seed: int,
+    at: Position,
+    device: torch.device,
+    kind: str = "uniform",
+    stream: int = DATA,
 ) -> Tensor:
     """Noise of a micro-batch, float32 of `shape` = (b, ...): its contiguous slice of the global batch's noise."""
     n, *rest = shape
@@ -53,7 +58,12 @@ def batch_noise(
 
 
 def image_noise(
-    indices: Tensor, shape: tuple[int, ...], seed: int, k: int = 0, kind: str = "uniform", stream: int = DATA
+    indices: Tensor,
+    shape: tuple[int, ...],
+    seed: int,
+    k: int = 0,
+    kind: str = "uniform",
+    stream: int = DATA,
 ) -> Tensor:
     """Noise for evaluation, float32 (B, *shape) on the CPU, keyed (noise seed, image index, k).
 
@@ -68,7 +78,13 @@ def image_noise(
 
 
 def evaluation_input(
-    dequantizer: nn.Module, q: Tensor, indices: Tensor, seed: int, dtype=torch.float32, k: int = 0, context=None
+    dequantizer: nn.Module,
+    q: Tensor,
+    indices: Tensor,
+    seed: int,
+    dtype=torch.float32,
+    k: int = 0,
+    context=None,
 ) -> tuple[Tensor, Tensor]:
     """x and log_weight of integers q (B, *shape), with each one's own `image_noise`, on their device."""
     noise = image_noise(indices, q.shape[1:], seed, k, dequantizer.noise)
@@ -77,7 +93,11 @@ def evaluation_input(
 
 def network_seed(seed: int, at: Position) -> int:
     """For torch's generator in a pass through a network that draws (dropout): a function of seed and place."""
-    return int(np.random.SeedSequence([*_key(seed, at.epoch, at.step, NETWORK), at.part]).generate_state(1)[0])
+    return int(
+        np.random.SeedSequence([*_key(seed, at.epoch, at.step, NETWORK), at.part]).generate_state(
+            1
+        )[0]
+    )
 
 
 def _key(seed: int, first: int, second: int, stream: int) -> list[int]:

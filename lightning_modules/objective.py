@@ -88,8 +88,12 @@ class Objective(L.LightningModule, ABC):
         super().__init__()
         self.seed, self.noise_seed = seed, noise_seed
         self.train_mean = FiniteMean()  # a step that is skipped does not count
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps, in the whole run
-        self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))  # whether the newest step was
+        self.register_buffer(
+            "skipped", torch.zeros((), dtype=torch.int64)
+        )  # steps, in the whole run
+        self.register_buffer(
+            "skipped_last", torch.zeros((), dtype=torch.bool)
+        )  # whether the newest step was
 
     @classmethod
     @abstractmethod
@@ -150,7 +154,9 @@ class Objective(L.LightningModule, ABC):
 
     def capture(self) -> None:
         """Have training steps replayed as CUDA graphs. ValueError, one line: that is not to be had."""
-        raise ValueError(f"{type(self).__name__} captures no CUDA graphs: give trainer.cuda_graph=false")
+        raise ValueError(
+            f"{type(self).__name__} captures no CUDA graphs: give trainer.cuda_graph=false"
+        )
 
     # ------------------------------------------------------------------------------------------ in training
 
@@ -166,7 +172,9 @@ class Objective(L.LightningModule, ABC):
         part = self.trainer.global_rank * n_micro + micro
         return Position(self.current_epoch, step, part, self.trainer.world_size * n_micro)
 
-    def training_noise(self, shape: tuple[int, ...], at: Position, kind: str = "uniform", stream: int = DATA) -> Tensor:
+    def training_noise(
+        self, shape: tuple[int, ...], at: Position, kind: str = "uniform", stream: int = DATA
+    ) -> Tensor:
         """Noise of a micro-batch, `shape` = (b, ...): a function of seed, epoch and number of the global batch.
 
         So that 1 x 64 = 2 x 32 data = accumulated, and a run that goes on has the noise that it would have had.
@@ -179,7 +187,9 @@ class Objective(L.LightningModule, ABC):
 
     # ------------------------------------------------------------------------------------------ pictures
 
-    def draw(self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None) -> Tensor | None:
+    def draw(
+        self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None
+    ) -> Tensor | None:
         """n samples, (n, *shape), of the same base sample at every temperature; None where nothing can be drawn.
 
         Called in eval mode, in float32, as is `reconstruct`. batch: of validation data, where there are some, for a

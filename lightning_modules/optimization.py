@@ -49,29 +49,50 @@ class OptimizedModule(Objective):
         if name not in OPTIMIZERS:
             raise ValueError(f"optim.name={name} is not known: give one of {', '.join(OPTIMIZERS)}")
         if schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}"
+            )
         if len(betas) != 2:
             raise ValueError(f"optim.betas={list(betas)} are not two numbers")
-        counts = {"warmup_steps": warmup_steps, "cooldown_steps": cooldown_steps, "max_skipped": max_skipped}
+        counts = {
+            "warmup_steps": warmup_steps,
+            "cooldown_steps": cooldown_steps,
+            "max_skipped": max_skipped,
+        }
         for key, value in counts.items():
             if value < 0:
                 raise ValueError(f"optim.{key}={value}: it must not be negative")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"optim.clip_norm={clip_norm}: it must not be negative")
         if cooldown_steps and schedule == "cosine":
-            raise ValueError(f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0")
+            raise ValueError(
+                f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0"
+            )
         self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
-        self.warmup_steps, self.schedule, self.cooldown_steps = warmup_steps, schedule, cooldown_steps
+        self.warmup_steps, self.schedule, self.cooldown_steps = (
+            warmup_steps,
+            schedule,
+            cooldown_steps,
+        )
         self.clip_norm, self.max_skipped = clip_norm, max_skipped
 
     def configure_optimizers(self) -> dict:
         # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled gradients.
         fused = {"fused": True} if self.name != "adamax" and not self._scaled() else {}
         optimizer = OPTIMIZERS[self.name](
-            self.trained.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused
+            self.trained.parameters(),
+            self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            **fused,
         )
-        scheduler = Schedule(optimizer, warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = Schedule(
+            optimizer, warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def _last_step(self) -> int | None:
         """At which the rate is 0; None where it stays. ValueError, one line: there is none, or it comes too early."""
@@ -82,7 +103,9 @@ class OptimizedModule(Objective):
             setting = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
             raise ValueError(f"optim.{setting} ends at the last step: set trainer.max_steps")
         if warmup + cooldown > last:
-            advice = f"optim.warmup_steps={last // 10}" + (f" optim.cooldown_steps={last // 10}" if cooldown else "")
+            advice = f"optim.warmup_steps={last // 10}" + (
+                f" optim.cooldown_steps={last // 10}" if cooldown else ""
+            )
             raise ValueError(
                 f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} are more than "
                 f"trainer.max_steps={last}: give these as well, for example {advice}"
@@ -108,7 +131,9 @@ class OptimizedModule(Objective):
         loss.register_hook(lambda grad: torch.where(finite, grad, torch.nan))
         return loss
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
         """Clip the global norm here (Lightning refuses to where a fused optimizer meets mixed precision); skip."""
         parameters = [p for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -117,7 +142,9 @@ class OptimizedModule(Objective):
         finite = norm.isfinite()
         self._restore_statistics(finite)
         if not self._scaled():
-            optimizer.found_inf = (~finite).float()  # read on the device, where others would have to be asked here
+            optimizer.found_inf = (
+                ~finite
+            ).float()  # read on the device, where others would have to be asked here
         self.skipped += ~finite & self.skipped_last if self._scaled() else ~finite
         self.skipped_last.copy_(~finite)
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped.float()})
@@ -144,7 +171,10 @@ class OptimizedModule(Objective):
         if self._statistics:
             statistics = torch.where(finite, flattened(self._statistics), self._before)
             parts = statistics.split([b.numel() for b in self._statistics])
-            torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
+            torch._foreach_copy_(
+                self._statistics,
+                [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)],
+            )
 
 
 def flattened(tensors: list[Tensor]) -> Tensor | None:

@@ -10,7 +10,10 @@ def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def last_step(trainer: L.Trainer) -> int | None:
     """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first; None: neither."""
-    by_epochs = int((trainer.max_epochs or -1) * trainer.num_training_batches) // trainer.accumulate_grad_batches
+    by_epochs = (
+        int((trainer.max_epochs or -1) * trainer.num_training_batches)
+        // trainer.accumulate_grad_batches
+    )
     candidates = [n for n in (trainer.max_steps, by_epochs) if n > 0]
     return min(candidates, default=None)
 

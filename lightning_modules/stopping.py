@@ -11,7 +11,9 @@ class RunStopped(SystemExit):
     this process alone knows, outside of training, where there is nothing to save.
     """
 
-    def __init__(self, message: str, code: int = 1, requeue: bool = False, agreed: bool = True) -> None:
+    def __init__(
+        self, message: str, code: int = 1, requeue: bool = False, agreed: bool = True
+    ) -> None:
         super().__init__(code)
         self.message, self.requeue, self.agreed = message, requeue, agreed
 

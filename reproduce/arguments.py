@@ -13,7 +13,9 @@ def parse_seeds(text: str) -> list[int]:
     words = text.removeprefix("[").removesuffix("]").split(",")
     seeds = [int(word) for word in words if word.strip().isdecimal()]
     if len(seeds) < len(words) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={text} are no seeds: give different integers from 0, as seeds=[0,1,2]")
+        raise ConfigError(
+            f"seeds={text} are no seeds: give different integers from 0, as seeds=[0,1,2]"
+        )
     return seeds
 
 
@@ -23,6 +25,13 @@ def settings(overrides: list[str], own: Collection[str]) -> dict[str, object]:
     Left out are the keys of `own`, in which the runs of a command differ, and those that change no number.
     """
     words = dict(word.partition("=")[::2] for word in overrides)
-    values = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])) for key, text in words.items()}
-    free = {key for key in values if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE}
+    values = {
+        key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        for key, text in words.items()
+    }
+    free = {
+        key
+        for key in values
+        if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE
+    }
     return {key: value["value"] for key, value in values.items() if key not in free}

@@ -57,7 +57,9 @@ def command(main):
             argument = UNKNOWN_ARGUMENT.search(str(error))
             if argument is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
-            sys.exit(f"error: {argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help")
+            sys.exit(
+                f"error: {argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help"
+            )
         except KeyboardInterrupt:
             sys.exit("stopped")
         except SystemExit as end:
@@ -79,7 +81,9 @@ def _leave(stop: RunStopped) -> None:
     """
     if stop.code == TRY_AGAIN:
         mark_preempting()
-    if stop.requeue and not rank_zero_only.rank:  # before what may take long: Slurm waits before it kills
+    if (
+        stop.requeue and not rank_zero_only.rank
+    ):  # before what may take long: Slurm waits before it kills
         requeue()
     if rank_zero_only.rank:
         sys.exit(0 if stop.agreed else stop.code)
@@ -93,7 +97,9 @@ def _leave(stop: RunStopped) -> None:
 def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
     """Where a run was stopped, or interrupted twice, say how to go on."""
     script = Path("reproduce", f"{config.experiment}.py")
-    program = [script.as_posix()] if script.is_file() else ["-m", f"reproduce.{config.experiment}"]  # installed
+    program = (
+        [script.as_posix()] if script.is_file() else ["-m", f"reproduce.{config.experiment}"]
+    )  # installed
     again = shlex.join(["python", *program, *config.overrides, f"run_dir={config.run_dir}"])
     try:
         yield

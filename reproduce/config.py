@@ -14,7 +14,11 @@ CHOICES = {
     "checkpoint.select": ("best", "last"),
     "resume": (None, "auto"),
 }
-OPEN = ("flow", "data", "optim")  # sections that a recipe may add keys to: the arguments of what it chooses
+OPEN = (
+    "flow",
+    "data",
+    "optim",
+)  # sections that a recipe may add keys to: the arguments of what it chooses
 
 
 class ConfigError(Exception):
@@ -36,12 +40,18 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
         config = _extend(config, name, content, earlier)
         earlier.insert(0, config)
     if OmegaConf.select(config, "data.name") is None:
-        raise ConfigError(f"{CONFIGS / experiment}.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]")
+        raise ConfigError(
+            f"{CONFIGS / experiment}.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]"
+        )
 
     for key in overrides:
         _check_section(config, overrides, key)
     layers = _preset(experiment, preset, recipe_presets)
-    name = overrides.data.name if "name" in overrides.get("data", {}) else _last(layers, "data.name", config.data.name)
+    name = (
+        overrides.data.name
+        if "name" in overrides.get("data", {})
+        else _last(layers, "data.name", config.data.name)
+    )
     if name != config.data.name:
         config.data = _data_section(name)
     OmegaConf.set_struct(config, True)
@@ -88,12 +98,18 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
     if name in extending:
         raise ConfigError(f"{CONFIGS / name} extends itself: {' -> '.join((*extending, name))}")
     if not (CONFIGS / name).is_file():
-        cause = f"it is among the bases of {extending[-1]}" if extending else "a script needs a recipe of its name"
+        cause = (
+            f"it is among the bases of {extending[-1]}"
+            if extending
+            else "a script needs a recipe of its name"
+        )
         raise ConfigError(f"{CONFIGS / name} is missing: {cause}")
     content = read(CONFIGS / name)
     bases = content.get("bases", []) if isinstance(content, DictConfig) else None
     if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{CONFIGS / name} needs its bases as a list of files: bases: [base.yaml, ...]")
+        raise ConfigError(
+            f"{CONFIGS / name} needs its bases as a list of files: bases: [base.yaml, ...]"
+        )
     files: dict[str, DictConfig] = {}
     for base in bases:
         files = files | _files(base, (*extending, name))
@@ -109,16 +125,24 @@ def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
     for name, content in files.items():
         section = content.get("presets")
         sections = list(section.values()) if isinstance(section, DictConfig) else []
-        if section is not None and not (sections and all(isinstance(part, DictConfig) for part in sections)):
-            raise ConfigError(f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}")
+        if section is not None and not (
+            sections and all(isinstance(part, DictConfig) for part in sections)
+        ):
+            raise ConfigError(
+                f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}"
+            )
         for preset in section or []:
             if preset not in choices:
                 hint = nearest(str(preset), choices)
-                raise ConfigError(f"{CONFIGS / name}: presets.{preset} has no file presets/{preset}.yaml{hint}")
+                raise ConfigError(
+                    f"{CONFIGS / name}: presets.{preset} has no file presets/{preset}.yaml{hint}"
+                )
     return OmegaConf.merge(*(content.get("presets") or {} for content in files.values()))
 
 
-def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[DictConfig]) -> DictConfig:
+def _extend(
+    config: DictConfig, name: str, content: DictConfig, earlier: list[DictConfig]
+) -> DictConfig:
     """A file's content over what it extends. Keys may be new; those that there are keep their type, except `paper`.
 
     Another data.name brings the section of that data set. earlier: what was composed before, the newest first.
@@ -128,10 +152,14 @@ def _extend(config: DictConfig, name: str, content: DictConfig, earlier: list[Di
     if data_name not in (None, OmegaConf.select(config, "data.name")):
         config.data = _data_section(data_name)
     values = [dict(_leaves(layer)) for layer in (config, *earlier)]
-    own = OmegaConf.masked_copy(content, [key for key in content if key not in ("bases", "presets")])
+    own = OmegaConf.masked_copy(
+        content, [key for key in content if key not in ("bases", "presets")]
+    )
     for key, value in _leaves(own, resolve=False):
         if key in DECIDED_ELSEWHERE:
-            raise ConfigError(f"{CONFIGS / name}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
+            raise ConfigError(
+                f"{CONFIGS / name}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}"
+            )
         if key.split(".")[0] == "paper":
             if problem := _wrong_paper(key, value):
                 raise ConfigError(f"{CONFIGS / name}: {problem}")
@@ -161,7 +189,9 @@ def _wrong_paper(key: str, value) -> str | None:
 def _check_extension(path: Path, key: str, value, values: list[dict], is_recipe: bool) -> None:
     """values: as in `_check_type`. is_recipe: the file has bases, and adds keys to sections in OPEN alone."""
     sections = [k for k in values[0] if k.startswith(f"{key}.")]
-    parents = [k for k, replaced in values[0].items() if key.startswith(f"{k}.") and replaced is not None]
+    parents = [
+        k for k, replaced in values[0].items() if key.startswith(f"{k}.") and replaced is not None
+    ]
     if sections:
         raise ConfigError(f"{path}: {key} is a section, not a value")
     if parents:
@@ -172,7 +202,9 @@ def _check_extension(path: Path, key: str, value, values: list[dict], is_recipe:
     near = difflib.get_close_matches(section, names, n=1, cutoff=0.75)
     is_typo = bool(near) if is_new_section else section not in OPEN and key not in values[0]
     if is_recipe and is_typo:
-        raise ConfigError(f"{path}: {key} is no key of what it extends{nearest(key, list(values[0]))}")
+        raise ConfigError(
+            f"{path}: {key} is no key of what it extends{nearest(key, list(values[0]))}"
+        )
     if values[0].get(key) is not None and not _may_replace(value, key, values):
         raise ConfigError(f"{path}: {_wrong_type(key, value, values[0][key])}")
 
@@ -182,7 +214,9 @@ def _data_section(name: str) -> DictConfig:
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"data.name={name} is not known{nearest(str(name), known)}: give one of {', '.join(known)}")
+        raise ConfigError(
+            f"data.name={name} is not known{nearest(str(name), known)}: give one of {', '.join(known)}"
+        )
     return read(path).data
 
 
@@ -203,11 +237,15 @@ def parse(arguments: list[str]) -> DictConfig:
         if not re.match(r"[\w.]+=", argument):
             raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
         if "${" in argument or argument.endswith("???"):
-            raise ConfigError(f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value")
+            raise ConfigError(
+                f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value"
+            )
     try:
         return OmegaConf.from_dotlist(arguments)
     except Exception as error:  # YAML and OmegaConf errors alike: the value cannot be read
-        raise ConfigError(f"cannot read {' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"cannot read {' '.join(arguments)}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _last(layers: list[DictConfig], key: str, otherwise):
@@ -229,7 +267,11 @@ def merge(config: DictConfig, layer: DictConfig, earlier: list[DictConfig]) -> D
 
 
 def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
-    if key in config and isinstance(config[key], DictConfig) and not isinstance(overrides[key], DictConfig):
+    if (
+        key in config
+        and isinstance(config[key], DictConfig)
+        and not isinstance(overrides[key], DictConfig)
+    ):
         raise ConfigError(
             f"{key} is a section, not a value: give {key}.KEY=..., with KEY one of {', '.join(config[key])}"
         )
@@ -273,7 +315,9 @@ def _fits(value, old) -> bool:
         return not isinstance(value, ListConfig)
     if value is None:
         return False
-    return (old == "auto" and not isinstance(value, ListConfig)) or (isinstance(old, float) and type(value) is int)
+    return (old == "auto" and not isinstance(value, ListConfig)) or (
+        isinstance(old, float) and type(value) is int
+    )
 
 
 def _check_choices(config: DictConfig) -> None:
@@ -281,14 +325,20 @@ def _check_choices(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in choices:
             names = [str(c) for c in choices if c is not None]
-            raise ConfigError(f"{key}={value} is not known{nearest(str(value), names)}: give one of {', '.join(names)}")
+            raise ConfigError(
+                f"{key}={value} is not known{nearest(str(value), names)}: give one of {', '.join(names)}"
+            )
 
 
 def nearest(word: str, known: list[str]) -> str:
     """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts."""
-    by_lower = {k.lower(): k for k in known} | {k.lower().split(".")[-1]: k for k in reversed(known)}
+    by_lower = {k.lower(): k for k in known} | {
+        k.lower().split(".")[-1]: k for k in reversed(known)
+    }
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    matches = matches or difflib.get_close_matches(word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6)
+    matches = matches or difflib.get_close_matches(
+        word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6
+    )
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
@@ -320,7 +370,9 @@ def _comments(experiment: str) -> dict[str, str]:
         comments = _comments_of(text)
         written = {key: comment for key, comment in comments.items() if comment}
         if re.search(r"^bases:", text, re.MULTILINE):
-            of_values = {key: comment for key, comment in of_values.items() if key not in comments} | written
+            of_values = {
+                key: comment for key, comment in of_values.items() if key not in comments
+            } | written
         else:
             of_keys |= written
     return of_keys | of_values

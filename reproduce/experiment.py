@@ -84,11 +84,19 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         if config.trainer[key] < 1:
             raise ConfigError(f"trainer.{key}={config.trainer[key]} are steps: give at least 1")
     if config.checkpoint.select == "best" and not _validates(config):
-        keys = [key for key in ("data.n_val", "trainer.limit_val_batches") if OmegaConf.select(config, key) == 0]
+        keys = [
+            key
+            for key in ("data.n_val", "trainer.limit_val_batches")
+            if OmegaConf.select(config, key) == 0
+        ]
         settings = " ".join(f"{key}=0" for key in keys)
-        raise ConfigError(f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last")
+        raise ConfigError(
+            f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last"
+        )
     if config.trainer.limit_test_batches == 0:
-        raise ConfigError("trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all")
+        raise ConfigError(
+            "trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all"
+        )
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)
@@ -124,7 +132,11 @@ MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matri
 
 def _choose_cpu_for_mps(config: DictConfig) -> None:
     """The accelerator that Lightning would choose on a Mac cannot train a flow."""
-    if config.trainer.accelerator == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+    if (
+        config.trainer.accelerator == "auto"
+        and not torch.cuda.is_available()
+        and torch.backends.mps.is_available()
+    ):
         config.trainer.accelerator = "cpu"
         rank_zero_info(f"trainer.accelerator=cpu: {MPS_LACKS}")
 
@@ -135,12 +147,16 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     settings = OmegaConf.to_container(config.trainer)
     for ours in ("compile", "recompute", "cuda_graph"):
         settings.pop(ours)
-    settings["benchmark"] &= not settings["deterministic"]  # it may choose other kernels in another run
+    settings["benchmark"] &= not settings[
+        "deterministic"
+    ]  # it may choose other kernels in another run
     settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     if type(settings["max_epochs"]) not in (int, type(None)):
-        raise ConfigError(f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int")
+        raise ConfigError(
+            f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int"
+        )
     interval = settings["val_check_interval"]
     metric = module.metric if _validates(config) else None
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, metric)
@@ -159,14 +175,19 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     ]
     if config.ema.decay is not None:
         if not isinstance(config.ema.decay, float) or not 0 <= config.ema.decay <= 1:
-            raise ConfigError(f"ema.decay={config.ema.decay} is not between 0 and 1: give for example 0.999")
+            raise ConfigError(
+                f"ema.decay={config.ema.decay} is not between 0 and 1: give for example 0.999"
+            )
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
     open_folder(folder)
     logger = make_logger(config)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     _hush()
-    plugins = [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if job() is not None else [])]
+    plugins = [
+        SafeCheckpointIO(),
+        *([SLURMEnvironment(auto_requeue=False)] if job() is not None else []),
+    ]
     try:
         trainer = L.Trainer(
             **settings,
@@ -180,8 +201,13 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
             inference_mode=not module.needs_autograd,
             enable_model_summary=False,
         )
-    except (TypeError, AssertionError) as error:  # how Lightning answers to a value of the wrong type
-        words = " ".join(f"trainer.{key}={value}" for key, value in settings.items() if value is not None)
+    except (
+        TypeError,
+        AssertionError,
+    ) as error:  # how Lightning answers to a value of the wrong type
+        words = " ".join(
+            f"trainer.{key}={value}" for key, value in settings.items() if value is not None
+        )
         raise ConfigError(f"Lightning does not take {words}: {error}") from error
     set_signal_handlers_with(trainer, preemption.listen)
     send_no_buffers(trainer)
@@ -191,7 +217,9 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
     """Cut a step's share of a process into micro-batches; Lightning counts batches, a recipe optimizer steps."""
-    n = n_micro_batches(batch_size := config.data.batch_size, config.data.micro_batch, trainer.world_size)
+    n = n_micro_batches(
+        batch_size := config.data.batch_size, config.data.micro_batch, trainer.world_size
+    )
     if n > 1 and has_batch_norm(module.trained):
         raise ConfigError(
             f"data.micro_batch={config.data.micro_batch}: {module.model_name} has batch norms, which need all "
@@ -203,19 +231,33 @@ def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> No
 
 def _hush() -> None:
     """Silence what Lightning says in every run and nobody can act on."""
-    texts = ("does not have many workers", "srun. command is available", "LeafSpec", "exists and is not empty")
-    texts += ("Grad strides do not match bucket view",)  # DDP, of convolutions with one input channel
-    for text in (*texts, r"self.log\('(paper|gap)/"):  # the last: over ranks, of what is equal on all of them
+    texts = (
+        "does not have many workers",
+        "srun. command is available",
+        "LeafSpec",
+        "exists and is not empty",
+    )
+    texts += (
+        "Grad strides do not match bucket view",
+    )  # DDP, of convolutions with one input channel
+    for text in (
+        *texts,
+        r"self.log\('(paper|gap)/",
+    ):  # the last: over ranks, of what is equal on all of them
         warnings.filterwarnings("ignore", f".*{text}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
-    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(
+        logging.WARNING
+    )
 
 
 def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def fit(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> None:
+def fit(
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+) -> None:
     """Train, from the newest checkpoint of the run folder where resume=auto finds one. Diverged: see diverged.json."""
     try:
         module.check_data(data)
@@ -233,10 +275,15 @@ def fit(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.Light
     if config.trainer.compile:
         module.compile_networks()
     if config.trainer.cuda_graph:
-        if isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.accumulate_grad_batches == 1:
+        if (
+            isinstance(trainer.strategy, SingleDeviceStrategy)
+            and trainer.accumulate_grad_batches == 1
+        ):
             module.capture()
         else:
-            rank_zero_info("trainer.cuda_graph is for one GPU that takes a batch at once: not used here")
+            rank_zero_info(
+                "trainer.cuda_graph is for one GPU that takes a batch at once: not used here"
+            )
     try:
         with resumable(config, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -290,10 +337,14 @@ def papers_of(config: DictConfig) -> list[dict]:
     claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
     by_metric: dict[str, str] = {}
     for claim in claims:
-        name = claim["metric"].split("/")[-1]  # what `paper/<name>` and `gap/<name>` are called in the logs
+        name = claim["metric"].split("/")[
+            -1
+        ]  # what `paper/<name>` and `gap/<name>` are called in the logs
         other = by_metric.setdefault(name, claim["id"])
         if other != claim["id"]:
-            raise ConfigError(f"paper: {other} and {claim['id']} are both claims on {name}: give one")
+            raise ConfigError(
+                f"paper: {other} and {claim['id']} are both claims on {name}: give one"
+            )
     return [_paper(config, claim) for claim in {claim["id"]: claim for claim in claims}.values()]
 
 
@@ -309,7 +360,9 @@ def _paper(config: DictConfig, claim: dict) -> dict:
     }
 
 
-def record(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> dict:
+def record(
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+) -> dict:
     """Test the selected weights, write result.json, print the table. Returns the result (schema: results/runs.py)."""
     folder, outcome = Path(config.run_dir), _outcome(config, trainer, module, data)
     curve, samples = (_callback(trainer, kind) for kind in (Curve, Samples))
@@ -320,10 +373,16 @@ def record(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.Li
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
     wandb_run = getattr(trainer.logger, "experiment", None)
     result = outcome | {
-        "metrics": {**samples.finite, **curve.validated(module.metric, weights.stem == "best"), **tested},
+        "metrics": {
+            **samples.finite,
+            **curve.validated(module.metric, weights.stem == "best"),
+            **tested,
+        },
         "checkpoint": str(weights.relative_to(folder)),
         "tested": {
-            "weights": "raw" if config.ema.decay is None else f"averaged with decay {config.ema.decay}",
+            "weights": "raw"
+            if config.ema.decay is None
+            else f"averaged with decay {config.ema.decay}",
             "chosen": weights.stem.partition("-")[0],
             "step": checkpoint["global_step"],
         },
@@ -339,7 +398,9 @@ def record(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.Li
     return result
 
 
-def _outcome(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule) -> dict:
+def _outcome(
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+) -> dict:
     """What a result says of the training that has ended: all but the metrics, which are empty."""
     images, budget = trainer.global_step * config.data.batch_size, config.budget.images
     curve, provenance = (_callback(trainer, kind) for kind in (Curve, Provenance))
@@ -350,9 +411,14 @@ def _outcome(config: DictConfig, trainer: L.Trainer, module: Objective, data: L.
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},
-        "metric": {"name": metric.name, "direction": metric.direction, "unit": metric.unit},  # of the curve
+        "metric": {
+            "name": metric.name,
+            "direction": metric.direction,
+            "unit": metric.unit,
+        },  # of the curve
         "papers": papers_of(config),
-        "budget": budget and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
+        "budget": budget
+        and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
         "seed": config.seed,
         "commit": provenance.commit,
         "dirty": provenance.dirty,
@@ -374,6 +440,8 @@ def _callback(trainer: L.Trainer, kind: type):
 
 def _say_what_there_is(folder: Path, result: dict) -> None:
     print(f"\n{comparison_table(result)}\n")
-    pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:] + sorted(folder.glob("*.png"))
+    pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:] + sorted(
+        folder.glob("*.png")
+    )
     for path in [*pictures, folder / "result.json"]:
         print(path)

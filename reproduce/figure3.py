@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         print(__doc__.strip())
         return None
     seeds, out, overrides = split(words)
-    config = compose(EXPERIMENT, [*overrides, *run_arguments(PERMUTATIONS[0], COUPLINGS[0], seeds[0])])
+    config = compose(
+        EXPERIMENT, [*overrides, *run_arguments(PERMUTATIONS[0], COUPLINGS[0], seeds[0])]
+    )
     check_one_process(config)
     root = Path(out or Path("outputs", NAME, config.preset or "paper"))
     check_settings(root, overrides)
@@ -92,7 +94,10 @@ def split(words: list[str]) -> tuple[list[int], str | None, list[str]]:
 
 def check_one_process(config: DictConfig) -> None:
     """ConfigError where a run would have several processes: each of them would repeat this whole command."""
-    trainer = {"devices": config.trainer.devices, "num_nodes": config.trainer.num_nodes} | processes()
+    trainer = {
+        "devices": config.trainer.devices,
+        "num_nodes": config.trainer.num_nodes,
+    } | processes()
     on_cpu = config.trainer.accelerator == "cpu"
     one = 1 if on_cpu or torch.cuda.device_count() < 2 else None
     devices = one if trainer["devices"] in ("auto", -1, "-1") else trainer["devices"]
@@ -110,11 +115,18 @@ def check_settings(root: Path, overrides: list[str]) -> None:
         result = read_json(outcome(folder))
         used = settings(result.get("overrides", []), OWN)
         if result["experiment"] != EXPERIMENT:
-            raise ConfigError(f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: give another out=FOLDER")
+            raise ConfigError(
+                f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: give another out=FOLDER"
+            )
         keys = [key for key in sorted(wanted | used) if wanted.get(key) != used.get(key)]
         if keys:
-            old, new = (" ".join(f"{k}={d[k]}" if k in d else f"no {k}" for k in keys) for d in (used, wanted))
-            raise ConfigError(f"{folder} was run with {old}, not with {new}: say the same, or give another out=FOLDER")
+            old, new = (
+                " ".join(f"{k}={d[k]}" if k in d else f"no {k}" for k in keys)
+                for d in (used, wanted)
+            )
+            raise ConfigError(
+                f"{folder} was run with {old}, not with {new}: say the same, or give another out=FOLDER"
+            )
 
 
 def train(words: list[str], folder: Path) -> None:
@@ -123,7 +135,11 @@ def train(words: list[str], folder: Path) -> None:
         import_module(f"reproduce.{EXPERIMENT}").main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
         if (folder / DIVERGED).is_file():
-            print(f"{end.code}\n{folder} has no number, the other runs go on", file=sys.stderr, flush=True)
+            print(
+                f"{end.code}\n{folder} has no number, the other runs go on",
+                file=sys.stderr,
+                flush=True,
+            )
         elif end.code:  # else it had been finished
             raise
 
@@ -134,7 +150,9 @@ def repeatable(words: list[str]) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:
-        code = getattr(end, "code", None)  # of a run: 75, or the line of one that was interrupted twice
+        code = getattr(
+            end, "code", None
+        )  # of a run: 75, or the line of one that was interrupted twice
         if code not in (None, TRY_AGAIN) and not str(code).startswith("stopped"):
             raise
         if isinstance(code, str):
@@ -146,13 +164,19 @@ def repeatable(words: list[str]) -> Iterator[None]:
 
 def finished(root: Path) -> list[Path]:
     """The folders of runs with an outcome, of whatever seeds, in the order of the table."""
-    patterns = [f"{permutation}-{coupling}-seed*" for coupling in COUPLINGS for permutation in PERMUTATIONS]
-    return [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if outcome(folder)]
+    patterns = [
+        f"{permutation}-{coupling}-seed*" for coupling in COUPLINGS for permutation in PERMUTATIONS
+    ]
+    return [
+        folder for pattern in patterns for folder in sorted(root.glob(pattern)) if outcome(folder)
+    ]
 
 
 def outcome(folder: Path) -> Path | None:
     """The file that says what a run came to: result.json, or diverged.json; None as long as it has not ended."""
-    return next((path for name in ("result.json", DIVERGED) if (path := folder / name).is_file()), None)
+    return next(
+        (path for name in ("result.json", DIVERGED) if (path := folder / name).is_file()), None
+    )
 
 
 def entry(folder: Path) -> dict:
@@ -160,7 +184,17 @@ def entry(folder: Path) -> dict:
     result, curve = read_json(outcome(folder)), read_curve(folder / "curve.csv")
     flow = result["config"]["flow"]
     validated = [row["val/bpd"] for row in curve[1:] if is_number(row.get("val/bpd"))]
-    kept = ("seed", "images", "seconds", "skipped_steps", "commit", "dirty", "device", "precision", "parameters")
+    kept = (
+        "seed",
+        "images",
+        "seconds",
+        "skipped_steps",
+        "commit",
+        "dirty",
+        "device",
+        "precision",
+        "parameters",
+    )
     return {key: result.get(key) for key in kept} | {
         "permutation": flow["permutation"],
         "coupling": flow["coupling"],
@@ -175,7 +209,9 @@ def conclude(root: Path, overrides: list[str]) -> dict:
     folders = finished(root)
     runs = [entry(folder) for folder in folders]
     config = dict(read_json(outcome(folders[0]))["config"])
-    config["flow"] = {key: value for key, value in config["flow"].items() if f"flow.{key}" not in OWN}
+    config["flow"] = {
+        key: value for key, value in config["flow"].items() if f"flow.{key}" not in OWN
+    }
     shared = {key: value for key, value in config.items() if key not in (*OWN, "overrides")}
     content = {
         "experiment": EXPERIMENT,
@@ -187,13 +223,17 @@ def conclude(root: Path, overrides: list[str]) -> dict:
     }
     write(root / f"{NAME}.json", figure3.dump(content))
     write(root / f"{NAME}.png", draw(runs))
-    print(f"\n{figure3.report(runs)}\n\n{root / f'{NAME}.json'}\n{root / f'{NAME}.png'}", flush=True)
+    print(
+        f"\n{figure3.report(runs)}\n\n{root / f'{NAME}.json'}\n{root / f'{NAME}.png'}", flush=True
+    )
     return content
 
 
 def curves(runs: list[dict]) -> dict[int, list[float]]:
     """val/bpd of all seeds by images seen, where every seed has a finite one."""
-    each = [{images: value for images, _, value in run["curve"] if is_number(value)} for run in runs]
+    each = [
+        {images: value for images, _, value in run["curve"] if is_number(value)} for run in runs
+    ]
     shared = set.intersection(*(set(points) for points in each)) if each else set()
     return {images: [points[images] for points in each] for images in sorted(shared)}
 
@@ -210,7 +250,10 @@ def draw(runs: list[dict]) -> bytes:
         for k, permutation in enumerate(PERMUTATIONS):
             points = curves(list(figure3.seeds_of(runs, permutation, coupling).values()))
             means = [statistics.fmean(values) for values in points.values()]
-            low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
+            low, high = (
+                [min(values) for values in points.values()],
+                [max(values) for values in points.values()],
+            )
             axes.plot(list(points), means, color=f"C{k}", label=permutation, marker=".")
             axes.fill_between(list(points), low, high, color=f"C{k}", alpha=0.2, linewidth=0)
             shown += [value for images, values in points.items() if images > 0 for value in values]

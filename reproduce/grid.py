@@ -23,22 +23,35 @@ def rows(path: Path) -> list[dict]:
     if not isinstance(sweep, DictConfig) or sweep.get("method") != "grid":
         raise ConfigError(f"{path} is no grid: an array needs a sweep file with method: grid")
     if not isinstance(parameters := sweep.get("parameters"), DictConfig) or not parameters:
-        raise ConfigError(f"{path} has no parameters: give parameters: {{optim.lr: {{values: [...]}}}}")
-    return list(ParameterGrid({key: _values(path, key, parameter) for key, parameter in parameters.items()}))
+        raise ConfigError(
+            f"{path} has no parameters: give parameters: {{optim.lr: {{values: [...]}}}}"
+        )
+    return list(
+        ParameterGrid({key: _values(path, key, parameter) for key, parameter in parameters.items()})
+    )
 
 
 def _values(path: Path, key: str, parameter) -> list:
     """The values of one parameter of a W&B sweep, as plain Python objects."""
     if isinstance(parameter, DictConfig) and "value" in parameter:
         return [OmegaConf.to_container(parameter)["value"]]
-    if isinstance(parameter, DictConfig) and isinstance(parameter.get("values"), ListConfig) and parameter["values"]:
+    if (
+        isinstance(parameter, DictConfig)
+        and isinstance(parameter.get("values"), ListConfig)
+        and parameter["values"]
+    ):
         return OmegaConf.to_container(parameter)["values"]
-    raise ConfigError(f"{key} in {path} is no list of values: a grid needs values: [...] or value: ...")
+    raise ConfigError(
+        f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
+    )
 
 
 def words(row: dict) -> list[str]:
     """A row as key=value, the way the scripts read it."""
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()]
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in row.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         elif (index := int(numbers[0])) < len(table):
             print("\n".join(words(table[index])))
         else:
-            raise ConfigError(f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}")
+            raise ConfigError(
+                f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}"
+            )
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

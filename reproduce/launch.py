@@ -37,7 +37,9 @@ def run_id() -> str:
     new = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _shared(new)
-    if "LOCAL_RANK" not in os.environ or "PAPERFLOWS_RUN_ID" not in os.environ:  # not started by another rank
+    if (
+        "LOCAL_RANK" not in os.environ or "PAPERFLOWS_RUN_ID" not in os.environ
+    ):  # not started by another rank
         os.environ["PAPERFLOWS_RUN_ID"] = new
     return os.environ["PAPERFLOWS_RUN_ID"]
 
@@ -62,7 +64,9 @@ def processes() -> dict:
     if job() is not None:
         tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
         if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-            raise ConfigError(f"this job has {tasks} tasks: start the script by srun, or sbatch reproduce/slurm.sh")
+            raise ConfigError(
+                f"this job has {tasks} tasks: start the script by srun, or sbatch reproduce/slurm.sh"
+            )
         return {"devices": tasks // nodes, "num_nodes": nodes}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -76,7 +80,9 @@ def requeue() -> None:
     if name is None:
         return
     try:
-        subprocess.run(["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60)
+        subprocess.run(
+            ["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         rank_zero_warn(f"Slurm does not queue job {name} again: {' '.join(reason.split())}")

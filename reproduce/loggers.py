@@ -46,7 +46,9 @@ class StepLogger(L.loggers.WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         if self.first is None:
-            self.first = self.experiment.step  # of an online run that is resumed: W&B drops rows below it
+            self.first = (
+                self.experiment.step
+            )  # of an online run that is resumed: W&B drops rows below it
         now = (step or 0) if self.trainer is None else self.trainer.global_step
         row = {**metrics, "trainer/global_step": now, "trainer/images": now * self.batch_size}
         self.experiment.log(row, step=max(now, self.first))
@@ -56,7 +58,9 @@ def make_logger(config: DictConfig):
     """W&B (offline where nobody is logged in, so that it never asks), CSV files, or none."""
     folder, name = Path(config.run_dir), config.logger.name
     if in_sweep() and name != "wandb":
-        raise ConfigError(f"logger.name={name} in a W&B sweep, which needs val/*: add logger.name=wandb to its command")
+        raise ConfigError(
+            f"logger.name={name} in a W&B sweep, which needs val/*: add logger.name=wandb to its command"
+        )
     if name == "none":
         return False
     if name == "csv":
@@ -64,17 +68,25 @@ def make_logger(config: DictConfig):
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("logger.name=wandb needs wandb: pip install wandb, or add logger.name=csv") from error
+        raise ConfigError(
+            "logger.name=wandb needs wandb: pip install wandb, or add logger.name=csv"
+        ) from error
 
     _stop_wanted.clear()
-    mode, (commit, _) = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"), git_state()
+    mode, (commit, _) = (
+        os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
+        git_state(),
+    )
     return StepLogger(
         batch_size=config.data.batch_size,
         id=_wandb_id(folder),
         name=folder.name,
         project=config.logger.project,
         group=config.experiment,
-        tags=[*([f"commit-{commit[:7]}"] if commit else []), *([config.preset] if config.preset else [])],
+        tags=[
+            *([f"commit-{commit[:7]}"] if commit else []),
+            *([config.preset] if config.preset else []),
+        ],
         save_dir=folder,
         settings=wandb.Settings(mode=mode, silent=True, stop_fn=_stop),
     )
@@ -105,13 +117,17 @@ def report(logger, result: dict) -> None:
     run, metrics = logger.experiment, result["metrics"]
     summary = {key: value for key, value in metrics.items() if not key.startswith("val/")}
     if result["tested"]["chosen"] == "best":
-        summary |= {f"best/{key}": value for key, value in metrics.items() if key.startswith("val/")}
+        summary |= {
+            f"best/{key}": value for key, value in metrics.items() if key.startswith("val/")
+        }
     for comparison in result["comparisons"]:
         name = comparison["metric"].split("/")[-1]
         summary |= {f"paper/{name}": comparison["value"]}
         summary |= {f"gap/{name}": comparison["gap"]} if comparison["gap"] is not None else {}
     table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in comparison_rows(result)])
-    run.log({"comparison": table}, commit=True)  # before the summary, which a row still to be written would change
+    run.log(
+        {"comparison": table}, commit=True
+    )  # before the summary, which a row still to be written would change
     run.summary.update({**summary, "status": result["status"]})
     statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
     run.tags = (*run.tags, *(status for status in statuses if status != "-"))
@@ -148,7 +164,9 @@ def close(exit_code: int) -> None:
     offline, folder = run.offline, run.settings.wandb_dir
     sys.modules["wandb"].finish(exit_code=exit_code)
     if offline:  # every part of a resumed run: they have the same id, and are uploaded in the order of their start
-        print(f"W&B was offline; upload this run with: wandb sync {shlex.quote(folder)}/offline-run-*")
+        print(
+            f"W&B was offline; upload this run with: wandb sync {shlex.quote(folder)}/offline-run-*"
+        )
 
 
 def _active_run():

@@ -50,18 +50,24 @@ CHUNK = 100  # images encoded at once
 
 def move(eps: Latents, direction: Latents, strengths: Tensor) -> Latents:
     """eps + s * direction for every strength s. Levels: (...) to (len(strengths), ...)."""
-    return tuple(torch.stack([z + s * d for s in strengths]) for z, d in zip(eps, direction, strict=True))
+    return tuple(
+        torch.stack([z + s * d for s in strengths]) for z, d in zip(eps, direction, strict=True)
+    )
 
 
 def interpolate(eps_a: Latents, eps_b: Latents, n: int) -> Latents:
     """eps_a + w (eps_b - eps_a) for n weights w from 0 to 1 (authors' demo). Levels: (...) to (n, ...)."""
-    return move(eps_a, tuple(b - a for a, b in zip(eps_a, eps_b, strict=True)), torch.linspace(0, 1, n))
+    return move(
+        eps_a, tuple(b - a for a, b in zip(eps_a, eps_b, strict=True)), torch.linspace(0, 1, n)
+    )
 
 
 def attribute_direction(eps: Latents, labels: Tensor, cls: int) -> Latents:
     """mean(eps | cls) - mean(eps | not cls) (section 6). Levels: (N, ...) to (...). ValueError: one side is empty."""
     if (labels == cls).all() or (labels != cls).all():
-        raise ValueError(f"all of {len(labels)} training images are of class {cls}, or none is: give more n_images")
+        raise ValueError(
+            f"all of {len(labels)} training images are of class {cls}, or none is: give more n_images"
+        )
     return tuple(z[labels == cls].mean(0) - z[labels != cls].mean(0) for z in eps)
 
 
@@ -82,15 +88,26 @@ class Run:
         if problem := _not_drawn(flow, origin["parts"]):
             raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
         self.options, self.flow, config = options, flow.to(options.device), origin["config"]
-        name, overrides = config["data"]["name"], {key: value for key, value in options.data.items() if value}
+        name, overrides = (
+            config["data"]["name"],
+            {key: value for key, value in options.data.items() if value},
+        )
         parameters = inspect.signature(DATA[name]).parameters
         if unknown := sorted(overrides.keys() - parameters):
-            raise ConfigError(f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out")
-        defaults = {key: value for key, value in {"download": False, "labels": True}.items() if key in parameters}
+            raise ConfigError(
+                f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
+            )
+        defaults = {
+            key: value
+            for key, value in {"download": False, "labels": True}.items()
+            if key in parameters
+        }
         self.data = make_data(seed=config["seed"], **{**config["data"], **defaults, **overrides})
         self.noise_seed = config["eval"]["noise_seed"]
         if None in self.data.shape:
-            raise ConfigError(f"{folder} has data of several sizes: give data.size=, where its data set has that key")
+            raise ConfigError(
+                f"{folder} has data of several sizes: give data.size=, where its data set has that key"
+            )
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
         """x, n images (or all there are) chosen by the seed, dequantised as in evaluation, and labels."""
@@ -105,7 +122,9 @@ class Run:
     def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
         """Latents of images, a tuple of (B, *latent_shape) on the flow's device."""
         chunks = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
-        parts = [self.flow(x[c].to(self.options.device), self._context(labels, c))[0] for c in chunks]
+        parts = [
+            self.flow(x[c].to(self.options.device), self._context(labels, c))[0] for c in chunks
+        ]
         return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
     def decode(self, eps: Latents, labels: Tensor | None, rows=slice(None)) -> Tensor:
@@ -129,7 +148,9 @@ def temperature(run: Run) -> tuple[list[Tensor], str]:
     """A row a temperature, and the shares of samples whose every value is finite."""
     n = run.options.n if run.flow.n_classes is None else run.flow.n_classes
     rows = [drawn(run.flow, n, t, run.options.seed, run.data.shape) for t in TEMPERATURES]
-    shares = ", ".join(f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True))
+    shares = ", ".join(
+        f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True)
+    )
     return rows, f"finite of {len(rows[0])} samples: {shares}"
 
 
@@ -147,30 +168,49 @@ def levels(run: Run) -> tuple[list[Tensor], str]:
     """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
     x, labels = run.images("test", run.options.n)
     eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
-    others = run.flow.base.sample(len(x), run.flow.latent_shapes(run.data.shape), 0.7, generator, eps[0])
+    others = run.flow.base.sample(
+        len(x), run.flow.latent_shapes(run.data.shape), 0.7, generator, eps[0]
+    )
     latents = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
     latents += [keep_levels(eps, k, others) for k in range(1, len(eps))]
-    return [x, *(run.decode(z, labels) for z in latents)], f"test images from 1 to {len(eps)} levels"
+    return [
+        x,
+        *(run.decode(z, labels) for z in latents),
+    ], f"test images from 1 to {len(eps)} levels"
 
 
 def attributes(run: Run, cls: int | None) -> tuple[list[Tensor], str]:
     """A row an image, and what becomes what. Directions are found, and followed, under each image's own label."""
-    (x_train, labels), (x, own) = run.images("train", run.options.n_images), run.images("test", N_CANDIDATES)
-    eps_train, eps, names, rows = run.encode(x_train, labels), run.encode(x, own), run.data.class_names, []
+    (x_train, labels), (x, own) = (
+        run.images("train", run.options.n_images),
+        run.images("test", N_CANDIDATES),
+    )
+    eps_train, eps, names, rows = (
+        run.encode(x_train, labels),
+        run.encode(x, own),
+        run.data.class_names,
+        [],
+    )
     if cls is None:  # classes after the row's: the nearest one that an image here is of
         moves = [(int(np.argmin((own.numpy() - c - 1) % len(names))), c) for c in range(len(names))]
     else:
         moves = [(i, cls) for i in (own != cls).nonzero()[: run.options.n, 0].tolist()]
     for i, c in moves:
         direction = attribute_direction(eps_train, labels.to(run.options.device), c)
-        rows.append(run.decode(move(tuple(z[i] for z in eps), direction, STRENGTHS), own, [i] * len(STRENGTHS)))
+        rows.append(
+            run.decode(
+                move(tuple(z[i] for z in eps), direction, STRENGTHS), own, [i] * len(STRENGTHS)
+            )
+        )
     return rows, ", ".join(f"{names[own[i]]} to {names[c]}" for i, c in moves)
 
 
 def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     """The run folder and the keys behind it. ConfigError: a mistake in them."""
     if not words or not Path(words[0]).is_dir():
-        raise ConfigError(f"{words[0] if words else 'nothing'} is no run's folder: give outputs/<experiment>/<run id>")
+        raise ConfigError(
+            f"{words[0] if words else 'nothing'} is no run's folder: give outputs/<experiment>/<run id>"
+        )
     options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]), [])
     if min(options.n, options.n_images) < 2 or options.seed < 0:
         raise ConfigError("n and n_images must be at least 2, and seed at least 0")
@@ -197,7 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words := arguments(argv)):
         return print(__doc__.strip())
     folder, options = read_options(words)
-    run, attribute, out = Run(folder, options), options.attribute, Path(str(options.out or folder / "pictures"))
+    run, attribute, out = (
+        Run(folder, options),
+        options.attribute,
+        Path(str(options.out or folder / "pictures")),
+    )
     if attribute is not None and attribute not in (names := run.data.class_names or [attribute]):
         raise ConfigError(
             f"attribute={attribute} is not known{nearest(str(attribute), names)}: give {', '.join(names)}"
@@ -211,7 +255,11 @@ def main(argv: list[str] | None = None) -> None:
         write(out / "levels.png", *levels(run), n_bits)
         if names := run.data.class_names:
             name = "attributes.png" if attribute is None else f"attributes-{attribute}.png"
-            write(out / name, *attributes(run, None if attribute is None else names.index(attribute)), n_bits)
+            write(
+                out / name,
+                *attributes(run, None if attribute is None else names.index(attribute)),
+                n_bits,
+            )
         else:
             print(f"{type(run.data).__name__} has no labels: no attributes.png")
 

@@ -31,7 +31,9 @@ class Provenance(L.Callback):
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+    ) -> None:
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
@@ -53,11 +55,17 @@ def best_precision(accelerator: str) -> str:
 
 def machine(trainer: L.Trainer) -> dict:
     """Versions, device ('2 x NVIDIA H200', or the CPU's name and threads) and whether TF32 was on in training."""
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
+    versions = {"python": sys.version.split()[0]} | {
+        name: metadata.version(name) for name in PACKAGES
+    }
     cuda = trainer.strategy.root_device.type == "cuda"
     processes = f"{trainer.world_size} x " if cuda or trainer.world_size > 1 else ""
     device = f"{processes}{device_name(trainer.strategy.root_device)}"
-    return {"versions": versions, "device": device, "tf32": cuda and torch.backends.cudnn.allow_tf32}
+    return {
+        "versions": versions,
+        "device": device,
+        "tf32": cuda and torch.backends.cudnn.allow_tf32,
+    }
 
 
 def device_name(device: torch.device) -> str:
@@ -79,7 +87,9 @@ def git_state() -> tuple[str | None, bool]:
         ).stdout.strip()
 
     try:
-        if git("ls-files", "--full-name", THIS_FILE) != THIS_FILE:  # not tracked, or not from ROOT on
+        if (
+            git("ls-files", "--full-name", THIS_FILE) != THIS_FILE
+        ):  # not tracked, or not from ROOT on
             return None, False
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):

@@ -34,15 +34,21 @@ def check_run_dir(config: DictConfig) -> None:
     """Refuse to mix two runs in one folder; end with 0 where the run in it is finished."""
     folder = Path(config.run_dir)
     if any(folder.glob("hpc_ckpt_*")):  # Lightning would take the newest of them, whosever it is
-        raise ConfigError(f"{folder} holds hpc_ckpt_*.ckpt of another program: give another run_dir")
+        raise ConfigError(
+            f"{folder} holds hpc_ckpt_*.ckpt of another program: give another run_dir"
+        )
     if not holds_run(folder):
         return
     if config.resume is None:
-        raise ConfigError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
+        raise ConfigError(
+            f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir"
+        )
     if (folder / "result.json").is_file():
         experiment = json.loads((folder / "result.json").read_text())["experiment"]
         if experiment != config.experiment:
-            raise ConfigError(f"{folder} holds a finished run of {experiment}: give another run_dir")
+            raise ConfigError(
+                f"{folder} holds a finished run of {experiment}: give another run_dir"
+            )
         rank_zero_only(print)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
 
@@ -77,7 +83,9 @@ def _lock(folder: Path) -> None:
     try:
         fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise ConfigError(f"{folder} is in use by a run that has not ended: give another run_dir") from error
+        raise ConfigError(
+            f"{folder} is in use by a run that has not ended: give another run_dir"
+        ) from error
     except OSError:
         pass  # a file system without locks
 
@@ -103,7 +111,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
             damaged.append(path.name)
             continue
         if damaged:
-            rank_zero_info(f"{', '.join(damaged)} in {path.parent} is damaged: taking {path.name} before it")
+            rank_zero_info(
+                f"{', '.join(damaged)} in {path.parent} is damaged: taking {path.name} before it"
+            )
         return path, checkpoint
     if damaged:
         raise ValueError(
@@ -130,7 +140,9 @@ def read_checkpoint(path: Path) -> dict:
     """A checkpoint of ours on the CPU, plain tensors and dicts only. ValueError, one line: unreadable or not ours."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if (part := archive.testzip()) is not None:  # torch does not look at the checksums that it writes
+            if (
+                part := archive.testzip()
+            ) is not None:  # torch does not look at the checksums that it writes
                 raise zipfile.BadZipFile(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["paperflows"]["experiment"], checkpoint["state_dict"]
@@ -143,30 +155,57 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-SAME = ("flow", "data", "optim", "ema", "eval", "seed")  # what a resumed run must have in common with its first part
-FREE = ("root", "download", "num_workers", "micro_batch", "bn_images", "noise_samples", "max_skipped")  # but these
+SAME = (
+    "flow",
+    "data",
+    "optim",
+    "ema",
+    "eval",
+    "seed",
+)  # what a resumed run must have in common with its first part
+FREE = (
+    "root",
+    "download",
+    "num_workers",
+    "micro_batch",
+    "bn_images",
+    "noise_samples",
+    "max_skipped",
+)  # but these
 
 
-def check_checkpoint(path: Path, checkpoint: dict, config: DictConfig, module: Objective, n_micro_batches: int) -> None:
+def check_checkpoint(
+    path: Path, checkpoint: dict, config: DictConfig, module: Objective, n_micro_batches: int
+) -> None:
     """ConfigError, one line that names what differs, where a run would not go on as it began.
 
     n_micro_batches: a process accumulates in a step; Lightning counts an epoch in them.
     """
     origin = checkpoint["paperflows"]
     if origin["experiment"] != config.experiment:
-        raise ConfigError(f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir")
-    trained_with, wanted = (_settings(c, module) for c in (origin["config"], OmegaConf.to_container(config)))
+        raise ConfigError(
+            f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir"
+        )
+    trained_with, wanted = (
+        _settings(c, module) for c in (origin["config"], OmegaConf.to_container(config))
+    )
     keys = sorted(trained_with | wanted)
-    changed = [f"{key}={trained_with.get(key)}" for key in keys if trained_with.get(key) != wanted.get(key)]
+    changed = [
+        f"{key}={trained_with.get(key)}" for key in keys if trained_with.get(key) != wanted.get(key)
+    ]
     if changed:
-        raise ConfigError(f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir")
+        raise ConfigError(
+            f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir"
+        )
     if (before := origin.get("n_micro_batches", 1)) != n_micro_batches:
         raise ConfigError(
             f"{path} was trained with {before} micro-batches a step and process, now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
     if mismatch := _mismatch(checkpoint["state_dict"], module.state_dict()):
-        raise ConfigError(f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}")
+        raise ConfigError(
+            f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}"
+        )
 
 
 def _settings(config: dict, module: Objective) -> dict[str, object]:
@@ -174,7 +213,9 @@ def _settings(config: dict, module: Objective) -> dict[str, object]:
 
     A key that the recipe of then did not have is the constructor's default, with which that run was trained.
     """
-    return _defaults(module) | dict(pair for section in SAME for pair in _flat(config[section], section))
+    return _defaults(module) | dict(
+        pair for section in SAME for pair in _flat(config[section], section)
+    )
 
 
 def _defaults(module: Objective) -> dict[str, object]:
@@ -185,7 +226,9 @@ def _defaults(module: Objective) -> dict[str, object]:
             for name, parameter in inspect.signature(base.__init__).parameters.items():
                 if parameter.default is not parameter.empty and name not in FREE:
                     value = parameter.default
-                    defaults[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
+                    defaults[f"{section}.{name}"] = (
+                        list(value) if isinstance(value, tuple) else value
+                    )
     return defaults
 
 
@@ -238,10 +281,14 @@ def read_run(folder: str | Path):
     origin = checkpoint["paperflows"]
     script = import_module(f"reproduce.{origin['experiment']}")
     if not hasattr(script, "make_flow"):
-        raise ConfigError(f"{path} is of {origin['experiment']}, which trains no flow: there is none to load")
+        raise ConfigError(
+            f"{path} is of {origin['experiment']}, which trains no flow: there is none to load"
+        )
     flow = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
     weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
-    stored = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")}
+    stored = {
+        key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")
+    }
     if mismatch := _mismatch(stored, weights):
         raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
     flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})

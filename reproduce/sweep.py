@@ -9,7 +9,13 @@ from omegaconf import OmegaConf
 
 from reproduce.config import ConfigError, compose
 
-OF_THE_OLD_RUN = {"_wandb", "experiment", "overrides", "run_dir", "resume"}  # in its config, but no arguments
+OF_THE_OLD_RUN = {
+    "_wandb",
+    "experiment",
+    "overrides",
+    "run_dir",
+    "resume",
+}  # in its config, but no arguments
 
 
 def in_sweep() -> bool:
@@ -33,15 +39,26 @@ def agent_arguments(words: list[str], experiment: str) -> list[str]:
         leaves = _leaves(key, value)
         values |= leaves
         texts |= {key: text} if isinstance(value, str) else {k: _text(v) for k, v in leaves.items()}
-    recipe = compose(experiment, [f"{key}={texts[key]}" for key in ("preset", "data.name") if key in texts])
+    recipe = compose(
+        experiment, [f"{key}={texts[key]}" for key in ("preset", "data.name") if key in texts]
+    )
     for key, value in values.items():
-        if isinstance(value, float) and value.is_integer() and type(OmegaConf.select(recipe, key)) is int:
+        if (
+            isinstance(value, float)
+            and value.is_integer()
+            and type(OmegaConf.select(recipe, key)) is int
+        ):
             texts[key] = str(int(value))
     if "experiment" in values:
         if values["experiment"] != experiment:
-            raise ConfigError(f"this sweep's runs are of {values['experiment']}: its program is not {experiment}'s")
+            raise ConfigError(
+                f"this sweep's runs are of {values['experiment']}: its program is not {experiment}'s"
+            )
         texts = {key: text for key, text in texts.items() if _differs(key, values[key], recipe)}
-    return [*(word for word in words if "=" not in word), *(f"{key}={text}" for key, text in texts.items())]
+    return [
+        *(word for word in words if "=" not in word),
+        *(f"{key}={text}" for key, text in texts.items()),
+    ]
 
 
 def _differs(key: str, value, recipe) -> bool:

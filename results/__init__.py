@@ -12,8 +12,22 @@ from results.metrics import kind_of, without_kind
 
 ROOT = Path(__file__).parent
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
-CLAIM = ("dataset", "data", "table", "row", "split", "metric", "unit", "value", "direction", "tolerance", "protocol")
-ROUNDING = 1e-9  # 3.51 - 3.49 is 0.02 and a little in binary: a gap equal to the tolerance is within it
+CLAIM = (
+    "dataset",
+    "data",
+    "table",
+    "row",
+    "split",
+    "metric",
+    "unit",
+    "value",
+    "direction",
+    "tolerance",
+    "protocol",
+)
+ROUNDING = (
+    1e-9  # 3.51 - 3.49 is 0.02 and a little in binary: a gap equal to the tolerance is within it
+)
 
 
 def load_papers(root: Path = ROOT) -> dict[str, dict]:
@@ -26,15 +40,23 @@ def load_papers(root: Path = ROOT) -> dict[str, dict]:
     for path in sorted((Path(root) / "paper").glob("*.yaml")):
         try:
             papers[path.stem] = yaml.safe_load(path.read_text(encoding="utf-8"))
-            decimals = {row: decimals_of(claim) for row, claim in papers[path.stem]["claims"].items()}
+            decimals = {
+                row: decimals_of(claim) for row, claim in papers[path.stem]["claims"].items()
+            }
         except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} must be YAML with a mapping `claims`: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"{path} must be YAML with a mapping `claims`: {' '.join(str(error).split())}"
+            ) from error
         for row, claim in papers[path.stem]["claims"].items():
             if missing := [key for key in CLAIM if key not in claim]:
-                raise ValueError(f"{path}: the claim {row} lacks {', '.join(missing)}: see results/paper/realnvp.yaml")
+                raise ValueError(
+                    f"{path}: the claim {row} lacks {', '.join(missing)}: see results/paper/realnvp.yaml"
+                )
         for row, n in decimals.items():
             if type(n) is not int or not 0 <= n <= 6:
-                raise ValueError(f"{path}: decimals={n} of the claim {row} are not understood: give an int from 0 to 6")
+                raise ValueError(
+                    f"{path}: decimals={n} of the claim {row} are not understood: give an int from 0 to 6"
+                )
     return papers
 
 
@@ -43,7 +65,11 @@ def load_claims(root: Path = ROOT) -> dict[str, dict]:
 
     `decimals` may be left out: how many the paper prints in the row, DECIMALS where it does not say.
     """
-    rows = ((stem, row, claim) for stem, paper in load_papers(root).items() for row, claim in paper["claims"].items())
+    rows = (
+        (stem, row, claim)
+        for stem, paper in load_papers(root).items()
+        for row, claim in paper["claims"].items()
+    )
     return {f"{stem}.{row}": {"id": f"{stem}.{row}", **claim} for stem, row, claim in rows}
 
 
@@ -53,7 +79,9 @@ def load_claim(claim_id: str, root: Path = ROOT) -> dict:
     if claim_id not in claims:
         nearest = difflib.get_close_matches(str(claim_id), sorted(claims), n=1, cutoff=0.0)
         hint = f"did you mean '{nearest[0]}'?" if nearest else "there are no claims at all"
-        raise ValueError(f"unknown claim '{claim_id}': {hint} (claims are the rows of results/paper/*.yaml)")
+        raise ValueError(
+            f"unknown claim '{claim_id}': {hint} (claims are the rows of results/paper/*.yaml)"
+        )
     return claims[claim_id]
 
 

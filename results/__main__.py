@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             print(USAGE, file=sys.stderr)
             return 2
     if root == ROOT and not (ROOT / "runs").is_dir():  # a package has the claims, not the runs
-        print(f"error: {ROOT} is an installed copy without recorded runs: run this in a clone", file=sys.stderr)
+        print(
+            f"error: {ROOT} is an installed copy without recorded runs: run this in a clone",
+            file=sys.stderr,
+        )
         return 1
     try:
         for line in take_in():

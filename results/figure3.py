@@ -19,12 +19,32 @@ NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
 COUPLINGS = ("additive", "affine")
 COLUMNS = ("permutation", "coupling", "seeds", "test/bpd")
-ORDER = (("invertible", "shuffle"), ("shuffle", "reverse"), ("invertible", "reverse"))  # the first has the lower bpd
+ORDER = (
+    ("invertible", "shuffle"),
+    ("shuffle", "reverse"),
+    ("invertible", "reverse"),
+)  # the first has the lower bpd
 AGREES, DISAGREES, NOISE, NOTHING = "agrees", "disagrees", "within noise", "no seed in common"
 
-REQUIRED = ["experiment", "ablation", "name", "overrides", "config", "runs"]  # what a figure3.json holds at least
+REQUIRED = [
+    "experiment",
+    "ablation",
+    "name",
+    "overrides",
+    "config",
+    "runs",
+]  # what a figure3.json holds at least
 RUN = [  # and each of its runs
-    *("permutation", "coupling", "seed", "test/bpd", "val/bpd", "images", "seconds", "skipped_steps"),
+    *(
+        "permutation",
+        "coupling",
+        "seed",
+        "test/bpd",
+        "val/bpd",
+        "images",
+        "seconds",
+        "skipped_steps",
+    ),
     *("commit", "dirty", "device", "precision", "parameters", "curve"),
 ]
 
@@ -39,7 +59,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 def seeds_of(runs: list[dict], permutation: str, coupling: str) -> dict[int, dict]:
     """The runs of one combination by seed."""
-    by_seed = {run["seed"]: run for run in runs if (run["permutation"], run["coupling"]) == (permutation, coupling)}
+    by_seed = {
+        run["seed"]: run
+        for run in runs
+        if (run["permutation"], run["coupling"]) == (permutation, coupling)
+    }
     return dict(sorted(by_seed.items()))
 
 
@@ -59,7 +83,11 @@ def claims() -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
         for low, high in ORDER:
             yield f"{coupling}: {low} < {high}", (low, coupling), (high, coupling)
     for permutation in PERMUTATIONS:
-        yield f"{permutation}: affine < additive", (permutation, "affine"), (permutation, "additive")
+        yield (
+            f"{permutation}: affine < additive",
+            (permutation, "affine"),
+            (permutation, "additive"),
+        )
 
 
 def verdict(differences: list[float]) -> dict[str, Any]:
@@ -82,7 +110,9 @@ def verdict(differences: list[float]) -> dict[str, Any]:
 
 def t_quantile(freedom: int) -> float:
     """The 97.5 % quantile of Student's t: with three seeds (2 degrees of freedom) twice the normal's."""
-    return {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}.get(freedom, 2.23)
+    return {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}.get(
+        freedom, 2.23
+    )
 
 
 def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
@@ -90,8 +120,12 @@ def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
     each = []
     for label, low, high in claims():
         lows, highs = seeds_of(runs, *low), seeds_of(runs, *high)
-        pairs = [(lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs]
-        each.append({"label": label} | verdict([a - b for a, b in pairs if is_number(a) and is_number(b)]))
+        pairs = [
+            (lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs
+        ]
+        each.append(
+            {"label": label} | verdict([a - b for a, b in pairs if is_number(a) and is_number(b)])
+        )
     return each
 
 
@@ -107,7 +141,9 @@ def rows(runs: list[dict]) -> list[list[str]]:
                 continue
             values = [run["test/bpd"] for run in by_seed.values() if is_number(run["test/bpd"])]
             bpd = plus_minus(*mean_and_error(values)) if values else "-"
-            bpd += f" ({len(by_seed) - len(values)} not finite)" if len(values) < len(by_seed) else ""
+            bpd += (
+                f" ({len(by_seed) - len(values)} not finite)" if len(values) < len(by_seed) else ""
+            )
             seeds = ", ".join(str(seed) for seed in by_seed)
             table.append([permutation, coupling, seeds, bpd])
     return table
@@ -146,15 +182,28 @@ def report(runs: list[dict]) -> str:
     """The table, the pairs and the last line, for a terminal."""
     table = [list(COLUMNS), *rows(runs)]
     widths = [max(len(row[k]) for row in table) for k in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     pairs = verdicts(runs)
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *map(verdict_line, pairs), summary(pairs)])
+    return "\n".join(
+        [lines[0], "-" * len(lines[0]), *lines[1:], "", *map(verdict_line, pairs), summary(pairs)]
+    )
 
 
 def command(ablation: dict) -> str:
     """The shell line that repeats it."""
     seeds = ",".join(str(seed) for seed in sorted({run["seed"] for run in ablation["runs"]}))
-    return shlex.join(["python", "-m", f"reproduce.{ablation['ablation']}", f"seeds=[{seeds}]", *ablation["overrides"]])
+    return shlex.join(
+        [
+            "python",
+            "-m",
+            f"reproduce.{ablation['ablation']}",
+            f"seeds=[{seeds}]",
+            *ablation["overrides"],
+        ]
+    )
 
 
 # Files
@@ -191,11 +240,18 @@ def run_faults(run: Any) -> list[str]:
     """The keys that one of the runs lacks, or whose value cannot be what it should."""
     if keys := lacking(run, RUN):
         return keys
-    keys = [key for key in ("images", "seconds", "seed", "skipped_steps", "parameters") if not is_number(run[key])]
+    keys = [
+        key
+        for key in ("images", "seconds", "seed", "skipped_steps", "parameters")
+        if not is_number(run[key])
+    ]
     keys += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
     keys += [] if run["coupling"] in COUPLINGS else ["coupling"]
     curve = run["curve"] if isinstance(run["curve"], list) else [None]
-    points = [isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1]) for row in curve]
+    points = [
+        isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1])
+        for row in curve
+    ]
     return keys + ([] if all(points) else ["curve"])
 
 
@@ -222,15 +278,22 @@ def add(folder: str | Path, root: Path = ROOT) -> list[str]:
         raise ValueError(f"no {source}: give the folder of an ablation, outputs/{NAME}/<name>")
     ablation = read(source)
     if lacks := missing(ablation["runs"]):
-        raise ValueError(f"{folder} is not complete, no run of {', '.join(lacks)}: go on with {command(ablation)}")
+        raise ValueError(
+            f"{folder} is not complete, no run of {', '.join(lacks)}: go on with {command(ablation)}"
+        )
     stem = "-".join(ablation[key] for key in REQUIRED[:3])
     path, content = Path(root) / "ablations" / f"{stem}.json", dump(ablation)
     if path.exists():
         if path.read_text(encoding="utf-8") == content:
             return [f"{path} is already recorded, with the same content"]
-        raise ValueError(f"{path} is already recorded, with other content: delete it first to replace it")
+        raise ValueError(
+            f"{path} is already recorded, with other content: delete it first to replace it"
+        )
     write(path.with_suffix(".png"), small_png(source.with_suffix(".png")))
     write(path, content)  # last: it counts as recorded from here on
     dirty = any(run["dirty"] for run in ablation["runs"])
     warning = "warning: some of its runs ran on uncommitted changes: their commit does not give their code"
-    return [f"recorded {path}: {summary(verdicts(ablation['runs']))}", *([warning] if dirty else [])]
+    return [
+        f"recorded {path}: {summary(verdicts(ablation['runs']))}",
+        *([warning] if dirty else []),
+    ]

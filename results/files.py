@@ -26,7 +26,9 @@ def write(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def checked_json(path: Path, faults: Callable[[Any], list[str]], damaged: str, unusable: str) -> Any:
+def checked_json(
+    path: Path, faults: Callable[[Any], list[str]], damaged: str, unusable: str
+) -> Any:
     """The content of a JSON file in which `faults` finds nothing.
 
     Args:
@@ -77,10 +79,14 @@ def small_png(path: Path) -> bytes:
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error}): delete it or make it again") from error
+        raise ValueError(
+            f"{path} is not a readable picture ({error}): delete it or make it again"
+        ) from error
     while True:
         stream = io.BytesIO()
         image.save(stream, "PNG", optimize=True)
         if stream.tell() < PICTURE_BYTES:
             return stream.getvalue()
-        image = image.resize((max(1, image.width * 4 // 5), max(1, image.height * 4 // 5)), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (max(1, image.width * 4 // 5), max(1, image.height * 4 // 5)), Image.Resampling.LANCZOS
+        )

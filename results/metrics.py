@@ -34,9 +34,13 @@ class Metric:
 
     def __post_init__(self) -> None:
         if self.direction not in ("lower", "higher"):
-            raise ValueError(f"{self.quantity}: direction={self.direction} is neither 'lower' nor 'higher'")
+            raise ValueError(
+                f"{self.quantity}: direction={self.direction} is neither 'lower' nor 'higher'"
+            )
         if self.kind is not None and self.kind not in KINDS:
-            raise ValueError(f"{self.quantity}: kind={self.kind} is not known: give one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"{self.quantity}: kind={self.kind} is not known: give one of {', '.join(KINDS)}"
+            )
 
     @property
     def name(self) -> str:

@@ -44,7 +44,14 @@ Best run first.
 MACHINE = ["seed", "commit", "preset", "device", "precision", "wall time"]
 SHORT = ["ours", "gap", "status", "budget"]
 COLUMNS = ["experiment", "dataset", "metric", "paper", *SHORT, *MACHINE]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 24, 36, 48  # pixels; the last four are the plot's margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
+    640,
+    320,
+    64,
+    24,
+    36,
+    48,
+)  # pixels; the last four are the plot's margins
 COLORS = {"train": "#9a6700", "val": "#0550ae"}
 
 
@@ -62,7 +69,11 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     ordered = in_order(runs, claims)
     curves = {name(run): svg for run in ordered if (svg := curve_svg(run, claims_of(run, claims)))}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, runs, root)]
-    lines += ["## Runs without a paper number", "", *others_table([run for run in ordered if not compared(run)])]
+    lines += [
+        "## Runs without a paper number",
+        "",
+        *others_table([run for run in ordered if not compared(run)]),
+    ]
     lines += figure3_section(root)
     lines += stability_section(root)
     lines += speed_section(root)
@@ -71,14 +82,20 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         lines += run_section(run, claims_of(run, claims), name(run) in curves, root)
     for paper in papers.values():
         lines += paper_section(paper)
-    files = {"README.md": "\n".join(lines).rstrip() + "\n"} | {f"runs/{stem}.svg": svg for stem, svg in curves.items()}
-    return {root / path: content for path, content in files.items()} | front_page(root, claims, ordered)
+    files = {"README.md": "\n".join(lines).rstrip() + "\n"} | {
+        f"runs/{stem}.svg": svg for stem, svg in curves.items()
+    }
+    return {root / path: content for path, content in files.items()} | front_page(
+        root, claims, ordered
+    )
 
 
 def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
     """The project's own README.md with the short table between its two `results` marks; {} where there are none."""
     path = root.parent / "README.md"
-    before, start, rest = (path.read_text(encoding="utf-8") if path.is_file() else "").partition("<!-- results -->\n")
+    before, start, rest = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(
+        "<!-- results -->\n"
+    )
     _, end, after = rest.partition("<!-- /results -->")
     if not start or not end:
         return {}
@@ -96,7 +113,17 @@ def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
         for run, comparison in beside(claim, runs)
     ]
     rows += [
-        [run["experiment"], run["preset"], data_name(run), "-", "-", metrics(run), "-", "-", budget(run)]
+        [
+            run["experiment"],
+            run["preset"],
+            data_name(run),
+            "-",
+            "-",
+            metrics(run),
+            "-",
+            "-",
+            budget(run),
+        ]
         for run in runs
         if not compared(run)
     ]
@@ -126,7 +153,9 @@ def beside(claim: dict, runs: list[dict]) -> list[tuple[dict, dict]]:
         run, comparison = pair
         return math.inf if comparison["gap"] is None else sign * comparison["gap"], name(run)
 
-    return sorted(((run, c) for run in runs for c in compared(run) if c["claim"] == claim["id"]), key=rank)
+    return sorted(
+        ((run, c) for run in runs for c in compared(run) if c["claim"] == claim["id"]), key=rank
+    )
 
 
 def in_order(runs: list[dict], claims: dict) -> list[dict]:
@@ -182,7 +211,8 @@ def data_name(run: dict) -> str:
 def shown(run: dict) -> list[str]:
     """The names of the test metrics and of those of no split, or of the validation metrics where there are none."""
     keys = [
-        [key for key in sorted(run["metrics"]) if key.startswith(s) or "/" not in key] for s in ("test/", "val/", "")
+        [key for key in sorted(run["metrics"]) if key.startswith(s) or "/" not in key]
+        for s in ("test/", "val/", "")
     ]
     return next(filter(None, keys), [])
 
@@ -205,7 +235,10 @@ def figure(entry: dict | None, claim: dict) -> str:
 
 def table(columns: list[str], rows: list[list], empty: str = "") -> list[str]:
     """A Markdown table, or the line `empty` when it has no rows."""
-    cells = [[" ".join(str("-" if cell is None else cell).split()).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [
+        [" ".join(str("-" if cell is None else cell).split()).replace("|", "\\|") for cell in row]
+        for row in rows
+    ]
     lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]]
     return [*(lines if rows else [empty]), ""]
 
@@ -217,21 +250,37 @@ def claims_table(claims: dict, papers: dict, runs: list[dict], root: Path) -> li
         recipe = claim_id.replace(".", "_")
         start = [claim["dataset"], claim["metric"], printed(claim["value"], claim)]
         rows = [
-            [run["experiment"], *start, *measured_cells(run, comparison, claim), *machine_cells(run)]
+            [
+                run["experiment"],
+                *start,
+                *measured_cells(run, comparison, claim),
+                *machine_cells(run),
+            ]
             for run, comparison in beside(claim, runs)
         ]
         if not rows and (root.parent / "configs" / f"{recipe}.yaml").is_file():
             rows = [[recipe, *start, "-", "-", "not run", "-", *["-"] * len(MACHINE)]]
         groups.setdefault(claim_id.partition(".")[0], []).extend(rows)
-    heads = {stem: [f"**{paper['title']}**", *[""] * (len(COLUMNS) - 1)] for stem, paper in papers.items()}
+    heads = {
+        stem: [f"**{paper['title']}**", *[""] * (len(COLUMNS) - 1)]
+        for stem, paper in papers.items()
+    }
     rows = [row for stem, rows in groups.items() if rows for row in (heads[stem], *rows)]
     return [*table(COLUMNS, rows, "None yet."), *kinds_section([row[2] for row in rows])]
 
 
 def kinds_section(keys: list[str]) -> list[str]:
     """What the figures that are not exact are, of the metrics in a table; nothing where all of them are."""
-    by_kind = {kind: sorted({key for key in keys if kind_of(key) == kind}) for kind in KINDS if kind != "exact"}
-    lines = [f"* {', '.join(f'`{key}`' for key in names)}: {KINDS[kind]}." for kind, names in by_kind.items() if names]
+    by_kind = {
+        kind: sorted({key for key in keys if kind_of(key) == kind})
+        for kind in KINDS
+        if kind != "exact"
+    }
+    lines = [
+        f"* {', '.join(f'`{key}`' for key in names)}: {KINDS[kind]}."
+        for kind, names in by_kind.items()
+        if names
+    ]
     return [*lines, ""] if lines else []
 
 
@@ -245,14 +294,23 @@ def others_table(runs: list[dict]) -> list[str]:
 def measured_cells(run: dict, comparison: dict, claim: dict) -> list:
     """The cells `ours` to `budget`."""
     key, form = comparison["metric"], f".{own_decimals(claim)}f"
-    ours, again = (fixed(run["metrics"].get(metric), form) for metric in (key, f"{key}_reestimated"))
+    ours, again = (
+        fixed(run["metrics"].get(metric), form) for metric in (key, f"{key}_reestimated")
+    )
     ours += "" if again == "-" else f" (re-estimated {again})"
     return [ours, fixed(comparison["gap"], f"+{form}"), comparison["status"], budget(run)]
 
 
 def machine_cells(run: dict) -> list:
     """The cells of MACHINE."""
-    return [run["seed"], commit(run), run["preset"], run["device"], run["precision"], wall_time(run["seconds"])]
+    return [
+        run["seed"],
+        commit(run),
+        run["preset"],
+        run["device"],
+        run["precision"],
+        wall_time(run["seconds"]),
+    ]
 
 
 def command(run: dict) -> str:
@@ -265,21 +323,47 @@ def command(run: dict) -> str:
 def run_section(run: dict, claims: list[dict], has_curve: bool, root: Path) -> list[str]:
     """One run: command, numbers, settings, protocol, suspect, pictures."""
     keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
-    lines = [f"### {name(run)}", "", "```bash", command(run), "```", "", f"Measured: {metrics(run) or 'nothing'}.", ""]
+    lines = [
+        f"### {name(run)}",
+        "",
+        "```bash",
+        command(run),
+        "```",
+        "",
+        f"Measured: {metrics(run) or 'nothing'}.",
+        "",
+    ]
     size = [f"{run['parameters']:,} parameters"] if run.get("parameters") else []
-    settings = size + [f"{key} {run[key]}" for key in keys] + [f"commit {commit(run)}", wall_time(run["seconds"])]
+    settings = (
+        size
+        + [f"{key} {run[key]}" for key in keys]
+        + [f"commit {commit(run)}", wall_time(run["seconds"])]
+    )
     lines += [f"Run: {'; '.join(settings)}.", ""]
     trainer, tested = run["config"].get("trainer") or {}, run.get("tested")
-    limits = [f"{key} {trainer[key]}" for key in ("limit_val_batches", "max_time") if trainer.get(key) is not None]
+    limits = [
+        f"{key} {trainer[key]}"
+        for key in ("limit_val_batches", "max_time")
+        if trainer.get(key) is not None
+    ]
     if tested:
         step = f"step {tested['step']} ({'best by validation' if tested['chosen'] == 'best' else 'the last'})"
-        lines += ["Tested: " + "; ".join([f"{tested['weights']} weights of {step}", *limits]) + ".", ""]
+        lines += [
+            "Tested: " + "; ".join([f"{tested['weights']} weights of {step}", *limits]) + ".",
+            "",
+        ]
     lines += protocol_lines(claims)
     for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
         lines += [f"{label}: {run[key]}", ""] if run.get(key) else []
-    lines += [f"![curve of {name(run)}](runs/{name(run)}.svg)" if has_curve else "No curve was recorded.", ""]
+    lines += [
+        f"![curve of {name(run)}](runs/{name(run)}.svg)" if has_curve else "No curve was recorded.",
+        "",
+    ]
     has_picture = (root / f"runs/{name(run)}.png").is_file()
-    return [*lines, *([f"![picture of {name(run)}](runs/{name(run)}.png)", ""] if has_picture else [])]
+    return [
+        *lines,
+        *([f"![picture of {name(run)}](runs/{name(run)}.png)", ""] if has_picture else []),
+    ]
 
 
 def protocol_lines(claims: list[dict]) -> list[str]:
@@ -316,13 +400,20 @@ def figure3_part(stem: str, recorded: dict) -> list[str]:
         "",
     ]
     flow, images = recorded["config"].get("flow") or {}, sorted({run["images"] for run in runs})
-    settings = [f"data {data_name(recorded)}", *(f"flow.{key} {value}" for key, value in flow.items())]
-    settings += [f"{' to '.join(count(n) for n in dict.fromkeys((images[0], images[-1])))} images a run"]
+    settings = [
+        f"data {data_name(recorded)}",
+        *(f"flow.{key} {value}" for key, value in flow.items()),
+    ]
+    settings += [
+        f"{' to '.join(count(n) for n in dict.fromkeys((images[0], images[-1])))} images a run"
+    ]
     cells = [[run["device"], run["precision"], f"commit {commit(run)}"] for run in runs]
     settings += [" and ".join(dict.fromkeys(column)) for column in zip(*cells, strict=True)]
     settings += [f"{wall_time(sum(run['seconds'] for run in runs))} in all"]
     lines += [f"Runs: {'; '.join(settings)}.", ""]
-    skipped = [f"{run['skipped_steps']} in {figure3.name(run)}" for run in runs if run["skipped_steps"]]
+    skipped = [
+        f"{run['skipped_steps']} in {figure3.name(run)}" for run in runs if run["skipped_steps"]
+    ]
     lines += [f"Steps skipped as not finite: {', '.join(skipped)}.", ""] if skipped else []
     return [*lines, f"![curves of {stem}](ablations/{stem}.png)", ""]
 
@@ -330,13 +421,29 @@ def figure3_part(stem: str, recorded: dict) -> list[str]:
 def stability_section(root: Path) -> list[str]:
     """Whether Glow stayed finite: a row a file that `python -m benchmarks.stability` wrote to results/stability/."""
     files = stability.read_all(root)
-    columns = ["runs", "size", "scales", "optimizer", "seeds", "steps", "skipped", "bpd of 256 fixed images"]
-    columns += ["highest rise", "round trip, images", "round trip, noise", "finite at T=0.7", "at T=1"]
+    columns = [
+        "runs",
+        "size",
+        "scales",
+        "optimizer",
+        "seeds",
+        "steps",
+        "skipped",
+        "bpd of 256 fixed images",
+    ]
+    columns += [
+        "highest rise",
+        "round trip, images",
+        "round trip, noise",
+        "finite at T=0.7",
+        "at T=1",
+    ]
     rows = [[stem, *stability_cells(content["runs"])] for stem, content in files.items()]
     text = "Affine Glow, on CIFAR-10 unless the command says otherwise. Worst seed each; round trips in grey levels, "
     text += "float32. A run ends early where too many steps were not finite, and therefore skipped."
     commands = [
-        shlex.join(["python", "-m", "benchmarks.stability", c["kind"], *c["overrides"]]) for c in files.values()
+        shlex.join(["python", "-m", "benchmarks.stability", c["kind"], *c["overrides"]])
+        for c in files.values()
     ]
     head = ["## Stability", "", text, "", "```bash", *commands, "```", ""]
     return [*head, *table([*columns, "commit", "device"], rows)] if rows else []
@@ -354,11 +461,16 @@ def stability_cells(runs: list[dict]) -> list:
         len(runs),
         " to ".join(str(n) for n in dict.fromkeys((steps[0], steps[-1]))),
         sum(run["skipped_steps"] for run in runs),
-        " then ".join(f"{fixed(min(v, default=None))} to {fixed(max(v, default=None))}" for v in (start, end)),
+        " then ".join(
+            f"{fixed(min(v, default=None))} to {fixed(max(v, default=None))}" for v in (start, end)
+        ),
         worst_of([run["highest_rise"] for run in runs]),
         *(worst_of([error[kind] for error in errors]) for kind in ("images", "noise")),
         *(worst_of([run[f"finite_T{t}"] for run in runs], min, ".1%") for t in ("0.7", "1")),
-        *(", ".join(dict.fromkeys(column)) for column in ([commit(r) for r in runs], [r["device"] for r in runs])),
+        *(
+            ", ".join(dict.fromkeys(column))
+            for column in ([commit(r) for r in runs], [r["device"] for r in runs])
+        ),
     ]
 
 
@@ -381,7 +493,12 @@ def speed_section(root: Path) -> list[str]:
         f"over {speed.PEER}",
         "of its dtype",
     ]
-    columns += ["sampling an image", f"over {speed.PEER}", "kept for backward, an image", f"over {speed.PEER}"]
+    columns += [
+        "sampling an image",
+        f"over {speed.PEER}",
+        "kept for backward, an image",
+        f"over {speed.PEER}",
+    ]
     text = f"""Medians of one interleaved run, and ratios within it. Where the table of a CPU does not say that
 each model has a process of its own, all were in one and shared its freed memory: ratios of the two
 kinds do not compare. The convolutions alone are those of the conditioners, forward and both
@@ -396,9 +513,7 @@ also replays the flow's passes as CUDA graphs; the convolutions alone are launch
     for stem, rows in files.items():
         about = rows[0]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        made = (
-            f"`python -m benchmarks {speed.words(stem, rows)}`, {about['machine']}, {versions}, commit {commit(about)}"
-        )
+        made = f"`python -m benchmarks {speed.words(stem, rows)}`, {about['machine']}, {versions}, commit {commit(about)}"
         apart = ", each model in a process of its own" if about.get("apart") else ""
         lines += [
             f"{made}, {about['rounds']} rounds{apart}:",
@@ -417,12 +532,24 @@ def paper_section(paper: dict) -> list[str]:
     for (title, metric), claims in parts.items():
         models = list(dict.fromkeys(model for claim in claims for model in claim["compared"]))
         columns = ["dataset", "split", "unit", claims[0]["row"], *models, "verified"]
-        quoted = [[figure(claim["compared"].get(model), claim) for model in models] for claim in claims]
-        start = [[claim["dataset"], claim["split"], claim["unit"], figure(claim, claim)] for claim in claims]
-        rows = [[*cells, *more, c["verified"]] for cells, more, c in zip(start, quoted, claims, strict=True)]
+        quoted = [
+            [figure(claim["compared"].get(model), claim) for model in models] for claim in claims
+        ]
+        start = [
+            [claim["dataset"], claim["split"], claim["unit"], figure(claim, claim)]
+            for claim in claims
+        ]
+        rows = [
+            [*cells, *more, c["verified"]]
+            for cells, more, c in zip(start, quoted, claims, strict=True)
+        ]
         of_several = len({other for table_title, other in parts if table_title == title}) > 1
         heading = f"{title}, {metric}" if of_several else title
-        lines += [f"{heading}; the training figure in brackets, ≤ marks an upper bound.", "", *table(columns, rows)]
+        lines += [
+            f"{heading}; the training figure in brackets, ≤ marks an upper bound.",
+            "",
+            *table(columns, rows),
+        ]
     return [*lines, *(f"* {' '.join(note.split())}" for note in paper.get("notes", [])), ""]
 
 
@@ -439,7 +566,9 @@ def curve_svg(run: dict, claims: list[dict]) -> str | None:
         return None
     claim = next((claim for claim in claims if claim["metric"].partition("/")[2] == unit), None)
     x_ticks = ticks(0, max(x for points in lines.values() for x, _ in points) or 1, 6)
-    metric = run.get("metric") or {}  # runs were recorded without it when lower was better in all of them
+    metric = (
+        run.get("metric") or {}
+    )  # runs were recorded without it when lower was better in all of them
     values = [y for points in lines.values() for _, y in points]
     bounds = limits(values, claim["value"] if claim else None, metric.get("direction", "lower"))
     y_ticks = ticks(*bounds, 5)
@@ -447,14 +576,26 @@ def curve_svg(run: dict, claims: list[dict]) -> str | None:
     def at(x: float, y: float) -> tuple[float, float]:
         """Pixels of a point."""
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1], HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1], HEIGHT - BOTTOM - (
+            HEIGHT - TOP - BOTTOM
+        ) * up
 
     title = f"{run['experiment']}, {unit}" + (f" ({metric['unit']})" if metric else "")
     parts = [*frame(title, at, x_ticks, y_ticks), *drawn(lines, at)]
     if claim:
         y = at(0, claim["value"])[1]
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#cf222e" stroke-dasharray="6 4"/>')
-        parts.append(text(LEFT + 6, y - 5, f"paper {printed(claim['value'], claim)}", "start", ' fill="#cf222e"'))
+        parts.append(
+            f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#cf222e" stroke-dasharray="6 4"/>'
+        )
+        parts.append(
+            text(
+                LEFT + 6,
+                y - 5,
+                f"paper {printed(claim['value'], claim)}",
+                "start",
+                ' fill="#cf222e"',
+            )
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -469,11 +610,15 @@ def series(run: dict) -> tuple[str, dict[str, list]]:
         points = [(row.get("images"), row.get(f"{split}/{unit}")) for row in rows]
         points = [point for point in points if all(map(is_number, point))]
         if points:
-            finite[split] = points[:: -math.ceil(len(points) / 400)][::-1]  # from the last point back: it is kept
+            finite[split] = points[:: -math.ceil(len(points) / 400)][
+                ::-1
+            ]  # from the last point back: it is kept
     return unit, finite
 
 
-def limits(values: list[float], paper: float | None, direction: str = "lower") -> tuple[float, float]:
+def limits(
+    values: list[float], paper: float | None, direction: str = "lower"
+) -> tuple[float, float]:
     """The value axis: all values, but those far worse than nine in ten (the first steps would flatten the rest).
 
     direction: "lower" or "higher", whichever is better.
@@ -481,7 +626,9 @@ def limits(values: list[float], paper: float | None, direction: str = "lower") -
     sign = 1 if direction == "lower" else -1
     losses = sorted(sign * value for value in values)
     best, worse = losses[0], losses[math.ceil(0.9 * len(losses)) - 1]
-    shown = [value for value in values if sign * value <= worse + (worse - best)] + ([] if paper is None else [paper])
+    shown = [value for value in values if sign * value <= worse + (worse - best)] + (
+        [] if paper is None else [paper]
+    )
     room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
     return min(shown) - room, max(shown) + room
 
@@ -490,8 +637,12 @@ def ticks(low: float, high: float, n: int) -> list[float]:
     """About n round numbers that enclose [low, high]."""
     rough = (high - low) / n
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    return [round(step * k, 9) for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
+    step = next(
+        power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9)
+    )
+    return [
+        round(step * k, 9) for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)
+    ]
 
 
 def text(x: float, y: float, content: str, anchor: str, more: str = "") -> str:
@@ -503,7 +654,9 @@ def frame(title: str, at: Callable, x_ticks: list[float], y_ticks: list[float]) 
     """The SVG's head, title, grid and tick labels."""
     right, bottom, bold = WIDTH - RIGHT, HEIGHT - BOTTOM, ' font-weight="bold"'
     size = f'width="{WIDTH}" height="{HEIGHT}"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#333333">']
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#333333">'
+    ]
     lines += [f'<rect {size} fill="#ffffff"/>', text(LEFT, 20, title, "start", bold)]
     lines += [f'<clipPath id="plot"><path d="M{LEFT} {TOP}H{right}V{bottom}H{LEFT}Z"/></clipPath>']
     for y in y_ticks:
@@ -518,9 +671,21 @@ def drawn(lines: dict[str, list], at: Callable) -> list[str]:
     parts = []
     for k, (split, points) in enumerate(lines.items()):
         places = [f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points)]
-        paint = f'fill="none" stroke="{COLORS[split]}" stroke-linecap="round" clip-path="url(#plot)"'
+        paint = (
+            f'fill="none" stroke="{COLORS[split]}" stroke-linecap="round" clip-path="url(#plot)"'
+        )
         parts += [f'<polyline points="{" ".join(places)}" {paint} stroke-width="1.5"/>']
         if len(places) <= 40:
-            parts += [f'<path d="{"".join(f"M{place}h0" for place in places)}" {paint} stroke-width="5"/>']
-        parts += [text(WIDTH - RIGHT - 50 * k, 20, split, "end", f' fill="{COLORS[split]}" font-weight="bold"')]
+            parts += [
+                f'<path d="{"".join(f"M{place}h0" for place in places)}" {paint} stroke-width="5"/>'
+            ]
+        parts += [
+            text(
+                WIDTH - RIGHT - 50 * k,
+                20,
+                split,
+                "end",
+                f' fill="{COLORS[split]}" font-weight="bold"',
+            )
+        ]
     return parts

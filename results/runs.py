@@ -11,7 +11,18 @@ from results import ROOT, compare_all, is_number, papers_in
 from results.files import checked_json, lacking, number, portable, small_png, write
 
 REQUIRED = [  # what a result.json holds at least
-    *("experiment", "run", "preset", "metrics", "budget", "seed", "commit", "dirty", "config", "versions"),
+    *(
+        "experiment",
+        "run",
+        "preset",
+        "metrics",
+        "budget",
+        "seed",
+        "commit",
+        "dirty",
+        "config",
+        "versions",
+    ),
     *("device", "precision", "tf32", "deterministic", "images", "seconds", "n_train"),
 ]
 BUDGET = ["images", "of", "fraction", "source"]  # or null
@@ -26,7 +37,9 @@ def read_json(path: Path) -> dict:
         damaged="is not valid JSON ({problem}): restore it, or run the experiment again",
         unusable="lacks a usable {problem}: edited, or of another version? Run it again",
     )
-    return {key: value for key, value in result.items() if key != "paper"} | {"papers": papers_in(result)}
+    return {key: value for key, value in result.items() if key != "paper"} | {
+        "papers": papers_in(result)
+    }
 
 
 def faults(result: Any) -> list[str]:
@@ -36,12 +49,22 @@ def faults(result: Any) -> list[str]:
         return keys
     keys = [key for key in ("metrics", "config", "versions") if not isinstance(result[key], dict)]
     keys += [key for key in ("images", "seconds") if not is_number(result[key])]
-    keys += [f"budget.{part}" for part in lacking(result["budget"], BUDGET) if result["budget"] is not None]
+    keys += [
+        f"budget.{part}"
+        for part in lacking(result["budget"], BUDGET)
+        if result["budget"] is not None
+    ]
     if isinstance(claims := papers_in(result), list):
-        keys += [f"papers[{k}].{part}" for k, claim in enumerate(claims) for part in lacking(claim, PAPER)]
+        keys += [
+            f"papers[{k}].{part}"
+            for k, claim in enumerate(claims)
+            for part in lacking(claim, PAPER)
+        ]
     else:
         keys += ["papers"]
-    return keys + [key for key in ("experiment", "run") if not re.fullmatch(r"\w[\w.+-]*", str(result[key]))]
+    return keys + [
+        key for key in ("experiment", "run") if not re.fullmatch(r"\w[\w.+-]*", str(result[key]))
+    ]
 
 
 def read_runs(root: Path = ROOT) -> list[dict]:
@@ -57,12 +80,16 @@ def read_curve(path: Path) -> list[dict]:
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), strict=True)
         return [{key: number(cell) for key, cell in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a table of numbers ({error}): still being written, or damaged") from error
+        raise ValueError(
+            f"{path} is not a table of numbers ({error}): still being written, or damaged"
+        ) from error
 
 
 def picture(folder: Path) -> bytes | None:
     """The newest samples/samples*.png, else density.png, as `small_png`; None when there is neither."""
-    samples = sorted(folder.glob("samples/samples*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    samples = sorted(
+        folder.glob("samples/samples*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+    )
     path = samples[-1] if samples else folder / "density.png"
     return small_png(path) if path.is_file() else None
 
@@ -85,23 +112,33 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> li
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: give a run folder, outputs/<experiment>/<run>")
     if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} has no result.json: the run has not finished; continue it with resume=auto")
-    result = portable(read_json(folder / "result.json") | {"curve": read_curve(folder / "curve.csv")})
+        raise ValueError(
+            f"{folder} has no result.json: the run has not finished; continue it with resume=auto"
+        )
+    result = portable(
+        read_json(folder / "result.json") | {"curve": read_curve(folder / "curve.csv")}
+    )
     result |= {"suspect": suspect or result.get("suspect"), **compare_all(result, root)}
     statuses = {comparison["metric"]: comparison["status"] for comparison in result["comparisons"]}
     if "gap" in statuses.values() and not result["suspect"]:
-        raise ValueError(f'a gap at full budget needs a named suspect: python -m results add {folder} suspect="..."')
+        raise ValueError(
+            f'a gap at full budget needs a named suspect: python -m results add {folder} suspect="..."'
+        )
     path = Path(root) / "runs" / result["experiment"] / f"{result['run']}.json"
     content = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
     if path.exists():
         if path.read_text(encoding="utf-8") == content:
             return [f"{path} is already recorded, with the same content"]
-        raise ValueError(f"{path} is already recorded, with other content: delete it first to replace it")
+        raise ValueError(
+            f"{path} is already recorded, with other content: delete it first to replace it"
+        )
     image = picture(folder)
     if image:
         write(path.with_suffix(".png"), image)
     write(path, content)  # last: the run counts as recorded from here on
-    warning = f"warning: {result['run']} ran on uncommitted changes: its commit does not give its code"
+    warning = (
+        f"warning: {result['run']} ran on uncommitted changes: its commit does not give its code"
+    )
     if len(statuses) > 1:
         status = ", ".join(f"{metric} {word}" for metric, word in statuses.items())
     else:

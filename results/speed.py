@@ -8,7 +8,15 @@ from results import ROOT, is_number
 from results.files import checked_json, lacking
 
 ROW = [
-    *("model", "setting", "dtype", "step_s", "floor_s", "sample_s_per_image", "activation_bytes_per_image"),
+    *(
+        "model",
+        "setting",
+        "dtype",
+        "step_s",
+        "floor_s",
+        "sample_s_per_image",
+        "activation_bytes_per_image",
+    ),
     *("machine", "versions", "rounds", "commit", "dirty"),
 ]
 PEER = "normflows"  # as it comes, in float32: what ratios are over
@@ -25,7 +33,11 @@ def read(path: Path) -> list[dict]:
 
 def faults(rows: Any) -> list[str]:
     """`no KEY` for the first key that a row lacks, or whose value is of no use."""
-    keys = [key for row in (rows if isinstance(rows, list) and rows else [None]) for key in lacking(row, ROW)]
+    keys = [
+        key
+        for row in (rows if isinstance(rows, list) and rows else [None])
+        for key in lacking(row, ROW)
+    ]
     keys = keys or ["setting" for row in rows if not re.search(r"B[1-9]\d*$", str(row["setting"]))]
     keys = keys or [KEPT for row in rows if not is_number(row[KEPT]) and row["model"] != COMPILED]
     return [f"no {key}" for key in keys[:1]]
@@ -60,7 +72,9 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
 def words(stem: str, rows: list[dict]) -> str:
     """What follows `python -m benchmarks` to measure the rows of a file, named KIND.json or KIND-MACHINE.json."""
     settings = {row["setting"] for row in rows}
-    setting = [f'"settings={settings.pop()}"'] if len(settings) == 1 and stem.startswith("glow-") else []
+    setting = (
+        [f'"settings={settings.pop()}"'] if len(settings) == 1 and stem.startswith("glow-") else []
+    )
     rounds = [f"rounds={rows[0]['rounds']}"] if rows[0]["rounds"] != 7 else []
     return " ".join([stem.partition("-")[0], *setting, *rounds])
 

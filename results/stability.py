@@ -6,9 +6,25 @@ from typing import Any
 from results import ROOT
 from results.files import checked_json, lacking
 
-MODEL = ("depth", "hidden_channels", "batch_size", "min_scale", "optim")  # equal in all runs of a file
+MODEL = (
+    "depth",
+    "hidden_channels",
+    "batch_size",
+    "min_scale",
+    "optim",
+)  # equal in all runs of a file
 RUN = [  # what a run has; min_scale, which not all have: see `model`
-    *("seed", "depth", "hidden_channels", "batch_size", "optim", "steps", "skipped_steps", "bpd", "highest_rise"),
+    *(
+        "seed",
+        "depth",
+        "hidden_channels",
+        "batch_size",
+        "optim",
+        "steps",
+        "skipped_steps",
+        "bpd",
+        "highest_rise",
+    ),
     *("round_trip_grey_levels", "finite_T0.7", "finite_T1", "commit", "dirty", "device"),
 ]
 
@@ -32,7 +48,9 @@ def read(path: Path) -> dict:
     content = checked_json(path, faults, damaged=text, unusable=text)
     for run in content["runs"]:
         if change := changes(model(content["runs"][0]), model(run)):
-            raise ValueError(f"{path} mixes runs of {change[0]} and {change[1]}: give each model a file of its own")
+            raise ValueError(
+                f"{path} mixes runs of {change[0]} and {change[1]}: give each model a file of its own"
+            )
     return content
 
 

@@ -50,7 +50,9 @@ class Case:
         """A fresh flow, with as many iterations as its tolerance wants."""
         return self.make() if self.iterations is None else self.make(n_iterations=self.iterations)
 
-    def conditions(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+    def conditions(
+        self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> tuple[Tensor, ...]:
         """What a flow's methods take behind n data: nothing, a context, or a context (or None) and noise."""
         generator = torch.Generator().manual_seed(100 + seed)
         context = None
@@ -68,12 +70,16 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         if self.unit_interval:
             return torch.rand(n, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
-        return (0.4 + 1.3 * torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return (
+            0.4 + 1.3 * torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
+        ).to(dtype)
 
 
 def masked_image_coupling() -> MaskedCoupling:
     mask = checkerboard(4, 6, 1)
-    return MaskedCoupling(mask[None], ResidualConditioner(2, 4, 1, mask), 0.0, CouplingBatchNorm(2, 1 - mask))
+    return MaskedCoupling(
+        mask[None], ResidualConditioner(2, 4, 1, mask), 0.0, CouplingBatchNorm(2, 1 - mask)
+    )
 
 
 def masked_point_coupling() -> MaskedCoupling:
@@ -81,14 +87,23 @@ def masked_point_coupling() -> MaskedCoupling:
 
 
 def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
-    return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None)
+    return ChannelCoupling(
+        ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None
+    )
 
 
 def glow_step() -> tuple[Flow, Flow, Flow]:
     return ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(GlowConditioner(2, 4, 5, True))
 
 
-def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05, context=None, **arguments) -> Case:
+def glow(
+    name: str,
+    shape: tuple[int, ...],
+    depth: int = 2,
+    noise: float = 0.05,
+    context=None,
+    **arguments,
+) -> Case:
     def make() -> Glow:
         return Glow(shape, depth=depth, hidden_channels=5, **arguments)
 
@@ -98,7 +113,9 @@ def glow(name: str, shape: tuple[int, ...], depth: int = 2, noise: float = 0.05,
 def low_res(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Images (n, C, H / 4, W / 4) for those of `shape`, (C, H, W)."""
     channels, height, width = shape
-    return torch.rand(n, channels, height // 4, width // 4, generator=generator, dtype=torch.float64)
+    return torch.rand(
+        n, channels, height // 4, width // 4, generator=generator, dtype=torch.float64
+    )
 
 
 def classes(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -107,7 +124,11 @@ def classes(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 CASES = [
-    Case("Compose", lambda: Compose([channel_coupling(False), Squeeze(), OrderedSqueeze(16)]), (4, 4, 4)),
+    Case(
+        "Compose",
+        lambda: Compose([channel_coupling(False), Squeeze(), OrderedSqueeze(16)]),
+        (4, 4, 4),
+    ),
     Case("Inverted", lambda: Inverted(channel_coupling(True, norm=False)), (4, 2, 3)),
     Case("Logit", Logit, (2, 3, 5), unit_interval=True),
     Case("Squeeze", Squeeze, (3, 4, 6)),
@@ -124,16 +145,38 @@ CASES = [
     Case("InvertibleConv1x1", lambda: InvertibleConv1x1(4), (4, 2, 3)),
     Case("InvertibleConv1x1LU", lambda: InvertibleConv1x1LU(4), (4, 2, 3)),
     Case("AdditiveCoupling", lambda: AdditiveCoupling(GlowConditioner(2, 2, 5, True)), (4, 2, 3)),
-    Case("SigmoidCoupling", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True)), (4, 2, 3), noise=0.1),
-    Case("SigmoidCoupling-no-edges", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, False)), (4, 2, 3), noise=0.1),
-    Case("SigmoidCoupling-floor", lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True), 0.25), (4, 2, 3), noise=0.1),
+    Case(
+        "SigmoidCoupling",
+        lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True)),
+        (4, 2, 3),
+        noise=0.1,
+    ),
+    Case(
+        "SigmoidCoupling-no-edges",
+        lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, False)),
+        (4, 2, 3),
+        noise=0.1,
+    ),
+    Case(
+        "SigmoidCoupling-floor",
+        lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, True), 0.25),
+        (4, 2, 3),
+        noise=0.1,
+    ),
     Case("Steps", lambda: Steps(glow_step() for _ in range(3)), (4, 2, 3), noise=0.03),
     Case("SplitPrior", lambda: SplitPrior(4, True), (4, 2, 3)),
     Case("TopPrior", lambda: TopPrior(4, True), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),
     glow("Glow-1level", (1, 4, 4), n_levels=1, min_scale=0.25),
     glow("Glow-depth32", (1, 4, 4), n_levels=2, depth=32, noise=0.01),
-    glow("Glow-additive-shuffle-logit", (2, 8, 8), n_levels=3, coupling="additive", permutation="shuffle", alpha=0.05),
+    glow(
+        "Glow-additive-shuffle-logit",
+        (2, 8, 8),
+        n_levels=3,
+        coupling="additive",
+        permutation="shuffle",
+        alpha=0.05,
+    ),
     glow("Glow-reverse-no-edges", (2, 4, 4), n_levels=2, permutation="reverse", edges=False),
     glow("Glow-plain-W", (2, 4, 4), n_levels=2, permutation="invertible_plain"),
     glow("Glow-classes", (2, 4, 4), n_levels=2, n_classes=3, context=classes),
@@ -145,11 +188,36 @@ CASES = [
         unit_interval=True,
         noise=0.05,
     ),
-    Case("RealNVP-2scales", lambda: RealNVP((3, 4, 6), 2, 4, 1), (3, 4, 6), is_model=True, unit_interval=True),
-    Case("RealNVP-3scales", lambda: RealNVP((1, 8, 8), 3, 3, 1), (1, 8, 8), is_model=True, unit_interval=True),
-    Case("RealNVP-any-size", lambda: RealNVP((1, None, None), 2, 3, 1), (1, 4, 6), is_model=True, unit_interval=True),
+    Case(
+        "RealNVP-2scales",
+        lambda: RealNVP((3, 4, 6), 2, 4, 1),
+        (3, 4, 6),
+        is_model=True,
+        unit_interval=True,
+    ),
+    Case(
+        "RealNVP-3scales",
+        lambda: RealNVP((1, 8, 8), 3, 3, 1),
+        (1, 8, 8),
+        is_model=True,
+        unit_interval=True,
+    ),
+    Case(
+        "RealNVP-any-size",
+        lambda: RealNVP((1, None, None), 2, 3, 1),
+        (1, 4, 6),
+        is_model=True,
+        unit_interval=True,
+    ),
     Case("sketch-NICE", lambda: Nice((1, 2, 3)), (1, 2, 3), is_model=True),
-    Case("sketch-SuperResolution", SuperResolution, (3, 8, 4), is_model=True, noise=0.05, context=low_res),
+    Case(
+        "sketch-SuperResolution",
+        SuperResolution,
+        (3, 8, 4),
+        is_model=True,
+        noise=0.05,
+        context=low_res,
+    ),
     Case("sketch-ResidualFlow", ResidualFlow, (3,), is_model=True, tolerance=1e-6, iterations=40),
     Case("RealNVP2d", lambda: RealNVP2d(n_couplings=4, hidden_channels=8), (2,), is_model=True),
 ]

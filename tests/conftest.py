@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for the processes that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch, and for the processes that tests start
 
 import sys
 

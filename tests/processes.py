@@ -47,7 +47,9 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
-        for process in self.processes:  # all before the first is waited for: a rank that is left alone ends by itself
+        for process in (
+            self.processes
+        ):  # all before the first is waited for: a rank that is left alone ends by itself
             process.kill()
         for process in self.processes:
             process.join()
@@ -71,7 +73,9 @@ class Run:
         found: dict[tuple[int, int], str] = {}
         for line in Path(f"{self.folder}.trace{rank}").read_text().splitlines():
             step, batch, bits = line.split()
-            assert found.setdefault((int(step), int(batch)), bits) == bits, f"step {step} went differently"
+            assert found.setdefault((int(step), int(batch)), bits) == bits, (
+                f"step {step} went differently"
+            )
         return found
 
     def final(self) -> dict:
@@ -84,7 +88,8 @@ def start(ranks: int, function: Callable, *arguments, log: Path) -> list[multipr
     port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_child, args=(rank, ranks, port, log, function, arguments)) for rank in range(ranks)
+        context.Process(target=_child, args=(rank, ranks, port, log, function, arguments))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -107,7 +112,9 @@ GIVEN: set[int] = set()
 STARTED: list[multiprocessing.Process] = []  # conftest.py kills what a failed test leaves behind
 
 
-def _child(rank: int, ranks: int, port: int, log: Path, function: Callable, arguments: tuple) -> None:
+def _child(
+    rank: int, ranks: int, port: int, log: Path, function: Callable, arguments: tuple
+) -> None:
     os.setpgid(0, 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -118,7 +125,13 @@ def _child(rank: int, ranks: int, port: int, log: Path, function: Callable, argu
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)
     if ranks > 1:
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+        world = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "GROUP_RANK": 0,
+        }
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
         os.environ |= {key: str(value) for key, value in world.items()}
         rank_zero_only.rank = rank
@@ -153,9 +166,18 @@ class Spy(L.Callback):
     the hook in which it is.
     """
 
-    def __init__(self, path, rank, plain=False, kill=None, poison=frozenset(), slow=0.0, full=None, stop=None) -> None:
+    def __init__(
+        self, path, rank, plain=False, kill=None, poison=frozenset(), slow=0.0, full=None, stop=None
+    ) -> None:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.rank, self.plain, self.kill, self.poison, self.slow, self.full = rank, plain, kill, poison, slow, full
+        self.rank, self.plain, self.kill, self.poison, self.slow, self.full = (
+            rank,
+            plain,
+            kill,
+            poison,
+            slow,
+            full,
+        )
         self.stop = stop
         if isinstance(stop, str):
             setattr(self, stop, lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
@@ -185,7 +207,9 @@ class Plain(FlowModel):
     def __init__(self, shape, n_couplings: int = 4) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        couplings = (MaskedCoupling(Checkerboard(i % 2), TwoConvs(shape[0]), 1.0) for i in range(n_couplings))
+        couplings = (
+            MaskedCoupling(Checkerboard(i % 2), TwoConvs(shape[0]), 1.0) for i in range(n_couplings)
+        )
         self.layers = Compose([Logit(), *couplings])
 
     def latent_shapes(self, shape=None):

@@ -31,7 +31,9 @@ class Denoiser(OptimizedModule):
 
     @classmethod
     def of(cls, config, model, data):
-        return cls(model, data.shape, seed=config.seed, noise_seed=config.eval.noise_seed, **config.optim)
+        return cls(
+            model, data.shape, seed=config.seed, noise_seed=config.eval.noise_seed, **config.optim
+        )
 
     @property
     def trained(self):
@@ -68,7 +70,9 @@ class Denoiser(OptimizedModule):
 
     def _evaluate(self, batch, split):
         clean, noisy = self.noisy(batch)
-        self.eval_mean.update(psnr(F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1)))
+        self.eval_mean.update(
+            psnr(F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1))
+        )
         self.log(f"{split}/psnr", self.eval_mean, on_step=False, on_epoch=True)
 
     def reconstruct(self, batch):

@@ -26,7 +26,9 @@ class LogitNormal(Dequantizer):
 
     def forward(self, q, noise, context=None):
         level = q.to(noise.dtype) / 2**self.n_bits
-        classes = 0 if self.by_class is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
+        classes = (
+            0 if self.by_class is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
+        )
         log_std = self.log_std[0] + self.log_std[1] * level
         logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
         base = -0.5 * (noise.square() + math.log(2 * math.pi))

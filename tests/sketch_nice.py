@@ -17,7 +17,9 @@ class Shift(nn.Module):
 
     def __init__(self, n_dims: int, hidden_channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(n_dims, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, n_dims))
+        self.layers = nn.Sequential(
+            nn.Linear(n_dims, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, n_dims)
+        )
 
     def forward(self, x: Tensor, context=None) -> Tensor:
         return self.layers(x).to(x.dtype)
@@ -42,15 +44,22 @@ class Nice(FlowModel):
 
     base = StandardLogistic()
 
-    def __init__(self, shape: tuple[int, ...], n_couplings: int = 4, hidden_channels: int = 8) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], n_couplings: int = 4, hidden_channels: int = 8
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         n_dims = torch.Size(shape).numel()
         steps = [
-            [AdditiveCoupling(Shift(n_dims // 2, hidden_channels)), ChannelPermutation(torch.arange(n_dims).flip(0))]
+            [
+                AdditiveCoupling(Shift(n_dims // 2, hidden_channels)),
+                ChannelPermutation(torch.arange(n_dims).flip(0)),
+            ]
             for _ in range(n_couplings)
         ]
-        self.layers = Compose([*(layer for step in steps for layer in step), DiagonalScaling(n_dims)])
+        self.layers = Compose(
+            [*(layer for step in steps for layer in step), DiagonalScaling(n_dims)]
+        )
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         return ((torch.Size(self.shape).numel(),),)

@@ -17,14 +17,21 @@ class ResidualLayer(Flow):
     the probe as its context. n_terms: of the sum. n_iterations: of the inverse, x <- y - g(x).
     """
 
-    def __init__(self, n_dims: int, hidden_channels: int, n_terms: int = 12, n_iterations: int = 60) -> None:
+    def __init__(
+        self, n_dims: int, hidden_channels: int, n_terms: int = 12, n_iterations: int = 60
+    ) -> None:
         super().__init__()
         self.n_terms, self.n_iterations = n_terms, n_iterations
-        self.first, self.last = nn.Linear(n_dims, hidden_channels), nn.Linear(hidden_channels, n_dims)
+        self.first, self.last = (
+            nn.Linear(n_dims, hidden_channels),
+            nn.Linear(hidden_channels, n_dims),
+        )
 
     def g(self, x: Tensor) -> Tensor:
         """The residual, contracting by at least 1/2: each weight is divided by a bound of its spectral norm."""
-        first, last = (0.7 * w / w.norm().clamp(min=0.7) for w in (self.first.weight, self.last.weight))
+        first, last = (
+            0.7 * w / w.norm().clamp(min=0.7) for w in (self.first.weight, self.last.weight)
+        )
         hidden = torch.tanh(nn.functional.linear(x, first, self.first.bias))
         return nn.functional.linear(hidden, last, self.last.bias).to(x.dtype)
 
@@ -35,7 +42,9 @@ class ResidualLayer(Flow):
             residual = self.g(inner)
             vector, log_det = context, torch.zeros_like(x[:, 0])
             for k in range(1, self.n_terms + 1):
-                (vector,) = torch.autograd.grad(residual, inner, vector, create_graph=training, retain_graph=True)
+                (vector,) = torch.autograd.grad(
+                    residual, inner, vector, create_graph=training, retain_graph=True
+                )
                 log_det = log_det - (-1) ** k / k * (vector * context).sum(1)
         y = x + residual
         return (y, log_det) if training else (y.detach(), log_det.detach())
@@ -62,7 +71,9 @@ class ResidualFlow(FlowModel):
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         return (self.shape,)
 
-    def forward(self, x: Tensor, context=None, noise: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(
+        self, x: Tensor, context=None, noise: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         self.encoded(context)  # refuses one
         total = torch.zeros_like(x[:, 0])
         for layer, probe in zip(self.layers, self._probes(x, noise), strict=True):
@@ -70,7 +81,9 @@ class ResidualFlow(FlowModel):
             total = total + log_det
         return (x,), total
 
-    def inverse(self, z: tuple[Tensor, ...], context=None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, z: tuple[Tensor, ...], context=None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x, total = z[0], torch.zeros_like(z[0][:, 0])
         for layer, probe in reversed(list(zip(self.layers, self._probes(x, noise), strict=True))):
             x, log_det = layer.inverse(x, probe)

@@ -29,7 +29,10 @@ class Encoder(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, features, 3, padding=1), nn.Conv2d(features, features, 3, padding=1)
+        self.first, self.second = (
+            nn.Conv2d(3, features, 3, padding=1),
+            nn.Conv2d(features, features, 3, padding=1),
+        )
 
     def forward(self, low_res: Tensor) -> tuple[Tensor, Tensor]:
         coarse = self.first(low_res).tanh()
@@ -60,11 +63,18 @@ class SuperResolution(FlowModel):
         self.context_encoder = Encoder(features)
 
         def steps(channels: int) -> Steps:
-            coupling = (SigmoidCoupling(ConditionalNetwork(channels, features)) for _ in range(depth))
-            return Steps((ActNorm(channels), InvertibleConv1x1(channels), part) for part in coupling)
+            coupling = (
+                SigmoidCoupling(ConditionalNetwork(channels, features)) for _ in range(depth)
+            )
+            return Steps(
+                (ActNorm(channels), InvertibleConv1x1(channels), part) for part in coupling
+            )
 
         self.levels = nn.ModuleList(
-            [Compose([Squeeze(), steps(12), SplitPrior(12, edges=False)]), Compose([Squeeze(), steps(24)])]
+            [
+                Compose([Squeeze(), steps(12), SplitPrior(12, edges=False)]),
+                Compose([Squeeze(), steps(24)]),
+            ]
         )
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:

@@ -19,7 +19,16 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # daemons: not on the path of every user
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
 CONF = """
 ClusterName=paperflows-tests
 SlurmctldHost={host}({address})
@@ -68,7 +77,9 @@ def wait_for(condition, seconds: float, what: str):
     """The first true value of `condition()`; AssertionError, so that a hang is a failure, after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for {what() if callable(what) else what}"
+        assert time.monotonic() < deadline, (
+            f"waited {seconds:.0f} s in vain for {what() if callable(what) else what}"
+        )
         time.sleep(0.1)
     return value
 
@@ -78,7 +89,11 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.daemons = Path(folder), []
-        ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "SCANCEL"))}
+        ours = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM", "SBATCH", "SRUN", "SCANCEL"))
+        }
         self.environment = {
             **ours,
             "PATH": PATH,
@@ -106,9 +121,20 @@ class Cluster:
         address, listen = "127.0.0.1", ""
         with contextlib.suppress(OSError):
             if (resolved := socket.gethostbyname(host)).startswith("127."):
-                address, listen = resolved, "NoInAddrAny,NoCtldInAddrAny"  # daemons bind to where the host resolves to
-        first_job = random.SystemRandom().randrange(1, 9000)  # the rendezvous port follows from the job's number
-        settings = {"folder": self.folder, "host": host, "address": address, "listen": listen, "first_job": first_job}
+                address, listen = (
+                    resolved,
+                    "NoInAddrAny,NoCtldInAddrAny",
+                )  # daemons bind to where the host resolves to
+        first_job = random.SystemRandom().randrange(
+            1, 9000
+        )  # the rendezvous port follows from the job's number
+        settings = {
+            "folder": self.folder,
+            "host": host,
+            "address": address,
+            "listen": listen,
+            "first_job": first_job,
+        }
         text = CONF.format(**settings, user=getpass.getuser(), ports=_free_ports(3))
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "munge.key").touch(0o600)
@@ -117,20 +143,33 @@ class Cluster:
     def _start(self) -> None:
         files = {kind: self.folder / f"munge.{kind}" for kind in ("key", "pid", "seed", "log")}
         options = [f"--{kind}-file={path}" for kind, path in files.items()]
-        self._daemon("munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", *options)
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={self.folder / 'munge.socket'}",
+            *options,
+        )
         wait_for((self.folder / "munge.socket").exists, 10, self.logs)
         conf = self.environment["SLURM_CONF"]
         self._daemon("slurmctld", "-D", "-c", "-f", conf)
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-f", conf, "-N", node)
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2", 30, self.logs)
+        wait_for(
+            lambda: self.run("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2", 30, self.logs
+        )
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.folder / f"{program}-{len(self.daemons)}.out").open("wb") as log:
             command = [shutil.which(program, path=PATH), *arguments]
             # A session of its own: Ctrl-C goes to pytest, which then stops jobs before daemons.
             daemon = subprocess.Popen(
-                command, stdout=log, stderr=log, env=self.environment, cwd=self.folder, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                cwd=self.folder,
+                start_new_session=True,
             )
         self.daemons.append(daemon)
 
@@ -152,25 +191,39 @@ class Cluster:
 
     def logs(self) -> str:
         """What to read when something went wrong: the last lines of every daemon."""
-        return "\n".join(f"{path.name}: {_tail(path)}" for path in sorted(self.folder.glob("*.out")))
+        return "\n".join(
+            f"{path.name}: {_tail(path)}" for path in sorted(self.folder.glob("*.out"))
+        )
 
     def run(self, *command: str, check: bool = True, **keywords) -> str:
         """Output of a client command (sbatch, scontrol ...), stripped."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False, **keywords
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            **keywords,
         )
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
         """`scontrol show job` as a dict: JobState, Restarts, ExitCode, Reason, JobName ..."""
-        words = re.findall(r"(?:^|\s)(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job))
+        words = re.findall(
+            r"(?:^|\s)(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)
+        )
         return dict(words)
 
     def wait(self, job: str, seconds: float, *states: str) -> dict[str, str]:
         """The job as it is when it reaches one of `states`, by default when it has ended."""
         wanted = set(states) or ENDED
-        wait_for(lambda: self.job(job)["JobState"] in wanted, seconds, lambda: f"{job} to be {wanted}: {self.job(job)}")
+        wait_for(
+            lambda: self.job(job)["JobState"] in wanted,
+            seconds,
+            lambda: f"{job} to be {wanted}: {self.job(job)}",
+        )
         return self.job(job)
 
 

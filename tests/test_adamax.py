@@ -13,13 +13,21 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95)}
 def weights(dtype=torch.float64):
     """A scalar, vectors, and convolutions in two memory formats, of which that with one channel is both at once."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(s, generator=generator, dtype=dtype) for s in ((), (3,), (4, 2), (5, 3, 3, 3), (5, 1, 3, 3))]
-    return [torch.nn.Parameter(w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w) for w in drawn]
+    drawn = [
+        torch.randn(s, generator=generator, dtype=dtype)
+        for s in ((), (3,), (4, 2), (5, 3, 3, 3), (5, 1, 3, 3))
+    ]
+    return [
+        torch.nn.Parameter(w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w)
+        for w in drawn
+    ]
 
 
 def give_gradients(*lists, seed, scale=1.0):
     for i, parameters in enumerate(zip(*lists, strict=True)):
-        grad = scale * torch.randn(parameters[0].shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        grad = scale * torch.randn(
+            parameters[0].shape, generator=torch.Generator().manual_seed(100 * seed + i)
+        )
         for parameter in parameters:
             parameter.grad = grad.to(parameter)
 

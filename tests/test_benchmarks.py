@@ -22,13 +22,23 @@ from flows.glow import Glow
 from flows.realnvp import RealNVP
 from reproduce.config import ConfigError
 
-KEYS = {"model", "setting", "dtype", "step_s", "floor_s", "sample_s_per_image", "activation_bytes_per_image"}
+KEYS = {
+    "model",
+    "setting",
+    "dtype",
+    "step_s",
+    "floor_s",
+    "sample_s_per_image",
+    "activation_bytes_per_image",
+}
 
 
 def conditioner_weights(flow):
     """Numbers of weights of all convolutions inside of conditioners, by module."""
     nets = [m.conditioner for m in flow.modules() if hasattr(m, "conditioner")]
-    return sorted(m.weight.numel() for net in nets for m in net.modules() if isinstance(m, nn.Conv2d))
+    return sorted(
+        m.weight.numel() for net in nets for m in net.modules() if isinstance(m, nn.Conv2d)
+    )
 
 
 def counted(convolutions):
@@ -46,14 +56,21 @@ def multiplications(flow, x, convolutions):
         for conv in (m for m in module.conditioner.modules() if isinstance(m, nn.Conv2d)):
             conv.register_forward_hook(note)
     flow(x)
-    return sum(seen), sum(c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions)
+    return sum(seen), sum(
+        c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions
+    )
 
 
 def test_the_floor_has_the_convolutions_of_glow_s_conditioners():
     convolutions = GlowSize(3, 2, 5, 1).convolutions()
     assert counted(convolutions) == conditioner_weights(Glow((3, 32, 32), 3, 2, 5))
-    by_hand = sum(2 * (9 * c // 2 * 5 + 25 + 9 * 5 * c) * s * s for c, s in ((12, 16), (24, 8), (48, 4)))
-    assert sum(c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions) == by_hand
+    by_hand = sum(
+        2 * (9 * c // 2 * 5 + 25 + 9 * 5 * c) * s * s for c, s in ((12, 16), (24, 8), (48, 4))
+    )
+    assert (
+        sum(c.c_in * c.c_out * c.kernel_size**2 * c.height * c.width for c in convolutions)
+        == by_hand
+    )
 
 
 def test_the_floor_has_the_convolutions_of_realnvp_s_conditioners():
@@ -67,7 +84,10 @@ def test_the_floor_has_the_convolutions_of_realnvp_s_conditioners():
 def test_the_floor_runs_forward_and_both_gradients(monkeypatch):
     calls = []
     convolution = torch.nn.functional.conv2d
-    monkeypatch.setattr("torch.nn.functional.conv2d", lambda *a, **k: calls.append(a[1].shape) or convolution(*a, **k))
+    monkeypatch.setattr(
+        "torch.nn.functional.conv2d",
+        lambda *a, **k: calls.append(a[1].shape) or convolution(*a, **k),
+    )
     floor = Floor(GlowSize(1, 2, 4, 1).convolutions(), 2, torch.float32, torch.device("cpu"))
     floor.step()
     assert [tuple(shape) for shape in calls] == 2 * [(4, 6, 3, 3), (4, 4, 1, 1), (12, 4, 3, 3)]
@@ -90,7 +110,18 @@ def test_interleaved_takes_turns_and_medians():
 class Mallinfo2(ctypes.Structure):
     """mallinfo(3)."""
 
-    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    names = (
+        "arena",
+        "ordblks",
+        "smblks",
+        "hblks",
+        "hblkhd",
+        "usmblks",
+        "fsmblks",
+        "uordblks",
+        "fordblks",
+        "keepcost",
+    )
     _fields_ = [(name, ctypes.c_size_t) for name in names]
 
 
@@ -139,7 +170,9 @@ def test_turns_apart_are_in_another_process_and_its_end_is_one_line(request):
         assert turn("mapped")[1] == 0  # it is kept
     assert process == turn.process.pid != os.getpid()
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"^a process that measures ended with exit code 3: ") as error:
+        with pytest.raises(
+            ConfigError, match=r"^a process that measures ended with exit code 3: "
+        ) as error:
             turn("break_off")
         assert "\n" not in str(error.value)
 
@@ -169,27 +202,37 @@ class Squares(nn.Module):
 
 def test_activation_bytes_by_hand():
     flow, x = Squares(), torch.rand(4, 3)
-    assert Candidate(flow, torch.optim.SGD(flow.parameters(), 1e-3), x).activation_bytes() == 4 * 3 * 4
+    assert (
+        Candidate(flow, torch.optim.SGD(flow.parameters(), 1e-3), x).activation_bytes() == 4 * 3 * 4
+    )
 
 
 def test_recompute_keeps_less():
     def kept(model):
-        return candidates.make(GlowSize(2, 2, 128, 16), (model, "float32"), torch.device("cpu")).activation_bytes()
+        return candidates.make(
+            GlowSize(2, 2, 128, 16), (model, "float32"), torch.device("cpu")
+        ).activation_bytes()
 
-    hidden = 2 * 2 * 16 * 4 * (16 * 16 + 8 * 8) * 128  # two hidden layers of two steps a level, 16 images, 4 bytes
+    hidden = (
+        2 * 2 * 16 * 4 * (16 * 16 + 8 * 8) * 128
+    )  # two hidden layers of two steps a level, 16 images, 4 bytes
     assert kept("ours") > hidden
     assert kept("ours recompute") < hidden / 4
     assert kept("normflows") > 2 * hidden  # before and after every ReLU
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [("glow", GlowSize(1, 1, 4, 2)), ("realnvp", RealNVPSize(1, 2, 1, 2))], ids=["glow", "realnvp"]
+    ("kind", "size"),
+    [("glow", GlowSize(1, 1, 4, 2)), ("realnvp", RealNVPSize(1, 2, 1, 2))],
+    ids=["glow", "realnvp"],
 )
 def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "SETTINGS", {kind: {"tiny": size}})
     started = []
     monkeypatch.setattr(
-        benchmarks, "Apart", lambda make: started.append(make) or Here(pickle.loads(pickle.dumps(make)))
+        benchmarks,
+        "Apart",
+        lambda make: started.append(make) or Here(pickle.loads(pickle.dumps(make))),
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(benchmarks, "best_precision", lambda accelerator: "32-true")

@@ -21,10 +21,17 @@ BPD, PSNR = Metric("bpd", "lower", "bits/dim"), Metric("psnr", "higher", "dB")
 )
 def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expected):
     trainer = SimpleNamespace(
-        max_steps=max_steps, max_epochs=max_epochs, num_training_batches=10, global_step=7, accumulate_grad_batches=1
+        max_steps=max_steps,
+        max_epochs=max_epochs,
+        num_training_batches=10,
+        global_step=7,
+        accumulate_grad_batches=1,
     )
     assert last_step(trainer) == expected
-    trainer.num_training_batches, trainer.accumulate_grad_batches = 40, 4  # the same steps, in micro-batches
+    trainer.num_training_batches, trainer.accumulate_grad_batches = (
+        40,
+        4,
+    )  # the same steps, in micro-batches
     assert last_step(trainer) == expected
 
 
@@ -42,16 +49,26 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
         accumulate_grad_batches=1,
         progress_bar_metrics=shown,
     )
-    monkeypatch.setattr("lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown))
-    assert bar.get_metrics(trainer, None) == {"train/bpd": 4.0, "images/s": "128", "left": "0:01:00"}
+    monkeypatch.setattr(
+        "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown)
+    )
+    assert bar.get_metrics(trainer, None) == {
+        "train/bpd": 4.0,
+        "images/s": "128",
+        "left": "0:01:00",
+    }
 
 
 def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
-    images = torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
+    images = (
+        torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
+    )
     grid = picture([images[:3], images[3:]], 8)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 66 + 2, 3 * 66 + 2)
-    centres = [[grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)]
+    centres = [
+        [grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)
+    ]
     assert centres == [[0, 128, 255], [0, 255, 0]]
     assert grid[0, 0, 0] == 255  # the border
 
@@ -59,7 +76,9 @@ def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
 def test_a_picture_of_5_bits_has_their_grey_levels():
     """The lower end of each of the 32 bins (authors' code), and 255 for what lies above them."""
     q = torch.arange(33).repeat_interleave(3)
-    images = ((q + torch.tensor([0, 0.5, 0.999]).repeat(33)) / 32).view(1, 1, 1, 99).expand(1, 3, 64, 99)
+    images = (
+        ((q + torch.tensor([0, 0.5, 0.999]).repeat(33)) / 32).view(1, 1, 1, 99).expand(1, 3, 64, 99)
+    )
     assert picture([images], 5)[0, 0].tolist() == [min(8 * k, 255) for k in q.tolist()]
 
 
@@ -79,12 +98,20 @@ def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("comparable", "expected"), [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {"paper/bpd": 3.49})]
+    ("comparable", "expected"),
+    [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {"paper/bpd": 3.49})],
 )
 def test_gap_is_logged_only_on_the_claims_own_data(comparable, expected):
     logged = {}
-    trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)})
-    paper = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "comparable": comparable}
+    trainer = SimpleNamespace(
+        sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)}
+    )
+    paper = {
+        "claim": "realnvp.cifar10",
+        "metric": "test/bpd",
+        "value": 3.49,
+        "comparable": comparable,
+    }
     module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
     PaperComparison([paper]).on_validation_epoch_end(trainer, module)
     assert logged == pytest.approx(expected)
@@ -96,7 +123,12 @@ def test_each_claim_is_logged_under_its_own_name():
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics=seen)
     papers = [
         {"claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "comparable": True},
-        {"claim": "f.ssim", "metric": "test/ssim", "value": 0.76, "comparable": True},  # not measured at validations
+        {
+            "claim": "f.ssim",
+            "metric": "test/ssim",
+            "value": 0.76,
+            "comparable": True,
+        },  # not measured at validations
         {"claim": "f.lpips", "metric": "test/lpips", "value": 0.12, "comparable": False},
     ]
     module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
@@ -112,9 +144,27 @@ def test_table_has_a_row_for_each_claim_with_its_decimals():
         "experiment": "e",
         "metrics": {"test/psnr": 28.0, "test/lpips": 0.1234567, "test/l1": 0.5},
         "comparisons": [
-            {"metric": "test/psnr", "value": 27.7, "decimals": 2, "gap": 0.3, "status": "reproduced"},
-            {"metric": "test/ssim", "value": 0.76, "decimals": 2, "gap": None, "status": "not measured"},
-            {"metric": "test/lpips", "value": 0.12, "decimals": 4, "gap": 0.0034567, "status": "shortened"},
+            {
+                "metric": "test/psnr",
+                "value": 27.7,
+                "decimals": 2,
+                "gap": 0.3,
+                "status": "reproduced",
+            },
+            {
+                "metric": "test/ssim",
+                "value": 0.76,
+                "decimals": 2,
+                "gap": None,
+                "status": "not measured",
+            },
+            {
+                "metric": "test/lpips",
+                "value": 0.12,
+                "decimals": 4,
+                "gap": 0.0034567,
+                "status": "shortened",
+            },
         ],
     }
     rows = [line.split(maxsplit=5) for line in comparison_table(result).splitlines()[2:]]
@@ -154,19 +204,28 @@ def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
 def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
     """Of rows after step 0; a value that is not finite is not the best."""
     curve, key = Curve(tmp_path, 64, 10, None), f"val/{metric.name}"
-    curve.rows = [{"step": i, key: value} for i, value in enumerate((10.0, 20.0, 30.0, float("nan"), None, 25.0))]
+    curve.rows = [
+        {"step": i, key: value}
+        for i, value in enumerate((10.0, 20.0, 30.0, float("nan"), None, 25.0))
+    ]
     assert curve.validated(metric, best=True) == {key: best}
     assert curve.validated(metric, best=False) == {key: 25.0}
 
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
     rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
-    draw_curve(rows, tmp_path / "curve.png", [{"metric": "test/bpd", "value": 3.49, "comparable": True}])
+    draw_curve(
+        rows, tmp_path / "curve.png", [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
+    )
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(("metric", "label"), [("lpips", "paper 0.120 (on other data)"), ("psnr", "paper 27.75")])
-def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(tmp_path, monkeypatch, metric, label):
+@pytest.mark.parametrize(
+    ("metric", "label"), [("lpips", "paper 0.120 (on other data)"), ("psnr", "paper 27.75")]
+)
+def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(
+    tmp_path, monkeypatch, metric, label
+):
     from matplotlib.figure import Figure
 
     saved = []
@@ -185,7 +244,9 @@ def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(tmp_p
 @pytest.mark.parametrize("value", [27.75, 12.5])
 def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeypatch, value):
     limits = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_ylim", lambda axes, *bounds, **more: limits.append(bounds))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set_ylim", lambda axes, *bounds, **more: limits.append(bounds)
+    )
     rows = [{"images": i, "train/psnr": None, "val/psnr": 20.0 + 2 * i} for i in range(4)]
     papers = [{"metric": "test/psnr", "value": value, "decimals": 2, "comparable": True}]
     draw_curve(rows, tmp_path / "curve.png", papers)
@@ -195,6 +256,13 @@ def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("status", "n_rows"), [("-", 1), ("not measured", 2)])
 def test_a_claim_on_other_data_that_was_not_measured_has_no_row(status, n_rows):
-    comparison = {"claim": "c", "metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": None, "status": status}
+    comparison = {
+        "claim": "c",
+        "metric": "test/bpd",
+        "value": 3.49,
+        "decimals": 2,
+        "gap": None,
+        "status": status,
+    }
     result = {"experiment": "e", "metrics": {"test/nll": 0.3}, "comparisons": [comparison]}
     assert len(comparison_table(result).splitlines()) == 2 + n_rows

@@ -110,7 +110,10 @@ def test_the_disk_fills_up_on_rank_0_and_both_ranks_stop_with_one_line(tmp_path)
     assert run.wait() == [1, 0], run.output()
     line = run.output().strip().splitlines()[-1]
     assert line.startswith("error: stopped at step 4: ")
-    assert "step-00000004.ckpt could not be written: File too large. The older checkpoints are intact" in line
+    assert (
+        "step-00000004.ckpt could not be written: File too large. The older checkpoints are intact"
+        in line
+    )
     assert "Traceback" not in run.output()
     path, checkpoint = newest_checkpoint(tmp_path / "run")
     assert (path.name, checkpoint["global_step"]) == ("step-00000002.ckpt", 2)
@@ -140,7 +143,9 @@ def unfinished(six_steps, tmp_path):
 def test_the_newest_two_and_the_best_are_kept(six_steps):
     names = sorted(p.name for p in (six_steps / "checkpoints").iterdir())
     assert names == ["best.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
-    best, newest = (read_checkpoint(six_steps / "checkpoints" / name) for name in (names[0], names[2]))
+    best, newest = (
+        read_checkpoint(six_steps / "checkpoints" / name) for name in (names[0], names[2])
+    )
     assert best["global_step"] in (3, 6)
     assert newest["callbacks"]["Checkpoints"]["best"] == best["callbacks"]["Checkpoints"]["best"]
     assert newest["paperflows"]["n_micro_batches"] == 1
@@ -153,12 +158,25 @@ def truncate(path):
 def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
     """As those of Glow from before its steps had modules of their own."""
     config = compose("realnvp_moons", ["flow.n_couplings=1", "flow.hidden_channels=2"])
-    weights = {f"flow.{key}": value for key, value in realnvp_moons.make_flow(config, (2,)).state_dict().items()}
-    there = {"experiment": "realnvp_moons", "config": OmegaConf.to_container(config), "shape": [2], "commit": "0123abc"}
+    weights = {
+        f"flow.{key}": value
+        for key, value in realnvp_moons.make_flow(config, (2,)).state_dict().items()
+    }
+    there = {
+        "experiment": "realnvp_moons",
+        "config": OmegaConf.to_container(config),
+        "shape": [2],
+        "commit": "0123abc",
+    }
     torch.save({"paperflows": there, "state_dict": weights}, tmp_path / "same.ckpt")
-    assert set(load_flow(tmp_path / "same.ckpt").state_dict()) == {key.removeprefix("flow.") for key in weights}
+    assert set(load_flow(tmp_path / "same.ckpt").state_dict()) == {
+        key.removeprefix("flow.") for key in weights
+    }
     key = next(iter(weights))
-    torch.save({"paperflows": there, "state_dict": weights | {key: torch.zeros(7)}}, tmp_path / "other.ckpt")
+    torch.save(
+        {"paperflows": there, "state_dict": weights | {key: torch.zeros(7)}},
+        tmp_path / "other.ckpt",
+    )
     with pytest.raises(
         ConfigError, match=f"other.ckpt does not fit this flow: {key} is .7,. there and .* 0123abc"
     ) as e:
@@ -233,7 +251,9 @@ def test_another_number_of_micro_batches_is_refused(tmp_path):
     first = Run(tmp_path / "run", "trainer.max_steps=2", "data.micro_batch=8", plain=True)
     assert first.wait() == [0], first.output()
     (tmp_path / "run" / "result.json").unlink()
-    second = Run(tmp_path / "run", "trainer.max_steps=4", "data.micro_batch=4", "resume=auto", plain=True)
+    second = Run(
+        tmp_path / "run", "trainer.max_steps=4", "data.micro_batch=4", "resume=auto", plain=True
+    )
     assert second.wait() == [1]
     assert "trained with 2 micro-batches a step and process, now there are 4" in second.output()
 
@@ -252,7 +272,9 @@ def test_where_the_best_is_damaged_the_newest_is_tested(unfinished):
     run = Run(unfinished, "trainer.max_steps=6", "trainer.val_check_interval=3", "resume=auto")
     assert run.wait() == [0], run.output()
     assert "best.ckpt is damaged: taking the newest in its place" in run.output()
-    assert '"checkpoint": "checkpoints/step-00000006.ckpt"' in (unfinished / "result.json").read_text()
+    assert (
+        '"checkpoint": "checkpoints/step-00000006.ckpt"' in (unfinished / "result.json").read_text()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- finite
@@ -266,7 +288,11 @@ class Trainer:
     strategy = SimpleNamespace(broadcast=lambda problem: problem)
 
     def __init__(self, module, value, metric="bpd"):
-        self.lightning_module, self.callback_metrics, self.saved = module, {f"val/{metric}": torch.tensor(value)}, []
+        self.lightning_module, self.callback_metrics, self.saved = (
+            module,
+            {f"val/{metric}": torch.tensor(value)},
+            [],
+        )
 
     def save_checkpoint(self, path):
         self.saved.append(path.name)
@@ -277,12 +303,26 @@ def test_the_best_score_is_that_of_the_best_file(tmp_path):
     good, bad = density(tiny_flow()), density(tiny_flow())
     bad.skipped_last.fill_(True)
     callback, written = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim")), []
-    scores = [(8.0, good), (7.0, bad), (-torch.inf, good), (torch.nan, good), (7.5, good), (7.6, good)]
+    scores = [
+        (8.0, good),
+        (7.0, bad),
+        (-torch.inf, good),
+        (torch.nan, good),
+        (7.5, good),
+        (7.6, good),
+    ]
     for value, module in scores:
         trainer = Trainer(module, value)
         callback.on_validation_end(trainer, module)
         written.append((trainer.saved, callback.best))
-    assert written == [(["best.ckpt"], 8.0), ([], 8.0), ([], 8.0), ([], 8.0), (["best.ckpt"], 7.5), ([], 7.5)]
+    assert written == [
+        (["best.ckpt"], 8.0),
+        ([], 8.0),
+        ([], 8.0),
+        ([], 8.0),
+        (["best.ckpt"], 7.5),
+        ([], 7.5),
+    ]
 
 
 def test_of_a_metric_that_is_better_when_higher_the_highest_is_the_best(tmp_path):

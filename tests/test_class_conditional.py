@@ -22,7 +22,12 @@ from lightning_modules.noise import Position, batch_noise
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
-    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+    for text in (
+        "does not have many workers",
+        "LeafSpec.* is deprecated",
+        "The dirpath has changed",
+        "Total length of",
+    )
 ]
 N_CLASSES = 3
 
@@ -30,7 +35,10 @@ N_CLASSES = 3
 def fresh(**arguments):
     """Not yet initialised, float32."""
     torch.manual_seed(0)
-    return Glow(SHAPE, **({"n_levels": 2, "depth": 1, "hidden_channels": 4, "n_classes": N_CLASSES} | arguments))
+    return Glow(
+        SHAPE,
+        **({"n_levels": 2, "depth": 1, "hidden_channels": 4, "n_classes": N_CLASSES} | arguments),
+    )
 
 
 def perturbed():
@@ -71,7 +79,9 @@ def assert_close(actual, expected, tolerance=1e-10):
 def test_the_class_makes_no_difference_before_training():
     flow, x = fresh().double(), images(3)
     unconditional = fresh(n_classes=None).double()
-    unconditional.load_state_dict({k: v for k, v in flow.state_dict().items() if k in unconditional.state_dict()})
+    unconditional.load_state_dict(
+        {k: v for k, v in flow.state_dict().items() if k in unconditional.state_dict()}
+    )
     for y in range(N_CLASSES):
         assert torch.equal(flow.log_prob(x, labels(y, y, y)), unconditional.log_prob(x))
 
@@ -84,11 +94,15 @@ def test_the_class_moves_mean_and_scale_of_the_last_level_alone():
     same = torch.tensor([True, False, False, False])
     assert torch.equal((top == top_1).flatten(1).all(1), same)
     by_class = flow.prior.by_class
-    rows = (by_class.weight.T + by_class.bias) * (3 * by_class.log_scale).exp()  # one a class: means, log-deviations
+    rows = (by_class.weight.T + by_class.bias) * (
+        3 * by_class.log_scale
+    ).exp()  # one a class: means, log-deviations
     log_std = rows[:, 24:].sum(1) * 2 * 2  # over the 24 channels of 2x2
     assert_close(log_det_1 - log_det, log_std[0] - log_std[[0, 1, 2, 1]])
     assert (log_det_1 - log_det)[1:].abs().min() > 1e-3
-    assert flow.log_prob(x, labels(0, 1, 2, 1))[1:].ne(flow.log_prob(x, labels(0, 0, 0, 0))[1:]).all()
+    assert (
+        flow.log_prob(x, labels(0, 1, 2, 1))[1:].ne(flow.log_prob(x, labels(0, 0, 0, 0))[1:]).all()
+    )
 
 
 def test_a_conditional_flow_inverts_given_the_class():
@@ -112,7 +126,9 @@ CALLS = {
 def test_without_the_class_it_is_an_error_of_one_line(call):
     flow, x = perturbed(), images(2)
     z, _ = flow(x, labels(0, 1))
-    with pytest.raises(ValueError, match=r"class-conditional: give the classes as context, \(B,\) int64") as error:
+    with pytest.raises(
+        ValueError, match=r"class-conditional: give the classes as context, \(B,\) int64"
+    ) as error:
         CALLS[call](flow, x, z)
     assert "\n" not in str(error.value)
 
@@ -123,7 +139,10 @@ def test_samples_have_a_row_for_each_class_given():
     samples = flow.sample(n, 0.8, y, generator=torch.Generator().manual_seed(4))
     assert samples.shape == (n, 2, *SHAPE)
     generator = torch.Generator().manual_seed(4)
-    eps = [torch.randn(n * 2, *shape, generator=generator, dtype=torch.float64) for shape in flow.latent_shapes()]
+    eps = [
+        torch.randn(n * 2, *shape, generator=generator, dtype=torch.float64)
+        for shape in flow.latent_shapes()
+    ]
     for i in range(n):
         for b in range(2):
             latents = tuple(0.8 * level[2 * i + b][None] for level in eps)
@@ -145,7 +164,9 @@ def test_logits_are_linear_in_the_mean_of_the_last_level_and_do_not_know_the_cla
     assert_close(logits, other)
     assert not torch.equal(log_prob, other_log_prob)
     assert_close(log_prob, flow.log_prob(x, labels(0, 0, 0, 0)))
-    top = flow.prior.inverse(flow(x, labels(0, 1, 2, 0))[0][-1], labels(0, 1, 2, 0))[0]  # before its prior
+    top = flow.prior.inverse(flow(x, labels(0, 1, 2, 0))[0][-1], labels(0, 1, 2, 0))[
+        0
+    ]  # before its prior
     linear = flow.classifier
     expected = (top.mean((2, 3)) @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp()
     assert_close(logits, expected)
@@ -176,7 +197,9 @@ def test_the_loss_is_nats_and_a_cross_entropy_per_dimension(weight):
     assert recorder.losses[0] == pytest.approx(nats + weight * 192 * cross_entropy, rel=1e-6)
     bits = 8 + nats / (192 * math.log(2))  # without the class term
     assert trainer.callback_metrics["train/bpd"].item() == pytest.approx(bits, rel=1e-6)
-    assert trainer.callback_metrics["train/class_loss"].item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert trainer.callback_metrics["train/class_loss"].item() == pytest.approx(
+        cross_entropy, rel=1e-5
+    )
 
 
 def test_the_default_weight_is_the_authors():
@@ -189,7 +212,11 @@ def test_bpd_is_that_of_x_given_its_class():
     assert set(found) == {"val/bpd", "val/accuracy"}
     y = torch.from_numpy(data.val.labels)
     given, wrong = (
-        bits_by_hand(SimpleNamespace(log_prob=lambda x, y=classes: flow.log_prob(x, y)), data.val.images).mean().item()
+        bits_by_hand(
+            SimpleNamespace(log_prob=lambda x, y=classes: flow.log_prob(x, y)), data.val.images
+        )
+        .mean()
+        .item()
         for classes in (y, (y + 1) % N_CLASSES)
     )
     assert found["val/bpd"] == pytest.approx(given, abs=1e-6)
@@ -252,7 +279,9 @@ class NormedFlow(FlowModel):
     def log_prob_and_class_logits(self, x, context):
         latents, log_det = self(x, context)
         first = latents[0][:, 0, 0, 0]
-        return self.base.log_prob(latents) + log_det, torch.stack([first, 0 * first, first - 1e9], 1)
+        return self.base.log_prob(latents) + log_det, torch.stack(
+            [first, 0 * first, first - 1e9], 1
+        )
 
 
 def test_every_image_counts_once_and_reestimated_statistics_have_an_accuracy_of_their_own():
@@ -265,11 +294,19 @@ def test_every_image_counts_once_and_reestimated_statistics_have_an_accuracy_of_
             counts.update({name: mean.weight.item() for name, mean in means_of(pl_module).items()})
 
     [tested] = make_trainer(Count()).test(module, data, verbose=False)
-    assert set(tested) == {"test/bpd", "test/bpd_reestimated", "test/accuracy", "test/accuracy_reestimated"}
+    assert set(tested) == {
+        "test/bpd",
+        "test/bpd_reestimated",
+        "test/accuracy",
+        "test/accuracy_reestimated",
+    }
     q, y = torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)
     x = module.input_of([q, torch.arange(23)]).x
     shares = {}
-    for name, flow in (("", module.flow.eval()), ("_reestimated", by_all_of_the_training(data, module))):
+    for name, flow in (
+        ("", module.flow.eval()),
+        ("_reestimated", by_all_of_the_training(data, module)),
+    ):
         with torch.no_grad():
             _, logits = flow.log_prob_and_class_logits(x, y)
         shares[f"test/accuracy{name}"] = (logits.argmax(1) == y).double().mean().item()
@@ -297,7 +334,9 @@ def by_all_of_the_training(data, module):
 
 
 def test_a_flow_without_classes_is_refused():
-    with pytest.raises(ValueError, match=r"this Glow knows no classes: give flow\.n_classes") as error:
+    with pytest.raises(
+        ValueError, match=r"this Glow knows no classes: give flow\.n_classes"
+    ) as error:
         conditional(fresh(n_classes=None))
     assert "\n" not in str(error.value)
 
@@ -318,7 +357,9 @@ def test_it_learns_the_class():
         flow.initialize(first_step(data)[0])
     for name, parameter in flow.named_parameters():
         parameter.requires_grad_("classifier" in name)
-    trainer = make_trainer(max_steps=20, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=4)
+    trainer = make_trainer(
+        max_steps=20, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=4
+    )
     trainer.fit(conditional(flow, lr=0.1), datamodule=data)
     assert trainer.callback_metrics["val/accuracy"].item() == 1.0
     assert trainer.callback_metrics["train/class_loss"].item() < 0.5

@@ -42,7 +42,9 @@ def flat(section, prefix=""):
     """Dotted key -> value; lists are values."""
     if not isinstance(section, dict):
         return {prefix[:-1]: section}
-    return {k: v for key, value in section.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {
+        k: v for key, value in section.items() for k, v in flat(value, f"{prefix}{key}.").items()
+    }
 
 
 def leaves(config):
@@ -64,7 +66,9 @@ def test_every_recipe_composes(recipe, preset):
     assert "presets" not in config
     assert "bases" not in config
     assert config.trainer.max_steps > 0 or config.trainer.max_epochs
-    assert config.optim.warmup_steps + config.optim.cooldown_steps <= config.trainer.max_steps  # all of the schedule
+    assert (
+        config.optim.warmup_steps + config.optim.cooldown_steps <= config.trainer.max_steps
+    )  # all of the schedule
 
 
 def constructors(recipe):
@@ -84,12 +88,16 @@ def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
     bound = []
     data = dict(config.data)
     inspect.signature(DATA[data.pop("name")]).bind(seed=config.seed, **data)
-    monkeypatch.setattr(script, flow.__name__, lambda *a, **k: bound.append(inspect.signature(flow).bind(*a, **k)))
+    monkeypatch.setattr(
+        script, flow.__name__, lambda *a, **k: bound.append(inspect.signature(flow).bind(*a, **k))
+    )
     script.make_flow(config, (3, 32, 32))
     assert [b.arguments["shape"] for b in bound] == [(3, 32, 32)]
     assert config.flow.items() <= bound[0].arguments.items()
     inspect.signature(module).bind(None, None, None, config.seed, **config.optim, **config.eval)
-    trainer = {k: v for k, v in config.trainer.items() if k not in ("compile", "cuda_graph", "recompute")}  # ours
+    trainer = {
+        k: v for k, v in config.trainer.items() if k not in ("compile", "cuda_graph", "recompute")
+    }  # ours
     inspect.signature(L.Trainer).bind(**trainer)
 
 
@@ -101,7 +109,9 @@ def test_one_string_names_an_experiment(recipe):
     text = (CONFIGS / f"{recipe}.yaml").read_text()
     paper = compose(recipe, []).paper
     if paper is None:
-        assert re.search(r"^paper: null +# \w+", text, re.MULTILINE), "paper: null needs a comment with its reason"
+        assert re.search(r"^paper: null +# \w+", text, re.MULTILINE), (
+            "paper: null needs a comment with its reason"
+        )
     else:
         for claim_id in [paper] if isinstance(paper, str) else paper:
             claim = results.load_claim(claim_id)
@@ -125,16 +135,22 @@ def test_a_run_stands_beside_none_one_or_several_claims(words, claims):
     assert [paper["claim"] for paper in papers] == claims
     for paper in papers:
         claim = results.load_claim(paper["claim"])
-        assert {key: claim[key] for key in ("metric", "value", "direction")}.items() <= paper.items()
+        assert {
+            key: claim[key] for key in ("metric", "value", "direction")
+        }.items() <= paper.items()
         assert (paper["decimals"], paper["comparable"]) == (2, True)
-    assert not any(paper["comparable"] for paper in papers_of(compose(CIFAR, [*words, "data.name=photos"])))
+    assert not any(
+        paper["comparable"] for paper in papers_of(compose(CIFAR, [*words, "data.name=photos"]))
+    )
 
 
 def test_several_claims_come_in_their_order_and_each_is_comparable_by_itself(monkeypatch):
     claim = results.load_claim("realnvp.cifar10")
     claims = {
-        "f.psnr": claim | {"id": "f.psnr", "metric": "test/psnr", "direction": "higher", "value": 27.75},
-        "f.lpips": claim | {"id": "f.lpips", "metric": "test/lpips", "decimals": 3, "data": "photos"},
+        "f.psnr": claim
+        | {"id": "f.psnr", "metric": "test/psnr", "direction": "higher", "value": 27.75},
+        "f.lpips": claim
+        | {"id": "f.lpips", "metric": "test/lpips", "decimals": 3, "data": "photos"},
     }
     monkeypatch.setattr(results, "load_claim", claims.__getitem__)
     psnr, lpips = papers_of(compose(CIFAR, ["paper=[f.psnr,f.lpips]"]))
@@ -146,7 +162,9 @@ def test_several_claims_come_in_their_order_and_each_is_comparable_by_itself(mon
 
 
 def test_two_claims_on_one_metric_and_unknown_ones_are_one_line():
-    with pytest.raises(ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on bpd: give one"):
+    with pytest.raises(
+        ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on bpd: give one"
+    ):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar10]"]))
     with pytest.raises(ValueError, match=r"unknown claim 'glow\.cifar': did you mean"):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar]"]))
@@ -154,8 +172,15 @@ def test_two_claims_on_one_metric_and_unknown_ones_are_one_line():
 
 def test_one_claim_may_replace_several_and_the_other_way_round():
     section = OmegaConf.create({"paper": ["realnvp.cifar10", "glow.cifar10"]})
-    for text, value in (("null", None), ("realnvp.cifar10", "realnvp.cifar10"), ("[glow.cifar10]", ["glow.cifar10"])):
-        assert config_module.merge(section, config_module.parse([f"paper={text}"]), [section]).paper == value
+    for text, value in (
+        ("null", None),
+        ("realnvp.cifar10", "realnvp.cifar10"),
+        ("[glow.cifar10]", ["glow.cifar10"]),
+    ):
+        assert (
+            config_module.merge(section, config_module.parse([f"paper={text}"]), [section]).paper
+            == value
+        )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -164,8 +189,13 @@ def test_recipes_open_with_a_comment_and_their_bases(recipe):
     assert text.startswith("# ")
     line = next(line for line in text.splitlines() if not line.startswith("#"))
     assert re.fullmatch(r"bases: \[(base\.yaml, data/\w+|\w+)\.yaml\]", line)
-    assert line[len("bases: [") : -len(".yaml]")] in {*RECIPES, *(f"base.yaml, data/{name}" for name in DATA)}
-    assert re.search(r"^paper: ", text, re.MULTILINE), "a claim is never taken over from an extended recipe"
+    assert line[len("bases: [") : -len(".yaml]")] in {
+        *RECIPES,
+        *(f"base.yaml, data/{name}" for name in DATA),
+    }
+    assert re.search(r"^paper: ", text, re.MULTILINE), (
+        "a claim is never taken over from an extended recipe"
+    )
 
 
 GLOWS = {  # recipe -> what it says that glow_cifar10 does not
@@ -173,12 +203,29 @@ GLOWS = {  # recipe -> what it says that glow_cifar10 does not
         **{"paper": "glow.cifar10_additive5bit", "flow.coupling": "additive", "data.n_bits": 5},
     },
     "glow_cifar10_conditional": {
-        **{"paper": None, "flow.coupling": "additive", "flow.n_classes": 10, "data.n_bits": 5, "data.labels": True},
+        **{
+            "paper": None,
+            "flow.coupling": "additive",
+            "flow.n_classes": 10,
+            "data.n_bits": 5,
+            "data.labels": True,
+        },
         "optim.class_weight": 0.01,
     },
     "glow_cifar10_modern": {
-        **{"paper": None, "flow.alpha": 0.05, "flow.min_scale": 0.5, "data.hflip": True, "data.shift": 0.0},
-        **{"optim.betas": [0.9, 0.99], "optim.warmup_steps": 1000, "optim.cooldown_steps": 29300, "ema.decay": 0.999},
+        **{
+            "paper": None,
+            "flow.alpha": 0.05,
+            "flow.min_scale": 0.5,
+            "data.hflip": True,
+            "data.shift": 0.0,
+        },
+        **{
+            "optim.betas": [0.9, 0.99],
+            "optim.warmup_steps": 1000,
+            "optim.cooldown_steps": 29300,
+            "ema.decay": 0.999,
+        },
     },
 }
 
@@ -188,20 +235,30 @@ def test_a_recipe_that_extends_another_differs_from_it_in_what_it_says(recipe):
     plain = leaves(compose("glow_cifar10", []))
     extended = leaves(compose(recipe, []))
     assert plain.keys() <= extended.keys()
-    different = {key: value for key, value in extended.items() if key not in plain or plain[key] != value}
+    different = {
+        key: value for key, value in extended.items() if key not in plain or plain[key] != value
+    }
     assert different == {"experiment": recipe, **GLOWS[recipe]}
     assert presets(recipe) == presets("glow_cifar10")
     small = compose(recipe, ["preset=cpu"])
-    assert (small.flow.depth, small.data.batch_size, small.optim.warmup_steps) == (8, 32, 500)  # glow_cifar10's preset
+    assert (small.flow.depth, small.data.batch_size, small.optim.warmup_steps) == (
+        8,
+        32,
+        500,
+    )  # glow_cifar10's preset
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "presets").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shared_presets_hold_no_model(path):
     assert set(yaml.safe_load(path.read_text())) <= {"trainer", "data", "logger"}
 
 
 def test_every_data_file_is_a_datamodule():
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / "data").glob("*.yaml")}
+    files = {
+        path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / "data").glob("*.yaml")
+    }
     assert set(files) == set(DATA)
     for name, content in files.items():
         assert list(content) == ["data"]
@@ -317,17 +374,23 @@ def test_a_section_is_no_value(section, value):
     assert next(iter(compose(CIFAR, [])[section])) in message  # names the keys that there are
 
 
-@pytest.mark.parametrize("argument", ["foo", "--foo", "=3", "-x=3", "optim.lr", "optim.betas[0]=0.8", ""])
+@pytest.mark.parametrize(
+    "argument", ["foo", "--foo", "=3", "-x=3", "optim.lr", "optim.betas[0]=0.8", ""]
+)
 def test_an_argument_without_key_and_value(argument):
     assert f"'{argument}' is not of the form key=value" in mistake("seed=1", argument)
 
 
-@pytest.mark.parametrize("argument", ["optim.betas=[0.9", "optim.betas={a", "run_dir='x", "run_dir=@"])
+@pytest.mark.parametrize(
+    "argument", ["optim.betas=[0.9", "optim.betas={a", "run_dir='x", "run_dir=@"]
+)
 def test_a_value_that_yaml_cannot_read(argument):
     assert argument in mistake(argument)
 
 
-@pytest.mark.parametrize("argument", ["run_dir=${oops}", "optim.lr=${seed", "optim.lr=???", "run_dir=???"])
+@pytest.mark.parametrize(
+    "argument", ["run_dir=${oops}", "optim.lr=${seed", "optim.lr=???", "run_dir=???"]
+)
 def test_omegaconfs_own_syntax_in_a_value(argument):
     """Interpolations and missing values mean something to OmegaConf; on the command line they are a mistake."""
     assert argument.split("=")[0] in mistake(argument)
@@ -351,7 +414,9 @@ def test_a_choice_that_there_is_not(argument, nearest, choices):
     assert message.endswith(f"give one of {choices}")
 
 
-@pytest.mark.parametrize("argument", ["preset=1", "preset=[a]", "data.name=3", "data.name=[a]", "resume=yes"])
+@pytest.mark.parametrize(
+    "argument", ["preset=1", "preset=[a]", "data.name=3", "data.name=[a]", "resume=yes"]
+)
 def test_a_choice_of_another_type(argument):
     assert "is not known" in mistake(argument)
 
@@ -390,7 +455,9 @@ def test_other_data_under_a_preset(preset):
     shared = yaml.safe_load((CONFIGS / "presets" / f"{preset}.yaml").read_text())
     own = yaml.safe_load((CONFIGS / f"{CIFAR}.yaml").read_text())["presets"][preset]
     photos = yaml.safe_load((CONFIGS / "data" / "photos.yaml").read_text())["data"]
-    assert OmegaConf.to_container(config.data) == photos | shared.get("data", {}) | own.get("data", {})
+    assert OmegaConf.to_container(config.data) == photos | shared.get("data", {}) | own.get(
+        "data", {}
+    )
     assert config.flow == composed(CIFAR, preset).flow
     assert config.trainer == composed(CIFAR, preset).trainer
 
@@ -413,9 +480,18 @@ def test_the_demo_on_its_recipes_own_data():
 
 
 def test_the_command_line_is_over_the_presets():
-    config = compose(CIFAR, ["preset=gpu", "optim.lr=1e-2", "data.batch_size=128", "trainer.accelerator=cpu"])
-    assert (config.optim.lr, config.data.batch_size, config.trainer.accelerator) == (1e-2, 128, "cpu")
-    assert (config.optim.warmup_steps, config.data.num_workers) == (500, 4)  # what else the preset brings
+    config = compose(
+        CIFAR, ["preset=gpu", "optim.lr=1e-2", "data.batch_size=128", "trainer.accelerator=cpu"]
+    )
+    assert (config.optim.lr, config.data.batch_size, config.trainer.accelerator) == (
+        1e-2,
+        128,
+        "cpu",
+    )
+    assert (config.optim.warmup_steps, config.data.num_workers) == (
+        500,
+        4,
+    )  # what else the preset brings
 
 
 def test_auto_stays_possible_under_a_preset():
@@ -468,7 +544,10 @@ def test_order_of_merging(house):
     order = {"only_one": 1, "a": 2, "b": 3, "c": 3, "d": 3, "e": 3, "data.n": 2, "data.m": 3}
     assert house().items() >= order.items()
     assert house("preset=small").items() >= (order | {"c": 4, "d": 5, "e": 5, "data.n": 4}).items()
-    assert house("e=6", "preset=small").items() >= (order | {"c": 4, "d": 5, "e": 6, "data.n": 4}).items()
+    assert (
+        house("e=6", "preset=small").items()
+        >= (order | {"c": 4, "d": 5, "e": 6, "data.n": 4}).items()
+    )
     assert presets("flow_x") == ["small", "other"]
 
 
@@ -476,7 +555,11 @@ def test_order_of_merging_with_other_data(house):
     def data(*given):
         return {k: v for k, v in house(*given).items() if k.startswith("data.")}
 
-    other = {"data.name": "y", "data.n": 8, "data.only_y": 8}  # nothing of the recipe's own data: {m: 3}
+    other = {
+        "data.name": "y",
+        "data.n": 8,
+        "data.only_y": 8,
+    }  # nothing of the recipe's own data: {m: 3}
     assert data("data.name=y") == other
     assert data("data.name=y", "preset=small") == other | {"data.n": 4}
     assert data("data.name=y", "preset=small", "data.n=9") == other | {"data.n": 9}
@@ -548,10 +631,24 @@ def extending(house, write):
 
 
 def test_a_recipe_extends_a_recipe_with_its_bases_and_presets(extending):
-    plain = {"paper": None, "a": 2, "b": 3, "list": [4], "speed": 2.5, "free": None, "section.k": 8, "flow.new": 9}
+    plain = {
+        "paper": None,
+        "a": 2,
+        "b": 3,
+        "list": [4],
+        "speed": 2.5,
+        "free": None,
+        "section.k": 8,
+        "flow.new": 9,
+    }
     assert extending().items() >= plain.items()
     assert presets("flow_z") == ["small", "other", "third"]
-    small = {"a": 5, "b": 6, "section.k": 5, "flow.new": 9}  # flow_x's preset, and flow_z's part of it on top
+    small = {
+        "a": 5,
+        "b": 6,
+        "section.k": 5,
+        "flow.new": 9,
+    }  # flow_x's preset, and flow_z's part of it on top
     assert extending("preset=small").items() >= (plain | small | {"data.n": 4}).items()
     assert extending("preset=third").items() >= (plain | {"a": 7, "b": 9}).items()
     assert extending("preset=other")["data.only_y"] == 8
@@ -593,7 +690,10 @@ def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
         ("section: {kk: 3}", "section.kk is no key of what it extends (did you mean section.k?)"),
         ("papr: x.row", "papr is no key of what it extends (did you mean paper?)"),
         ("secton: {k: 3}", "secton.k is no key of what it extends (did you mean section.k?)"),
-        ("presets: {smal: {b: 3}}", "presets.smal has no file presets/smal.yaml (did you mean small?)"),
+        (
+            "presets: {smal: {b: 3}}",
+            "presets.smal has no file presets/smal.yaml (did you mean small?)",
+        ),
         ("experiment: y", "experiment is not for a file to say: it is the name of the recipe"),
         ("preset: small", "preset is not for a file to say: it is given on the command line"),
         ("presets: 3", "presets are sections"),
@@ -612,7 +712,10 @@ def test_what_is_extended_keeps_its_types(extending, write, line, message):
     ("text", "message"),
     [
         ("bases: [flow_w.yaml]", "flow_w.yaml extends itself: flow_w.yaml -> flow_w.yaml"),
-        ("bases: [flow_v.yaml]", "flow_w.yaml extends itself: flow_w.yaml -> flow_v.yaml -> flow_w.yaml"),
+        (
+            "bases: [flow_v.yaml]",
+            "flow_w.yaml extends itself: flow_w.yaml -> flow_v.yaml -> flow_w.yaml",
+        ),
         ("bases: [flow_xx.yaml]", "flow_xx.yaml is missing: it is among the bases of flow_w.yaml"),
         ("bases: flow_x.yaml", "flow_w.yaml needs its bases as a list"),
         ("bases: null", "flow_w.yaml needs its bases as a list"),
@@ -641,13 +744,16 @@ def test_a_script_without_a_recipe_is_one_line(house):
 def test_help_follows_bases_of_bases(house, write):
     """A base says what a key is; a recipe where its value is from, which is no longer so where that is replaced."""
     write(
-        "one.yaml", "a: 1  # a key\nb: 1  # another key\nc: 1\nd: 1\ndata: {name: x}\nlogger: {name: csv}\nresume: null"
+        "one.yaml",
+        "a: 1  # a key\nb: 1  # another key\nc: 1\nd: 1\ndata: {name: x}\nlogger: {name: csv}\nresume: null",
     )
     write("two.yaml", "checkpoint: {select: last}\nd: 1  # of two")
     write("flow_x.yaml", "bases: [one.yaml, two.yaml]\na: 2\nb: 2  # from x\nc: 2  # from x")
     write("flow_z.yaml", "bases: [flow_x.yaml]\nb: 3\nd: 3  # from z")
     lines = describe("flow_z", "").splitlines()
-    assert {"  a=2  # a key", "  b=3  # another key", "  c=2  # from x", "  d=3  # from z"} <= set(lines)
+    assert {"  a=2  # a key", "  b=3  # another key", "  c=2  # from x", "  d=3  # from z"} <= set(
+        lines
+    )
     write("flow_z.yaml", "bases: [flow_x.yaml]\nc: 3")
     assert "  c=3" in describe("flow_z", "").splitlines()
 
@@ -671,7 +777,9 @@ def test_help_lists_every_key_with_its_default(recipe):
     assert {k: yaml.safe_load(v) for k, v in found.items() if not isinstance(plain[k], float)} == {
         k: v for k, v in plain.items() if not isinstance(v, float)
     }
-    assert compose(recipe, [f"{k}={v}" for k, v in found.items()]) == compose(recipe, [])  # as they are printed
+    assert compose(recipe, [f"{k}={v}" for k, v in found.items()]) == compose(
+        recipe, []
+    )  # as they are printed
 
 
 def test_help_shows_the_comments():
@@ -679,7 +787,9 @@ def test_help_shows_the_comments():
     assert "  seed=0  # of initialisation, order, flips and training noise" in lines
     assert "  data.n_val=5000  # of the 50,000 training images; 0 for a final run on all" in lines
     assert "  flow.hidden_channels=64  # section 4.1: 64 maps on the first scale" in lines
-    assert "  trainer.max_steps=195000  # ours: 250 passes over 50,000 images" in lines  # the recipe's, not the base's
+    assert (
+        "  trainer.max_steps=195000  # ours: 250 passes over 50,000 images" in lines
+    )  # the recipe's, not the base's
     assert "  optim.lr=0.001" in lines
 
 
@@ -699,7 +809,9 @@ def test_arguments_come_from_the_command_line_unless_given(monkeypatch):
     assert arguments(["seed=2"]) == ["seed=2"]
 
 
-@pytest.mark.parametrize("argument", ["seed=null", "optim.lr=null", "data.batch_size=", "optim.betas=[a,b]"])
+@pytest.mark.parametrize(
+    "argument", ["seed=null", "optim.lr=null", "data.batch_size=", "optim.betas=[a,b]"]
+)
 def test_null_and_list_elements_have_types(argument):
     assert "wrong type" in mistake(argument)
 
@@ -717,9 +829,13 @@ class Takes:
         self.depth = depth
 
 
-def test_a_key_that_a_constructor_does_not_take_is_one_line_and_other_type_errors_are_not(monkeypatch):
+def test_a_key_that_a_constructor_does_not_take_is_one_line_and_other_type_errors_are_not(
+    monkeypatch,
+):
     """What a recipe of one's own may hold: compose knows no model."""
-    with pytest.raises(SystemExit, match="error: Takes takes no 'depht': look for it in the recipe"):
+    with pytest.raises(
+        SystemExit, match="error: Takes takes no 'depht': look for it in the recipe"
+    ):
         command(lambda argv: Takes(depht=2))([])
     with pytest.raises(TypeError):
         command(lambda argv: len(3))([])

@@ -46,7 +46,9 @@ def drawn(flow, case, n, temperature=1.0, seed=None):
 
 # Written by torch's own distributions, beside which ours are held.
 BASES = {
-    StandardNormal: lambda: torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64)),
+    StandardNormal: lambda: torch.distributions.Normal(
+        *torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ),
     StandardLogistic: lambda: torch.distributions.TransformedDistribution(
         torch.distributions.Uniform(*torch.tensor([0.0, 1.0], dtype=torch.float64)),
         [torch.distributions.transforms.SigmoidTransform().inv],
@@ -55,7 +57,9 @@ BASES = {
 
 
 def concrete_flows() -> set[type[Flow]]:
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(flows.__path__, "flows.")]
+    modules = [
+        importlib.import_module(m.name) for m in pkgutil.walk_packages(flows.__path__, "flows.")
+    ]
     classes = {c for module in modules for c in vars(module).values() if inspect.isclass(c)}
     return {c for c in classes if issubclass(c, Flow) and not inspect.isabstract(c)}
 
@@ -101,18 +105,27 @@ def test_shapes_and_dtypes(case, dtype):
 
 @every_case
 def test_round_trips(case):
-    flow, x, conditions = trained(case, torch.float64), case.data(5, torch.float64), case.conditions(5, torch.float64)
+    flow, x, conditions = (
+        trained(case, torch.float64),
+        case.data(5, torch.float64),
+        case.conditions(5, torch.float64),
+    )
     z, _ = flow(x, *conditions)
     assert_close(flow.inverse(z, *conditions)[0], x, case.tolerance)
     z = random_latents(z)
-    assert_close(flat(flow(flow.inverse(z, *conditions)[0], *conditions)[0]), flat(z), case.tolerance)
+    assert_close(
+        flat(flow(flow.inverse(z, *conditions)[0], *conditions)[0]), flat(z), case.tolerance
+    )
 
 
 def both_log_dets(flow, x, *conditions):
     """What the flow says, and the log-determinant of the Jacobian that autograd finds, (B,) each."""
     x = x.clone().requires_grad_()
     z, log_det = flow(x, *conditions)
-    rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1) for column in flat(z).unbind(1)]
+    rows = [
+        torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1)
+        for column in flat(z).unbind(1)
+    ]
     return log_det.detach(), torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
 
 
@@ -126,7 +139,10 @@ def test_log_det_is_that_of_autograd_s_jacobian(case):
         assert_close(log_det, jacobian_log_det, case.tolerance)
         return
     n = 1000
-    many = [None if context is None else repeated(context, n), case.conditions(3 * n, torch.float64)[1]]
+    many = [
+        None if context is None else repeated(context, n),
+        case.conditions(3 * n, torch.float64)[1],
+    ]
     estimates = flow(x.repeat(n, *[1] * (x.dim() - 1)), *many)[1].detach().unflatten(0, (n, 3))
     error = estimates.std(0) / n**0.5
     assert error.max() > 0
@@ -136,7 +152,11 @@ def test_log_det_is_that_of_autograd_s_jacobian(case):
 @every_case
 def test_log_det_of_the_inverse_is_the_negative(case):
     """Also of an estimate, with the same noise."""
-    flow, x, conditions = trained(case, torch.float64), case.data(5, torch.float64), case.conditions(5, torch.float64)
+    flow, x, conditions = (
+        trained(case, torch.float64),
+        case.data(5, torch.float64),
+        case.conditions(5, torch.float64),
+    )
     z, log_det = flow(x, *conditions)
     assert_close(flow.inverse(z, *conditions)[1], -log_det, case.tolerance)
     z = random_latents(z)
@@ -146,7 +166,11 @@ def test_log_det_of_the_inverse_is_the_negative(case):
 
 @every_case
 def test_samples_do_not_affect_one_another_in_eval(case):
-    flow, x, conditions = trained(case, torch.float64), case.data(5, torch.float64), case.conditions(5, torch.float64)
+    flow, x, conditions = (
+        trained(case, torch.float64),
+        case.data(5, torch.float64),
+        case.conditions(5, torch.float64),
+    )
     z, log_det = flow(x, *conditions)
     for i in range(5):
         own = tuple(None if value is None else value[i : i + 1] for value in conditions)
@@ -162,7 +186,11 @@ def test_the_context_changes_the_output(case):
     """Contract test 10. Each row sees its own context alone, in both directions and in samples."""
     flow, x = trained(case, torch.float64), case.data(5, torch.float64)
     conditions, others = (case.conditions(5, torch.float64, seed) for seed in (0, 1))
-    changed = (conditions[0] != others[0]).flatten(1).any(1) if conditions[0].dim() > 1 else conditions[0] != others[0]
+    changed = (
+        (conditions[0] != others[0]).flatten(1).any(1)
+        if conditions[0].dim() > 1
+        else conditions[0] != others[0]
+    )
     assert changed.any()
     z, log_det = flow(x, *conditions)
     other_z, other_log_det = flow(x, *others)
@@ -207,19 +235,29 @@ def test_eval_changes_no_state(case):
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if list(c.build().parameters())], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if list(c.build().parameters())], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_every_parameter_gets_a_finite_gradient(case, mode):
     flow, x = trained(case, torch.float64).train(mode == "train"), case.data(16, torch.float64)
     z, log_det = flow(x, *case.conditions(16, torch.float64))
-    ((flat(z) * torch.linspace(-1, 1, x[0].numel())).sum() + flat(z).square().sum() + log_det.sum()).backward()
+    (
+        (flat(z) * torch.linspace(-1, 1, x[0].numel())).sum()
+        + flat(z).square().sum()
+        + log_det.sum()
+    ).backward()
     gradients = {name: parameter.grad for name, parameter in flow.named_parameters()}
     # Glow's classifier is no part of the bijection: `log_prob_and_class_logits` alone calls it.
-    gradients = {name: gradient for name, gradient in gradients.items() if not name.startswith("classifier.")}
+    gradients = {
+        name: gradient for name, gradient in gradients.items() if not name.startswith("classifier.")
+    }
     assert not [name for name, gradient in gradients.items() if gradient is None]
     assert not [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     zero = {name for name, gradient in gradients.items() if gradient.abs().max() < 1e-9}
-    if mode == "train":  # batch normalisation takes a constant away again, so the biases before it move nothing
+    if (
+        mode == "train"
+    ):  # batch normalisation takes a constant away again, so the biases before it move nothing
         zero = {name for name in zero if not name.endswith("bias")}
     assert not zero
 
@@ -230,7 +268,9 @@ def test_a_state_dict_carries_everything(case):
     other = fresh(case, seed=99).eval()
     if flow.state_dict():
         before = flat(other(x, *conditions)[0])
-        assert not torch.equal(before, flat(flow(x, *conditions)[0])), "trained() did not change this flow"
+        assert not torch.equal(before, flat(flow(x, *conditions)[0])), (
+            "trained() did not change this flow"
+        )
     other.load_state_dict(flow.state_dict())
     assert torch.equal(flat(other(x, *conditions)[0]), flat(flow(x, *conditions)[0]))
     assert torch.equal(other(x, *conditions)[1], flow(x, *conditions)[1])
@@ -240,7 +280,11 @@ def test_a_state_dict_carries_everything(case):
 
 @every_model
 def test_log_prob_is_that_of_the_base_plus_log_det(case):
-    flow, x, conditions = trained(case, torch.float64), case.data(5, torch.float64), case.conditions(5, torch.float64)
+    flow, x, conditions = (
+        trained(case, torch.float64),
+        case.data(5, torch.float64),
+        case.conditions(5, torch.float64),
+    )
     latents, log_det = flow(x, *conditions)
     base = BASES[type(flow.base)]()
     assert_close(flow.log_prob(x, *conditions), base.log_prob(flat(latents)).sum(1) + log_det, 1e-9)
@@ -249,7 +293,9 @@ def test_log_prob_is_that_of_the_base_plus_log_det(case):
 @every_model
 def test_temperature_scales_the_base_sample(case):
     flow = trained(case, torch.float64)
-    context, *noise = (value if value is None else repeated(value, 64) for value in case.conditions(1) or (None,))
+    context, *noise = (
+        value if value is None else repeated(value, 64) for value in case.conditions(1) or (None,)
+    )
     if context is not None and context.is_floating_point():
         context = context.double()
 
@@ -288,7 +334,9 @@ def test_bf16_autocast(case):
         latents, log_det = flow(x, *conditions)
         log_prob = flow.log_prob(x, *conditions)
         back, inverse_log_det = flow.inverse(latents, *conditions)
-    assert {v.dtype for v in (*latents, log_det, log_prob, back, inverse_log_det)} == {torch.float32}
+    assert {v.dtype for v in (*latents, log_det, log_prob, back, inverse_log_det)} == {
+        torch.float32
+    }
     assert all(v.isfinite().all() for v in (*latents, log_det, log_prob, back, inverse_log_det))
     assert_close(log_prob / x[0].numel(), flow.log_prob(x, *conditions) / x[0].numel(), 0.1)
     # Both ways see the same bfloat16 conditioner outputs, but where a last bit of float32 decides how one is rounded.
@@ -310,7 +358,9 @@ def test_a_wrong_shape_is_an_error_that_names_both(case):
             flow.log_prob(torch.rand(2, *wider), *case.conditions(2))
 
 
-@pytest.mark.parametrize("case", [c for c in MODELS if None in c.build().shape], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in MODELS if None in c.build().shape], ids=lambda case: case.name
+)
 def test_a_flow_of_any_size_is_the_same_map_on_other_sizes(case):
     """Its weights at another size: invertible, its log_det autograd's, its samples of the size that is asked for."""
     flow = trained(case, torch.float64)
@@ -321,7 +371,10 @@ def test_a_flow_of_any_size_is_the_same_map_on_other_sizes(case):
         assert drawn(flow, other, 2).shape == (2, *other.shape)
         assert_close(*both_log_dets(flow, x, *conditions), case.tolerance)
     with pytest.raises(ValueError, match="odd sizes"):
-        flow.log_prob(torch.rand(1, case.shape[0], 5, 4, dtype=torch.float64), *case.conditions(1, torch.float64))
+        flow.log_prob(
+            torch.rand(1, case.shape[0], 5, 4, dtype=torch.float64),
+            *case.conditions(1, torch.float64),
+        )
     if case.context is None:
         with pytest.raises(ValueError, match="models data of any size: give sample"):
             flow.sample(2)
@@ -332,7 +385,9 @@ def test_a_context_or_noise_that_is_missing_or_not_asked_for_is_one_line(case):
     flow, x = fresh(case), case.data(2)
     messages = []
     if flow.conditioned_on is None:
-        with pytest.raises(ValueError, match="is not conditioned on anything: leave the context out") as error:
+        with pytest.raises(
+            ValueError, match="is not conditioned on anything: leave the context out"
+        ) as error:
             flow(x, torch.zeros(2, dtype=torch.int64))
         messages.append(str(error.value))
     else:
@@ -356,7 +411,9 @@ def test_a_base_is_the_distribution_that_it_says(base):
     reference = BASES[base]()
     z = torch.linspace(-8, 8, 33, dtype=torch.float64).view(1, 33)
     assert_close(
-        base().log_prob((z, z[:, :3])), reference.log_prob(z).sum(1) + reference.log_prob(z[:, :3]).sum(1), 1e-9
+        base().log_prob((z, z[:, :3])),
+        reference.log_prob(z).sum(1) + reference.log_prob(z[:, :3]).sum(1),
+        1e-9,
     )
     like = torch.empty(0, dtype=torch.float64)
     [samples] = base().sample(40_000, ((1,),), 0.5, torch.Generator().manual_seed(0), like)
@@ -372,12 +429,16 @@ def test_a_logistic_sample_is_finite_where_the_generator_gives_0(monkeypatch):
     assert (samples < -15).all()
 
 
-@pytest.mark.parametrize("case", [case for case in MODELS if case.iterations], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in MODELS if case.iterations], ids=lambda case: case.name
+)
 def test_fewer_iterations_are_further_off(case):
     """What a case says of them is what is tested: with one, the round trip is outside of its tolerance."""
     flow, x = trained(case, torch.float64), case.data(5, torch.float64)
     few = case.make(n_iterations=1).double().eval()
     few.load_state_dict(flow.state_dict())
     conditions = case.conditions(5, torch.float64)
-    errors = [(f.inverse(f(x, *conditions)[0], *conditions)[0] - x).abs().max() for f in (flow, few)]
+    errors = [
+        (f.inverse(f(x, *conditions)[0], *conditions)[0] - x).abs().max() for f in (flow, few)
+    ]
     assert errors[0] < case.tolerance < 100 * case.tolerance < errors[1]

@@ -15,7 +15,11 @@ from reproduce import experiment
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
-    for text in ("does not have many workers", "LeafSpec.* is deprecated", "User provided device_type of 'cuda'")
+    for text in (
+        "does not have many workers",
+        "LeafSpec.* is deprecated",
+        "User provided device_type of 'cuda'",
+    )
 ]
 
 
@@ -55,7 +59,9 @@ def test_another_method_or_shape_than_the_captured_is_refused(monkeypatch):
     again(again.flow.log_prob, x[:1])
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ")]
+)
 def test_other_errors_stay_what_they_are(error, monkeypatch):
     def failing(*arguments, **keywords):
         raise error
@@ -69,12 +75,15 @@ def test_other_errors_stay_what_they_are(error, monkeypatch):
 
 def test_what_cannot_be_captured_is_said(monkeypatch):
     def refused(*arguments, **keywords):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+        raise RuntimeError(
+            "CUDA error: operation not permitted when stream is capturing\nmore lines"
+        )
 
     monkeypatch.setattr("torch.cuda.make_graphed_callables", refused)
     flow = tiny_flow()
     with pytest.raises(
-        ValueError, match=r"^RealNVP cannot be captured \(CUDA .* capturing\): add trainer.cuda_graph=false$"
+        ValueError,
+        match=r"^RealNVP cannot be captured \(CUDA .* capturing\): add trainer.cuda_graph=false$",
     ):
         CudaGraph(flow)(flow.log_prob, torch.rand(2, 3, 8, 8))
 

@@ -56,7 +56,10 @@ def test_dequantizer_is_the_formula():
 @pytest.mark.parametrize("n_bits", [5, 8])
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_dequantizer_stays_below_one(n_bits, dtype):
-    q, u = torch.tensor([2**n_bits - 1], dtype=torch.uint8), torch.tensor([LARGEST[dtype]], dtype=dtype)
+    q, u = (
+        torch.tensor([2**n_bits - 1], dtype=torch.uint8),
+        torch.tensor([LARGEST[dtype]], dtype=dtype),
+    )
     x, log_weight = UniformDequantizer(n_bits)(q, u)
     assert x.dtype == log_weight.dtype == dtype
     assert x.item() == LARGEST[dtype]
@@ -76,7 +79,11 @@ def test_dequantizer_keeps_the_integers(n_bits):
 
 @pytest.mark.parametrize("n_bits", [0, -1, 9, 16, 5.5, 5.0, None])
 def test_bits_that_uint8_does_not_have(n_bits):
-    for make in (UniformDequantizer, lambda n: CIFAR10("data", 8, n_bits=n), lambda n: Photos(8, n_bits=n)):
+    for make in (
+        UniformDequantizer,
+        lambda n: CIFAR10("data", 8, n_bits=n),
+        lambda n: Photos(8, n_bits=n),
+    ):
         with pytest.raises(ValueError, match=rf"data\.n_bits={n_bits} .* give 1 to 8") as error:
             make(n_bits)
         one_line(error)
@@ -117,7 +124,10 @@ def test_every_item_is_dropped_at_times_only():
 def test_ranks_slice_the_batches_of_a_single_process(world_size, epoch):
     batch_size, local = 8, 8 // world_size
     alone = order(n=50, batch_size=batch_size, epoch=epoch)
-    ranks = [order(n=50, batch_size=batch_size, epoch=epoch, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [
+        order(n=50, batch_size=batch_size, epoch=epoch, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
     for b in range(50 // batch_size):
         together = [item for rank in ranks for item in rank[b * local : (b + 1) * local]]
         assert together == alone[b * batch_size : (b + 1) * batch_size]
@@ -162,7 +172,9 @@ def loader(num_workers, images, epoch=1):
     sampler = TrainSampler(len(images), 4, seed=0)
     sampler.set_epoch(epoch)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
-    return TrainLoader(ImageArray(images, hflip=True, shift=0.1), 4, sampler=sampler, drop_last=True, **workers)
+    return TrainLoader(
+        ImageArray(images, hflip=True, shift=0.1), 4, sampler=sampler, drop_last=True, **workers
+    )
 
 
 def same(a, b):
@@ -242,7 +254,9 @@ def test_flips_are_a_function_of_seed_epoch_and_index():
     assert flipped(data, 0) == first  # after another epoch
     assert flipped(ImageArray(images, seed=3, hflip=True), 1) == second
     assert flipped(ImageArray(images, seed=4, hflip=True), 0) != first
-    assert np.array_equal(data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0])  # in any order
+    assert np.array_equal(
+        data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0]
+    )  # in any order
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
@@ -277,7 +291,9 @@ def test_shift_by_whole_pixels_moves_and_repeats_the_edges():
 
 def test_shift_by_half_a_pixel_is_the_mean_of_two():
     image = random_images(1)[0]
-    above, left = (np.concatenate([image.take([0], axis), image], axis).astype(int) for axis in (1, 2))
+    above, left = (
+        np.concatenate([image.take([0], axis), image], axis).astype(int) for axis in (1, 2)
+    )
     assert np.array_equal(shifted(image, (0.5, 0)), (above[:, :-1] + above[:, 1:]) // 2)
     assert np.array_equal(shifted(image, (0, 0.5)), (left[:, :, :-1] + left[:, :, 1:]) // 2)
 
@@ -285,19 +301,25 @@ def test_shift_by_half_a_pixel_is_the_mean_of_two():
 def test_shift_is_bilinear_and_floors():
     image = np.array([[[0, 100, 200], [10, 111, 255]]], dtype=np.uint8)
     assert shifted(image, (0, 0.25)).tolist() == [[[0, 75, 175], [10, 85, 219]]]  # 85.75, 219.0
-    assert shifted(image, (-0.25, 0.5)).tolist() == [[[2, 52, 158], [10, 60, 183]]]  # 2.5, 52.625, 158.25
+    assert shifted(image, (-0.25, 0.5)).tolist() == [
+        [[2, 52, 158], [10, 60, 183]]
+    ]  # 2.5, 52.625, 158.25
 
 
 def test_shift_leaves_even_areas_alone():
     """Weights that sum to 1 - 1e-16 and a floor would take off a level: in float64 of 6 % of the pixels."""
-    for value, by in zip(range(0, 256, 5), np.random.default_rng(0).uniform(-3.2, 3.2, (52, 2)), strict=True):
+    for value, by in zip(
+        range(0, 256, 5), np.random.default_rng(0).uniform(-3.2, 3.2, (52, 2)), strict=True
+    ):
         assert set(shifted(np.full((1, 32, 32), value, np.uint8), by).flat) == {value}
 
 
 def test_shift_of_zero_is_the_image():
     images = random_images(20)
     data = ImageArray(images, seed=3, shift=0.0)
-    assert all(np.array_equal(data[epoch, i][0], images[i]) for epoch in range(3) for i in range(20))
+    assert all(
+        np.array_equal(data[epoch, i][0], images[i]) for epoch in range(3) for i in range(20)
+    )
     assert all(np.array_equal(shifted(image, (0.0, 0.0)), image) for image in images)
 
 
@@ -349,7 +371,9 @@ def cifar(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     images, labels = {}, {}
-    for number, table in enumerate(["TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TEST_MD5"]):
+    for number, table in enumerate(
+        ["TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TEST_MD5"]
+    ):
         name = "test_batch" if table == "TEST_MD5" else f"data_batch_{number + 1}"
         images[name] = random_images(40, 32, seed=number)
         labels[name] = np.random.default_rng(number).integers(0, 10, 40).tolist()
@@ -360,7 +384,9 @@ def cifar(tmp_path, monkeypatch):
     train = np.concatenate([images[f"data_batch_{i}"] for i in range(1, 6)])
     train_labels = [label for i in range(1, 6) for label in labels[f"data_batch_{i}"]]
     classes = {"train_labels": train_labels, "test_labels": labels["test_batch"]}
-    return SimpleNamespace(root=tmp_path, folder=folder, train=train, test=images["test_batch"], **classes)
+    return SimpleNamespace(
+        root=tmp_path, folder=folder, train=train, test=images["test_batch"], **classes
+    )
 
 
 def ready(root, **arguments):
@@ -393,7 +419,9 @@ def test_cifar_split_is_disjoint_complete_and_the_same_for_every_seed(cifar):
     other = ready(cifar.root, seed=1)
     assert contents(other.val.images) == val
     assert contents(other.train.images) == train
-    assert [contents(i) for i, _ in other.train_dataloader()] != [contents(i) for i, _ in data.train_dataloader()]
+    assert [contents(i) for i, _ in other.train_dataloader()] != [
+        contents(i) for i, _ in data.train_dataloader()
+    ]
 
 
 def test_cifar_without_validation_trains_on_everything(cifar):
@@ -414,9 +442,14 @@ def test_cifar_flips_in_training_only(cifar):
 def test_cifar_shifts_in_training_only(cifar):
     data = ready(cifar.root, shift=0.1, hflip=False, seed=5)
     by = np.random.default_rng([5, 1, 2]).uniform(-3.2, 3.2, (170, 2))
-    assert all(np.array_equal(data.train[1, i][0], shifted(data.train.images[i], by[i])) for i in range(170))
+    assert all(
+        np.array_equal(data.train[1, i][0], shifted(data.train.images[i], by[i]))
+        for i in range(170)
+    )
     assert not any(np.array_equal(data.train[1, i][0], data.train.images[i]) for i in range(170))
-    assert not any(flipped(data.val, 1) + flipped(data.test, 1))  # fails where an item is not the image
+    assert not any(
+        flipped(data.val, 1) + flipped(data.test, 1)
+    )  # fails where an item is not the image
     plain = ready(cifar.root, hflip=False)
     assert all(np.array_equal(plain.train[1, i][0], plain.train.images[i]) for i in range(170))
 
@@ -430,7 +463,11 @@ def test_cifar_shift_is_a_share(shift):
 
 def test_cifar_of_five_bits(cifar):
     data, eight = ready(cifar.root, n_bits=5), ready(cifar.root)
-    assert (data.n_bits, data.dequantizer.n_bits, type(data.dequantizer)) == (5, 5, UniformDequantizer)
+    assert (data.n_bits, data.dequantizer.n_bits, type(data.dequantizer)) == (
+        5,
+        5,
+        UniformDequantizer,
+    )
     assert (eight.n_bits, eight.dequantizer.n_bits) == (8, 8)
     batch = next(iter(data.test_dataloader()))[0]
     assert batch.dtype == torch.uint8
@@ -445,18 +482,26 @@ def test_cifar_labels_belong_to_their_images(cifar):
     data = ready(cifar.root, labels=True, shift=0.1, n_bits=5)
     plain = ready(cifar.root, shift=0.1, n_bits=5)
     classes = dict(
-        zip(contents(cifar.train) + contents(cifar.test), cifar.train_labels + cifar.test_labels, strict=True)
+        zip(
+            contents(cifar.train) + contents(cifar.test),
+            cifar.train_labels + cifar.test_labels,
+            strict=True,
+        )
     )
     for split in ("train", "val", "test"):
         loader, same_loader = (getattr(d, f"{split}_dataloader")() for d in (data, plain))
         for (images, indices, labels), without in zip(loader, same_loader, strict=True):
             assert (labels.dtype, labels.shape) == (torch.int64, indices.shape)
             assert same([[images, indices]], [without])
-            assert labels.tolist() == [classes[c] for c in contents(getattr(data, split).images[indices])]
+            assert labels.tolist() == [
+                classes[c] for c in contents(getattr(data, split).images[indices])
+            ]
     assert next(iter(data.test_dataloader()))[2].tolist() == cifar.test_labels[:8]
     assert [len(batch) for batch in data.train_batches(16)] == [3, 3]
     assert same(list(data.train_batches(16)), list(data.train_dataloader())[:2])
-    assert data.train[0, 5][2] == ready(cifar.root, labels=True, seed=1).train[7, 5][2]  # whatever the augmentation
+    assert (
+        data.train[0, 5][2] == ready(cifar.root, labels=True, seed=1).train[7, 5][2]
+    )  # whatever the augmentation
 
 
 def test_class_names(cifar):
@@ -469,11 +514,16 @@ def test_class_names(cifar):
 def is_crop(crop, photo):
     n = len(crop)
     starts = np.argwhere((photo[: -n + 1, : -n + 1] == crop[0, 0]).all(-1))
-    return any(np.array_equal(photo[row : row + n, column : column + n], crop) for row, column in starts)
+    return any(
+        np.array_equal(photo[row : row + n, column : column + n], crop) for row, column in starts
+    )
 
 
 def test_labels_of_photographs_say_which_one_a_crop_is_of():
-    data, without = (Photos(8, size=16, n_train=40, n_val=30, n_test=30, labels=labels) for labels in (True, False))
+    data, without = (
+        Photos(8, size=16, n_train=40, n_val=30, n_test=30, labels=labels)
+        for labels in (True, False)
+    )
     data.setup()
     without.setup()
     for split, n in (("train", 40), ("val", 30), ("test", 30)):
@@ -565,12 +615,18 @@ def test_cifar_broken_download_does_not_block_the_next(cifar, archive, monkeypat
 
 
 def test_cifar_files_that_are_there_need_no_network(cifar, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *a: pytest.fail("downloads"))
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url", lambda *a: pytest.fail("downloads")
+    )
     assert len(ready(cifar.root, download=True).test) == 40
 
 
 # of the images in the official order, split by default_rng(0).permutation(50_000); taken from the pickles with numpy
-CIFAR_MD5 = ["56c1e3fc28a7391bdfc129c338486f81", "1b7735cfcf47af8bb24b18417d68c41f", "f1aa22116df97725db0e47461c45a82b"]
+CIFAR_MD5 = [
+    "56c1e3fc28a7391bdfc129c338486f81",
+    "1b7735cfcf47af8bb24b18417d68c41f",
+    "f1aa22116df97725db0e47461c45a82b",
+]
 
 
 @pytest.mark.data
@@ -592,17 +648,29 @@ def test_cifar_real_labels():
     if not (REAL / "cifar-10-batches-py" / "test_batch").is_file():
         pytest.skip("CIFAR-10 is not under data/")
     data = ready(REAL, n_val=0, labels=True, n_bits=5)
-    first = [[data.class_names[split[0, i][2]] for i in range(5)] for split in (data.train, data.test)]
-    assert first == [["frog", "truck", "truck", "deer", "automobile"], ["cat", "ship", "ship", "airplane", "frog"]]
-    assert [np.bincount(split.labels).tolist() for split in (data.train, data.test)] == [[5000] * 10, [1000] * 10]
+    first = [
+        [data.class_names[split[0, i][2]] for i in range(5)] for split in (data.train, data.test)
+    ]
+    assert first == [
+        ["frog", "truck", "truck", "deer", "automobile"],
+        ["cat", "ship", "ship", "airplane", "frog"],
+    ]
+    assert [np.bincount(split.labels).tolist() for split in (data.train, data.test)] == [
+        [5000] * 10,
+        [1000] * 10,
+    ]
     meta = REAL / "cifar-10-batches-py" / "batches.meta"
     if meta.is_file():
         names = pickle.loads(meta.read_bytes(), encoding="bytes")[b"label_names"]
         assert tuple(name.decode() for name in names) == data.class_names
     part = ready(REAL, n_val=5000, labels=True)  # what is held out takes its labels along
-    whole = dict(zip(contents(data.train.images[::97]), data.train.labels[::97].tolist(), strict=True))
+    whole = dict(
+        zip(contents(data.train.images[::97]), data.train.labels[::97].tolist(), strict=True)
+    )
     for split in (part.train, part.val):
-        found = [(whole[c], split.labels[i]) for i, c in enumerate(contents(split.images)) if c in whole]
+        found = [
+            (whole[c], split.labels[i]) for i, c in enumerate(contents(split.images)) if c in whole
+        ]
         assert len(found) > 30
         assert all(a == b for a, b in found)
     assert data.test[0, 0][0][:, 0, 0].tolist() == [158 // 8, 112 // 8, 49 // 8]
@@ -639,7 +707,9 @@ def test_splits_share_no_pixel(monkeypatch):
     columns = np.arange(250, dtype=np.uint8)[None, :, None] * np.ones((60, 1, 3), dtype=np.uint8)
     monkeypatch.setattr(photos, "photographs", lambda: [columns, columns])
     data = made_photos(n_train=300, n_val=300, n_test=300)
-    train = {int(v) for epoch in range(3) for i in range(300) for v in data.train[epoch, i][0].unique()}
+    train = {
+        int(v) for epoch in range(3) for i in range(300) for v in data.train[epoch, i][0].unique()
+    }
     val, test = set(np.unique(data.val.images)), set(np.unique(data.test.images))
     assert (train, val, test) == (set(range(175)), set(range(175, 212)), set(range(212, 250)))
 
@@ -650,7 +720,9 @@ def test_every_photograph_is_used(monkeypatch):
     data = made_photos(n_train=1000, n_val=500, n_test=500)
     assert {int(data.train[0, i][0][0, 0, 0]) for i in range(1000)} == set(range(7))
     assert set(data.val.images.flat) == set(data.test.images.flat) == set(range(7))
-    assert all(len(np.unique(image)) == 1 for image in data.val.images)  # no crop spans two photographs
+    assert all(
+        len(np.unique(image)) == 1 for image in data.val.images
+    )  # no crop spans two photographs
 
 
 def test_crops_are_uniform_over_all_positions():
@@ -661,7 +733,9 @@ def test_crops_are_uniform_over_all_positions():
     corners = [int(crops[0, i][0][0, 0, 0]) for i in range(len(crops))]
     values, counts = np.unique(corners, return_counts=True)
     assert values.tolist() == [6 * row + column for row in range(4) for column in range(5)] + [99]
-    assert 850 < counts.min() < counts.max() < 1150  # 1000 each, give or take five standard deviations
+    assert (
+        850 < counts.min() < counts.max() < 1150
+    )  # 1000 each, give or take five standard deviations
     for i in range(50):
         crop = crops[0, i][0][0]
         assert crop[0, 0] == 99 or (crop - crop[0, 0]).tolist() == [[0, 1], [6, 7]]
@@ -678,7 +752,10 @@ def test_train_crops_are_a_function_of_seed_epoch_and_index():
     assert set(crops(0)).isdisjoint(crops(0, seed=1))
     one = made_photos()
     later = one.train[1, 3][0]
-    assert contents([one.train[0, 7][0], later]) == [crops(0)[7], crops(1)[3]]  # in any order of epochs
+    assert contents([one.train[0, 7][0], later]) == [
+        crops(0)[7],
+        crops(1)[3],
+    ]  # in any order of epochs
 
 
 def test_train_crops_are_flipped_half_of_the_time():
@@ -709,7 +786,11 @@ def test_photos_of_another_size(size):
 
 def test_photos_of_five_bits():
     five, eight = made_photos(n_bits=5), made_photos()
-    assert (five.n_bits, five.dequantizer.n_bits, type(five.dequantizer)) == (5, 5, UniformDequantizer)
+    assert (five.n_bits, five.dequantizer.n_bits, type(five.dequantizer)) == (
+        5,
+        5,
+        UniformDequantizer,
+    )
     assert (eight.n_bits, eight.dequantizer.n_bits) == (8, 8)
     for split in ("train", "val", "test"):
         pairs = [[getattr(data, split)[1, i][0] for data in (five, eight)] for i in range(20)]
@@ -731,7 +812,9 @@ def test_photos_of_an_impossible_size(size):
 
 
 def made_moons(**arguments):
-    data = TwoMoons(**({"batch_size": 100, "n_train": 4000, "n_val": 500, "n_test": 1000} | arguments))
+    data = TwoMoons(
+        **({"batch_size": 100, "n_train": 4000, "n_val": 500, "n_test": 1000} | arguments)
+    )
     data.setup()
     return data
 
@@ -739,7 +822,9 @@ def made_moons(**arguments):
 def test_moons_lie_around_their_arcs():
     """The distance to the nearest arc is |N(0, .05)|, but for the few points beyond an arc's end."""
     angle = np.linspace(0, np.pi, 2000)
-    arcs = np.concatenate([[np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]], axis=1).T
+    arcs = np.concatenate(
+        [[np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]], axis=1
+    ).T
     points = made_moons().train.points
     distance = torch.cdist(points.double(), torch.from_numpy(arcs)).min(1).values
     assert distance.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.04)
@@ -791,7 +876,10 @@ def test_loaders(name, cifar):
         batches = list(evaluation)
         whole = getattr(data, split)
         assert torch.cat([i for _, i in batches]).tolist() == list(range(len(whole)))
-        assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([whole[0, i][0] for i in range(len(whole))]))
+        assert torch.equal(
+            torch.cat([x for x, _ in batches]),
+            torch.stack([whole[0, i][0] for i in range(len(whole))]),
+        )
         assert batches[0][0].shape[1:] == data.shape
 
 
@@ -801,7 +889,9 @@ def test_loaders_of_two_ranks(name, cifar):
     ranks = [small(name, cifar, n_val=31) for _ in range(2)]
     for rank, data in enumerate(ranks):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
-    for one, *two in zip(alone.train_dataloader(), *(d.train_dataloader() for d in ranks), strict=True):
+    for one, *two in zip(
+        alone.train_dataloader(), *(d.train_dataloader() for d in ranks), strict=True
+    ):
         assert [len(x) for x, _ in two] == [4, 4]
         assert torch.equal(torch.cat([x for x, _ in two]), one[0])
         assert torch.equal(torch.cat([i for _, i in two]), one[1])
@@ -817,7 +907,9 @@ def test_no_validation_set(name, cifar):
     assert data.n_train == 200
 
 
-@pytest.mark.parametrize(("n", "batches", "size"), [(20, 3, 8), (24, 3, 8), (5, 1, 5), (10_000, 25, 8)])
+@pytest.mark.parametrize(
+    ("n", "batches", "size"), [(20, 3, 8), (24, 3, 8), (5, 1, 5), (10_000, 25, 8)]
+)
 def test_train_batches(cifar, n, batches, size):
     data = small("cifar10", cifar, n_val=0)
     found = list(data.train_batches(n))
@@ -827,7 +919,10 @@ def test_train_batches(cifar, n, batches, size):
     for rank in range(2):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         shares.append(list(data.train_batches(n)))
-    together = [[torch.cat(parts) for parts in zip(*pair, strict=True)] for pair in zip(*shares, strict=True)]
+    together = [
+        [torch.cat(parts) for parts in zip(*pair, strict=True)]
+        for pair in zip(*shares, strict=True)
+    ]
     if size == 5:  # does not share evenly
         assert [len(x) for x, _ in together] == [4, 4]
     else:
@@ -845,7 +940,10 @@ def test_initialization_batch_is_the_start_of_the_first_epoch(name, cifar):
     assert found[1].tolist() == order[:20].tolist()
     assert torch.equal(found[0], torch.stack([data.train[0, i][0] for i in found[1].tolist()]))
     batches = list(data.train_dataloader())[:2]
-    assert same([[part[:16] for part in found]], [[torch.cat(parts) for parts in zip(*batches, strict=True)]])
+    assert same(
+        [[part[:16] for part in found]],
+        [[torch.cat(parts) for parts in zip(*batches, strict=True)]],
+    )
     for rank in range(4):
         other = small(name, cifar, seed=4, n_val=31, batch_size=16, micro_batch=2)
         other.trainer = SimpleNamespace(global_rank=rank, world_size=4)
@@ -869,13 +967,19 @@ def test_evaluation_noise_depends_on_the_image_alone():
     noise = image_noise(torch.arange(20), shape, seed=5)
     assert noise.dtype == torch.float32
     assert noise.shape == (20, *shape)
-    assert torch.equal(torch.cat([image_noise(i, shape, 5) for i in torch.arange(20).split(7)]), noise)
+    assert torch.equal(
+        torch.cat([image_noise(i, shape, 5) for i in torch.arange(20).split(7)]), noise
+    )
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(image_noise(shuffled, shape, 5), noise[shuffled])
     torch.rand(3)  # whatever was drawn before
     assert torch.equal(image_noise(torch.arange(20), shape, 5), noise)
     assert torch.equal(image_noise(torch.tensor([4]), shape, 5, k=0)[0], noise[4])
-    others = [image_noise(torch.arange(20), shape, 6), image_noise(torch.arange(20), shape, 5, k=1), noise.roll(1, 0)]
+    others = [
+        image_noise(torch.arange(20), shape, 6),
+        image_noise(torch.arange(20), shape, 5, k=1),
+        noise.roll(1, 0),
+    ]
     assert all((noise != other).float().mean() > 0.99 for other in others)
     assert 0 <= noise.min() < noise.max() < 1
 
@@ -889,7 +993,10 @@ def test_evaluation_noise_is_uniform():
 def training_inputs(world_size, rank, data, epoch=0, batch_idx=0, seed=0, n_micro=1):
     module = DensityModule(RealNVP2d(hidden_channels=4), UniformDequantizer(8), 8, seed)
     module.trainer = SimpleNamespace(
-        world_size=world_size, global_rank=rank, accumulate_grad_batches=n_micro, current_epoch=epoch
+        world_size=world_size,
+        global_rank=rank,
+        accumulate_grad_batches=n_micro,
+        current_epoch=epoch,
     )
     return module.training_input([data], module.position(batch_idx)).x
 

@@ -31,7 +31,12 @@ from reproduce.config import compose
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
-    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+    for text in (
+        "does not have many workers",
+        "LeafSpec.* is deprecated",
+        "The dirpath has changed",
+        "Total length of",
+    )
 ]
 SHAPE = (3, 8, 8)
 
@@ -45,9 +50,14 @@ class RandomImages(StatelessDataModule):
 
     def __init__(self, batch_size=16, n_train=64, n_val=23, seed=0, micro_batch=None):
         super().__init__(batch_size, micro_batch, num_workers=0, seed=seed)
-        images = np.random.default_rng(0).integers(60, 180, (n_train + n_val + 23, *SHAPE), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(
+            60, 180, (n_train + n_val + 23, *SHAPE), dtype=np.uint8
+        )
         self.train = ImageArray(images[:n_train], seed, hflip=True)
-        self.val, self.test = ImageArray(images[n_train:][:n_val]), ImageArray(images[n_train + n_val :])
+        self.val, self.test = (
+            ImageArray(images[n_train:][:n_val]),
+            ImageArray(images[n_train + n_val :]),
+        )
 
 
 def tiny_flow():
@@ -56,11 +66,21 @@ def tiny_flow():
 
 
 def density(flow=None, data=RandomImages, cls=DensityModule, **arguments):
-    return cls(flow or tiny_flow(), data.dequantizer, data.n_bits, **({"seed": 0, "bn_images": 40} | arguments))
+    return cls(
+        flow or tiny_flow(),
+        data.dequantizer,
+        data.n_bits,
+        **({"seed": 0, "bn_images": 40} | arguments),
+    )
 
 
 def make_trainer(*callbacks, **arguments):
-    defaults = {"max_steps": 3, "num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
+    defaults = {
+        "max_steps": 3,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+    }
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet["accelerator"] = "cpu"
     return L.Trainer(
@@ -107,7 +127,10 @@ def trained(trained_state):
 
 def bits_by_hand(flow, images, noise_seed=0):
     """Bits/dim of each image: noise keyed (noise seed, index, 0), the formula written out."""
-    u = [np.random.default_rng([noise_seed, i, 0]).random(SHAPE, dtype=np.float32) for i in range(len(images))]
+    u = [
+        np.random.default_rng([noise_seed, i, 0]).random(SHAPE, dtype=np.float32)
+        for i in range(len(images))
+    ]
     x = (torch.from_numpy(images).float() + torch.from_numpy(np.stack(u))) / 256
     with torch.no_grad():
         return 8 - flow.log_prob(x) / (math.prod(SHAPE) * math.log(2))
@@ -122,7 +145,9 @@ def reestimated_by_hand(flow, data, n_batches):
         layer.reset_running_stats()
     keys = list(TrainSampler(len(data.train), data.batch_size, data.seed))
     for i in range(n_batches):
-        q = torch.stack([data.train[key][0] for key in keys[i * data.batch_size : (i + 1) * data.batch_size]])
+        q = torch.stack(
+            [data.train[key][0] for key in keys[i * data.batch_size : (i + 1) * data.batch_size]]
+        )
         u = batch_noise(tuple(q.shape), data.seed, 0, i, torch.device("cpu"))
         with torch.no_grad():
             flow((q.float() + u) / 256)
@@ -155,7 +180,9 @@ def test_cooldown_is_linear_to_zero_in_the_last_steps(cooldown, expected):
     module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=cooldown)
     trainer = make_trainer(recorder := Recorder(), max_steps=9)
     trainer.fit(module, datamodule=RandomImages())
-    assert recorder.rates == pytest.approx([2e-3 * factor for factor in (0, 0.5, *expected)], rel=1e-12)
+    assert recorder.rates == pytest.approx(
+        [2e-3 * factor for factor in (0, 0.5, *expected)], rel=1e-12
+    )
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
@@ -164,21 +191,29 @@ def test_without_a_cooldown_the_rate_stays():
 
 
 def test_a_cooldown_is_of_a_constant_rate():
-    with pytest.raises(ValueError, match=r"optim\.cooldown_steps=3: a cosine ends at 0 by itself") as error:
+    with pytest.raises(
+        ValueError, match=r"optim\.cooldown_steps=3: a cosine ends at 0 by itself"
+    ) as error:
         density(schedule="cosine", cooldown_steps=3)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"optim\.cooldown_steps=-1"):
         density(cooldown_steps=-1)
-    with pytest.raises(ValueError, match=r"optim\.cooldown_steps=3 ends at the last step: set trainer\.max_steps"):
+    with pytest.raises(
+        ValueError, match=r"optim\.cooldown_steps=3 ends at the last step: set trainer\.max_steps"
+    ):
         fit(density(Uniform(), cooldown_steps=3), max_steps=-1, max_epochs=1)
 
 
-@pytest.mark.parametrize("settings", [{"cooldown_steps": 7}, {"schedule": "cosine", "warmup_steps": 10}])
+@pytest.mark.parametrize(
+    "settings", [{"cooldown_steps": 7}, {"schedule": "cosine", "warmup_steps": 10}]
+)
 def test_a_rate_that_cannot_fall_in_the_steps_there_are_is_refused(settings):
     """What `trainer.max_steps=` alone makes of a recipe with a cooldown."""
     module = density(**({"warmup_steps": 3} | settings))
     module.trainer = SimpleNamespace(max_steps=9, precision_plugin=None)
-    with pytest.raises(ValueError, match=r"are more than trainer\.max_steps=9: give .* optim\.warmup_steps=0") as error:
+    with pytest.raises(
+        ValueError, match=r"are more than trainer\.max_steps=9: give .* optim\.warmup_steps=0"
+    ) as error:
         module.configure_optimizers()
     assert "\n" not in str(error.value)
 
@@ -208,7 +243,10 @@ def test_a_resumed_run_falls_towards_the_end_that_is_given_now(at):
     optimizer, scheduler = scheduled(10)
     begun = rates(optimizer, scheduler, at)
     assert begun == [whole[i] if i <= 5 else 2e-3 * ((10 - i) / 5) for i in range(at)]
-    for lambdas in (scheduler.state_dict()["lr_lambdas"], [{"steps": 2, "total": 10, "cooldown": 5}]):
+    for lambdas in (
+        scheduler.state_dict()["lr_lambdas"],
+        [{"steps": 2, "total": 10, "cooldown": 5}],
+    ):
         longer, restored = scheduled(40)
         longer.load_state_dict(optimizer.state_dict())
         restored.load_state_dict(scheduler.state_dict() | {"lr_lambdas": lambdas})
@@ -316,7 +354,9 @@ def test_validation_is_a_mean_over_images(trained, batch_size):
     """23 images in batches of 7 and 16 leave 2 and 7: a mean over batches would differ."""
     data = RandomImages(batch_size)
     by_hand = bits_by_hand(trained, data.val.images, noise_seed=3)
-    [found] = make_trainer(limit_val_batches=None).validate(density(trained, noise_seed=3), data, verbose=False)
+    [found] = make_trainer(limit_val_batches=None).validate(
+        density(trained, noise_seed=3), data, verbose=False
+    )
     assert list(found) == ["val/bpd"]
     assert found["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=2e-6)
     batch_means = [part.mean() for part in by_hand.split(batch_size)]
@@ -326,7 +366,9 @@ def test_validation_is_a_mean_over_images(trained, batch_size):
 
 def test_evaluation_noise_seed_matters(trained):
     trainer, data = make_trainer(limit_val_batches=None), RandomImages()
-    zero, again, one = (trainer.validate(density(trained, noise_seed=k), data, verbose=False)[0] for k in (0, 0, 1))
+    zero, again, one = (
+        trainer.validate(density(trained, noise_seed=k), data, verbose=False)[0] for k in (0, 0, 1)
+    )
     assert zero == again
     assert abs(zero["val/bpd"] - one["val/bpd"]) > 1e-6
 
@@ -351,7 +393,9 @@ def test_bn_images_zero_reports_running_statistics_only(trained):
     data = RandomImages()
     [found] = make_trainer().test(density(trained, bn_images=0), data, verbose=False)
     assert list(found) == ["test/bpd"]
-    assert found["test/bpd"] == pytest.approx(bits_by_hand(trained, data.test.images).mean().item(), abs=2e-6)
+    assert found["test/bpd"] == pytest.approx(
+        bits_by_hand(trained, data.test.images).mean().item(), abs=2e-6
+    )
 
 
 def test_no_validation_set():
@@ -368,7 +412,13 @@ class Spied(RealNVP):
 
     def forward(self, x, context=None):
         latents, log_det = super().forward(x, context)
-        self.seen.append((self.training, torch.is_autocast_enabled("cpu"), {t.dtype for t in (x, *latents, log_det)}))
+        self.seen.append(
+            (
+                self.training,
+                torch.is_autocast_enabled("cpu"),
+                {t.dtype for t in (x, *latents, log_det)},
+            )
+        )
         return latents, log_det
 
 
@@ -386,7 +436,9 @@ def test_evaluation_is_float32_whatever_the_training_precision():
     assert [modes[0] for modes in seen] == [False] * 2 + [True] * 3 + [False] * 4
     assert not any(autocast for _, autocast, _ in seen)
     assert all(dtypes == {torch.float32} for _, _, dtypes in seen)
-    assert validated["val/bpd"] == pytest.approx(bits_by_hand(flow.eval(), data.val.images).mean().item(), abs=1e-6)
+    assert validated["val/bpd"] == pytest.approx(
+        bits_by_hand(flow.eval(), data.val.images).mean().item(), abs=1e-6
+    )
     fresh = reestimated_by_hand(flow, data, 3)
     by_hand = bits_by_hand(fresh, data.test.images).mean().item()
     assert tested["test/bpd_reestimated"] == pytest.approx(by_hand, abs=1e-6)
@@ -467,9 +519,16 @@ def test_points_are_reported_in_nats():
     trainer.fit(module, datamodule=data)
     assert not any("bpd" in key for key in trainer.callback_metrics)
     with torch.no_grad():
-        nats = {split: -flow.log_prob(getattr(data, split).points).mean().item() for split in ("val", "test")}
-    assert trainer.validate(module, data, verbose=False) == [{"val/nll": pytest.approx(nats["val"], abs=1e-6)}]
-    assert trainer.test(module, data, verbose=False) == [{"test/nll": pytest.approx(nats["test"], abs=1e-6)}]
+        nats = {
+            split: -flow.log_prob(getattr(data, split).points).mean().item()
+            for split in ("val", "test")
+        }
+    assert trainer.validate(module, data, verbose=False) == [
+        {"val/nll": pytest.approx(nats["val"], abs=1e-6)}
+    ]
+    assert trainer.test(module, data, verbose=False) == [
+        {"test/nll": pytest.approx(nats["test"], abs=1e-6)}
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- averaged weights
@@ -504,7 +563,9 @@ def test_averaged_weights_are_evaluated_with_reestimated_statistics():
 
     fresh = reestimated_by_hand(module.flow, data, 3)
     assert list(tested) == ["test/bpd"]
-    assert tested["test/bpd"] == pytest.approx(bits_by_hand(fresh, data.test.images).mean().item(), abs=1e-6)
+    assert tested["test/bpd"] == pytest.approx(
+        bits_by_hand(fresh, data.test.images).mean().item(), abs=1e-6
+    )
     assert validated == pytest.approx(bits_by_hand(fresh, data.val.images).mean().item(), abs=1e-6)
     running = bits_by_hand(module.flow.eval(), data.test.images).mean().item()
     assert abs(running - tested["test/bpd"]) > 0.01
@@ -548,9 +609,13 @@ def test_an_estimate_is_called_one_and_depends_on_the_image_alone():
     data = RandomImages(batch_size=7)
     [tested] = make_trainer().test(density(flow := Estimated(), noise_seed=3), data, verbose=False)
     assert list(tested) == ["test/bpd_estimate"]
-    noise = [np.random.default_rng([3, i, 0, 1]).random((2, 5), dtype=np.float32) for i in range(23)]
+    noise = [
+        np.random.default_rng([3, i, 0, 1]).random((2, 5), dtype=np.float32) for i in range(23)
+    ]
     assert np.array_equal(torch.cat(flow.noises), np.stack(noise))
-    exact = bits_by_hand(SimpleNamespace(log_prob=lambda x: flow.base.log_prob((x,))), data.test.images, 3)
+    exact = bits_by_hand(
+        SimpleNamespace(log_prob=lambda x: flow.base.log_prob((x,))), data.test.images, 3
+    )
     nats = 10 * (np.stack(noise).mean((1, 2)) - 0.5)
     expected = (exact.numpy() - nats / (192 * math.log(2))).mean()
     assert tested["test/bpd_estimate"] == pytest.approx(expected, abs=2e-6)
@@ -580,7 +645,9 @@ def test_the_noise_of_an_estimate_is_a_function_of_the_global_batch(ranks, n_mic
 
 def test_several_samples_of_an_estimate_are_no_bound():
     """exp of an estimate is on average too large."""
-    with pytest.raises(ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is no bound to tighten"):
+    with pytest.raises(
+        ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is no bound to tighten"
+    ):
         density(Estimated(), noise_samples=8)
 
 
@@ -614,7 +681,11 @@ class Seen(L.Callback):
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         mean = pl_module.eval_means["bpd"]
-        self.kept = (mean.mean_value.requires_grad, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        self.kept = (
+            mean.mean_value.requires_grad,
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+        )
 
 
 def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
@@ -627,7 +698,9 @@ def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
     u = [np.random.default_rng([0, i, 0]).random(SHAPE, dtype=np.float32) for i in range(23)]
     x = (torch.from_numpy(data.test.images) + torch.from_numpy(np.stack(u))) / 256
     by_hand = module.flow.base.log_prob((x + x**3,)) + (1 + 3 * x**2).log().flatten(1).sum(1)
-    assert tested["test/bpd"] == pytest.approx((8 - by_hand / (192 * math.log(2))).mean().item(), abs=2e-6)
+    assert tested["test/bpd"] == pytest.approx(
+        (8 - by_hand / (192 * math.log(2))).mean().item(), abs=2e-6
+    )
     batch = [torch.from_numpy(data.val.images[:4]), torch.arange(4)]
     with torch.no_grad():
         original, again = module.reconstruct(batch)
@@ -649,7 +722,9 @@ def run(folder, ema, checkpoint=None):
     average = [EMAWeightAveraging(use_buffers=False, decay=0.9)] if ema else []
     trainer = make_trainer(recorder, *average, saver, max_steps=10, enable_checkpointing=True, limit_val_batches=None,
                            check_val_every_n_epoch=None, val_check_interval=3)  # fmt: skip
-    trainer.fit(module, datamodule=RandomImages(n_train=100), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(
+        module, datamodule=RandomImages(n_train=100), ckpt_path=checkpoint, weights_only=True
+    )
     return recorder.losses, module.flow.state_dict(), trainer.callback_metrics.get("val/bpd")
 
 

@@ -8,7 +8,15 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from sketch_dequantizer import LogitNormal
 from test_class_conditional import N_CLASSES, LabelledImages
-from test_density import SHAPE, RandomImages, bits_by_hand, density, gradients, make_trainer, tiny_flow
+from test_density import (
+    SHAPE,
+    RandomImages,
+    bits_by_hand,
+    density,
+    gradients,
+    make_trainer,
+    tiny_flow,
+)
 from torch import nn
 
 from datamodules.dequantization import Dequantizer, UniformDequantizer
@@ -85,7 +93,9 @@ def test_log_weight_is_minus_the_log_density_of_what_was_added():
 
 def learned(flow=None, cls=DensityModule, data=RandomImages, **arguments):
     dequantizer = LogitNormal(8, N_CLASSES if data.labels else None)
-    return cls(flow or tiny_flow(), dequantizer, data.n_bits, **({"seed": 0, "bn_images": 0} | arguments))
+    return cls(
+        flow or tiny_flow(), dequantizer, data.n_bits, **({"seed": 0, "bn_images": 0} | arguments)
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,12 +106,21 @@ def test_what_a_figure_is_stands_in_its_name(dequantizer, name):
     module = DensityModule(tiny_flow(), dequantizer(8), 8, seed=0, bn_images=0)
     [tested] = make_trainer().test(module, RandomImages(), verbose=False)
     assert list(tested) == [f"test/{name}"]
-    assert (module.metric.name, module.metric.direction, module.metric.unit) == (name, "lower", "bits/dim")
+    assert (module.metric.name, module.metric.direction, module.metric.unit) == (
+        name,
+        "lower",
+        "bits/dim",
+    )
 
 
 def test_a_noisy_figure_is_that_of_the_noisy_data():
-    data, module = RandomImages(), DensityModule(tiny_flow(), Gaussian(8), 8, seed=0, noise_seed=2, bn_images=0)
-    eps = [np.random.default_rng([2, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)]
+    data, module = (
+        RandomImages(),
+        DensityModule(tiny_flow(), Gaussian(8), 8, seed=0, noise_seed=2, bn_images=0),
+    )
+    eps = [
+        np.random.default_rng([2, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)
+    ]
     x = (torch.from_numpy(data.test.images) + 0.5 + torch.from_numpy(np.stack(eps))) / 256
     with torch.no_grad():
         expected = (8 - module.flow.eval().log_prob(x) / (D * math.log(2))).mean().item()
@@ -112,7 +131,9 @@ def test_a_noisy_figure_is_that_of_the_noisy_data():
 def test_the_weight_enters_loss_and_evaluation():
     data, module = RandomImages(), learned(l2=0.0, noise_seed=3)
     q = torch.from_numpy(data.test.images)
-    eps = [np.random.default_rng([3, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)]
+    eps = [
+        np.random.default_rng([3, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)
+    ]
     with torch.no_grad():
         x, log_weight = module.dequantizer(q, torch.from_numpy(np.stack(eps)))
         expected = 8 - (module.flow.eval().log_prob(x) + log_weight) / (D * math.log(2))
@@ -172,7 +193,10 @@ def test_it_gets_the_context_too():
         "training": batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"), "normal"),
         "evaluation": image_noise(batch[1], SHAPE, 0, kind="normal"),
     }
-    inputs = {"training": module.training_input(batch, Position(0, 0)), "evaluation": module.input_of(batch)}
+    inputs = {
+        "training": module.training_input(batch, Position(0, 0)),
+        "evaluation": module.input_of(batch),
+    }
     for name, prepared in inputs.items():
         assert torch.equal(prepared.context, batch[2])
         assert torch.equal(prepared.x, module.dequantizer(batch[0], noises[name], batch[2])[0])
@@ -209,7 +233,9 @@ def test_it_is_initialised_before_the_flow():
         torch.manual_seed(0)
         alone = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4)
         alone.initialize(x)
-    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in flow.state_dict().items())
+    assert all(
+        torch.equal(value, alone.state_dict()[key]) for key, value in flow.state_dict().items()
+    )
     assert not uninitialized(module.dequantizer)
 
 
@@ -218,7 +244,13 @@ def test_of_takes_a_learned_one_in_the_place_of_the_datas():
     data = RandomImages()
     usual, other = DensityModule.of(config, tiny_flow(), data), LogitNormal(8)
     assert usual.dequantizer is data.dequantizer
-    assert (usual.n_bits, usual.shape, usual.seed, usual.noise_seed, usual.lr) == (8, SHAPE, 0, 4, 0.5)
+    assert (usual.n_bits, usual.shape, usual.seed, usual.noise_seed, usual.lr) == (
+        8,
+        SHAPE,
+        0,
+        4,
+        0.5,
+    )
     assert DensityModule.of(config, tiny_flow(), data, other).dequantizer is other
 
 
@@ -293,25 +325,34 @@ def test_several_samples_are_importance_weighted(make):
 
 
 def test_reestimated_statistics_have_weighted_figures_of_their_own():
-    [tested] = make_trainer().test(density(tiny_flow(), noise_samples=2), RandomImages(), verbose=False)
+    [tested] = make_trainer().test(
+        density(tiny_flow(), noise_samples=2), RandomImages(), verbose=False
+    )
     names = ("bpd", "bpd_reestimated", "bpd_iw2", "bpd_iw2_reestimated")
     assert set(tested) == {f"test/{name}" for name in names}
     images = RandomImages().test.images
-    assert tested["test/bpd"] == pytest.approx(bits_by_hand(tiny_flow().eval(), images).mean().item(), abs=2e-6)
+    assert tested["test/bpd"] == pytest.approx(
+        bits_by_hand(tiny_flow().eval(), images).mean().item(), abs=2e-6
+    )
 
 
 def test_log_mean_exp_neither_overflows_nor_loses_digits():
     samples = [torch.tensor([2000.0, -3000.0]), torch.tensor([2000.0, -3000.0 + math.log(3)])]
     found = log_mean_exp(samples)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, torch.tensor([2000.0, -3000.0 + math.log(2)]).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found, torch.tensor([2000.0, -3000.0 + math.log(2)]).double(), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((UniformDequantizer(8), 8, 0), r"eval\.noise_samples=0: give at least 1"),
-        ((Gaussian(8), 8, 4), r"eval\.noise_samples=4, but bpd_noisy is no bound to tighten: give 1"),
+        (
+            (Gaussian(8), 8, 4),
+            r"eval\.noise_samples=4, but bpd_noisy is no bound to tighten: give 1",
+        ),
         ((None, None, 4), r"eval\.noise_samples=4, but no noise is drawn: give 1"),
     ],
 )

@@ -14,7 +14,9 @@ from flows.normalization import BiasOnlyBatchNorm2d, CouplingBatchNorm, over_ran
 from flows.realnvp import RealNVP
 from lightning_modules.callbacks.initialization import Initialization
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec.* is deprecated")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec.* is deprecated"
+)
 
 
 def on_two_ranks(tmp_path, function, *arguments):
@@ -61,19 +63,30 @@ def _halves(rank, name, dtype):
 
 def _norm_case(name, dtype):
     generator = torch.Generator().manual_seed(0)
-    x, weights = (torch.randn(6, 3, 4, 6, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, weights = (
+        torch.randn(6, 3, 4, 6, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
     return NORMS[name]().to(dtype), 1.7 * x + torch.arange(3.0)[:, None, None].to(dtype), weights
 
 
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)], ids=str)
-def test_batch_norms_reduce_their_moments_over_ranks_with_gradients(tmp_path, name, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)], ids=str
+)
+def test_batch_norms_reduce_their_moments_over_ranks_with_gradients(
+    tmp_path, name, dtype, tolerance
+):
     whole = normalised(*_norm_case(name, dtype))
     ranks = on_two_ranks(tmp_path, _halves, name, dtype)
     for key in ("y", "log_det", "grad"):
-        torch.testing.assert_close(torch.cat([r[key] for r in ranks]), whole[key], rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            torch.cat([r[key] for r in ranks]), whole[key], rtol=0, atol=tolerance
+        )
     for key in (k for k in whole if k.startswith("grad.")):
-        torch.testing.assert_close(sum(r[key] for r in ranks), whole[key], rtol=0, atol=tolerance * 10)
+        torch.testing.assert_close(
+            sum(r[key] for r in ranks), whole[key], rtol=0, atol=tolerance * 10
+        )
     for key in ("running_mean", "running_var"):
         torch.testing.assert_close(ranks[0][key], whole[key], rtol=0, atol=tolerance)
         assert torch.equal(ranks[0][key], ranks[1][key])
@@ -130,7 +143,9 @@ def alone(plain):
 
 
 @pytest.mark.parametrize(
-    ("plain", "micro_batch"), [(False, None), (True, None), (True, 4)], ids=["RealNVP", "plain", "plain-accumulating"]
+    ("plain", "micro_batch"),
+    [(False, None), (True, None), (True, 4)],
+    ids=["RealNVP", "plain", "plain-accumulating"],
 )
 def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
     """64 in one process, 2 x 32, 2 x 2 x 16 (here 16, 8 and 4): float64, 25 steps, to 1e-10."""
@@ -157,12 +172,22 @@ def trained_glow(rank=0, ranks=1):
     """Of a class-conditional Glow: losses, weights that the data have set, weights after five steps, what is tested."""
     module = conditional(fresh(), name="adamax", lr=1e-3, warmup_steps=2)
     trainer = make_trainer(
-        begun := Begun(), Initialization(), max_steps=5, precision="64-true", devices=ranks, num_nodes=1
+        begun := Begun(),
+        Initialization(),
+        max_steps=5,
+        precision="64-true",
+        devices=ranks,
+        num_nodes=1,
     )
     trainer.fit(module, datamodule=(data := LabelledImages()))
     [tested] = trainer.test(module, data, verbose=False)
     losses = torch.tensor(begun.losses, dtype=torch.float64)
-    return {"losses": losses, "begun": begun.state, "state": module.flow.state_dict(), "tested": tested}
+    return {
+        "losses": losses,
+        "begun": begun.state,
+        "state": module.flow.state_dict(),
+        "tested": tested,
+    }
 
 
 def _trained_glow(rank):

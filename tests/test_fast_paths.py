@@ -22,7 +22,14 @@ from flows.coupling import MaskedCoupling, SigmoidCoupling
 from flows.glow import Glow
 from flows.glow.conditioner import GlowConditioner
 from flows.glow.edges import ZeroConv2d
-from flows.glow.kernels import add_relu, conv3x3_gradients, gathered, relu_gradient, scaled, scattered
+from flows.glow.kernels import (
+    add_relu,
+    conv3x3_gradients,
+    gathered,
+    relu_gradient,
+    scaled,
+    scattered,
+)
 from flows.glow.steps import Steps
 from flows.linear import InvertibleConv1x1LU
 from flows.masks import Checkerboard, checkerboard
@@ -32,7 +39,11 @@ from flows.recompute import recompute
 from lightning_modules.batch_norm import reestimated
 from lightning_modules.precision import evaluation
 
-BOTH = [case for case in MODELS if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")]
+BOTH = [
+    case
+    for case in MODELS
+    if case.name in ("Glow", "Glow-additive-shuffle-logit", "RealNVP-2scales")
+]
 both = pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
 
 
@@ -43,7 +54,10 @@ def randn(*shape, seed=0):
 def test_steps_are_their_layers_one_after_another():
     case = next(case for case in CASES if case.name == "Steps")
     steps, x = trained(case, torch.float64), case.data(5, torch.float64)
-    for fast, plain in ((steps(x), Compose.forward(steps, x)), (steps.inverse(x), Compose.inverse(steps, x))):
+    for fast, plain in (
+        (steps(x), Compose.forward(steps, x)),
+        (steps.inverse(x), Compose.inverse(steps, x)),
+    ):
         for a, b in zip(fast, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -57,8 +71,16 @@ def by_autograd(flow):
     return flow
 
 
-GLOWS = [{}, {"coupling": "additive"}, {"min_scale": 0.3}, {"edges": False}, {"permutation": "shuffle"}]
-glows = pytest.mark.parametrize("options", GLOWS, ids=lambda options: "-".join(map(str, options.values())) or "paper")
+GLOWS = [
+    {},
+    {"coupling": "additive"},
+    {"min_scale": 0.3},
+    {"edges": False},
+    {"permutation": "shuffle"},
+]
+glows = pytest.mark.parametrize(
+    "options", GLOWS, ids=lambda options: "-".join(map(str, options.values())) or "paper"
+)
 
 
 def glow(options):
@@ -134,7 +156,9 @@ def test_gradients_under_autocast_are_those_of_autograd():
         ours, theirs = loss_and_gradients(flow, x), loss_and_gradients(by_autograd(flow), x)
 
     def error(found):
-        return sum(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(found, exact, strict=True)) / len(exact)
+        return sum(
+            ((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(found, exact, strict=True)
+        ) / len(exact)
 
     assert 1e-4 < error(ours) < 1.2 * error(theirs)
 
@@ -174,7 +198,10 @@ def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
     """In float32 values an image: x of the level and y of each step, half as many scales; hidden layers by default."""
     hidden, depth = 16, 3
     flow, kept = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1), {}
-    steps, x = flow.levels[0].layers[1], torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last)
+    steps, x = (
+        flow.levels[0].layers[1],
+        torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last),
+    )
     own = {p.untyped_storage().data_ptr() for p in (*steps.parameters(), *steps.buffers())}
 
     def pack(tensor):
@@ -197,9 +224,15 @@ def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
-    x, weight, grad = randn(2, c_in, 4, 6), randn(c_out, c_in, 3, 3, seed=1), randn(2, c_out, 4, 6, seed=2)
+    x, weight, grad = (
+        randn(2, c_in, 4, 6),
+        randn(c_out, c_in, 3, 3, seed=1),
+        randn(2, c_out, 4, 6, seed=2),
+    )
     if channels_last:
-        x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
+        x, weight, grad = (
+            t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad)
+        )
     inputs = [t.to(dtype).double().requires_grad_() for t in (x, weight)]
     theirs = torch.autograd.grad(F.conv2d(*inputs, padding=1), inputs, grad.to(dtype).double())
     ours = conv3x3_gradients(*(t.to(dtype) for t in (grad, x, weight)))
@@ -212,18 +245,31 @@ def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
 @pytest.mark.parametrize("product", [gathered, scattered])
 @pytest.mark.parametrize(("c_in", "c_out"), [(7, 3), (3, 8), (8, 1)])
 def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
-    inputs = [randn(2, c_in, 4, 6).requires_grad_(), randn(c_out, c_in, 3, 3, seed=1).requires_grad_()]
-    grad, ours, theirs = randn(2, c_out, 4, 6, seed=2), product(*inputs), F.conv2d(*inputs, padding=1)
+    inputs = [
+        randn(2, c_in, 4, 6).requires_grad_(),
+        randn(c_out, c_in, 3, 3, seed=1).requires_grad_(),
+    ]
+    grad, ours, theirs = (
+        randn(2, c_out, 4, 6, seed=2),
+        product(*inputs),
+        F.conv2d(*inputs, padding=1),
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert ours.movedim(1, -1).is_contiguous()
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(theirs, inputs, grad),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
     net, x = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double(), randn(3, 2, 4, 6)
     expected, products = net(x), []
-    monkeypatch.setattr("flows.glow.kernels._for_tensor_cores", lambda x: products.append(x.shape[1]) or True)
+    monkeypatch.setattr(
+        "flows.glow.kernels._for_tensor_cores", lambda x: products.append(x.shape[1]) or True
+    )
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert products == [2, 9]
 
@@ -239,10 +285,20 @@ def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
 
 @pytest.mark.parametrize(
     ("shape", "bias_shape"),
-    [((2, 5, 3, 4), (5, 3, 4)), ((2, 5, 3, 4), (5, 1, 1)), ((2, 1, 3, 4), (1, 1, 1)), ((6, 5), (5,)), ((6, 5), None)],
+    [
+        ((2, 5, 3, 4), (5, 3, 4)),
+        ((2, 5, 3, 4), (5, 1, 1)),
+        ((2, 1, 3, 4), (1, 1, 1)),
+        ((6, 5), (5,)),
+        ((6, 5), None),
+    ],
 )
 def test_add_relu(shape, bias_shape):
-    y, bias, grad = randn(*shape), randn(*bias_shape, seed=1) if bias_shape else None, randn(*shape, seed=2)
+    y, bias, grad = (
+        randn(*shape),
+        randn(*bias_shape, seed=1) if bias_shape else None,
+        randn(*shape, seed=2),
+    )
     theirs = (y if bias is None else y + bias).relu()
     assert 0 < (theirs == 0).sum() < theirs.numel()
     inputs = [x.clone().requires_grad_() for x in (y, bias) if x is not None]
@@ -262,7 +318,10 @@ def test_add_relu(shape, bias_shape):
 
 
 def test_a_weight_is_scaled_in_one_pass_as_in_two():
-    weight, scale = randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last), randn(5, seed=1)
+    weight, scale = (
+        randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+        randn(5, seed=1),
+    )
     expected = (weight * scale[:, None, None, None]).bfloat16()
     plain = scaled(weight.requires_grad_(), scale, torch.bfloat16)
     with torch.no_grad():
@@ -288,8 +347,12 @@ def test_recomputing_changes_no_bit(case, bf16):
         results = [loss_and_gradients(flow, x) for flow in (kept, lean)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     state = trained(case).state_dict()
-    assert all(torch.equal(value, lean.state_dict()[name]) for name, value in kept.state_dict().items())
-    assert ("RealNVP" in case.name) == any(not torch.equal(v, state[k]) for k, v in kept.state_dict().items())
+    assert all(
+        torch.equal(value, lean.state_dict()[name]) for name, value in kept.state_dict().items()
+    )
+    assert ("RealNVP" in case.name) == any(
+        not torch.equal(v, state[k]) for k, v in kept.state_dict().items()
+    )
 
 
 def test_recomputing_does_compute_again():
@@ -310,11 +373,17 @@ def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monke
     """Also when a graph is gone through twice."""
     flow, made, convolution = Glow((3, 8, 8), 2, 3, 16), [], F.conv2d
     recompute(flow)
-    monkeypatch.setattr(F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k))
+    monkeypatch.setattr(
+        F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k)
+    )
     loss = -flow.log_prob(torch.rand(4, 3, 8, 8)).mean()
-    assert sorted(made) == [12] * 3 + [12] + [16] * 6 + [24] * 3  # the one is of the split's prior, in no step
+    assert (
+        sorted(made) == [12] * 3 + [12] + [16] * 6 + [24] * 3
+    )  # the one is of the split's prior, in no step
     made.clear()
-    first, second = (torch.autograd.grad(loss, list(flow.parameters()), retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(loss, list(flow.parameters()), retain_graph=True) for _ in range(2)
+    )
     assert made == [16] * 12
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -337,7 +406,11 @@ def test_caches_change_no_bit_and_end_with_their_block(case):
 
 
 def test_inverses_are_made_once_within_a_block(monkeypatch):
-    flow, calls, inverse = fresh(next(c for c in MODELS if c.name == "Glow")).eval(), [], torch.linalg.inv
+    flow, calls, inverse = (
+        fresh(next(c for c in MODELS if c.name == "Glow")).eval(),
+        [],
+        torch.linalg.inv,
+    )
     monkeypatch.setattr("torch.linalg.inv", lambda *a: calls.append(1) or inverse(*a))
     with torch.no_grad(), cached(flow):
         flow.sample(2)
@@ -361,10 +434,14 @@ def test_a_cache_does_not_serve_gradients_and_ends_after_an_error():
         assert [once(module, "a", lambda: next(made)) for _ in range(2)] == [5, 6]
 
 
-@pytest.mark.parametrize("flow", [Glow((3, 16, 16), 2, 2, 8), RealNVP((3, 16, 16), 2, 8, 1)], ids=["Glow", "RealNVP"])
+@pytest.mark.parametrize(
+    "flow", [Glow((3, 16, 16), 2, 2, 8), RealNVP((3, 16, 16), 2, 8, 1)], ids=["Glow", "RealNVP"]
+)
 def test_images_stay_channels_last_through_every_coupling(flow, monkeypatch):
     seen = []
-    monkeypatch.setattr(Steps, "by_hand", False)  # whose pieces are the same, but are not called as modules
+    monkeypatch.setattr(
+        Steps, "by_hand", False
+    )  # whose pieces are the same, but are not called as modules
     for module in (m for m in flow.modules() if hasattr(m, "conditioner")):
         module.register_forward_hook(lambda module, inputs, y: seen.extend([inputs[0], y[0]]))
         module.conditioner.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
@@ -408,7 +485,9 @@ def test_the_conditioners_of_a_level_share_one_compiled_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [lambda: Glow((3, 8, 8), 3, 1, 6), lambda: RealNVP((3, 8, 8), 2, 6, 1)])
+@pytest.mark.parametrize(
+    "make", [lambda: Glow((3, 8, 8), 3, 1, 6), lambda: RealNVP((3, 8, 8), 2, 6, 1)]
+)
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, lean, monkeypatch):
     """Full and partial batches without gradients, compiled and as a run evaluates, then training: all compiled."""
@@ -454,7 +533,10 @@ def test_networks_are_folded_together_as_each_alone():
     for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
         weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype, (4, 6))
         torch.testing.assert_close(
-            net.last(net.hidden(x, weights, biases)[1], weights, biases), net(x), rtol=1e-12, atol=1e-12
+            net.last(net.hidden(x, weights, biases)[1], weights, biases),
+            net(x),
+            rtol=1e-12,
+            atol=1e-12,
         )
     assert (nets[0](x) - nets[1](x)).abs().max() > 0.1
 
@@ -478,13 +560,17 @@ class RandomNet(nn.Module):
 
 def random_steps():
     torch.manual_seed(0)
-    steps = Steps((ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(RandomNet(2, 4))) for _ in range(3))
+    steps = Steps(
+        (ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(RandomNet(2, 4))) for _ in range(3)
+    )
     return perturb(steps, 0.1).double()
 
 
 def random_coupling(**options):
     torch.manual_seed(0)
-    return perturb(MaskedCoupling(Checkerboard(0), RandomNet(4, 8, pair=True, **options), 1.0), 0.1).double()
+    return perturb(
+        MaskedCoupling(Checkerboard(0), RandomNet(4, 8, pair=True, **options), 1.0), 0.1
+    ).double()
 
 
 def gradients(flow, x, seed=1):
@@ -495,7 +581,10 @@ def gradients(flow, x, seed=1):
 
 def test_steps_with_a_network_that_is_not_glow_s_are_their_layers_one_after_another():
     steps, x = random_steps().eval(), randn(5, 4, 2, 3)
-    for fast, plain in ((steps(x), Compose.forward(steps, x)), (steps.inverse(x), Compose.inverse(steps, x))):
+    for fast, plain in (
+        (steps(x), Compose.forward(steps, x)),
+        (steps.inverse(x), Compose.inverse(steps, x)),
+    ):
         for a, b in zip(fast, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(steps, x), gradients(by_autograd_alone(steps), x), strict=True):
@@ -524,12 +613,17 @@ def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("make", [random_steps, random_coupling, partial(random_coupling, layer=False, declared=True)])
+@pytest.mark.parametrize(
+    "make", [random_steps, random_coupling, partial(random_coupling, layer=False, declared=True)]
+)
 def test_a_random_network_draws_the_same_again_under_recomputation(make):
     """Other numbers in the backward pass would give gradients off by more than the largest of them."""
     flow, x = make(), randn(5, 4, 2, 3)
     expected = gradients(flow, x)
-    assert max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True)) > 1e-3
+    assert (
+        max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True))
+        > 1e-3
+    )
     recompute(flow)
     assert all(torch.equal(a, b) for a, b in zip(gradients(flow, x), expected, strict=True))
 
@@ -538,7 +632,9 @@ def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
     flow, x = random_coupling(layer=False), randn(5, 4, 2, 3)
     gradients(flow, x)
     recompute(flow)
-    with pytest.raises(RuntimeError, match=r"RandomNet draws random numbers, and .* declare is_random = True"):
+    with pytest.raises(
+        RuntimeError, match=r"RandomNet draws random numbers, and .* declare is_random = True"
+    ):
         gradients(flow, x)
     with torch.no_grad():  # nothing is made again
         flow(x)
@@ -547,18 +643,28 @@ def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each(monkeypatch):
+def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each(
+    monkeypatch,
+):
     torch.manual_seed(0)
     flow = perturb(Glow((3, None, None), 2, 2, 6), 0.1).double().eval()
     small, large = (randn(2, 3, *size).sigmoid() for size in ((8, 8), (4, 12)))
     expected = [flow.log_prob(x) for x in (small, large)]
     folded, fold = [], ZeroConv2d._folded
-    monkeypatch.setattr(ZeroConv2d, "_folded", lambda conv, size: folded.append(size) or fold(conv, size))
+    monkeypatch.setattr(
+        ZeroConv2d, "_folded", lambda conv, size: folded.append(size) or fold(conv, size)
+    )
     with torch.no_grad(), cached(flow):
-        for x, log_prob in zip((small, small, large, small), (*expected[:1], *expected, expected[0]), strict=True):
+        for x, log_prob in zip(
+            (small, small, large, small), (*expected[:1], *expected, expected[0]), strict=True
+        ):
             torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-9)
             torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-9)
-    assert folded == [(4, 4), (2, 6), (4, 4)]  # of the one prior of a split; the newest size is kept
+    assert folded == [
+        (4, 4),
+        (2, 6),
+        (4, 4),
+    ]  # of the one prior of a split; the newest size is kept
 
 
 def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
@@ -570,7 +676,10 @@ def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
     weight = torch.ones(5, 7, requires_grad=True)
     (weight * one).sum().backward()
     assert torch.equal(weight.grad, one)
-    assert constant(checkerboard, 5, 7, 0, like=torch.empty(0, dtype=torch.float64)).dtype == torch.float64
+    assert (
+        constant(checkerboard, 5, 7, 0, like=torch.empty(0, dtype=torch.float64)).dtype
+        == torch.float64
+    )
 
 
 def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
@@ -580,7 +689,9 @@ def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
     monkeypatch.setattr(constants, "_kept", lambda *key: tensor)
     monkeypatch.setattr(constants, "READ_BY_GRAPHS", {})
     for capturing in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        monkeypatch.setattr(
+            torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing
+        )
         assert constant(checkerboard, 2, 2, 0, like=like) is tensor
         assert list(constants.READ_BY_GRAPHS.values()) == [tensor] * capturing
 

@@ -52,16 +52,24 @@ def script(monkeypatch, tmp_path):
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if end is not None:  # as reproduce/experiment.py leaves it
-            (folder / "diverged.json").write_text(json.dumps(result | {"metrics": {}, "skipped_steps": 21}))
-            (folder / "curve.csv").write_text("step,images,seconds,lr,train/bpd,val/bpd\n0,0,1.0,0.0,,8.0\n")
+            (folder / "diverged.json").write_text(
+                json.dumps(result | {"metrics": {}, "skipped_steps": 21})
+            )
+            (folder / "curve.csv").write_text(
+                "step,images,seconds,lr,train/bpd,val/bpd\n0,0,1.0,0.0,,8.0\n"
+            )
             raise end
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "curve.csv").write_text(CURVE.format(bpd - 0.05, 5.5 if permutation == "invertible" else 5.0, bpd))
+        (folder / "curve.csv").write_text(
+            CURVE.format(bpd - 0.05, 5.5 if permutation == "invertible" else 5.0, bpd)
+        )
         return result
 
     fake.main = main
     monkeypatch.setitem(sys.modules, "reproduce.glow_cifar10", fake)
-    monkeypatch.setattr(figure3, "draw", lambda runs: b"a picture")  # takes longer than all the rest
+    monkeypatch.setattr(
+        figure3, "draw", lambda runs: b"a picture"
+    )  # takes longer than all the rest
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -105,16 +113,31 @@ def test_every_recipe_argument_binds():
     for permutation in figure3_results.PERMUTATIONS:
         for coupling in figure3_results.COUPLINGS:
             config = compose("glow_cifar10", figure3.run_arguments(permutation, coupling, 7))
-            assert (config.flow.permutation, config.flow.coupling, config.seed) == (permutation, coupling, 7)
-            assert (config.flow.depth, config.flow.n_levels, config.data.n_bits) == (32, 3, 8)  # of the paper's figure
+            assert (config.flow.permutation, config.flow.coupling, config.seed) == (
+                permutation,
+                coupling,
+                7,
+            )
+            assert (config.flow.depth, config.flow.n_levels, config.data.n_bits) == (
+                32,
+                3,
+                8,
+            )  # of the paper's figure
 
 
 def test_what_is_written_and_printed(script, tmp_path, capsys):
     content = figure3.main(["preset=cpu", "data.root=/home/me/data", "seeds=[0,1]"])
     written = json.loads((tmp_path / "outputs/figure3/cpu/figure3.json").read_text())
     assert written == content | {"overrides": ["preset=cpu", "data.root=data"]}  # portable
-    assert (written["experiment"], written["ablation"], written["name"]) == ("glow_cifar10", "figure3", "cpu")
-    assert written["config"] == {"data": {"name": "photos"}, "flow": {"depth": 4}}  # what all runs share
+    assert (written["experiment"], written["ablation"], written["name"]) == (
+        "glow_cifar10",
+        "figure3",
+        "cpu",
+    )
+    assert written["config"] == {
+        "data": {"name": "photos"},
+        "flow": {"depth": 4},
+    }  # what all runs share
     assert written["runs"][5] == {
         "permutation": "invertible", "coupling": "additive", "seed": 1, "test/bpd": 3.76, "val/bpd": 3.71,
         "images": 128, "seconds": 6.5, "skipped_steps": 1, "commit": "0123456789abcdef", "dirty": True,
@@ -161,19 +184,30 @@ def test_a_run_that_has_finished_meanwhile_ends_nothing(script):
 
 
 @pytest.mark.parametrize(
-    "end", [SystemExit(75), SystemExit("stopped"), SystemExit("stopped at step 3; go on with: x"), KeyboardInterrupt()]
+    "end",
+    [
+        SystemExit(75),
+        SystemExit("stopped"),
+        SystemExit("stopped at step 3; go on with: x"),
+        KeyboardInterrupt(),
+    ],
 )
 def test_a_stopped_run_ends_all_and_the_same_command_goes_on(script, tmp_path, capsys, end):
     argv = ["preset=cpu", "seeds=[0, 1]"]
     script.ends = {4: end}
     assert stopped(*argv) == 75
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "the ablation goes on with: python -m reproduce.figure3 preset=cpu 'seeds=[0, 1]'"
+    assert (
+        lines[-1]
+        == "the ablation goes on with: python -m reproduce.figure3 preset=cpu 'seeds=[0, 1]'"
+    )
     assert lines[:-1] == ([end.code] if isinstance(getattr(end, "code", None), str) else [])
     assert len(json.loads((tmp_path / "outputs/figure3/cpu/figure3.json").read_text())["runs"]) == 3
     assert shlex.split(lines[-1].partition("figure3 ")[2]) == argv
     figure3.main(argv)
-    assert names(script) == [f"{NAMES[k]}-seed0" for k in (0, 1, 2, 3, 3, 4, 5)] + [f"{name}-seed1" for name in NAMES]
+    assert names(script) == [f"{NAMES[k]}-seed0" for k in (0, 1, 2, 3, 3, 4, 5)] + [
+        f"{name}-seed1" for name in NAMES
+    ]
     assert script.calls[3] == script.calls[4]  # with resume=auto
 
 
@@ -187,11 +221,17 @@ def test_a_run_that_fails_ends_all_with_its_line(script, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trainer.max_stps=5"], "trainer.max_stps is no key of this recipe (did you mean trainer.max_steps?)"),
+        (
+            ["trainer.max_stps=5"],
+            "trainer.max_stps is no key of this recipe (did you mean trainer.max_steps?)",
+        ),
         (["trainer.max_steps=many"], "trainer.max_steps=many has the wrong type"),
         (["preset=cup"], "preset=cup is not known"),
         (["--print-config"], "'--print-config' is not of the form key=value"),
-        (["flow.permutation=reverse"], "flow.permutation is not to be given here: it is what is compared"),
+        (
+            ["flow.permutation=reverse"],
+            "flow.permutation is not to be given here: it is what is compared",
+        ),
         (["flow.coupling=affine"], "flow.coupling is not to be given here: it is what is compared"),
         (["seed=1"], "seed is not to be given here: give seeds=[...]"),
         (["run_dir=a"], "run_dir is not to be given here: give out=FOLDER"),
@@ -214,7 +254,9 @@ def test_a_mistake_is_one_line_before_anything_runs(script, tmp_path, argv, mess
 
 def test_several_gpus_are_not_taken_by_one_ablation(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert stopped("seeds=[0]").startswith("error: the ablation is one process, not trainer.devices=auto on 1 nodes")
+    assert stopped("seeds=[0]").startswith(
+        "error: the ablation is one process, not trainer.devices=auto on 1 nodes"
+    )
     figure3.main(["seeds=[0]", "trainer.devices=1"])
     figure3.main(["seeds=[0]", "preset=cpu"])
     assert len(script.calls) == 12
@@ -226,12 +268,18 @@ def test_runs_of_other_settings_are_not_mixed(script):
         "error: outputs/figure3/cpu/reverse-additive-seed0 was run with trainer.max_steps=4, not with "
         "trainer.max_steps=5: say the same, or give another out=FOLDER"
     )
-    assert "was run with trainer.max_steps=4, not with no trainer.max_steps:" in stopped("preset=cpu", "optim.lr=1e-3")
+    assert "was run with trainer.max_steps=4, not with no trainer.max_steps:" in stopped(
+        "preset=cpu", "optim.lr=1e-3"
+    )
     assert "was run with preset=cpu, not with preset=demo:" in stopped(
         *("preset=demo", "trainer.max_steps=4", "optim.lr=1e-3", "out=outputs/figure3/cpu")
     )
     assert len(script.calls) == 6
-    free = ["logger.name=none", "data.root=elsewhere", "data.num_workers=1"]  # these change no number
+    free = [
+        "logger.name=none",
+        "data.root=elsewhere",
+        "data.num_workers=1",
+    ]  # these change no number
     figure3.main([*free, "seeds=[1]", "optim.lr=0.001", "trainer.max_steps=4", "preset=cpu"])
     assert len(script.calls) == 12
 
@@ -240,7 +288,9 @@ def test_a_folder_of_another_experiment_is_refused(script, tmp_path):
     figure3.main(["seeds=[0]", "out=a"])
     path = tmp_path / "a/shuffle-affine-seed0/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": "realnvp_cifar10"}))
-    assert "a/shuffle-affine-seed0 is of realnvp_cifar10, not of glow_cifar10" in stopped("seeds=[0]", "out=a")
+    assert "a/shuffle-affine-seed0 is of realnvp_cifar10, not of glow_cifar10" in stopped(
+        "seeds=[0]", "out=a"
+    )
     path.write_text("{")
     assert "result.json is not valid JSON" in stopped("seeds=[0]", "out=a")
 
@@ -253,22 +303,33 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
     assert names(script) == [f"{name}-seed0" for name in NAMES]
     said = capsys.readouterr()
     diverged = f"{NAMES[first - 1]}-seed0"
-    assert f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on" in said.err
+    assert (
+        f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on"
+        in said.err
+    )
     assert said.out.count("- (1 not finite)") == 7 - first  # in every table from then on
     runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
     [found] = [run for run in runs if run["test/bpd"] is None]
-    assert (figure3_results.name(found), found["skipped_steps"], found["curve"]) == (diverged, 21, [[0, 1.0, 8.0]])
+    assert (figure3_results.name(found), found["skipped_steps"], found["curve"]) == (
+        diverged,
+        21,
+        [[0, 1.0, 8.0]],
+    )
     assert len(runs) == 6
     assert figure3.main(["seeds=[0]"]) == content
     assert len(script.calls) == 6
-    assert stopped("seeds=[0]", "optim.lr=1").startswith("error: outputs/figure3/paper/")  # its settings count too
+    assert stopped("seeds=[0]", "optim.lr=1").startswith(
+        "error: outputs/figure3/paper/"
+    )  # its settings count too
 
 
 def test_a_run_whose_test_is_not_finite_has_no_number(script, tmp_path, capsys):
     script.bpd = {"reverse-affine-seed0": math.nan}
     figure3.main(["seeds=[0]"])
     runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
-    assert [run["test/bpd"] for run in runs if figure3_results.name(run) == "reverse-affine-seed0"] == [None]
+    assert [
+        run["test/bpd"] for run in runs if figure3_results.name(run) == "reverse-affine-seed0"
+    ] == [None]
     assert "- (1 not finite)" in capsys.readouterr().out
 
 
@@ -300,19 +361,32 @@ def test_the_picture_shows_what_comes_after_the_first_value(monkeypatch):
 
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, stream, **_: saved.append(figure))
-    runs = [run(seed, [[0, 1, 900.0], [64, 2, 4.0 + seed], [128, 4, 3.0 + seed]]) for seed in (0, 1)]
+    runs = [
+        run(seed, [[0, 1, 900.0], [64, 2, 4.0 + seed], [128, 4, 3.0 + seed]]) for seed in (0, 1)
+    ]
     figure3.draw([*runs, run(0, [[0, 1, 900.0], [64, 2, 4.5]], "invertible", "additive")])
     left, right = saved[0].axes
     assert (left.get_title(), right.get_title()) == ("additive", "affine")
-    assert left.get_ylim() == right.get_ylim() == pytest.approx((3.0 - 0.1 - 0.01, 5.0 + 0.2 + 0.01))
-    means = {line.get_label(): (line.get_ydata().tolist(), line.get_color()) for line in right.lines}
+    assert (
+        left.get_ylim() == right.get_ylim() == pytest.approx((3.0 - 0.1 - 0.01, 5.0 + 0.2 + 0.01))
+    )
+    means = {
+        line.get_label(): (line.get_ydata().tolist(), line.get_color()) for line in right.lines
+    }
     assert means["reverse"] == ([900.0, 4.5, 3.5], "C0")
     assert {line.get_label(): line.get_color() for line in left.lines}["invertible"] == "C2"
     band = right.collections[0].get_paths()[0].vertices
-    assert {tuple(point) for point in band} >= {(64.0, 4.0), (64.0, 5.0), (128.0, 3.0), (128.0, 4.0)}
+    assert {tuple(point) for point in band} >= {
+        (64.0, 4.0),
+        (64.0, 5.0),
+        (128.0, 3.0),
+        (128.0, 4.0),
+    }
 
 
-@pytest.mark.parametrize("curve", [[], [[0, 1, None]], [[0, 1, 8.0]], [[0, 1, 8.0], [64, 2, math.nan]]])
+@pytest.mark.parametrize(
+    "curve", [[], [[0, 1, None]], [[0, 1, 8.0]], [[0, 1, 8.0], [64, 2, math.nan]]]
+)
 def test_a_picture_of_next_to_nothing(curve):
     with Image.open(io.BytesIO(figure3.draw([run(0, curve)]))) as image:
         assert (image.format, image.size) == ("PNG", (990, 440))

@@ -27,7 +27,12 @@ from reproduce import glow_photos
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
-    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+    for text in (
+        "does not have many workers",
+        "LeafSpec.* is deprecated",
+        "The dirpath has changed",
+        "Total length of",
+    )
 ]
 
 
@@ -88,13 +93,19 @@ class ReferenceGlow:
     def step_back(self, name, z):
         z1, z2 = halves(z)
         h = self.f(f"{name}/f1", z1)
-        z2 = z2 - h if self.coupling == "additive" else z2 / torch.sigmoid(h[:, 1::2] + 2) - h[:, 0::2]
+        z2 = (
+            z2 - h
+            if self.coupling == "additive"
+            else z2 / torch.sigmoid(h[:, 1::2] + 2) - h[:, 0::2]
+        )
         z = torch.cat([z1, z2], 1)
         if f"{name}/order" in self.weights:
             order, z = self.weights[f"{name}/order"], z.clone()
             z[:, order] = z.clone()
         else:
-            z = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.weights[f"{name}/invconv/W"]), z)
+            z = torch.einsum(
+                "ij,bjhw->bihw", torch.linalg.inv(self.weights[f"{name}/invconv/W"]), z
+            )
         b, logs = self.weights[f"{name}/actnorm/b"], self.weights[f"{name}/actnorm/logs"]
         return z * column((-3 * logs).exp()) - column(b)
 
@@ -102,7 +113,9 @@ class ReferenceGlow:
         if f"{name}/order" in self.weights:
             return z[:, self.weights[f"{name}/order"]], 0.0
         w = self.weights[f"{name}/invconv/W"]
-        return torch.einsum("ij,bjhw->bihw", w, z), z.shape[2] * z.shape[3] * torch.linalg.slogdet(w).logabsdet
+        return torch.einsum("ij,bjhw->bihw", w, z), z.shape[2] * z.shape[3] * torch.linalg.slogdet(
+            w
+        ).logabsdet
 
     def f(self, name, z):
         h = self.actnorm(f"{name}/l_1/actnorm", self.conv(f"{name}/l_1", z))[0].relu()
@@ -116,7 +129,9 @@ class ReferenceGlow:
             std = (x + column(self.weights[f"{name}/b"])).square().mean((0, 2, 3)).sqrt()
             self.weights[f"{name}/logs"] = (1 / (std + 1e-6)).log() / 3
         logs = 3 * self.weights[f"{name}/logs"]
-        return (x + column(self.weights[f"{name}/b"])) * column(logs.exp()), x.shape[2] * x.shape[3] * logs.sum()
+        return (x + column(self.weights[f"{name}/b"])) * column(logs.exp()), x.shape[2] * x.shape[
+            3
+        ] * logs.sum()
 
     def conv(self, name, x):
         """3x3 over a padding of zeros, to which one channel is appended: 1 on the padding and 0 inside."""
@@ -145,19 +160,32 @@ class ReferenceGlow:
         h = self.conv_zeros("prior/p", torch.zeros(batch, 2 * channels, height, width, dtype=dtype))
         if y is not None:
             n_classes = self.weights["prior/y_emb/W"].shape[1]
-            h = h + self.linear_zeros("prior/y_emb", torch.eye(n_classes, dtype=dtype)[y])[:, :, None, None]
+            h = (
+                h
+                + self.linear_zeros("prior/y_emb", torch.eye(n_classes, dtype=dtype)[y])[
+                    :, :, None, None
+                ]
+            )
         return h[:, :channels], h[:, channels:]  # halves here, alternating in the split
 
 
 def squeeze(x):
     """Channel c, row dy and column dx of a 2x2 block become channel 4c + 2dy + dx."""
     batch, c, h, w = x.shape
-    return x.reshape(batch, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(batch, 4 * c, h // 2, w // 2)
+    return (
+        x.reshape(batch, c, h // 2, 2, w // 2, 2)
+        .permute(0, 1, 3, 5, 2, 4)
+        .reshape(batch, 4 * c, h // 2, w // 2)
+    )
 
 
 def unsqueeze(x):
     batch, c, h, w = x.shape
-    return x.reshape(batch, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(batch, c // 4, 2 * h, 2 * w)
+    return (
+        x.reshape(batch, c // 4, 2, 2, h, w)
+        .permute(0, 1, 4, 2, 5, 3)
+        .reshape(batch, c // 4, 2 * h, 2 * w)
+    )
 
 
 def halves(x):
@@ -169,7 +197,9 @@ def column(per_channel):
 
 
 def log_normal(z, mean, logs):
-    return (-0.5 * (math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 / (2 * logs).exp())).sum((1, 2, 3))
+    return (-0.5 * (math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 / (2 * logs).exp())).sum(
+        (1, 2, 3)
+    )
 
 
 def authors_weights(flow):
@@ -190,16 +220,24 @@ def authors_weights(flow):
             weights[f"{name}/f1/l_2/W"] = f.conv_mid.weight[:, :, 0, 0]
             weights |= actnorm_weights(f"{name}/f1/l_2/actnorm", f.norm_mid)
             affine = type(coupling).__name__ == "SigmoidCoupling"
-            weights |= zeros_weights(f"{name}/f1/l_last", f.conv_out, alternate if affine else as_it_is)
+            weights |= zeros_weights(
+                f"{name}/f1/l_last", f.conv_out, alternate if affine else as_it_is
+            )
         if i < len(flow.levels) - 1:
             weights |= zeros_weights(f"pool{i}/conv", level.layers[2].net, alternate)
     top = flow.prior
-    nothing = torch.zeros(len(top.shift), len(top.shift), 3, 3, dtype=top.shift.dtype)  # its input is 0
+    nothing = torch.zeros(
+        len(top.shift), len(top.shift), 3, 3, dtype=top.shift.dtype
+    )  # its input is 0
     weights["prior/p/W"] = with_edge(nothing, top.edge)
     weights |= {"prior/p/b": top.shift[:, 0, 0], "prior/p/logs": top.log_scale[:, 0, 0]}
     for name, linear in (("prior/y_emb", top.by_class), ("classifier", flow.classifier)):
         if linear is not None:
-            weights |= {f"{name}/W": linear.weight, f"{name}/b": linear.bias, f"{name}/logs": linear.log_scale}
+            weights |= {
+                f"{name}/W": linear.weight,
+                f"{name}/b": linear.bias,
+                f"{name}/logs": linear.log_scale,
+            }
     return weights
 
 
@@ -210,7 +248,11 @@ def actnorm_weights(name, layer):
 def permutation_weights(name, layer):
     if hasattr(layer, "order"):
         return {f"{name}/order": layer.order}
-    return {f"{name}/invconv/W": lu_product(layer) if isinstance(layer, InvertibleConv1x1LU) else layer.weight}
+    return {
+        f"{name}/invconv/W": lu_product(layer)
+        if isinstance(layer, InvertibleConv1x1LU)
+        else layer.weight
+    }
 
 
 def lu_product(layer):
@@ -224,7 +266,11 @@ def lu_product(layer):
 
 
 def zeros_weights(name, layer, layout):
-    weights = {"W": with_edge(layer.weight, layer.edge), "b": layer.shift[:, 0, 0], "logs": layer.log_scale[:, 0, 0]}
+    weights = {
+        "W": with_edge(layer.weight, layer.edge),
+        "b": layer.shift[:, 0, 0],
+        "logs": layer.log_scale[:, 0, 0],
+    }
     return {f"{name}/{key}": layout(value) for key, value in weights.items()}
 
 
@@ -269,7 +315,9 @@ def started(flow, scale=0.05, seed=5):
 
 def reference(flow, initializing=False, coupling="affine", edges=True):
     depth = len(flow.levels[-1].layers[1].layers) // 3
-    return ReferenceGlow(authors_weights(flow), len(flow.levels), depth, coupling, edges, initializing)
+    return ReferenceGlow(
+        authors_weights(flow), len(flow.levels), depth, coupling, edges, initializing
+    )
 
 
 def actnorms(flow):
@@ -281,24 +329,33 @@ def n_parameters(flow):
 
 
 def assert_close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance
+    )
 
 
 # ---------------------------------------------------------------------------------------------- against the reference
 
 VARIANTS = [
-    *({"coupling": coupling, "edges": edges} for coupling, edges in itertools.product(("affine", "additive"), (1, 0))),
+    *(
+        {"coupling": coupling, "edges": edges}
+        for coupling, edges in itertools.product(("affine", "additive"), (1, 0))
+    ),
     {"permutation": "invertible_plain"},
     {"permutation": "reverse", "edges": False},
     {"permutation": "shuffle", "coupling": "additive"},
     {"n_levels": 1},
     {"n_levels": 3, "shape": (1, 8, 16)},
 ]
-variants = pytest.mark.parametrize("arguments", VARIANTS, ids=lambda a: "-".join(str(value) for value in a.values()))
+variants = pytest.mark.parametrize(
+    "arguments", VARIANTS, ids=lambda a: "-".join(str(value) for value in a.values())
+)
 
 
 def reference_of(flow, arguments, initializing=False):
-    return reference(flow, initializing, arguments.get("coupling", "affine"), arguments.get("edges", True))
+    return reference(
+        flow, initializing, arguments.get("coupling", "affine"), arguments.get("edges", True)
+    )
 
 
 @variants
@@ -322,7 +379,9 @@ def test_gradients_are_those_of_the_authors_model(arguments):
     nats = -math.log(2) * x[0].numel() * reference_of(flow, arguments).bits(x, 0)[0].mean()
     theirs = torch.autograd.grad(nats, [x, *parameters.values()])
     for name, a, b in zip(["x", *parameters], ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-10, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert a.abs().max() > 1e-6, name
 
 
@@ -347,7 +406,10 @@ def test_samples_are_those_of_the_authors_model(arguments):
     """tau sigma for sigma in every level's prior: x from eps drawn by hand, level by level."""
     flow, temperature = started(tiny(**arguments)), 0.6
     generator = torch.Generator().manual_seed(2)
-    eps = [torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in flow.latent_shapes()]
+    eps = [
+        torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+        for shape in flow.latent_shapes()
+    ]
     with torch.no_grad():
         theirs = reference_of(flow, arguments).decode(eps, temperature)
         ours = flow.sample(3, temperature, generator=torch.Generator().manual_seed(2))
@@ -371,11 +433,15 @@ def test_a_class_conditional_objective_is_that_of_the_authors_model():
     assert_close(our_logits, logits, 1e-10)
     assert_close(flow.log_prob(x, y), log_prob, 1e-10)
     objective = (bits + 0.01 * F.cross_entropy(logits, y, reduction="none") / math.log(2)).mean()
-    ours = (-log_prob.mean() + 0.01 * x[0].numel() * F.cross_entropy(our_logits, y)) / (x[0].numel() * math.log(2))
+    ours = (-log_prob.mean() + 0.01 * x[0].numel() * F.cross_entropy(our_logits, y)) / (
+        x[0].numel() * math.log(2)
+    )
     parameters = dict(flow.named_parameters())
     gradients = (torch.autograd.grad(value, parameters.values()) for value in (ours + 5, objective))
     for name, a, b in zip(parameters, *gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert_close(ours + 5, objective, 1e-10)
 
 
@@ -399,14 +465,18 @@ def test_a_uniform_density_of_5_bit_data_costs_5_bits():
 
 def conditioner_size(c_in, c_out, hidden):
     """3x3, 1x1, 3x3 with an edge channel each but the 1x1; two actnorms of bias and scale; b and logs at the end."""
-    return 9 * (c_in + 1) * hidden + hidden**2 + 9 * (hidden + 1) * c_out + 2 * c_out + 2 * 2 * hidden
+    return (
+        9 * (c_in + 1) * hidden + hidden**2 + 9 * (hidden + 1) * c_out + 2 * c_out + 2 * 2 * hidden
+    )
 
 
 def model_size(channels, n_levels, depth, hidden):
     total, c = 0, channels
     for i in range(n_levels):
         c *= 4
-        total += depth * (2 * c + 2 * c**2 + c + conditioner_size(c // 2, c, hidden))  # L and U are whole matrices
+        total += depth * (
+            2 * c + 2 * c**2 + c + conditioner_size(c // 2, c, hidden)
+        )  # L and U are whole matrices
         if i < n_levels - 1:
             total += 9 * (c // 2 + 1) * c + 2 * c
             c //= 2
@@ -447,7 +517,10 @@ def test_latent_shapes(size, n_levels):
     ("arguments", "message"),
     [
         ({"coupling": "afine"}, "flow.coupling=afine is not known: give one of affine, additive"),
-        ({"permutation": "conv"}, "flow.permutation=conv is not known: give one of reverse, shuffle, invertible"),
+        (
+            {"permutation": "conv"},
+            "flow.permutation=conv is not known: give one of reverse, shuffle, invertible",
+        ),
         ({"n_levels": 3}, "flow.n_levels=3 halves a 4x8 image to odd sizes"),
         ({"shape": (3, 7, 8), "n_levels": 1}, "flow.n_levels=1 halves a 7x8 image to odd sizes"),
         ({"n_levels": 0}, "flow.n_levels"),
@@ -536,7 +609,9 @@ def test_what_is_half_loaded_is_initialised_where_it_is_not():
     last.initialized.fill_(False)
     with torch.no_grad():
         flow.initialize(x)
-    changed = {name for name, value in flow.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in flow.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"levels.1.layers.1.layers.0.bias", "levels.1.layers.1.layers.0.log_scale"}
 
 
@@ -564,7 +639,9 @@ def test_a_shuffle_travels_with_the_weights():
     flow, other = (started(tiny(permutation="shuffle", seed=seed)) for seed in (0, 1))
     orders = [name for name in flow.state_dict() if name.endswith("order")]
     assert len(orders) == 4
-    assert any(not torch.equal(flow.state_dict()[name], other.state_dict()[name]) for name in orders)
+    assert any(
+        not torch.equal(flow.state_dict()[name], other.state_dict()[name]) for name in orders
+    )
     x = images(4, flow.shape)
     assert not torch.equal(other.log_prob(x), flow.log_prob(x))
     other.load_state_dict(flow.state_dict())
@@ -604,7 +681,9 @@ def test_log_det_and_gradients_of_a_deep_flow(deep):
     z, log_det = deep(rows)
     (jacobian,) = torch.autograd.grad(flat(z).diagonal().sum(), rows, retain_graph=True)
     assert_close(log_det[0].detach(), torch.linalg.slogdet(jacobian.flatten(1)).logabsdet, 1e-8)
-    gradients = torch.autograd.grad(deep.base.log_prob(z).mean() + log_det.mean(), deep.parameters())
+    gradients = torch.autograd.grad(
+        deep.base.log_prob(z).mean() + log_det.mean(), deep.parameters()
+    )
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -686,7 +765,9 @@ def test_a_fit_starts_initialised_from_the_first_batch():
     assert not uninitialized(found.flow)
     assert sum("actnorm" in name for name in weights) == 2 * 12
     for name, value in weights.items():
-        torch.testing.assert_close(value.detach().double(), by_hand.weights[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            value.detach().double(), by_hand.weights[name], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_averaged_weights_start_initialised_too():
@@ -701,7 +782,9 @@ def test_averaged_weights_start_initialised_too():
     assert same(raw.flow.state_dict(), averaged.flow.state_dict())
 
 
-@pytest.mark.parametrize(("shape", "n"), [((3, 32, 32), 256), ((3, 64, 64), 64), ((1, 160, 160), 11)])
+@pytest.mark.parametrize(
+    ("shape", "n"), [((3, 32, 32), 256), ((3, 64, 64), 64), ((1, 160, 160), 11)]
+)
 def test_the_first_batch_has_256_images_of_32x32(shape, n):
     """Of other sizes as many pixels; before training only, and once."""
     seen, flow = [], torch.nn.Sequential(ActNorm(2))
@@ -710,7 +793,9 @@ def test_the_first_batch_has_256_images_of_32x32(shape, n):
         seen.append(n)
         flow[0].initialized.fill_(True)
 
-    module = SimpleNamespace(shape=shape, initialize=initialize, needs_initialization=lambda: uninitialized(flow))
+    module = SimpleNamespace(
+        shape=shape, initialize=initialize, needs_initialization=lambda: uninitialized(flow)
+    )
     trainer = SimpleNamespace(datamodule=SimpleNamespace(initialization_batch=lambda n: n))
     for stage in ("validate", "test", "fit"):
         Initialization().setup(trainer, module, stage)
@@ -724,7 +809,9 @@ def run(folder, seed, checkpoint=None):
     recorder, module = Recorder(), density(glow(seed), lr=3e-3, name="adamax", warmup_steps=2)
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     average = EMAWeightAveraging(use_buffers=False, decay=0.9)
-    trainer = make_trainer(Initialization(), recorder, average, saver, max_steps=6, enable_checkpointing=True)
+    trainer = make_trainer(
+        Initialization(), recorder, average, saver, max_steps=6, enable_checkpointing=True
+    )
     trainer.fit(module, datamodule=RandomImages(), ckpt_path=checkpoint, weights_only=True)
     return recorder.losses, torch.load(folder / "step=6.ckpt", weights_only=True)
 
@@ -741,10 +828,31 @@ def test_a_resumed_fit_keeps_its_actnorms(tmp_path):
 def test_a_run_that_goes_on_is_not_initialised_again(tmp_path, monkeypatch):
     """reproduce/glow_photos.py: at the paper's size that is a pass over 256 images, for nothing."""
     calls, initialize = [], DensityModule.initialize
-    monkeypatch.setattr(DensityModule, "initialize", lambda self, batch: calls.append(batch) or initialize(self, batch))
-    arguments = ["preset=demo", "logger.name=none", "flow.n_levels=1", "flow.depth=1", "flow.hidden_channels=4"]
-    arguments += ["data.size=8", "data.n_train=32", "data.batch_size=16", "data.n_val=8", "data.n_test=8"]
-    arguments += ["samples.n=1", "samples.temperatures=[0.7]", "trainer.precision=32-true", f"run_dir={tmp_path}"]
+    monkeypatch.setattr(
+        DensityModule,
+        "initialize",
+        lambda self, batch: calls.append(batch) or initialize(self, batch),
+    )
+    arguments = [
+        "preset=demo",
+        "logger.name=none",
+        "flow.n_levels=1",
+        "flow.depth=1",
+        "flow.hidden_channels=4",
+    ]
+    arguments += [
+        "data.size=8",
+        "data.n_train=32",
+        "data.batch_size=16",
+        "data.n_val=8",
+        "data.n_test=8",
+    ]
+    arguments += [
+        "samples.n=1",
+        "samples.temperatures=[0.7]",
+        "trainer.precision=32-true",
+        f"run_dir={tmp_path}",
+    ]
     glow_photos.main([*arguments, "trainer.max_steps=1"])
     assert [len(images) for images, _ in calls] == [32]
     (tmp_path / "result.json").unlink()

@@ -25,9 +25,26 @@ from reproduce.config import compose
 from reproduce.run_folder import newest_checkpoint
 
 TINY = [  # four steps an epoch, validated after every third
-    *("preset=demo", "logger.name=none", "data.size=8", "data.n_train=64", "data.batch_size=16", "data.n_val=24"),
-    *("data.n_test=40", "samples.n=14", "samples.every_n_steps=100", "trainer.val_check_interval=3"),
-    *("checkpoint.every_n_steps=2", "trainer.precision=32-true", "trainer.max_steps=3", "optim.warmup_steps=1"),
+    *(
+        "preset=demo",
+        "logger.name=none",
+        "data.size=8",
+        "data.n_train=64",
+        "data.batch_size=16",
+        "data.n_val=24",
+    ),
+    *(
+        "data.n_test=40",
+        "samples.n=14",
+        "samples.every_n_steps=100",
+        "trainer.val_check_interval=3",
+    ),
+    *(
+        "checkpoint.every_n_steps=2",
+        "trainer.precision=32-true",
+        "trainer.max_steps=3",
+        "optim.warmup_steps=1",
+    ),
     "flow.hidden_channels=4",
 ]
 GLOWS = {  # bits of a pixel, claim
@@ -38,7 +55,9 @@ GLOWS = {  # bits of a pixel, claim
     "glow_photos": (8, None),
 }
 SCRIPTS = {**GLOWS, "realnvp_photos": (8, None)}
-LARGE_STEPS = {"glow_cifar10_conditional": ["optim.lr=0.01"]}  # so that one sees the class in samples
+LARGE_STEPS = {
+    "glow_cifar10_conditional": ["optim.lr=0.01"]
+}  # so that one sees the class in samples
 
 
 def run(name, folder, *arguments):
@@ -66,8 +85,14 @@ def finished(tmp_path_factory):
         if name not in runs:
             script, modules = import_module(f"reproduce.{name}"), []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(script, "fit", lambda *given: modules.append(given[2]) or experiment.fit(*given))
-                runs[name] = (root / name, run(name, root / name, *LARGE_STEPS.get(name, [])), *modules)
+                patch.setattr(
+                    script, "fit", lambda *given: modules.append(given[2]) or experiment.fit(*given)
+                )
+                runs[name] = (
+                    root / name,
+                    run(name, root / name, *LARGE_STEPS.get(name, [])),
+                    *modules,
+                )
         return runs[name]
 
     return get
@@ -93,7 +118,10 @@ def test_result(name, finished):
     averaged = name == "glow_cifar10_modern"
     assert result["tested"]["weights"] == ("averaged with decay 0.95" if averaged else "raw")
     finite = {f"samples/finite_T{t:g}" for t in (0, 0.5, 0.7, 0.9, 1)}
-    more = {"glow_cifar10_conditional": {"test/accuracy"}, "realnvp_photos": {"test/bpd_reestimated"}}
+    more = {
+        "glow_cifar10_conditional": {"test/accuracy"},
+        "realnvp_photos": {"test/bpd_reestimated"},
+    }
     assert set(result["metrics"]) == {"val/bpd", "test/bpd", *finite, *more.get(name, ())}
     assert all(math.isfinite(value) for value in result["metrics"].values())
 
@@ -163,18 +191,25 @@ class Stop(L.Callback):
 
 
 @pytest.mark.parametrize("name", ["glow_cifar10_modern", "glow_cifar10_conditional"])
-def test_an_interrupted_glow_ends_bit_for_bit_as_if_it_had_not_been(name, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_glow_ends_bit_for_bit_as_if_it_had_not_been(
+    name, tmp_path, monkeypatch, capsys
+):
     """SIGTERM in the second epoch; with averaged weights, a cooldown and a logit, and with classes, in 5 bits."""
     script = import_module(f"reproduce.{name}")
     given = ["trainer.max_steps=7", "optim.warmup_steps=2"]
     given += ["optim.cooldown_steps=3"] if name == "glow_cifar10_modern" else []
     whole = run(name, tmp_path / "whole", *given)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "make_trainer", lambda *arguments: experiment.make_trainer(*arguments, Stop(5)))
+        patch.setattr(
+            script, "make_trainer", lambda *arguments: experiment.make_trainer(*arguments, Stop(5))
+        )
         with pytest.raises(SystemExit) as stop:
             run(name, tmp_path / "parts", *given)
     assert stop.value.code == 75
-    assert "stopped at step 5, which is saved; go on with: python reproduce/" in capsys.readouterr().err
+    assert (
+        "stopped at step 5, which is saved; go on with: python reproduce/"
+        in capsys.readouterr().err
+    )
     parts = run(name, tmp_path / "parts", *given, "resume=auto")
     assert parts["metrics"] == whole["metrics"]
     a, b = (newest_checkpoint(tmp_path / part)[1] for part in ("whole", "parts"))
@@ -193,15 +228,21 @@ def test_an_interrupted_glow_ends_bit_for_bit_as_if_it_had_not_been(name, tmp_pa
 
 def test_a_checkpoint_of_realnvp_is_no_glow_s(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(finished("realnvp_photos")[0], folder, ignore=shutil.ignore_patterns("result.json"))
+    shutil.copytree(
+        finished("realnvp_photos")[0], folder, ignore=shutil.ignore_patterns("result.json")
+    )
     line = mistake("glow_photos", folder, "resume=auto")
     assert "is of realnvp_photos, not of glow_photos: give another run_dir" in line
 
 
 def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(finished("glow_photos")[0], folder, ignore=shutil.ignore_patterns("result.json"))
-    line = mistake("glow_photos", folder, "resume=auto", "flow.coupling=additive", "flow.permutation=shuffle")
+    shutil.copytree(
+        finished("glow_photos")[0], folder, ignore=shutil.ignore_patterns("result.json")
+    )
+    line = mistake(
+        "glow_photos", folder, "resume=auto", "flow.coupling=additive", "flow.permutation=shuffle"
+    )
     assert "trained with flow.coupling=affine flow.permutation=invertible: say the same" in line
 
 
@@ -211,22 +252,46 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("glow_photos", ["flow.depht=3"], "flow.depht is no key of this recipe (did you mean flow.depth?)"),
-        ("glow_photos", ["flow.permutation=inv"], "flow.permutation=inv is not known: give one of reverse, shuffle"),
-        ("glow_photos", ["flow.coupling=affin"], "flow.coupling=affin is not known: give one of affine, additive"),
+        (
+            "glow_photos",
+            ["flow.depht=3"],
+            "flow.depht is no key of this recipe (did you mean flow.depth?)",
+        ),
+        (
+            "glow_photos",
+            ["flow.permutation=inv"],
+            "flow.permutation=inv is not known: give one of reverse, shuffle",
+        ),
+        (
+            "glow_photos",
+            ["flow.coupling=affin"],
+            "flow.coupling=affin is not known: give one of affine, additive",
+        ),
         ("glow_photos", ["data.size=12"], "flow.n_levels=3 halves a 12x12 image to odd sizes"),
         ("glow_photos", ["flow.depth=0"], "flow.depth and flow.hidden_channels must be at least 1"),
         ("glow_photos", ["flow.n_classes=7"], "flow.n_classes is no key of this recipe"),
         ("glow_photos", ["optim.l2=0.1"], "Glow has no such penalty"),
-        ("glow_cifar10", ["data.n_bits=9"], "data.n_bits=9 does not fit integers of 8 bits: give 1 to 8"),
+        (
+            "glow_cifar10",
+            ["data.n_bits=9"],
+            "data.n_bits=9 does not fit integers of 8 bits: give 1 to 8",
+        ),
         ("glow_cifar10_conditional", ["data.labels=false"], "give data.labels=true"),
         (
             "glow_cifar10_conditional",
             ["flow.n_classes=10"],
             "flow.n_classes=10, but Photos has 7: give flow.n_classes=7",
         ),
-        ("glow_cifar10_conditional", ["optim.class_weight=-1"], "optim.class_weight=-1.0 is negative"),
-        ("glow_cifar10_modern", ["trainer.max_steps=-1", "trainer.max_epochs=1"], "set trainer.max_steps"),
+        (
+            "glow_cifar10_conditional",
+            ["optim.class_weight=-1"],
+            "optim.class_weight=-1.0 is negative",
+        ),
+        (
+            "glow_cifar10_modern",
+            ["trainer.max_steps=-1", "trainer.max_epochs=1"],
+            "set trainer.max_steps",
+        ),
         (
             "glow_cifar10_modern",
             ["trainer.max_steps=40", "optim.cooldown_steps=50"],
@@ -244,9 +309,27 @@ def test_mistakes_are_one_line(name, arguments, said, tmp_path):
 
 GOLDEN = {
     "glow_cifar10": [-111.14779480, -150.03568500, -181.83635148, -205.64297205, -238.61102364],
-    "glow_cifar10_modern": [-112.08768368, -152.46446778, -185.69709802, -213.47088716, -244.68247335],
-    "glow_cifar10_additive5bit": [-117.73346639, -126.97442930, -156.38506994, -180.30737888, -199.51262863],
-    "glow_cifar10_conditional": [-113.99731890, -123.21099672, -153.35498566, -177.32018968, -196.89100340],
+    "glow_cifar10_modern": [
+        -112.08768368,
+        -152.46446778,
+        -185.69709802,
+        -213.47088716,
+        -244.68247335,
+    ],
+    "glow_cifar10_additive5bit": [
+        -117.73346639,
+        -126.97442930,
+        -156.38506994,
+        -180.30737888,
+        -199.51262863,
+    ],
+    "glow_cifar10_conditional": [
+        -113.99731890,
+        -123.21099672,
+        -153.35498566,
+        -177.32018968,
+        -196.89100340,
+    ],
 }
 
 
@@ -260,16 +343,24 @@ def test_golden_losses(name):
     flow = import_module(f"reproduce.{name}").make_flow(config, (3, 8, 8)).double()
     draw = np.random.Generator(np.random.PCG64(0))
     q, u = draw.integers(2**config.data.n_bits, size=(8, 3, 8, 8)) // 2, draw.random((8, 3, 8, 8))
-    x, classes = torch.from_numpy((q + u) / 2**config.data.n_bits), torch.from_numpy(draw.integers(7, size=8))
+    x, classes = (
+        torch.from_numpy((q + u) / 2**config.data.n_bits),
+        torch.from_numpy(draw.integers(7, size=8)),
+    )
     with torch.no_grad():
         flow.initialize(x)
-    optimizer, losses = torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas)), []
+    optimizer, losses = (
+        torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas)),
+        [],
+    )
     for _ in range(5):
         if flow.n_classes is None:
             loss = -flow.log_prob(x).mean()
         else:
             log_prob, logits = flow.log_prob_and_class_logits(x, classes)
-            loss = -log_prob.mean() + config.optim.class_weight * 192 * F.cross_entropy(logits, classes)
+            loss = -log_prob.mean() + config.optim.class_weight * 192 * F.cross_entropy(
+                logits, classes
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -23,7 +23,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 SCRIPT = Path(__file__).parent.parent / "reproduce" / "realnvp_cifar10.py"
-GPU = [*TINY, "trainer.accelerator=gpu", "trainer.devices=1", "samples.every_n_steps=10000", "eval.bn_images=0"]
+GPU = [
+    *TINY,
+    "trainer.accelerator=gpu",
+    "trainer.devices=1",
+    "samples.every_n_steps=10000",
+    "eval.bn_images=0",
+]
 
 
 def tiny_glow():
@@ -39,9 +45,15 @@ def weights(folder):
     return newest_checkpoint(folder)[1]["state_dict"]
 
 
-@pytest.mark.parametrize(("precision", "graph"), [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True)])
+@pytest.mark.parametrize(
+    ("precision", "graph"), [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True)]
+)
 def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, graph):
-    arguments = ["trainer.deterministic=true", f"trainer.precision={precision}", "trainer.max_steps=300"]
+    arguments = [
+        "trainer.deterministic=true",
+        f"trainer.precision={precision}",
+        "trainer.max_steps=300",
+    ]
     arguments += [f"trainer.cuda_graph={graph}".lower()]
     arguments += ["ema.decay=0.9", "data.num_workers=2", "checkpoint.select=last"]
     whole = started(tmp_path / "whole", *arguments)
@@ -52,14 +64,19 @@ def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, gra
     killed.kill()
     killed.wait()
     assert newest_checkpoint(tmp_path / "run")[1]["global_step"] < 300
-    assert [whole.wait(300), started(tmp_path / "run", *arguments, "resume=auto").wait(300)] == [0, 0]
+    assert [whole.wait(300), started(tmp_path / "run", *arguments, "resume=auto").wait(300)] == [
+        0,
+        0,
+    ]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_one_rank_of_nccl_trains_as_none(tmp_path):
     steps = ["trainer.max_steps=4", "trainer.deterministic=true"]
-    runs = [started(tmp_path / name, *steps, f"trainer.strategy={name}") for name in ("auto", "ddp")]
+    runs = [
+        started(tmp_path / name, *steps, f"trainer.strategy={name}") for name in ("auto", "ddp")
+    ]
     assert [run.wait(300) for run in runs] == [0, 0]
     a, b = (weights(tmp_path / name) for name in ("auto", "ddp"))
     assert all(torch.allclose(a[key].double(), b[key].double(), rtol=1e-5, atol=1e-6) for key in a)
@@ -71,7 +88,9 @@ def test_every_precision_trains_and_clips(precision):
     trainer = make_trainer(max_steps=40, precision=precision, accelerator="gpu", devices=1)
     trainer.fit(module, datamodule=data)
     assert finite(module)
-    assert module.skipped.item() <= (10 if precision == "16-mixed" else 2)  # its scaler begins too high
+    assert module.skipped.item() <= (
+        10 if precision == "16-mixed" else 2
+    )  # its scaler begins too high
     assert trainer.callback_metrics["train/bpd"].item() < 8.1
 
 
@@ -89,7 +108,9 @@ def test_a_replayed_step_is_the_step(make, precision, how):
             torch.compiler.reset()
             module.flow.compile()
         module.cuda_graph = CudaGraph(module.flow) if graph else None
-        trainer = make_trainer(max_steps=8, precision=precision, deterministic=True, accelerator="gpu", devices=1)
+        trainer = make_trainer(
+            max_steps=8, precision=precision, deterministic=True, accelerator="gpu", devices=1
+        )
         trainer.fit(module, datamodule=RandomImages())
         return module.cpu().state_dict(), trainer.callback_metrics["train/bpd"].item()
 
@@ -116,7 +137,9 @@ def test_no_step_waits_for_the_device(flow, graph, name):
             torch.cuda.set_sync_debug_mode("default")
 
     try:
-        trainer = make_trainer(Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000)
+        trainer = make_trainer(
+            Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000
+        )
         module = density(flow(), clip_norm=10.0, name=name)
         module.cuda_graph = CudaGraph(module.flow) if graph else None
         trainer.fit(module, datamodule=RandomImages())

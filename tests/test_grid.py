@@ -55,25 +55,38 @@ def test_every_row_is_printed_once_and_the_number_of_rows(sweep, capsys):
         "preset=demo",
     ]
     varied = [(row[1], row[4]) for row in rows]
-    blocks, rates = ("flow.n_blocks=2", "flow.n_blocks=4"), ("optim.lr=0.001", "optim.lr=0.0005", "optim.lr=1e-05")
+    blocks, rates = (
+        ("flow.n_blocks=2", "flow.n_blocks=4"),
+        ("optim.lr=0.001", "optim.lr=0.0005", "optim.lr=1e-05"),
+    )
     assert varied == [(b, r) for b in blocks for r in rates]
 
 
 def test_a_recipe_reads_the_values_that_the_file_holds(sweep):
     config = compose("realnvp_cifar10", grid.words(grid.rows(sweep)[-1]))
     assert (config.preset, config.flow.n_blocks, config.optim.lr) == ("demo", 4, 1e-5)
-    assert (list(config.optim.betas), config.optim.clip_norm, config.data.hflip) == ([0.9, 0.95], None, True)
+    assert (list(config.optim.betas), config.optim.clip_norm, config.data.hflip) == (
+        [0.9, 0.95],
+        None,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("method: random\nparameters: {a: {values: [1]}}", "is no grid: an array needs a sweep file with method: grid"),
+        (
+            "method: random\nparameters: {a: {values: [1]}}",
+            "is no grid: an array needs a sweep file with method: grid",
+        ),
         ("- 1", "is no grid"),
         ("method: grid", "has no parameters"),
         ("method: grid\nparameters: {a.b: {min: 0, max: 1}}", "a.b in "),
         ("method: grid\nparameters: {a.b: {values: []}}", "is no list of values"),
-        ("method: grid\nparameters: {a.b: 3}", "is no list of values: a grid needs values: [...] or value: ..."),
+        (
+            "method: grid\nparameters: {a.b: 3}",
+            "is no list of values: a grid needs values: [...] or value: ...",
+        ),
         ("method: [", "cannot read"),
     ],
 )
@@ -92,7 +105,13 @@ def test_mistakes_of_the_command_line_are_one_line(sweep, tmp_path):
         assert "a number from 0" in mistake(*argv)
 
 
-def run_script(tmp_path, *arguments, srun='printf "%s\\n" "$SLURM_JOB_NAME" "$@"', scontrol="exit 1", **variables):
+def run_script(
+    tmp_path,
+    *arguments,
+    srun='printf "%s\\n" "$SLURM_JOB_NAME" "$@"',
+    scontrol="exit 1",
+    **variables,
+):
     """What reproduce/slurm.sh hands to srun, one argument a line: an srun that prints stands in for Slurm's."""
     for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -125,9 +144,21 @@ def command_line(tmp_path, *arguments, **variables):
 
 def test_a_job_of_one_task(tmp_path):
     srun, python = command_line(tmp_path, "realnvp_cifar10", "seed=1", "data.root=a b")
-    assert srun == ["--kill-on-bad-exit", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", sys.executable]
+    assert srun == [
+        "--kill-on-bad-exit",
+        "--nodes=1",
+        "--ntasks=1",
+        "--ntasks-per-node=1",
+        sys.executable,
+    ]
     layout = ["trainer.num_nodes=1", "trainer.devices=1"]
-    assert python == ["reproduce.realnvp_cifar10", *layout, "seed=1", "data.root=a b", "resume=auto"]
+    assert python == [
+        "reproduce.realnvp_cifar10",
+        *layout,
+        "seed=1",
+        "data.root=a b",
+        "resume=auto",
+    ]
 
 
 def test_several_nodes_are_ddp_and_the_users_words_come_later(tmp_path):
@@ -153,7 +184,10 @@ def test_the_index_of_an_array_is_the_seed_or_the_row(tmp_path, sweep):
 def test_outside_slurm_the_script_says_how_to_submit_it(tmp_path):
     done = run_script(tmp_path, "realnvp_cifar10", "seed=1")
     assert done.returncode == 1
-    assert done.stderr == "error: this is a job script: sbatch reproduce/slurm.sh realnvp_cifar10 seed=1\n"
+    assert (
+        done.stderr
+        == "error: this is a job script: sbatch reproduce/slurm.sh realnvp_cifar10 seed=1\n"
+    )
 
 
 def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_array(tmp_path):
@@ -161,7 +195,9 @@ def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_arra
     array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     asked = tmp_path / "asked"
     told = f'echo "$@" >> {asked}; echo "PreemptTime=2026-11-26T00:00:00"'
-    done = run_script(tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=told, **{**JOB, **array})
+    done = run_script(
+        tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=told, **{**JOB, **array}
+    )
     assert done.returncode == 75
     assert asked.read_text().splitlines() == [
         "update JobId=7_2 JobName=realnvp_cifar10",
@@ -169,6 +205,8 @@ def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_arra
         "requeue 7_2",
     ]
     asked.unlink()
-    done = run_script(tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=f"echo $@ >> {asked}", **JOB)
+    done = run_script(
+        tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=f"echo $@ >> {asked}", **JOB
+    )
     assert done.returncode == 75  # stopped, but not by Slurm
     assert "requeue" not in asked.read_text()

@@ -17,7 +17,13 @@ from reproduce.launch import job, processes, requeue, requeued, run_id
 from reproduce.run_folder import step_checkpoints
 
 ROOT = Path(__file__).parent.parent
-JOB = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "x"}
+JOB = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "2",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NAME": "x",
+}
 JOB |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 ALONE = {**JOB, "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
 
@@ -26,7 +32,10 @@ ALONE = {**JOB, "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE
 def nobody(monkeypatch):
     """As started by a person."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "TORCHELASTIC", "WANDB_", "PAPERFLOWS_")) or name == "LOCAL_RANK":
+        if (
+            name.startswith(("SLURM_", "TORCHELASTIC", "WANDB_", "PAPERFLOWS_"))
+            or name == "LOCAL_RANK"
+        ):
             monkeypatch.delenv(name)
 
 
@@ -51,9 +60,14 @@ def test_a_jobs_run_is_the_jobs(monkeypatch):
     started(monkeypatch, JOB)
     assert (job(), run_id(), requeued()) == ("17", "slurm-17", False)
     assert processes() == {"devices": 2, "num_nodes": 2}
-    started(monkeypatch, {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"})
+    started(
+        monkeypatch,
+        {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"},
+    )
     assert (job(), run_id(), requeued()) == ("16_3", "slurm-16_3", True)
-    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # a person in an allocation, who may start many
+    monkeypatch.setenv(
+        "SLURM_JOB_NAME", "interactive"
+    )  # a person in an allocation, who may start many
     assert job() is None
 
 
@@ -83,11 +97,15 @@ def test_requeue_asks_slurm_by_the_jobs_number(monkeypatch, tmp_path, number):
     requeue()
     assert (tmp_path / "asked").read_text() == f"requeue {number}\n"
     scontrol.write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
-    with pytest.warns(UserWarning, match=f"does not queue job {number} again: Requested operation is"):
+    with pytest.warns(
+        UserWarning, match=f"does not queue job {number} again: Requested operation is"
+    ):
         requeue()
 
 
-def test_a_new_job_of_an_old_number_does_not_go_on_with_a_strangers_run(monkeypatch, tmp_path, capsys):
+def test_a_new_job_of_an_old_number_does_not_go_on_with_a_strangers_run(
+    monkeypatch, tmp_path, capsys
+):
     """A cluster that was set up anew counts from 1 again."""
     monkeypatch.chdir(tmp_path)
     started(monkeypatch, ALONE)
@@ -96,7 +114,9 @@ def test_a_new_job_of_an_old_number_does_not_go_on_with_a_strangers_run(monkeypa
     folder = Path("outputs/realnvp_cifar10/slurm-17")
     (folder / "result.json").unlink()
     line = mistake(capsys, *TINY, *steps)
-    assert f"{folder} holds a run of an earlier job 17: add run_dir={folder} to go on with it" in line
+    assert (
+        f"{folder} holds a run of an earlier job 17: add run_dir={folder} to go on with it" in line
+    )
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     realnvp_cifar10.main([*TINY, *steps])
     assert (folder / "result.json").is_file()
@@ -118,7 +138,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
     ("words", "more"),
     [
         pytest.param([sys.executable], ["trainer.strategy=ddp"], id="lightning"),
-        pytest.param(TORCHRUN, [], id="torchrun", marks=pytest.mark.slow),  # its environment is in processes.py
+        pytest.param(
+            TORCHRUN, [], id="torchrun", marks=pytest.mark.slow
+        ),  # its environment is in processes.py
     ],
 )
 def test_two_ranks_in_one_folder_train_as_one_process_does(tmp_path, words, more):
@@ -129,9 +151,14 @@ def test_two_ranks_in_one_folder_train_as_one_process_does(tmp_path, words, more
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("realnvp_cifar10  test/bpd  ") == 1
     [folder] = (tmp_path / "outputs" / "realnvp_cifar10").iterdir()
-    assert [p.name for p in step_checkpoints(folder)] == ["step-00000003.ckpt", "step-00000002.ckpt"]
+    assert [p.name for p in step_checkpoints(folder)] == [
+        "step-00000003.ckpt",
+        "step-00000002.ckpt",
+    ]
     realnvp_cifar10.main([*steps, f"run_dir={tmp_path / 'alone'}"])
-    losses = [[float(row["train/bpd"]) for row in curve(f)[1:]] for f in (folder, tmp_path / "alone")]
+    losses = [
+        [float(row["train/bpd"]) for row in curve(f)[1:]] for f in (folder, tmp_path / "alone")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -10,14 +10,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flows.base import Compose
-from flows.conditioners import BiasOnlyBatchNorm2d, MLPConditioner, ResidualConditioner, WeightNormConv2d
+from flows.conditioners import (
+    BiasOnlyBatchNorm2d,
+    MLPConditioner,
+    ResidualConditioner,
+    WeightNormConv2d,
+)
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
 from flows.glow.conditioner import GlowConditioner
 from flows.glow.edges import EdgeConv2d, ZeroConv2d, ZeroLinear
 from flows.glow.priors import SplitPrior, TopPrior
 from flows.likelihood import bits_per_dim
-from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU, matrices, rotation
+from flows.linear import (
+    ChannelPermutation,
+    InvertibleConv1x1,
+    InvertibleConv1x1LU,
+    matrices,
+    rotation,
+)
 from flows.masks import checkerboard
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.reshape import OrderedSqueeze, Squeeze, factor_in, factor_out
@@ -30,7 +41,9 @@ def randn(*shape, seed=0):
 
 
 def assert_close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance
+    )
 
 
 # bits per dimension
@@ -46,7 +59,10 @@ def test_bits_per_dim_is_linear_in_nats():
     log_prob = torch.tensor([-1.0, 1.0, 2.5], dtype=torch.float64) * n_dims * math.log(2)
     assert_close(bits_per_dim(log_prob, n_dims, 8), torch.tensor([9.0, 7.0, 5.5]))
     # the long way round: nats of the discrete image, whose bins have the volume 256^-D
-    assert_close(bits_per_dim(log_prob, n_dims, 8), (n_dims * math.log(256) - log_prob) / (n_dims * math.log(2)))
+    assert_close(
+        bits_per_dim(log_prob, n_dims, 8),
+        (n_dims * math.log(256) - log_prob) / (n_dims * math.log(2)),
+    )
 
 
 # Logit
@@ -54,7 +70,9 @@ def test_bits_per_dim_is_linear_in_nats():
 
 @pytest.mark.parametrize("alpha", [0.05, 1e-6, 0.3])
 def test_logit_log_det_is_the_sum_of_elementwise_derivatives(alpha):
-    x = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    x = torch.rand(
+        4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
     y, log_det = Logit(alpha)(x)
     (derivative,) = torch.autograd.grad(y.sum(), x)
     assert_close(log_det, derivative.log().flatten(1).sum(1), 1e-8)
@@ -86,7 +104,9 @@ def test_logit_refuses_an_alpha_that_leaves_no_interval(alpha):
 
 # Squeezes
 
-even_images = st.tuples(*(st.integers(1, n) for n in (3, 4, 3, 3))).map(lambda s: randn(s[0], s[1], 2 * s[2], 2 * s[3]))
+even_images = st.tuples(*(st.integers(1, n) for n in (3, 4, 3, 3))).map(
+    lambda s: randn(s[0], s[1], 2 * s[2], 2 * s[3])
+)
 
 
 @settings(max_examples=20, deadline=None, database=None)
@@ -152,14 +172,18 @@ def test_weight_norm_without_magnitude_has_unit_norm_per_output_channel(kernel_s
     assert conv.magnitude is None
     weight = effective_weight(conv)
     assert_close(weight.flatten(1).norm(dim=1), torch.ones(4), 1e-5)
-    assert_close(weight, conv.weight / conv.weight.flatten(1).norm(dim=1)[:, None, None, None], 1e-6)
+    assert_close(
+        weight, conv.weight / conv.weight.flatten(1).norm(dim=1)[:, None, None, None], 1e-6
+    )
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_weight_norm_with_magnitude_has_it_as_its_norm(kernel_size):
     conv = WeightNormConv2d(5, 4, kernel_size, magnitude=True)
     assert_close(
-        conv.magnitude.flatten(), torch.full((4,), math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)), 1e-6
+        conv.magnitude.flatten(),
+        torch.full((4,), math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)),
+        1e-6,
     )
     magnitude = torch.tensor([0.5, 1.0, 2.0, 3.0])
     conv.magnitude.data = magnitude[:, None, None, None]
@@ -171,7 +195,9 @@ def test_weight_norm_initialisation():
     conv = WeightNormConv2d(50, 40, 3)
     bound = math.sqrt(2 / 50)
     assert conv.weight.abs().max() <= bound
-    assert abs(conv.weight.std() / (bound / math.sqrt(3)) - 1) < 0.02  # the standard deviation of U(-bound, bound)
+    assert (
+        abs(conv.weight.std() / (bound / math.sqrt(3)) - 1) < 0.02
+    )  # the standard deviation of U(-bound, bound)
     assert (conv.bias == 0).all()
     assert WeightNormConv2d(5, 4, 3, bias=False).bias is None
 
@@ -182,10 +208,14 @@ def test_bias_only_batch_norm_has_a_beta_and_no_gamma():
     perturb(norm)
     x = 2 + 3 * randn(4, 3, 5, 2)
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-    expected = (x - mean[:, None, None]) / (var + EPS).sqrt()[:, None, None] + norm.bias[:, None, None]
+    expected = (x - mean[:, None, None]) / (var + EPS).sqrt()[:, None, None] + norm.bias[
+        :, None, None
+    ]
     assert_close(norm(x), expected)
     assert_close(norm.running_mean, 0.1 * mean)
-    assert_close(norm.running_var, 0.9 + 0.1 * var * 40 / 39)  # torch's running variance is the unbiased one
+    assert_close(
+        norm.running_var, 0.9 + 0.1 * var * 40 / 39
+    )  # torch's running variance is the unbiased one
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -217,8 +247,17 @@ def test_residual_conditioner_by_hand(masked):
     expected = conv(norm(out, net.bn_out).relu(), net.conv_out)
     shift, log_scale = net(x)
     assert_close(torch.cat([shift, log_scale], 1), expected)
-    with_magnitude = {name for name, m in net.named_modules() if getattr(m, "magnitude", None) is not None}
-    assert with_magnitude == {"blocks.0.layers.5", "blocks.1.layers.5", "skips.0", "skips.1", "skips.2", "conv_out"}
+    with_magnitude = {
+        name for name, m in net.named_modules() if getattr(m, "magnitude", None) is not None
+    }
+    assert with_magnitude == {
+        "blocks.0.layers.5",
+        "blocks.1.layers.5",
+        "skips.0",
+        "skips.1",
+        "skips.2",
+        "conv_out",
+    }
 
 
 # Batch normalisation as a bijection
@@ -243,7 +282,9 @@ MASKS = {"mask": checkerboard(4, 6, 0), "no-mask": None}
 def batch_norm(request):
     """The layer and its mask, ones where it has none."""
     mask = MASKS[request.param]
-    return CouplingBatchNorm(3, mask).double(), torch.ones(4, 6).double() if mask is None else mask.double()
+    return CouplingBatchNorm(3, mask).double(), torch.ones(
+        4, 6
+    ).double() if mask is None else mask.double()
 
 
 def shifted(seed=0):
@@ -257,7 +298,9 @@ def test_coupling_batch_norm_normalises_by_the_batch_in_training(batch_norm):
     mean, var = moments(x, mask)
     assert_close(y, normalised(x, mean, var, mask))
     assert torch.equal(y * (1 - mask), x * (1 - mask))
-    assert_close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)  # the changed elements only
+    assert_close(
+        log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8
+    )  # the changed elements only
 
 
 def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
@@ -268,7 +311,10 @@ def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
 
 def test_coupling_batch_norm_running_averages(batch_norm):
     norm, mask = batch_norm
-    old_mean, old_var = norm.running_mean.copy_(randn(3)).clone(), norm.running_var.fill_(2.0).clone()
+    old_mean, old_var = (
+        norm.running_mean.copy_(randn(3)).clone(),
+        norm.running_var.fill_(2.0).clone(),
+    )
     norm(shifted())
     mean, var = moments(shifted(), mask)
     assert_close(norm.running_mean, 0.9 * old_mean + 0.1 * mean)
@@ -308,7 +354,9 @@ def test_coupling_batch_norm_gradient_goes_through_the_batch_moments(batch_norm)
     y, log_det = norm(x)
     (gradient,) = torch.autograd.grad((weight * y).sum() + log_det.sum(), x)
     mean, var = moments(x, mask)
-    by_hand = (weight * normalised(x, mean, var, mask)).sum() - 5 * 0.5 * (var + EPS).log().sum() * mask.sum()
+    by_hand = (weight * normalised(x, mean, var, mask)).sum() - 5 * 0.5 * (
+        var + EPS
+    ).log().sum() * mask.sum()
     assert_close(gradient, torch.autograd.grad(by_hand, x)[0], 1e-8)
     detached = (weight * normalised(x, mean.detach(), var.detach(), mask)).sum()
     assert (gradient - torch.autograd.grad(detached, x)[0]).abs().max() > 1e-2
@@ -342,14 +390,20 @@ class Fixed(nn.Module):
 
 
 def test_masked_coupling_by_hand():
-    mask, x, shift, raw = checkerboard(4, 6, 1).double(), randn(2, 3, 4, 6), *randn(2, 2, 3, 4, 6, seed=1)
+    mask, x, shift, raw = (
+        checkerboard(4, 6, 1).double(),
+        randn(2, 3, 4, 6),
+        *randn(2, 2, 3, 4, 6, seed=1),
+    )
     coupling = MaskedCoupling(mask[None], Fixed(shift, raw), 0.7).double()
     y, log_det = coupling(x)
     a = coupling.log_scale_factor.detach()
     assert_close(a, 0.7, 1e-7)
     expected = torch.where(mask.bool(), x, (x + shift) * (a * raw.tanh()).exp())
     assert_close(y, expected)
-    assert_close(log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2)))  # kept positions scale nothing
+    assert_close(
+        log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2))
+    )  # kept positions scale nothing
     assert torch.equal(coupling.conditioner.seen, x * mask)
     assert_close(coupling.inverse(y)[0], x)
 
@@ -358,7 +412,9 @@ def test_masked_coupling_by_hand():
 def test_masked_coupling_keeps_masked_positions_bit_identical(train):
     mask = checkerboard(4, 6, 0)
     conditioner = ResidualConditioner(2, 4, 1, mask)
-    coupling = perturb(MaskedCoupling(mask[None], conditioner, 0.0, CouplingBatchNorm(2, 1 - mask))).train(train)
+    coupling = perturb(
+        MaskedCoupling(mask[None], conditioner, 0.0, CouplingBatchNorm(2, 1 - mask))
+    ).train(train)
     x = randn(3, 2, 4, 6).float()
     y, back = coupling(x)[0], coupling.inverse(x)[0]
     for changed in (y, back):
@@ -386,12 +442,18 @@ def test_the_norm_of_a_coupling_comes_after_its_affine_map(coupling):
     norm.running_mean, norm.running_var = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 9.0])
     shift, raw, x = randn(3, 2, 2, 2, 2).float()
     if coupling == "channel":
-        flow, kept = ChannelCoupling(Fixed(shift, raw), False, 1.0, norm), randn(2, 2, 2, 2, seed=5).float()
+        flow, kept = (
+            ChannelCoupling(Fixed(shift, raw), False, 1.0, norm),
+            randn(2, 2, 2, 2, seed=5).float(),
+        )
         y = flow.eval()(torch.cat([kept, x], 1))[0][:, 2:]
     else:
         y = MaskedCoupling(torch.zeros(1, 2, 2), Fixed(shift, raw), 1.0, norm).eval()(x)[0]
     affine = (x + shift) * raw.tanh().exp()
-    mean, std = torch.tensor([1.0, 2.0])[:, None, None], (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None]
+    mean, std = (
+        torch.tensor([1.0, 2.0])[:, None, None],
+        (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None],
+    )
     assert_close(y, (affine - mean) / std, 1e-5)
 
 
@@ -557,7 +619,9 @@ def test_glow_conditioner_by_hand(edges):
 
     h = norm(conv(x, net.conv_in), net.norm_in).relu()
     h = norm(torch.einsum("ij,bjhw->bihw", net.conv_mid.weight[..., 0, 0], h), net.norm_mid).relu()
-    assert_close(net(x), (conv(h, net.conv_out) + net.conv_out.shift) * (3 * net.conv_out.log_scale).exp())
+    assert_close(
+        net(x), (conv(h, net.conv_out) + net.conv_out.shift) * (3 * net.conv_out.log_scale).exp()
+    )
 
 
 # Permutations of channels
@@ -616,7 +680,11 @@ def test_w_multiplies_every_pixel(kind):
 
 def test_w_and_its_triangles_are_the_same_map():
     torch.manual_seed(0)
-    lu, plain, x = perturb(InvertibleConv1x1LU(6)).double(), InvertibleConv1x1(6).double(), randn(2, 6, 3, 5)
+    lu, plain, x = (
+        perturb(InvertibleConv1x1LU(6)).double(),
+        InvertibleConv1x1(6).double(),
+        randn(2, 6, 3, 5),
+    )
     plain.weight.data = matrix(lu)[0].detach()
     for one, other in ((lu(x), plain(x)), (lu.inverse(x), plain.inverse(x))):
         assert_close(one[0], other[0])
@@ -715,7 +783,9 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
 
 
 @pytest.mark.parametrize(
-    "prior", [SplitPrior(4, (3, 3)), TopPrior(4, (3, 3)), TopPrior(4, None, 3)], ids=["split", "top", "class"]
+    "prior",
+    [SplitPrior(4, (3, 3)), TopPrior(4, (3, 3)), TopPrior(4, None, 3)],
+    ids=["split", "top", "class"],
 )
 def test_a_learned_prior_starts_as_a_standard_normal(prior):
     x, y = randn(2, 4, 3, 3), torch.tensor([0, 2])

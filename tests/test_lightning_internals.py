@@ -30,7 +30,9 @@ def test_handlers_are_set_by_our_function_at_every_start():
     before, calls = signal.getsignal(signal.SIGTERM), []
     trainer = make_trainer(max_steps=1)
     assert callable(type(trainer._signal_connector).register_signal_handlers)
-    internals.set_signal_handlers_with(trainer, lambda: calls.append(signal.getsignal(signal.SIGTERM)))
+    internals.set_signal_handlers_with(
+        trainer, lambda: calls.append(signal.getsignal(signal.SIGTERM))
+    )
     module = density(tiny_flow(), bn_images=0)
     trainer.fit(module, datamodule=RandomImages())
     trainer.test(module, RandomImages(), verbose=False)
@@ -58,7 +60,9 @@ class Broadcasts(L.Callback):
 def _two_ranks(rank, folder):
     seen = []
     for ours in (False, True):
-        trainer = make_trainer(spy := Broadcasts(), max_steps=2, devices=2, num_nodes=1, strategy="ddp")
+        trainer = make_trainer(
+            spy := Broadcasts(), max_steps=2, devices=2, num_nodes=1, strategy="ddp"
+        )
         if ours:
             internals.broadcast_no_signals(trainer)
             internals.send_no_buffers(trainer)
@@ -118,7 +122,9 @@ class Saved(L.Callback):
 def test_a_resume_from_the_last_batch_of_an_epoch_counts_the_next_as_begun(tmp_path):
     """Epochs of four batches: the checkpoint of batch 4, resumed, and the one of batch 5."""
     first, second = Saved(), Saved()
-    make_trainer(first, max_steps=4, default_root_dir=tmp_path).fit(density(tiny_flow()), datamodule=RandomImages())
+    make_trainer(first, max_steps=4, default_root_dir=tmp_path).fit(
+        density(tiny_flow()), datamodule=RandomImages()
+    )
     counts = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     assert [saved["current"] for saved in first.before] == [counts] * 4
     assert [saved["current"] for saved in first.after] == [counts] * 4

@@ -34,7 +34,9 @@ def settings(folder, *words):
     config = compose("realnvp_cifar10", [*keys, "checkpoint.every_n_steps=100", *words])
     OmegaConf.set_struct(config, False)
     optim = {"name": "adam", "lr": 0.02, "clip_norm": 5.0}
-    config = OmegaConf.merge(config, {"experiment": "denoiser", "run_dir": str(folder), "overrides": []})
+    config = OmegaConf.merge(
+        config, {"experiment": "denoiser", "run_dir": str(folder), "overrides": []}
+    )
     config.optim, config.flow, config.paper = optim, {}, None
     OmegaConf.set_readonly(config, True)
     return config
@@ -62,7 +64,9 @@ def finished(tmp_path_factory):
     """A run of twelve steps, logged to W&B: the folder, the result, the module."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with nobody_logged_in(folder.parent):
-        result, module = run(folder, "trainer.max_steps=12", "logger.name=wandb", "trainer.log_every_n_steps=1")
+        result, module = run(
+            folder, "trainer.max_steps=12", "logger.name=wandb", "trainer.log_every_n_steps=1"
+        )
         close(0)
     return folder, result, module
 
@@ -82,7 +86,11 @@ def test_it_learns_and_the_best_is_the_highest(finished):
 def test_the_result_says_what_it_rests_on(finished):
     folder, result, module = finished
     assert json.loads((folder / "result.json").read_text()) == result
-    assert (result["experiment"], result["images"], result["skipped_steps"]) == ("denoiser", 12 * 16, 0)
+    assert (result["experiment"], result["images"], result["skipped_steps"]) == (
+        "denoiser",
+        12 * 16,
+        0,
+    )
     assert result["parameters"] == sum(p.numel() for p in module.net.parameters()) == 3 * 3 * 9 + 3
     assert (result["papers"], result["status"]) == ([], "-")
     assert read_checkpoint(step_checkpoints(folder)[0])["paperflows"]["shape"] == [3, 8, 8]
@@ -156,14 +164,28 @@ class Bare(Objective):
 def test_what_is_not_declared_is_not_there():
     """The defaults of the contract, which an objective may leave as they are."""
     plain = Bare()
-    assert (plain.shape, plain.n_bits, plain.needs_autograd, plain.has_temperature) == (None, None, False, True)
+    assert (plain.shape, plain.n_bits, plain.needs_autograd, plain.has_temperature) == (
+        None,
+        None,
+        False,
+        True,
+    )
     assert not plain.needs_initialization()
     assert plain.check_data(None) is plain.check_skipped() is plain.trial(3) is None
     assert plain.draw(2, 1.0, 0) is plain.reconstruct([torch.zeros(2)]) is None
-    x, context, log_weight, noise = plain.input_of([torch.ones(2, 3), torch.arange(2), torch.tensor([4, 5])])
-    assert (x.shape, context.tolist(), log_weight.tolist(), noise) == ((2, 3), [4, 5], [0.0, 0.0], None)
+    x, context, log_weight, noise = plain.input_of(
+        [torch.ones(2, 3), torch.arange(2), torch.tensor([4, 5])]
+    )
+    assert (x.shape, context.tolist(), log_weight.tolist(), noise) == (
+        (2, 3),
+        [4, 5],
+        [0.0, 0.0],
+        None,
+    )
     assert plain.skipped.item() == plain.skipped_last.item() == 0
-    with pytest.raises(ValueError, match=r"Bare captures no CUDA graphs: give trainer.cuda_graph=false"):
+    with pytest.raises(
+        ValueError, match=r"Bare captures no CUDA graphs: give trainer.cuda_graph=false"
+    ):
         plain.capture()
     with pytest.raises(TypeError, match=r"abstract methods? of.* trained"):
         Objective()

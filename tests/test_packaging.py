@@ -38,9 +38,18 @@ def versions_in_constraints() -> dict[str, Version]:
 
 @pytest.mark.parametrize(
     ("version", "allowed"),
-    [("2.6.1", False), ("2.6.2", False), ("2.6.3", False), ("2.6.5", False), ("2.6.6", True), ("2.7.0", False)],
+    [
+        ("2.6.1", False),
+        ("2.6.2", False),
+        ("2.6.3", False),
+        ("2.6.5", False),
+        ("2.6.6", True),
+        ("2.7.0", False),
+    ],
 )
-def test_lightning_is_neither_malware_nor_a_version_that_runs_code_from_a_checkpoint(version, allowed):
+def test_lightning_is_neither_malware_nor_a_version_that_runs_code_from_a_checkpoint(
+    version, allowed
+):
     """Lightning-AI/pytorch-lightning 21691 (2.6.2 and 2.6.3), 21832 and 21914 (before 2.6.6)."""
     assert REQUIREMENTS["lightning"].specifier.contains(version) == allowed
 
@@ -48,29 +57,46 @@ def test_lightning_is_neither_malware_nor_a_version_that_runs_code_from_a_checkp
 def test_the_versions_in_constraints_are_of_every_requirement_and_allowed_by_it():
     tested = versions_in_constraints()
     assert tested.keys() == REQUIREMENTS.keys()
-    refused = [name for name, version in tested.items() if version not in REQUIREMENTS[name].specifier]
+    refused = [
+        name for name, version in tested.items() if version not in REQUIREMENTS[name].specifier
+    ]
     assert refused == []
 
 
 def test_every_folder_with_code_or_with_yaml_that_code_reads_is_a_package():
     tops = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
     folders = {path.parent for top in tops for path in top.rglob("__init__.py")}
-    folders |= {path.parent for name in ("configs", "results") for path in (ROOT / name).rglob("*.yaml")}
+    folders |= {
+        path.parent for name in ("configs", "results") for path in (ROOT / name).rglob("*.yaml")
+    }
     assert set(PACKAGES) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
 
 
 def test_every_paper_with_claims_is_cited():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert [stem for stem, paper in load_papers().items() if f"arxiv.org/abs/{paper['arxiv']}" not in citation] == []
+    assert [
+        stem
+        for stem, paper in load_papers().items()
+        if f"arxiv.org/abs/{paper['arxiv']}" not in citation
+    ] == []
 
 
 # ---------------------------------------------------------------------------------------------- pip install .
 
 
 def git(folder, *words):
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.invalid", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True, text=True)
+    identity = [
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@example.invalid",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    done = subprocess.run(
+        ["git", "-C", folder, *identity, *words], check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
@@ -86,11 +112,22 @@ def installed(tmp_path_factory):
     """The folder into which a copy of this repository was installed, inside a repository of another project."""
     folder = tmp_path_factory.mktemp("installed")
     for top in {name.split(".")[0] for name in PACKAGES}:  # setuptools leaves build/ beside it
-        shutil.copytree(ROOT / top, folder / "source" / top, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / top, folder / "source" / top, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     target = repository(folder / "project") / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     subprocess.run([*pip, "--target", target, folder / "source"], check=True, timeout=120)
     return target
 
@@ -99,7 +136,13 @@ def python(installed, cwd, *words):
     """An interpreter that has the installed copy and not this repository."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
 
 
@@ -169,11 +212,15 @@ def test_an_installed_copy_trains(installed, tmp_path):
 def test_how_to_go_on_is_a_command_that_works_there(monkeypatch, cwd, program):
     """An installed copy has no reproduce/ folder where it is run."""
     monkeypatch.chdir(cwd)
-    config = OmegaConf.create({"experiment": "realnvp_moons", "overrides": ["seed=1"], "run_dir": "r"})
+    config = OmegaConf.create(
+        {"experiment": "realnvp_moons", "overrides": ["seed=1"], "run_dir": "r"}
+    )
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
     with pytest.raises(RunStopped) as stop, resumable(config, trainer):
         raise RunStopped("stopped", TRY_AGAIN)
-    assert stop.value.message == f"stopped; go on with: python {program} seed=1 run_dir=r resume=auto"
+    assert (
+        stop.value.message == f"stopped; go on with: python {program} seed=1 run_dir=r resume=auto"
+    )
 
 
 def test_a_commit_is_reported_only_of_a_checkout_of_this_repository(tmp_path, monkeypatch):

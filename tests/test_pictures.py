@@ -33,8 +33,14 @@ class Labelled(Photos):
         super().setup(stage)
         for split, n in (("train", N_TRAIN), ("test", N_TEST)):
             labels = np.arange(n) % 3
-            images = np.stack([getattr(self, split)[0, i][0].numpy() // 4 + 64 * labels[i] for i in range(n)])
-            setattr(self, split, ImageArray(images.astype(np.uint8), labels=labels if self.labels else None))
+            images = np.stack(
+                [getattr(self, split)[0, i][0].numpy() // 4 + 64 * labels[i] for i in range(n)]
+            )
+            setattr(
+                self,
+                split,
+                ImageArray(images.astype(np.uint8), labels=labels if self.labels else None),
+            )
 
 
 class Conditional(RealNVP):
@@ -47,7 +53,9 @@ class Conditional(RealNVP):
         return (*latents, z - self.encoded(context)[:, None, None, None]), log_det
 
     def inverse(self, z, context=None):
-        return super().inverse((*z[:-1], z[-1] + self.encoded(context)[:, None, None, None]), context)
+        return super().inverse(
+            (*z[:-1], z[-1] + self.encoded(context)[:, None, None, None]), context
+        )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +100,9 @@ def cells(path, columns):
     pixels = np.asarray(Image.open(path)).astype(int)[::8, ::8]
     assert pixels.shape[1] == 10 * columns + 2
     rows = range(2, pixels.shape[0] - 2, 10)
-    return np.array([[pixels[r : r + 8, c : c + 8] for c in range(2, 10 * columns, 10)] for r in rows])
+    return np.array(
+        [[pixels[r : r + 8, c : c + 8] for c in range(2, 10 * columns, 10)] for r in rows]
+    )
 
 
 def shown(indices, kind=Photos):
@@ -120,16 +130,23 @@ def test_the_ends_of_an_interpolation_are_the_images():
 
 
 def test_an_attribute_is_a_difference_of_means_and_is_followed_level_by_level():
-    eps = (torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([[[0.0, 2.0]], [[0.0, 4.0]], [[6.0, 6.0]]]))
+    eps = (
+        torch.tensor([[1.0], [3.0], [7.0]]),
+        torch.tensor([[[0.0, 2.0]], [[0.0, 4.0]], [[6.0, 6.0]]]),
+    )
     direction = attribute_direction(eps, torch.tensor([4, 4, 0]), 4)
     assert direction[0].tolist() == [-5.0]
     assert direction[1].tolist() == [[-6.0, -3.0]]
-    moved = move((torch.tensor([1.0]), torch.tensor([[1.0, 1.0]])), direction, torch.tensor([-1.0, 0.0, 2.0]))
+    moved = move(
+        (torch.tensor([1.0]), torch.tensor([[1.0, 1.0]])), direction, torch.tensor([-1.0, 0.0, 2.0])
+    )
     assert moved[0].tolist() == [[6.0], [1.0], [-9.0]]
     assert moved[1].tolist() == [[[7.0, 4.0]], [[1.0, 1.0]], [[-11.0, -5.0]]]
     assert pictures.STRENGTHS.tolist() == pytest.approx([-1.6, -0.8, 0.0, 0.8, 1.6])
     for labels in ([1, 1, 1], [0, 2, 0]):
-        with pytest.raises(ValueError, match="of 3 training images are of class 1, or none is: give more n_images"):
+        with pytest.raises(
+            ValueError, match="of 3 training images are of class 1, or none is: give more n_images"
+        ):
             attribute_direction(eps, torch.tensor(labels), 1)
 
 
@@ -151,12 +168,20 @@ def test_a_run_is_drawn_and_twice_the_same(finished, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = ["attributes.png", "interpolation.png", "levels.png", "temperature.png"]
     assert sorted(path.name for path in (finished / "pictures").iterdir()) == names
-    assert lines[0].startswith(f"{finished / 'pictures' / 'temperature.png'}: finite of 8 samples: 100% at T=0, ")
+    assert lines[0].startswith(
+        f"{finished / 'pictures' / 'temperature.png'}: finite of 8 samples: 100% at T=0, "
+    )
     assert lines[-1].startswith(f"{finished / 'pictures' / 'attributes.png'}: ")
     draw(finished, f"out={tmp_path}", "seed=0", "device=cpu")
-    assert all((tmp_path / name).read_bytes() == (finished / "pictures" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / name).read_bytes() == (finished / "pictures" / name).read_bytes()
+        for name in names
+    )
     draw(finished, f"out={tmp_path}", "seed=1")
-    assert all((tmp_path / name).read_bytes() != (finished / "pictures" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / name).read_bytes() != (finished / "pictures" / name).read_bytes()
+        for name in names
+    )
 
 
 def test_data_without_labels_have_no_attributes(finished, tmp_path, capsys, monkeypatch):
@@ -208,9 +233,13 @@ def test_attributes_of_data_with_labels(kind, finished, tmp_path, capsys, reques
     assert np.abs(pairs[:, -1] - ends[1::2]).max() <= 1
 
     draw(finished, f"out={tmp_path}", "attribute=cat", "n=2")
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{tmp_path / 'attributes-cat.png'}: ")
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith(f"{tmp_path / 'attributes-cat.png'}: ")
+    )
     others = [i for i in CHOSEN if i % 3 != 2][:2]
-    assert np.abs(cells(tmp_path / "attributes-cat.png", 5)[:, 2] - shown(others, Labelled)).max() <= 1
+    assert (
+        np.abs(cells(tmp_path / "attributes-cat.png", 5)[:, 2] - shown(others, Labelled)).max() <= 1
+    )
 
 
 def test_columns_of_a_conditional_flow_are_its_classes(finished, tmp_path, conditional):
@@ -239,9 +268,14 @@ def test_missing_data_are_said_after_the_samples(finished, tmp_path, capsys, mon
             raise FileNotFoundError(f"not in data.root={self.root}, download={self.download}")
 
     monkeypatch.setitem(DATA, "photos", Missing)
-    assert mistake(capsys, finished, f"out={tmp_path}") == "error: not in data.root=data, download=False"
+    assert (
+        mistake(capsys, finished, f"out={tmp_path}")
+        == "error: not in data.root=data, download=False"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["temperature.png"]
-    line = mistake(capsys, finished, f"out={tmp_path}", "data.root=/else where", "data.download=true")
+    line = mistake(
+        capsys, finished, f"out={tmp_path}", "data.root=/else where", "data.download=true"
+    )
     assert line == "error: not in data.root=/else where, download=True"
 
 
@@ -272,8 +306,19 @@ def test_folders_without_pictures_are_one_line(tmp_path, capsys):
     assert "nothing is no run's folder" in mistake(capsys)
     assert "nowhere is no run's folder: give outputs/" in mistake(capsys, tmp_path / "nowhere")
     assert "holds no checkpoint" in mistake(capsys, tmp_path)
-    small = ["flow.hidden_channels=4", "flow.n_couplings=2", "data.n_train=256", "data.n_val=8", "data.n_test=8"]
-    small += ["trainer.max_steps=1", "samples.n=8", "logger.name=none", f"run_dir={tmp_path / 'moons'}"]
+    small = [
+        "flow.hidden_channels=4",
+        "flow.n_couplings=2",
+        "data.n_train=256",
+        "data.n_val=8",
+        "data.n_test=8",
+    ]
+    small += [
+        "trainer.max_steps=1",
+        "samples.n=8",
+        "logger.name=none",
+        f"run_dir={tmp_path / 'moons'}",
+    ]
     realnvp_moons.main(small)
     assert "is of a flow of points" in mistake(capsys, tmp_path / "moons")
     assert not (tmp_path / "moons" / "pictures").exists()

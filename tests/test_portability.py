@@ -38,7 +38,13 @@ ignore_signals(0)
 print("ignores SIGTERM:", signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)
 """
 MOONS = [
-    *("flow.n_couplings=1", "flow.hidden_channels=2", "data.n_train=64", "data.n_val=16", "data.n_test=16"),
+    *(
+        "flow.n_couplings=1",
+        "flow.hidden_channels=2",
+        "data.n_train=64",
+        "data.n_val=16",
+        "data.n_test=16",
+    ),
     *("data.batch_size=32", "samples.n=8", "trainer.max_steps=2", "logger.name=none"),
 ]
 

@@ -29,9 +29,13 @@ def couplings(scale, kind):
 def conditioner_size(channels, hidden, n_blocks, mask_channel):
     """Spec: bias-only BN; weight norm everywhere, a magnitude per output channel on some of the convolutions."""
     first = channels + 9 * (2 * channels + mask_channel) * hidden + hidden  # BN beta; 3x3 with bias
-    block = 2 * hidden + 2 * 9 * hidden**2 + 2 * hidden  # two betas; two 3x3, the second with bias and magnitude
+    block = (
+        2 * hidden + 2 * 9 * hidden**2 + 2 * hidden
+    )  # two betas; two 3x3, the second with bias and magnitude
     skip = hidden**2 + 2 * hidden  # 1x1 with bias and magnitude
-    last = hidden + 2 * channels * hidden + 2 * 2 * channels  # beta; 1x1 to shift and log-scale, bias and magnitude
+    last = (
+        hidden + 2 * channels * hidden + 2 * 2 * channels
+    )  # beta; 1x1 to shift and log-scale, bias and magnitude
     return first + n_blocks * block + (n_blocks + 1) * skip + last
 
 
@@ -39,7 +43,9 @@ def model_size(channels, n_scales, hidden, n_blocks):
     total = 0
     for i in range(n_scales):
         c, h, last = channels * 2**i, hidden * 2**i, i == n_scales - 1
-        total += (4 if last else 3) * (conditioner_size(c, h, n_blocks, 1) + 1)  # + 1: the factor before tanh
+        total += (4 if last else 3) * (
+            conditioner_size(c, h, n_blocks, 1) + 1
+        )  # + 1: the factor before tanh
         total += 0 if last else 3 * (conditioner_size(2 * c, 2 * h, n_blocks, 0) + 1)
     return total
 
@@ -88,7 +94,9 @@ def test_widths_double_per_scale_and_once_more_for_channel_couplings():
         flow = RealNVP(n_scales=3)
 
     def widths(kind):
-        return [{c.conditioner.conv_in.out_channels for c in couplings(s, kind)} for s in flow.scales]
+        return [
+            {c.conditioner.conv_in.out_channels for c in couplings(s, kind)} for s in flow.scales
+        ]
 
     assert widths(MaskedCoupling) == [{64}, {128}, {256}]
     assert widths(ChannelCoupling) == [{128}, {256}, set()]
@@ -138,7 +146,9 @@ def test_log_det_at_initialisation():
     x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
     p = 0.05 + 0.9 * x
     logit = (0.9 / (p * (1 - p))).log().sum((1, 2, 3))
-    torch.testing.assert_close(flow(x)[1], logit - 0.5 * math.log(1 + 1e-4) * 4 * 192, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        flow(x)[1], logit - 0.5 * math.log(1 + 1e-4) * 4 * 192, rtol=0, atol=1e-6
+    )
 
 
 def test_every_coupling_is_followed_by_batch_normalisation():
@@ -155,10 +165,16 @@ def test_l2_penalty_is_magnitudes_and_checkerboard_factors():
     flow = perturb(tiny())
     by_hand, n = 0.0, 0
     for name, parameter in flow.named_parameters():
-        channel_coupling = name.startswith(("scales.0.layers.4.", "scales.0.layers.5.", "scales.0.layers.6."))
-        if name.endswith("magnitude") or (name.endswith("log_scale_factor") and not channel_coupling):
+        channel_coupling = name.startswith(
+            ("scales.0.layers.4.", "scales.0.layers.5.", "scales.0.layers.6.")
+        )
+        if name.endswith("magnitude") or (
+            name.endswith("log_scale_factor") and not channel_coupling
+        ):
             by_hand, n = by_hand + parameter.detach().double().square().sum().item(), n + 1
-    assert n == 10 * 4 + 7  # a coupling has 4 with one block: in the block, two skips, the output; 7 checkerboards
+    assert (
+        n == 10 * 4 + 7
+    )  # a coupling has 4 with one block: in the block, two skips, the output; 7 checkerboards
     assert flow.l2_penalty().item() == pytest.approx(by_hand, rel=1e-5)
     assert flow.l2_penalty().shape == ()
 
@@ -169,14 +185,18 @@ def test_l2_penalty_leaves_channel_factors_and_directions_alone():
     for coupling in (c for scale in flow.scales for c in couplings(scale, ChannelCoupling)):
         assert coupling.log_scale_factor.grad is None
     for coupling in (c for scale in flow.scales for c in couplings(scale, MaskedCoupling)):
-        torch.testing.assert_close(coupling.log_scale_factor.grad, 2 * coupling.log_scale_factor.detach())
+        torch.testing.assert_close(
+            coupling.log_scale_factor.grad, 2 * coupling.log_scale_factor.detach()
+        )
     assert all(m.weight.grad is None for m in flow.modules() if isinstance(m, WeightNormConv2d))
 
 
 # Errors
 
 
-@pytest.mark.parametrize(("shape", "n_scales"), [((3, 8, 8), 5), ((3, 6, 8), 3), ((3, 8, 6), 3), ((1, 7, 7), 2)])
+@pytest.mark.parametrize(
+    ("shape", "n_scales"), [((3, 8, 8), 5), ((3, 6, 8), 3), ((3, 8, 6), 3), ((1, 7, 7), 2)]
+)
 def test_a_size_that_cannot_be_halved_so_often_is_an_error(shape, n_scales):
     with pytest.raises(ValueError, match=rf"n_scales={n_scales}.*{shape[1]}x{shape[2]}"):
         tiny(shape, n_scales)
@@ -232,7 +252,9 @@ def test_the_notebook_s_log_det_is_wrong_and_ours_is_not():
     true = torch.linalg.slogdet(jacobian).logabsdet
     notebook, h = torch.zeros(50, dtype=torch.float64), x
     for coupling in flow.couplings.layers:
-        notebook += (coupling.log_scale_factor * coupling.conditioner(h * coupling.mask(h))[1].tanh()).sum(1)
+        notebook += (
+            coupling.log_scale_factor * coupling.conditioner(h * coupling.mask(h))[1].tanh()
+        ).sum(1)
         h = coupling(h)[0]
     torch.testing.assert_close(flow(x)[1], true, rtol=0, atol=1e-6)
     assert (notebook - true).abs().mean() > 0.1
@@ -245,8 +267,12 @@ def smooth_images(n, shape, seed):
     """Random low frequencies, 8 bits, with uniform noise: float64 in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, shape[0], 4, 4, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True).clamp(0, 1)
-    return ((255 * images).round().double() + torch.rand(images.shape, generator=generator).double()) / 256
+    images = torch.nn.functional.interpolate(
+        coarse, shape[1:], mode="bicubic", align_corners=True
+    ).clamp(0, 1)
+    return (
+        (255 * images).round().double() + torch.rand(images.shape, generator=generator).double()
+    ) / 256
 
 
 def train(flow, steps, batch_size, lr=1e-3):
@@ -269,7 +295,10 @@ def check_exactness_after_training(flow):
     losses = train(flow, steps=50, batch_size=4)
     assert losses[-1] < losses[0] - 100  # nats: it learned something
     x = smooth_images(4, flow.shape, seed=1000)
-    for model, atol, log_det_atol in ((flow, 1e-4, 0.05), (copy.deepcopy(flow).double(), 1e-9, 1e-6)):
+    for model, atol, log_det_atol in (
+        (flow, 1e-4, 0.05),
+        (copy.deepcopy(flow).double(), 1e-9, 1e-6),
+    ):
         model.eval()
         data = x.to(next(model.parameters()))
         with torch.no_grad():

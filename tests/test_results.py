@@ -30,8 +30,20 @@ CURVE = """step,images,seconds,lr,train/bpd,val/bpd
 """
 
 
-PSNR = CLAIM | {"metric": "test/psnr", "unit": "dB", "value": 27.75, "direction": "higher", "tolerance": 0.1}
-LPIPS = CLAIM | {"metric": "test/lpips", "unit": "", "value": 0.12, "decimals": 3, "tolerance": 0.001}
+PSNR = CLAIM | {
+    "metric": "test/psnr",
+    "unit": "dB",
+    "value": 27.75,
+    "direction": "higher",
+    "tolerance": 0.1,
+}
+LPIPS = CLAIM | {
+    "metric": "test/lpips",
+    "unit": "",
+    "value": 0.12,
+    "decimals": 3,
+    "tolerance": 0.001,
+}
 
 
 def result(value=3.9, fraction=0.032, **more):
@@ -51,7 +63,10 @@ def result(value=3.9, fraction=0.032, **more):
 @pytest.fixture
 def root(tmp_path):
     """A results folder with two claims: lower and higher is better."""
-    claims = {"cifar10": CLAIM, "mnist": CLAIM | {"value": 1980.5, "direction": "higher", "tolerance": 19.8}}
+    claims = {
+        "cifar10": CLAIM,
+        "mnist": CLAIM | {"value": 1980.5, "direction": "higher", "tolerance": 19.8},
+    }
     paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
     write(tmp_path / "results/paper/flow.yaml", yaml.safe_dump(paper))
     return tmp_path / "results"
@@ -77,7 +92,11 @@ def recorded(root, **more):
 
 def compare(record, root):
     """gap and status beside the only claim."""
-    return {key: value for key, value in results.compare_all(record, root).items() if key != "comparisons"}
+    return {
+        key: value
+        for key, value in results.compare_all(record, root).items()
+        if key != "comparisons"
+    }
 
 
 def snapshot(root):
@@ -88,7 +107,11 @@ def snapshot(root):
 
 
 def test_realnvp_table_has_its_seven_rows():
-    claims = {name[8:]: claim for name, claim in results.load_claims().items() if name.startswith("realnvp.")}
+    claims = {
+        name[8:]: claim
+        for name, claim in results.load_claims().items()
+        if name.startswith("realnvp.")
+    }
     assert {name: (claim["value"], claim["train"]) for name, claim in claims.items()} == {
         "cifar10": (3.49, None),
         "imagenet32": (4.28, 4.26),
@@ -98,7 +121,10 @@ def test_realnvp_table_has_its_seven_rows():
         "lsun_church": (3.08, 2.94),
         "celeba": (3.02, 2.97),
     }
-    quoted = {name: {key: tuple(m.values()) for key, m in claim["compared"].items()} for name, claim in claims.items()}
+    quoted = {
+        name: {key: tuple(m.values()) for key, m in claim["compared"].items()}
+        for name, claim in claims.items()
+    }
     assert {name: models for name, models in quoted.items() if models} == {
         "cifar10": {
             "PixelRNN": (3.00, None, "exact"), "Conv DRAW": (3.59, None, "upper"), "IAF-VAE": (3.28, None, "upper"),
@@ -107,12 +133,20 @@ def test_realnvp_table_has_its_seven_rows():
         "imagenet64": {"PixelRNN": (3.63, 3.57, "exact"), "Conv DRAW": (4.10, 4.04, "upper")},
     }  # fmt: skip
     assert {claim["tolerance"] for claim in claims.values()} == {0.02}
-    assert all({"n_bits", "weights", "images", "flips"} <= set(claim["protocol"]) for claim in claims.values())
+    assert all(
+        {"n_bits", "weights", "images", "flips"} <= set(claim["protocol"])
+        for claim in claims.values()
+    )
 
 
 def test_glow_tables():
-    claims = {name[5:]: claim for name, claim in results.load_claims().items() if name.startswith("glow.")}
-    assert {name: (c["table"], c["value"], c["protocol"]["n_bits"], c["data"]) for name, c in claims.items()} == {
+    claims = {
+        name[5:]: claim for name, claim in results.load_claims().items() if name.startswith("glow.")
+    }
+    assert {
+        name: (c["table"], c["value"], c["protocol"]["n_bits"], c["data"])
+        for name, c in claims.items()
+    } == {
         "cifar10": ("Table 2", 3.35, 8, "cifar10"),
         "imagenet32": ("Table 2", 4.09, 8, "imagenet32_old"),
         "imagenet64": ("Table 2", 3.81, 8, "imagenet64_old"),
@@ -124,12 +158,26 @@ def test_glow_tables():
         "imagenet64_additive5bit": ("Table 3", 1.76, 5, "imagenet64_old"),
         "celebahq256_additive5bit": ("Table 3", 1.03, 5, "celebahq256"),
     }
-    realnvp = {name: results.load_claim(f"realnvp.{name}")["value"] for name in claims if "5bit" not in name}
-    quoted = {name: c["compared"]["RealNVP"]["value"] for name, c in claims.items() if c["compared"]}
+    realnvp = {
+        name: results.load_claim(f"realnvp.{name}")["value"]
+        for name in claims
+        if "5bit" not in name
+    }
+    quoted = {
+        name: c["compared"]["RealNVP"]["value"] for name, c in claims.items() if c["compared"]
+    }
     assert quoted == realnvp  # as its own paper has them
-    keys = {"dequantization", "noise_samples", "weights", "checkpoint", "augmentation", "training_length"}
+    keys = {
+        "dequantization",
+        "noise_samples",
+        "weights",
+        "checkpoint",
+        "augmentation",
+        "training_length",
+    }
     assert all(
-        keys | {"n_bits", "K", "L", "batch", "coupling", "images"} == set(c["protocol"]) for c in claims.values()
+        keys | {"n_bits", "K", "L", "batch", "coupling", "images"} == set(c["protocol"])
+        for c in claims.values()
     )
     couplings = {(c["protocol"]["n_bits"], c["protocol"]["coupling"]) for c in claims.values()}
     assert couplings == {(8, "affine"), (5, "additive")}
@@ -145,7 +193,9 @@ def test_every_claim_is_read_somewhere_and_complete():
 
 
 def test_unknown_claim_names_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown claim 'realnvp\.cifar': did you mean 'realnvp\.cifar10'") as error:
+    with pytest.raises(
+        ValueError, match=r"unknown claim 'realnvp\.cifar': did you mean 'realnvp\.cifar10'"
+    ) as error:
         results.load_claim("realnvp.cifar")
     assert "\n" not in str(error.value)
 
@@ -159,7 +209,10 @@ def test_broken_claims_file_is_one_line(root):
 
 @pytest.mark.parametrize("decimals", [-1, 7, 2.0, "2", True, None])
 def test_decimals_that_are_none_are_one_line(root, decimals):
-    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"decimals": decimals}}}))
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"decimals": decimals}}}),
+    )
     message = rf"flow\.yaml: decimals={decimals} of the claim cifar10 are not understood: give an int from 0 to 6"
     with pytest.raises(ValueError, match=message) as error:
         results.load_claims(root)
@@ -198,11 +251,15 @@ def test_status(root, value, fraction, status):
 def test_gap_is_ours_minus_the_paper(root):
     assert compare(result(3.9), root)["gap"] == pytest.approx(0.41)
     assert compare(result(math.nan), root)["gap"] is None
-    assert compare(result(metrics={"val/bpd": 3.0}), root) == {"gap": None, "status": "not measured"}
+    assert compare(result(metrics={"val/bpd": 3.0}), root) == {
+        "gap": None,
+        "status": "not measured",
+    }
 
 
 @pytest.mark.parametrize(
-    ("value", "status"), [(1960.7, "reproduced"), (2500.0, "reproduced"), (1960.6, "gap"), (math.inf, "gap")]
+    ("value", "status"),
+    [(1960.7, "reproduced"), (2500.0, "reproduced"), (1960.6, "gap"), (math.inf, "gap")],
 )
 def test_higher_is_better(root, value, status):
     paper = {"claim": "flow.mnist", "metric": "test/nats_ll", "comparable": True}
@@ -229,9 +286,16 @@ def test_nothing_to_compare_with(root):
     ],
 )
 def test_bits_are_compared_with_the_same_bits_only(root, claimed, data, compared):
-    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"protocol": claimed}}}))
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"protocol": claimed}}}),
+    )
     record = result(3.0, config={"data": {"name": "cifar10", **data}})
-    found = {"gap": pytest.approx(-0.49), "status": "reproduced"} if compared else {"gap": None, "status": "-"}
+    found = (
+        {"gap": pytest.approx(-0.49), "status": "reproduced"}
+        if compared
+        else {"gap": None, "status": "-"}
+    )
     assert compare(record, root) == found
     assert results.same_n_bits(CLAIM | {"protocol": claimed}, data) is compared
 
@@ -254,12 +318,21 @@ def test_runs_without_a_config_have_8_bits(root):
 )
 def test_a_figure_is_compared_with_its_own_kind_only(root, metrics, status):
     comparison = compare(result(metrics=metrics), root)
-    assert comparison == {"gap": pytest.approx(0.11) if metrics.get("test/bpd") else None, "status": status}
+    assert comparison == {
+        "gap": pytest.approx(0.11) if metrics.get("test/bpd") else None,
+        "status": status,
+    }
 
 
 def test_an_exact_figure_is_not_compared_with_a_claim_on_a_bound(root):
-    write(root / "paper/flow.yaml", yaml.safe_dump({"claims": {"cifar10": CLAIM | {"metric": "test/bpd_bound"}}}))
-    for metric in ("test/bpd_bound", "test/bpd"):  # the second of a run that was recorded before the claim said so
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"metric": "test/bpd_bound"}}}),
+    )
+    for metric in (
+        "test/bpd_bound",
+        "test/bpd",
+    ):  # the second of a run that was recorded before the claim said so
         record = result(3.4, papers=[PAPER | {"metric": metric}])
         assert compare(record, root) == {"gap": None, "status": "-"}
         assert compare(record | {"metrics": {"test/bpd_bound": 3.4}}, root)["status"] == (
@@ -274,7 +347,9 @@ def test_the_kind_is_read_off_the_name():
         "test/nats_ll": "exact", "test/nats_ll_bound": "bound", "test/psnr": "exact",
     }  # fmt: skip
     assert {key: kind_of(key) for key in kinds} == kinds
-    assert {without_kind(key) for key in ("test/bpd", "test/bpd_bound", "test/bpd_iw16")} == {"test/bpd"}
+    assert {without_kind(key) for key in ("test/bpd", "test/bpd_bound", "test/bpd_iw16")} == {
+        "test/bpd"
+    }
     assert without_kind("test/nats_ll_bound") == "test/nats_ll"
     assert without_kind("test/bpd_bound_reestimated") == "test/bpd_reestimated"
 
@@ -290,7 +365,12 @@ def several(root):
     write(root / "paper/flow.yaml", yaml.safe_dump(paper, sort_keys=False))
     metrics = {"test/psnr": 27.7, "test/lpips": 0.1234567}
     papers = [
-        {"claim": f"flow.{row}", "metric": claim["metric"], "value": claim["value"], "comparable": True}
+        {
+            "claim": f"flow.{row}",
+            "metric": claim["metric"],
+            "value": claim["value"],
+            "comparable": True,
+        }
         for row, claim in claims.items()
     ]
     curve = [{"images": 64 * k, "val/psnr": 20 + k, "train/psnr": 21 + k} for k in range(5)]
@@ -299,7 +379,9 @@ def several(root):
 
 def test_each_claim_of_a_run_has_its_gap_and_its_status(root, several):
     compared = results.compare_all(several, root)
-    assert [(c["claim"], c["metric"], c["value"], c["status"]) for c in compared["comparisons"]] == [
+    assert [
+        (c["claim"], c["metric"], c["value"], c["status"]) for c in compared["comparisons"]
+    ] == [
         ("flow.psnr", "test/psnr", 27.75, "reproduced"),
         ("flow.lpips", "test/lpips", 0.12, "gap"),
         ("flow.ssim", "test/ssim", 3.49, "not measured"),
@@ -320,7 +402,11 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
         ["test/lpips", "0.120", "0.1235", "+0.0035", "gap"],
         ["test/ssim", "3.49", "-", "-", "not measured"],
     ]
-    front = [line.split(" | ")[3:8] for line in files[root.parent / "README.md"].splitlines() if "| flow_" in line]
+    front = [
+        line.split(" | ")[3:8]
+        for line in files[root.parent / "README.md"].splitlines()
+        if "| flow_" in line
+    ]
     assert front == [row[2:7] for row in rows]
     assert page.count("### flow_cifar10/20261122-231500-ab12") == 1
     assert page.count("The paper's protocol: n_bits 8.\n") == 1
@@ -333,7 +419,10 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
 def test_a_papers_table_is_split_by_metric_and_has_the_claims_decimals(root):
     quoted = {"ESRGAN": {"value": 0.1, "train": 0.09, "bound": "exact"}}
     claims = {"psnr": PSNR, "lpips": LPIPS | {"compared": quoted, "train": 0.11}}
-    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
+    )
     page = render(root)[root / "README.md"]
     assert "Table 1, test/psnr; the training figure in brackets" in page
     assert "Table 1, test/lpips; the training figure in brackets" in page
@@ -356,7 +445,10 @@ def test_protocols_that_differ_say_whose_they_are(root, several):
         "psnr": PSNR | {"protocol": {"crop": 4}}, "lpips": LPIPS | {"protocol": {"network": "alex"}},
         "ssim": CLAIM | {"metric": "test/ssim", "protocol": {"crop": 4}},
     }  # fmt: skip
-    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
+    )
     recorded(root, **several)
     page = render(root)[root / "README.md"]
     assert "The paper's protocol for test/psnr, test/ssim: crop 4.\n" in page
@@ -372,12 +464,18 @@ def test_a_gap_beside_any_claim_needs_a_suspect(root, run, several, capsys):
     line = f"recorded {path}: test/psnr reproduced, test/lpips gap, test/ssim not measured"
     assert line in capsys.readouterr().out.splitlines()
     record = json.loads(path.read_text())
-    assert [comparison["status"] for comparison in record["comparisons"]] == ["reproduced", "gap", "not measured"]
+    assert [comparison["status"] for comparison in record["comparisons"]] == [
+        "reproduced",
+        "gap",
+        "not measured",
+    ]
 
 
 @pytest.mark.parametrize("paper", [PAPER, PAPER | {"comparable": False}, None])
 def test_runs_recorded_with_one_paper_give_the_same_page(root, paper):
-    record = recorded(root, papers=[] if paper is None else [paper], curve=[{"images": 1, "val/bpd": 4.0}])
+    record = recorded(
+        root, papers=[] if paper is None else [paper], curve=[{"images": 1, "val/bpd": 4.0}]
+    )
     page = render(root)
     older = {key: value for key, value in record.items() if key != "papers"} | {"paper": paper}
     write(root / f"runs/flow_cifar10/{record['run']}.json", json.dumps(older))
@@ -386,13 +484,18 @@ def test_runs_recorded_with_one_paper_give_the_same_page(root, paper):
 
 def test_kinds_are_explained_under_the_table_that_shows_them(root):
     claims = {"cifar10": CLAIM, "cifar10_vdq": CLAIM | {"metric": "test/bpd_bound", "value": 3.28}}
-    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}))
+    write(
+        root / "paper/flow.yaml",
+        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
+    )
     paper = PAPER | {"claim": "flow.cifar10_vdq", "metric": "test/bpd_bound"}
     recorded(root, run="a")
     assert not any(text in render(root)[root / "README.md"] for text in KINDS.values())
     recorded(root, run="b", papers=[paper], metrics={"test/bpd_bound": 3.3})
     recorded(root, run="c", papers=[], metrics={"test/bpd_iw16": 3.2})
-    beside, _, without = render(root)[root / "README.md"].partition("## Runs without a paper number")
+    beside, _, without = render(root)[root / "README.md"].partition(
+        "## Runs without a paper number"
+    )
     assert "| 3.28 | 3.300 | +0.020 | reproduced |" in beside
     assert f"\n\n* `test/bpd_bound`: {KINDS['bound']}.\n" in beside
     assert f"\n\n* `test/bpd_iw16`: {KINDS['iw']}.\n" in without
@@ -446,7 +549,10 @@ def test_add_records_the_run_and_its_picture(root, run, capsys):
         assert image.format == "PNG"
         assert 200 < image.width == image.height < 500
     page = (root / "README.md").read_text()
-    assert "| flow_cifar10 | CIFAR-10 | test/bpd | 3.49 | 3.900 | +0.410 | shortened | 3.2 % of 12.5 M images" in page
+    assert (
+        "| flow_cifar10 | CIFAR-10 | test/bpd | 3.49 | 3.900 | +0.410 | shortened | 3.2 % of 12.5 M images"
+        in page
+    )
     assert "python reproduce/flow_cifar10.py preset=cpu seed=0\n" in page
     assert "warning" not in capsys.readouterr().out
 
@@ -470,7 +576,10 @@ def test_machine_paths_stay_out_of_the_record(root, run):
     assert "/home" not in content
     assert record["config"] == {"data": {"name": "cifar10", "root": "data"}, "run_dir": "a"}
     assert record["overrides"] == ["data.root=data", "seed=0"]
-    assert "python reproduce/flow_cifar10.py data.root=data seed=0\n" in (root / "README.md").read_text()
+    assert (
+        "python reproduce/flow_cifar10.py data.root=data seed=0\n"
+        in (root / "README.md").read_text()
+    )
     assert portable(["/a/b=c.ckpt", "https://x.y/z", "k=v", math.nan, {"a": "/b/c/"}]) == [
         "b=c.ckpt", "https://x.y/z", "k=v", None, {"a": "c"},
     ]  # fmt: skip
@@ -490,8 +599,16 @@ def test_machine_paths_stay_out_of_the_record(root, run):
         ("result.json", json.dumps(result(papers="flow.cifar10")), "lacks a usable papers:"),
         ("result.json", json.dumps(result(metrics=[])), "lacks a usable metrics"),
         ("result.json", json.dumps(result(run="../../x")), "lacks a usable run"),
-        ("result.json", json.dumps(result(3.9, 1.0)), 'needs a named suspect: python -m results add .* suspect="..."'),
-        ("result.json", json.dumps(result(papers=[PAPER | {"claim": "flow.cifar"}])), "did you mean 'flow.cifar10'"),
+        (
+            "result.json",
+            json.dumps(result(3.9, 1.0)),
+            'needs a named suspect: python -m results add .* suspect="..."',
+        ),
+        (
+            "result.json",
+            json.dumps(result(papers=[PAPER | {"claim": "flow.cifar"}])),
+            "did you mean 'flow.cifar10'",
+        ),
         ("curve.csv", "step,images\n1,many\n", r"curve\.csv is not a table of numbers"),
         ("curve.csv", "step,images\n1,2,3\n", r"curve\.csv is not a table of numbers"),
         ("samples/samples_100.png", "no picture", "is not a readable picture"),
@@ -528,9 +645,15 @@ def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
 def test_two_dimensional_run(root, run):
     (run / "samples/samples_100.png").unlink()
     Image.new("L", (20, 20)).save(run / "density.png")
-    write(run / "curve.csv", "step,images,seconds,lr,train/nll,val/nll\n1,10,1,0.1,2.5,\n2,20,2,0.1,,-1.5\n")
+    write(
+        run / "curve.csv",
+        "step,images,seconds,lr,train/nll,val/nll\n1,10,1,0.1,2.5,\n2,20,2,0.1,,-1.5\n",
+    )
     data = {"data": {"name": "two_moons"}}
-    write(run / "result.json", json.dumps(result(papers=[], metrics={"test/nll": -1.25}, config=data, budget=None)))
+    write(
+        run / "result.json",
+        json.dumps(result(papers=[], metrics={"test/nll": -1.25}, config=data, budget=None)),
+    )
     assert main(["add", str(run)], root) == 0
     page = (root / "README.md").read_text()
     assert "| flow_cifar10 | two_moons | test/nll -1.250 | 400 k images |" in page
@@ -538,7 +661,9 @@ def test_two_dimensional_run(root, run):
     assert "flow_cifar10, nll<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
 
 
-@pytest.mark.parametrize("argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"]])
+@pytest.mark.parametrize(
+    "argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"]]
+)
 def test_usage(root, argv, capsys):
     assert main(argv, root) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -581,7 +706,9 @@ def test_a_claim_without_recipe_and_run_is_only_in_the_papers_table(root):
 def test_other_data_and_reestimated_statistics(root):
     recorded(root, run="a", papers=[PAPER | {"comparable": False}])
     recorded(root, run="b", metrics={"test/bpd": 3.9, "test/bpd_reestimated": 3.8, "val/bpd": 3.7})
-    beside, _, without = render(root)[root / "README.md"].partition("## Runs without a paper number")
+    beside, _, without = render(root)[root / "README.md"].partition(
+        "## Runs without a paper number"
+    )
     assert "| 3.900 (re-estimated 3.800) | +0.410 |" in beside
     assert "| flow_cifar10 | cifar10 | test/bpd 3.900 |" in without
     assert "Measured: test/bpd 3.900, test/bpd_reestimated 3.800." in without
@@ -595,13 +722,17 @@ def test_other_bits_stand_without_the_papers_number_and_say_so(root):
     assert "3.900" not in beside
     assert "| flow_cifar10 | cifar10, 5 bit | test/bpd 3.900 |" in without
     assert (
-        "| flow_cifar10 | cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |" in files[root.parent / "README.md"]
+        "| flow_cifar10 | cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |"
+        in files[root.parent / "README.md"]
     )
 
 
 def test_curve_has_both_lines_and_the_papers_value(root):
     steps = range(1, 2001)
-    rows = [{"images": 64 * k, "train/bpd": 3.5 + 4 / k, "val/bpd": None if k % 10 else 3.6 + 4 / k} for k in steps]
+    rows = [
+        {"images": 64 * k, "train/bpd": 3.5 + 4 / k, "val/bpd": None if k % 10 else 3.6 + 4 / k}
+        for k in steps
+    ]
     record = recorded(root, curve=rows)
     svg = render(root)[root / f"runs/flow_cifar10/{record['run']}.svg"]
     tree = xml.etree.ElementTree.fromstring(svg)
@@ -616,7 +747,13 @@ def test_curve_has_both_lines_and_the_papers_value(root):
 
 @pytest.mark.parametrize(
     "points",
-    [[(0, 5.0)], [(64, 3.49)], [(1, 0.0), (2, 0.0)], [(1, -1e3), (9, 1e6)], [(5, 3.0), (6, None), (7, math.nan)]],
+    [
+        [(0, 5.0)],
+        [(64, 3.49)],
+        [(1, 0.0), (2, 0.0)],
+        [(1, -1e3), (9, 1e6)],
+        [(5, 3.0), (6, None), (7, math.nan)],
+    ],
 )
 def test_curves_of_any_shape_are_drawn_with_finite_numbers(root, points):
     record = recorded(root, curve=[{"images": x, "val/bpd": y} for x, y in points])
@@ -634,8 +771,15 @@ def test_a_damaged_record_is_one_line(root, capsys):
 def test_formats():
     counts = {None: "-", 7: "7", 999: "999", 45_000: "45 k", 999_600: "1 M", 12_480_000: "12.5 M"}
     assert {value: count(value) for value in counts} == counts
-    assert [wall_time(seconds) for seconds in (12.3, 1234.5, 19_000)] == ["12 s", "20.6 min", "5.3 h"]
-    shares = [budget(result(fraction=fraction)).split(" %")[0] for fraction in (0, 0.00123, 0.032, 0.29, 0.9999, 1)]
+    assert [wall_time(seconds) for seconds in (12.3, 1234.5, 19_000)] == [
+        "12 s",
+        "20.6 min",
+        "5.3 h",
+    ]
+    shares = [
+        budget(result(fraction=fraction)).split(" %")[0]
+        for fraction in (0, 0.00123, 0.032, 0.29, 0.9999, 1)
+    ]
     assert shares == ["0", "0.12", "3.2", "29", "99", "100"]
 
 
@@ -664,7 +808,11 @@ def ablation_run(permutation, coupling, seed, bpd, **more):
 
 
 def ablation_runs():
-    return [ablation_run(p, c, seed, bpd) for (p, c), values in BPD.items() for seed, bpd in enumerate(values)]
+    return [
+        ablation_run(p, c, seed, bpd)
+        for (p, c), values in BPD.items()
+        for seed, bpd in enumerate(values)
+    ]
 
 
 @pytest.fixture
@@ -687,7 +835,9 @@ def edit(folder, **more):
 
 
 def test_mean_and_standard_error():
-    assert figure3.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3 / 4)))
+    assert figure3.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx(
+        (3.0, math.sqrt(14 / 3 / 4))
+    )
     assert figure3.mean_and_error([2.5]) == (2.5, None)
 
 
@@ -723,7 +873,12 @@ def test_ablation_table_of_few_runs():
     [
         ([-0.03, -0.02, -0.025], "agrees", -0.025, 0.005 / math.sqrt(3)),
         ([0.03, 0.02, 0.025], "disagrees", 0.025, 0.005 / math.sqrt(3)),
-        ([-0.03, -0.02, -0.01], "within noise", -0.02, 0.01 / math.sqrt(3)),  # 3.5 standard errors, of 4.3
+        (
+            [-0.03, -0.02, -0.01],
+            "within noise",
+            -0.02,
+            0.01 / math.sqrt(3),
+        ),  # 3.5 standard errors, of 4.3
         ([-0.03, 0.02, -0.01], "within noise", -0.02 / 3, 0.0145297),
         ([-0.02, -0.02], "agrees", -0.02, 0.0),
         ([0.0, 0.0], "within noise", 0.0, 0.0),
@@ -758,18 +913,29 @@ def test_verdicts_are_pair_by_pair_and_over_the_same_seeds():
 
 def test_summary_says_no_more_than_the_pairs():
     def answer(*words):
-        return re.match(r"The order (.*?) \(", figure3.summary([{"word": word} for word in words]))[1]
+        return re.match(r"The order (.*?) \(", figure3.summary([{"word": word} for word in words]))[
+            1
+        ]
 
     assert answer("agrees", "agrees") == "agrees with the paper's"
     assert answer("agrees", "within noise") == "does not contradict the paper's"
     assert answer("agrees", "disagrees", "within noise") == "disagrees with the paper's"
     assert answer("within noise", "no seed in common") == "is not decided"
     seeds = {("reverse", "affine"): (0, 1), ("shuffle", "affine"): (1, 2)}
-    runs = [ablation_run(p, c, seed, 3.5 + 0.1 * seed) for (p, c), found in seeds.items() for seed in found]
+    runs = [
+        ablation_run(p, c, seed, 3.5 + 0.1 * seed)
+        for (p, c), found in seeds.items()
+        for seed in found
+    ]
     found = figure3.verdicts(runs)
-    assert figure3.verdict_line(found[4]) == "affine: shuffle < reverse: +0.0000 over 1 seed: within noise"
+    assert (
+        figure3.verdict_line(found[4])
+        == "affine: shuffle < reverse: +0.0000 over 1 seed: within noise"
+    )
     assert figure3.verdict_line(found[0]) == "additive: invertible < shuffle: no seed in common"
-    assert figure3.summary(found).endswith("0 of 9 pairs agree, 0 disagree, 1 within noise, 8 without a seed in common")
+    assert figure3.summary(found).endswith(
+        "0 of 9 pairs agree, 0 disagree, 1 within noise, 8 without a seed in common"
+    )
 
 
 def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, capsys):
@@ -788,13 +954,16 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     assert "| shuffle | additive | 0, 1, 2 | 3.5900 ± 0.0058 |\n" in section
     assert "* affine: invertible < reverse: +0.0500 ± 0.0000 over 3 seeds: disagrees\n" in section
     assert (
-        "\nThe order disagrees with the paper's (1x1 < shuffle < reverse, affine < additive): 4 of 9 pairs" in section
+        "\nThe order disagrees with the paper's (1x1 < shuffle < reverse, affine < additive): 4 of 9 pairs"
+        in section
     )
     assert (
         "Runs: data cifar10; flow.n_levels 3; flow.depth 4; 12.8 k images a run; CPU; 32-true; commit 0123456; "
         "1.0 h in all.\n" in section
     )
-    assert "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
+    assert (
+        "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
+    )
     assert "skipped" not in section
     before = snapshot(root)
     assert main(["figure3", str(figure)], root) == 0
@@ -879,9 +1048,13 @@ def test_committed_page_is_up_to_date():
         current = path.read_text(encoding="utf-8") if path.is_file() else None
         assert current == content, f"{path} is old: run `python -m results`"
     drawn = {path for path in render() if path.suffix == ".svg"}
-    assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, "a curve without its run: delete it"
+    assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == drawn, (
+        "a curve without its run: delete it"
+    )
     stems = {path.stem for path in (Path(results.ROOT) / "ablations").glob("*.png")}
-    assert stems == set(figure3.read_all()), "an ablation without its picture, or the other way round"
+    assert stems == set(figure3.read_all()), (
+        "an ablation without its picture, or the other way round"
+    )
 
 
 def stability_run(seed, **other):
@@ -900,14 +1073,35 @@ def stability_file(root, stem, *runs):
 
 def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path):
     worst = {"images": 0.02, "noise": None}
-    stopped = stability_run(1, steps=50, bpd=[6.9, 6.2], skipped_steps=21, round_trip_grey_levels=worst)
-    stability_file(tmp_path, "short", stability_run(0), stopped | {"min_scale": 0.0})  # recorded without, and with
+    stopped = stability_run(
+        1, steps=50, bpd=[6.9, 6.2], skipped_steps=21, round_trip_grey_levels=worst
+    )
+    stability_file(
+        tmp_path, "short", stability_run(0), stopped | {"min_scale": 0.0}
+    )  # recorded without, and with
     stability_file(tmp_path, "long", stability_run(0, min_scale=0.5))
     lines = stability_section(tmp_path)
-    long, short = ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "K=32" in line)
+    long, short = (
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "K=32" in line
+    )
     assert short == [
-        *("short", "K=32, 8 channels, batch 4", "authors'", "adamax 0.001, warm-up 980", "2", "50 to 300", "21"),
-        *("6.800 to 6.900 then 6.000 to 6.200", "0", "0.02", "0.5, not finite in 1", "100.0%", "95.0%"),
+        *(
+            "short",
+            "K=32, 8 channels, batch 4",
+            "authors'",
+            "adamax 0.001, warm-up 980",
+            "2",
+            "50 to 300",
+            "21",
+        ),
+        *(
+            "6.800 to 6.900 then 6.000 to 6.200",
+            "0",
+            "0.02",
+            "0.5, not finite in 1",
+            "100.0%",
+            "95.0%",
+        ),
         *("aaaaaaa", "CPU"),
     ]
     assert long[:6] == ["long", *short[1:2], "from 0.5", *short[3:4], "1", "300"]
@@ -921,7 +1115,11 @@ def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path
         ("depth", 4, "depth=32 and depth=4"),
         ("batch_size", 8, "batch_size=4 and batch_size=8"),
         ("min_scale", 0.25, "min_scale=0.0 and min_scale=0.25"),
-        ("optim", {"name": "adam", "lr": 1e-3, "warmup_steps": 980}, "optim.name=adamax and optim.name=adam"),
+        (
+            "optim",
+            {"name": "adam", "lr": 1e-3, "warmup_steps": 980},
+            "optim.name=adamax and optim.name=adam",
+        ),
     ],
 )
 def test_a_stability_file_of_two_models_is_refused(tmp_path, key, there, said):
@@ -931,10 +1129,14 @@ def test_a_stability_file_of_two_models_is_refused(tmp_path, key, there, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"kind": "short", ', '{"kind": 1, "overrides": [], "runs": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[]", '{"a": 1}', '{"kind": "short", ', '{"kind": 1, "overrides": [], "runs": 3}']
+)
 def test_a_damaged_stability_file_is_named(tmp_path, content):
     write(tmp_path / "stability/short.json", content)
-    with pytest.raises(ValueError, match=r"short\.json is not what benchmarks\.stability writes") as error:
+    with pytest.raises(
+        ValueError, match=r"short\.json is not what benchmarks\.stability writes"
+    ) as error:
         stability_section(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -962,24 +1164,38 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
         f"{setting} | float32 | ours | 1.200 s | 13.3 | 1.50 | 0.60 | 0.60 | 4.0 ms | 0.50 | 3.00 MiB | 0.500 |"
         in lines
     )
-    assert f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |" in lines
+    assert (
+        f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |"
+        in lines
+    )
     assert speed_section(tmp_path / "nothing") == []
     write(tmp_path / "benchmarks/glow.json", json.dumps([row | {"apart": True} for row in rows]))
-    assert made.removesuffix(":") + ", each model in a process of its own:" in speed_section(tmp_path)
+    assert made.removesuffix(":") + ", each model in a process of its own:" in speed_section(
+        tmp_path
+    )
 
 
 def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
     tuned = speed_row("normflows channels_last autocast", "bf16", step=1.0)
     rows = [speed_row("normflows", step=2.0), tuned, speed_row("ours", "bf16", step=0.6)]
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
-    assert any("| bf16 | ours | 0.600 s | 26.7 | 0.75 | 0.30 | 0.60 |" in line for line in speed_section(tmp_path))
+    assert any(
+        "| bf16 | ours | 0.600 s | 26.7 | 0.75 | 0.30 | 0.60 |" in line
+        for line in speed_section(tmp_path)
+    )
 
 
 def test_speed_of_a_second_machine(tmp_path):
-    row = speed_row("ours compiled", "bf16", kept=None) | {"setting": "K32 L3 H512 B512", "machine": "a GPU"}
+    row = speed_row("ours compiled", "bf16", kept=None) | {
+        "setting": "K32 L3 H512 B512",
+        "machine": "a GPU",
+    }
     write(tmp_path / "benchmarks/glow-gpu.json", json.dumps([row]))
     lines = speed_section(tmp_path)
-    assert any(line.startswith('`python -m benchmarks glow "settings=K32 L3 H512 B512"`, a GPU') for line in lines)
+    assert any(
+        line.startswith('`python -m benchmarks glow "settings=K32 L3 H512 B512"`, a GPU')
+        for line in lines
+    )
     shown = "| K32 L3 H512 B512 | bf16 | ours compiled | 1.200 s | 427 | 1.50 | - | - | 4.0 ms | - | - | - |"
     assert shown in lines
 
@@ -997,7 +1213,9 @@ def test_speed_of_a_second_machine(tmp_path):
 )
 def test_a_speed_file_of_another_program_is_named(tmp_path, content):
     write(tmp_path / "benchmarks/glow.json", content)
-    with pytest.raises(ValueError, match=r"glow.json is not what `python -m benchmarks` writes") as error:
+    with pytest.raises(
+        ValueError, match=r"glow.json is not what `python -m benchmarks` writes"
+    ) as error:
         speed_section(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -1018,6 +1236,8 @@ def test_first_steps_far_worse_than_the_rest_do_not_flatten_a_curve(sign):
 def test_a_claim_that_lacks_something_is_one_line(root, key):
     claim = {name: value for name, value in CLAIM.items() if name != key}
     write(root / "paper/flow.yaml", yaml.safe_dump({"title": "t", "claims": {"cifar10": claim}}))
-    with pytest.raises(ValueError, match=rf"flow\.yaml: the claim cifar10 lacks {key}: see") as error:
+    with pytest.raises(
+        ValueError, match=rf"flow\.yaml: the claim cifar10 lacks {key}: see"
+    ) as error:
         results.load_claims(root)
     assert "\n" not in str(error.value)

@@ -12,7 +12,12 @@ from processes import Run
 
 from reproduce.run_folder import step_checkpoints
 
-EVERYTHING = ["ema.decay=0.9", "optim.schedule=cosine", "optim.warmup_steps=3", "trainer.max_steps=10"]
+EVERYTHING = [
+    "ema.decay=0.9",
+    "optim.schedule=cosine",
+    "optim.warmup_steps=3",
+    "trainer.max_steps=10",
+]
 WORKERS = "data.num_workers=2"
 
 
@@ -37,7 +42,13 @@ def assert_same_end(run, whole, ranks=1, timeout=180):
     for rank in range(ranks):
         assert run.losses(rank) == whole.losses(rank)
     a, b = run.final(), whole.final()
-    for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+    for part in (
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+    ):
         assert same(a[part], b[part]), part
 
 
@@ -45,7 +56,11 @@ def assert_same_end(run, whole, ranks=1, timeout=180):
     ("arguments", "options", "kill"),
     [
         ([WORKERS], {}, (7, 3)),
-        (["data.micro_batch=4"], {"plain": True}, (5, 6)),  # the third of the four micro-batches of a step
+        (
+            ["data.micro_batch=4"],
+            {"plain": True},
+            (5, 6),
+        ),  # the third of the four micro-batches of a step
         (["data.micro_batch=2"], {"plain": True, "ranks": 2}, (6, 9)),
         ([WORKERS], {"ranks": 2}, (3, 3)),
     ],
@@ -64,7 +79,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
     assert [row["step"] for row in a] == ["0", "6", "10"]
     for key in ("step", "images", "lr", "val/bpd"):
         assert [row[key] for row in a] == [row[key] for row in b]
-    for row, other in zip(a[1:], b[1:], strict=True):  # over ranks the sum is taken in another order
+    for row, other in zip(
+        a[1:], b[1:], strict=True
+    ):  # over ranks the sum is taken in another order
         assert float(row["train/bpd"]) == pytest.approx(float(other["train/bpd"]), rel=1e-6)
 
 
@@ -80,7 +97,9 @@ def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
     assert_same_end(Run(tmp_path / "run", *EVERYTHING, "resume=auto"), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
+)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
     """Rank 1 is slower and the signal comes to either: Lightning's own handlers deadlock here."""
     options = {"ranks": 2, "slow": 0.02}
@@ -91,7 +110,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
     steps = [max(run.losses(rank))[0] + 1 for rank in range(2)]
     saved = run.final()["global_step"]
     assert steps == [saved, saved]
-    assert re.search(rf"stopped at step {saved}, which is saved; go on with: .* resume=auto", run.output())
+    assert re.search(
+        rf"stopped at step {saved}, which is saved; go on with: .* resume=auto", run.output()
+    )
     assert "Traceback" not in run.output()
     if number == signal.SIGTERM:
         whole = Run(tmp_path / "whole", f"trainer.max_steps={saved + 3}", ranks=2)
@@ -100,7 +121,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
         assert whole.losses(1) == resumed.losses(1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
+)
 def test_a_signal_to_a_run_and_its_workers_stops_it_in_order(tmp_path, number):
     """As Ctrl-C in a terminal and Slurm do: the workers are not to answer it."""
     run = Run(tmp_path / "run", "trainer.max_steps=2000", WORKERS)
@@ -152,7 +175,12 @@ def test_two_ranks_that_were_stopped_before_their_test_go_on_to_it(tmp_path):
 
 
 def test_a_run_that_only_time_ends_saves_when_it_is_due_and_at_the_end(tmp_path):
-    run = Run(tmp_path / "run", "trainer.max_steps=-1", "trainer.max_time=00:00:00:02", "checkpoint.every_n_steps=7")
+    run = Run(
+        tmp_path / "run",
+        "trainer.max_steps=-1",
+        "trainer.max_time=00:00:00:02",
+        "checkpoint.every_n_steps=7",
+    )
     assert run.wait() == [0], run.output()
     last = len(run.losses())
     names = [path.name for path in step_checkpoints(tmp_path / "run")]
@@ -188,7 +216,9 @@ def test_soak_twenty_random_kills(tmp_path, ranks):
     assert whole.wait(600) == [0] * ranks, whole.output()
     chance, moments = random.Random(ranks), []
     for _ in range(20):
-        run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks, slow=0.1 / ranks)  # not done too early
+        run = Run(
+            tmp_path / "run", *arguments, "resume=auto", ranks=ranks, slow=0.1 / ranks
+        )  # not done too early
         time.sleep(chance.uniform(0.5, 8))
         run.kill()
         assert all(p.exitcode == -signal.SIGKILL for p in run.processes), run.output()

@@ -52,7 +52,9 @@ def test_a_key_that_a_recipe_no_longer_has_counts_as_its_default(tmp_path):
     del config.flow["min_scale"]
     assert checked(tmp_path, old, config) is None
     old["flow"]["min_scale"] = 0.5
-    assert f"{tmp_path} was trained with flow.min_scale=0.5: say the same" in checked(tmp_path, old, config)
+    assert f"{tmp_path} was trained with flow.min_scale=0.5: say the same" in checked(
+        tmp_path, old, config
+    )
 
 
 def test_the_defaults_of_an_objective_count_too_also_those_that_it_hands_on(tmp_path):
@@ -68,7 +70,11 @@ def test_the_defaults_of_an_objective_count_too_also_those_that_it_hands_on(tmp_
 
 
 def test_how_many_noise_samples_are_evaluated_may_change_in_a_run_that_goes_on(tmp_path):
-    config, more = (compose("glow_cifar10", [*TINY_GLOW, f"eval.noise_samples={k}"]) for k in (1, 4))
+    config, more = (
+        compose("glow_cifar10", [*TINY_GLOW, f"eval.noise_samples={k}"]) for k in (1, 4)
+    )
     assert checked(tmp_path, OmegaConf.to_container(config), more) is None
     other = compose("glow_cifar10", [*TINY_GLOW, "eval.noise_seed=4"])
-    assert "was trained with eval.noise_seed=0" in checked(tmp_path, OmegaConf.to_container(config), other)
+    assert "was trained with eval.noise_seed=0" in checked(
+        tmp_path, OmegaConf.to_container(config), other
+    )

@@ -66,17 +66,38 @@ def test_result_says_what_the_number_rests_on(finished):
     folder, result = finished
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["experiment"] == "realnvp_cifar10"
-    assert (result["images"], result["n_train"], result["seed"], result["preset"]) == (96, 64, 0, "demo")
-    assert result["budget"] == {"images": 96, "of": 12_480_000, "fraction": 96 / 12_480_000, "source": "ours"}
+    assert (result["images"], result["n_train"], result["seed"], result["preset"]) == (
+        96,
+        64,
+        0,
+        "demo",
+    )
+    assert result["budget"] == {
+        "images": 96,
+        "of": 12_480_000,
+        "fraction": 96 / 12_480_000,
+        "source": "ours",
+    }
     claim = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "decimals": 2}
     assert result["papers"] == [claim | {"direction": "lower", "comparable": False}]
     assert result["comparisons"] == [claim | {"gap": None, "status": "-"}]
     assert (result["gap"], result["status"]) == (None, "-")
-    assert result["config"]["flow"] == {"n_scales": 2, "hidden_channels": 4, "n_blocks": 1, "alpha": 0.05}
+    assert result["config"]["flow"] == {
+        "n_scales": 2,
+        "hidden_channels": 4,
+        "n_blocks": 1,
+        "alpha": 0.05,
+    }
     assert result["precision"] == "32-true"
-    assert {"test/bpd", "test/bpd_reestimated", "val/bpd", "samples/finite_T0.7"} <= set(result["metrics"])
-    assert all(0 < result["metrics"][key] < 20 for key in ("test/bpd", "test/bpd_reestimated", "val/bpd"))
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert {"test/bpd", "test/bpd_reestimated", "val/bpd", "samples/finite_T0.7"} <= set(
+        result["metrics"]
+    )
+    assert all(
+        0 < result["metrics"][key] < 20 for key in ("test/bpd", "test/bpd_reestimated", "val/bpd")
+    )
+    head = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     assert result["commit"] == (head.stdout.strip() or None)
 
 
@@ -93,7 +114,9 @@ def test_curve_begins_before_training(finished):
 def test_pictures_are_uint8_and_show_the_images(finished):
     folder, _ = finished
     names = sorted(p.name for p in (folder / "samples").iterdir())
-    assert names == [f"{kind}-{step:07d}.png" for kind in ("reconstruction", "samples") for step in (3, 6)]
+    assert names == [
+        f"{kind}-{step:07d}.png" for kind in ("reconstruction", "samples") for step in (3, 6)
+    ]
     grid = pixels(folder / "samples" / "reconstruction-0000006.png")
     assert grid.dtype == np.uint8
     assert grid.std() > 20
@@ -110,7 +133,14 @@ def test_table_quotes_the_paper(finished, capsys):
     header, _, *rows = comparison_table(finished[1]).splitlines()
     assert header.split() == ["experiment", "metric", "paper", "ours", "gap", "status"]
     cells = next(row.split() for row in rows if " test/bpd " in row)
-    assert cells == ["realnvp_cifar10", "test/bpd", "3.49", f"{finished[1]['metrics']['test/bpd']:.4f}", "-", "-"]
+    assert cells == [
+        "realnvp_cifar10",
+        "test/bpd",
+        "3.49",
+        f"{finished[1]['metrics']['test/bpd']:.4f}",
+        "-",
+        "-",
+    ]
 
 
 def test_load_gives_the_tested_flow(finished):
@@ -119,7 +149,8 @@ def test_load_gives_the_tested_flow(finished):
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     assert not flow.training
     assert torch.equal(
-        flow.scales[0].layers[0].log_scale_factor, best["state_dict"]["flow.scales.0.layers.0.log_scale_factor"]
+        flow.scales[0].layers[0].log_scale_factor,
+        best["state_dict"]["flow.scales.0.layers.0.log_scale_factor"],
     )
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(flow.log_prob(x), load(newest(folder).parent / "best.ckpt").log_prob(x))
@@ -141,12 +172,16 @@ def test_resume_reaches_the_same_weights(tmp_path, every):
     checkpoints = f"checkpoint.every_n_steps={every}"
     whole = run(tmp_path / "whole", "trainer.max_steps=7", checkpoints)
     run(tmp_path / "parts", "trainer.max_steps=5", checkpoints)
-    (tmp_path / "parts" / "result.json").unlink()  # as if it had been killed after step 5, before its last checkpoint
+    (
+        tmp_path / "parts" / "result.json"
+    ).unlink()  # as if it had been killed after step 5, before its last checkpoint
     (tmp_path / "parts" / "checkpoints" / "step-00000005.ckpt").unlink()
     parts = run(tmp_path / "parts", "trainer.max_steps=7", "resume=auto", checkpoints)
     for key in ("test/bpd", "test/bpd_reestimated", "val/bpd"):
         assert parts["metrics"][key] == whole["metrics"][key]
-    steps, values = zip(*((row["step"], row["val/bpd"]) for row in curve(tmp_path / "parts")), strict=True)
+    steps, values = zip(
+        *((row["step"], row["val/bpd"]) for row in curve(tmp_path / "parts")), strict=True
+    )
     assert steps == ("0", "3", "6", "7")
     assert values == tuple(row["val/bpd"] for row in curve(tmp_path / "whole"))
     a, b = (read_checkpoint(newest(tmp_path / name))["state_dict"] for name in ("whole", "parts"))
@@ -173,7 +208,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "flow.hidden_channels=5")
     assert "trained with flow.hidden_channels=4: say the same" in line
     line = mistake(
-        capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "seed=3", "optim.name=adamax", "data.batch_size=8"
+        capsys,
+        *TINY,
+        f"run_dir={tmp_path}",
+        "resume=auto",
+        "seed=3",
+        "optim.name=adamax",
+        "data.batch_size=8",
     )
     assert "data.batch_size=16 optim.name=adam seed=0: say the same" in line
     assert "is of realnvp_cifar10, not of realnvp_moons" in mistake(
@@ -231,11 +272,25 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
 def test_data_with_a_validation_split_of_their_own_need_no_n_val(tmp_path, monkeypatch, capsys):
     shutil.copytree(config_module.CONFIGS, tmp_path / "configs")
     path = tmp_path / "configs" / "data" / "two_moons.yaml"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if "n_val:" not in line))
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if "n_val:" not in line)
+    )
     monkeypatch.setattr(config_module, "CONFIGS", tmp_path / "configs")
     monkeypatch.setitem(DATA, "two_moons", partial(TwoMoons, n_val=16))
-    few = ["data.n_train=64", "data.batch_size=32", "data.n_test=16", "samples.n=8", "trainer.max_steps=2"]
-    words = [*few, "flow.n_couplings=1", "flow.hidden_channels=2", "logger.name=none", f"run_dir={tmp_path / 'run'}"]
+    few = [
+        "data.n_train=64",
+        "data.batch_size=32",
+        "data.n_test=16",
+        "samples.n=8",
+        "trainer.max_steps=2",
+    ]
+    words = [
+        *few,
+        "flow.n_couplings=1",
+        "flow.hidden_channels=2",
+        "logger.name=none",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     result = realnvp_moons.main(words)
     assert "n_val" not in result["config"]["data"]
     assert result["tested"]["chosen"] == "best"
@@ -271,29 +326,53 @@ def test_without_validation_batches_no_checkpoint_waits_for_them(tmp_path):
 
 def test_a_diverged_run_ends_with_one_line(tmp_path, capsys):
     """The first step's rate makes every later loss infinite: nothing that follows is taken, or saved."""
-    settings = ["optim.lr=1e30", "optim.clip_norm=null", "optim.max_skipped=2", "trainer.log_every_n_steps=1"]
+    settings = [
+        "optim.lr=1e30",
+        "optim.clip_norm=null",
+        "optim.max_skipped=2",
+        "trainer.log_every_n_steps=1",
+    ]
     line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "trainer.max_steps=20", *settings)
-    assert line.startswith("error: stopped at step 4: the loss or its gradient was not finite in 3 steps")
+    assert line.startswith(
+        "error: stopped at step 4: the loss or its gradient was not finite in 3 steps"
+    )
     assert not step_checkpoints(tmp_path)
     assert not (tmp_path / "result.json").exists()
 
 
 def test_ema_other_optimizer_and_recompute_run(tmp_path, monkeypatch):
     lean = []
-    monkeypatch.setattr("reproduce.experiment.recompute", lambda flow: lean.append(flow) or recompute(flow))
-    settings = ["ema.decay=0.9", "optim.name=adamax", "optim.warmup_steps=2", "trainer.recompute=true"]
+    monkeypatch.setattr(
+        "reproduce.experiment.recompute", lambda flow: lean.append(flow) or recompute(flow)
+    )
+    settings = [
+        "ema.decay=0.9",
+        "optim.name=adamax",
+        "optim.warmup_steps=2",
+        "trainer.recompute=true",
+    ]
     result = run(tmp_path, "trainer.max_steps=3", *settings)
     assert len(lean) == 1
-    assert "test/bpd_reestimated" not in result["metrics"]  # averaged weights: test/bpd is re-estimated
+    assert (
+        "test/bpd_reestimated" not in result["metrics"]
+    )  # averaged weights: test/bpd is re-estimated
     assert [float(row["lr"]) for row in curve(tmp_path)] == [0.0, 1e-3]
     assert result["metrics"]["test/bpd"] < 20
 
 
 def test_moons_reports_nll_and_integral(tmp_path):
-    small = ["flow.hidden_channels=8", "flow.n_couplings=2", "data.n_train=256", "data.n_val=64", "data.n_test=64"]
+    small = [
+        "flow.hidden_channels=8",
+        "flow.n_couplings=2",
+        "data.n_train=256",
+        "data.n_val=64",
+        "data.n_test=64",
+    ]
     small += ["trainer.max_steps=5", "samples.n=64", "logger.name=none", f"run_dir={tmp_path}"]
     result = realnvp_moons.main(small)
-    assert result["metrics"]["density_integral"] == pytest.approx(1, abs=0.2)  # untrained: mass outside of the box
+    assert result["metrics"]["density_integral"] == pytest.approx(
+        1, abs=0.2
+    )  # untrained: mass outside of the box
     assert 0 < result["metrics"]["test/nll"] < 4
     assert (result["papers"], result["status"]) == ([], "-")
     assert (tmp_path / "density.png").stat().st_size > 5000
@@ -306,14 +385,18 @@ def test_wandb_runs_offline_and_never_asks(tmp_path, monkeypatch):
     offline = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(offline) == 1
     assert result["wandb_url"] is None
-    picture = next((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/samples*.png"))
+    picture = next(
+        (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/samples*.png")
+    )
     written = next((tmp_path / "run" / "samples").glob("samples-*.png"))
     assert np.array_equal(pixels(picture), pixels(written))
 
 
 def test_resume_needs_a_folder_and_moons_no_penalty(capsys):
     assert "add run_dir=FOLDER" in mistake(capsys, *TINY, "resume=auto")
-    assert "RealNVP2d has no such penalty" in mistake(capsys, "optim.l2=0.1", main=realnvp_moons.main)
+    assert "RealNVP2d has no such penalty" in mistake(
+        capsys, "optim.l2=0.1", main=realnvp_moons.main
+    )
 
 
 def test_help_and_print_config(capsys):
@@ -336,7 +419,11 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     """A real process: clean stop, exit code not 0, no traceback, the command to go on with, and that command works."""
     command = [sys.executable, "reproduce/realnvp_cifar10.py", *TINY, f"run_dir={tmp_path / 'run'}"]
     process = subprocess.Popen(
-        [*command, "trainer.max_steps=100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "trainer.max_steps=100000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not step_checkpoints(tmp_path / "run") and time.monotonic() < deadline:
@@ -348,7 +435,11 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     assert "Traceback" not in output
     saved = read_checkpoint(newest(tmp_path / "run"))["global_step"]
     again = f"go on with: python reproduce/realnvp_cifar10.py {shlex.join(TINY)} trainer.max_steps=100000 run_dir="
-    assert output.strip().splitlines()[-1].startswith(f"stopped at step {saved}, which is saved; {again}")
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith(f"stopped at step {saved}, which is saved; {again}")
+    )
     load(tmp_path / "run")
 
 
@@ -359,4 +450,7 @@ def test_script_runs_from_the_shell(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: preset=demoo is not known (did you mean demo?): give one of demo, cpu, gpu"
+    assert (
+        done.stderr.strip()
+        == "error: preset=demoo is not known (did you mean demo?): give one of demo, cpu, gpu"
+    )

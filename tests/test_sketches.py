@@ -33,7 +33,12 @@ from results.metrics import kind_of
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
-    for text in ("does not have many workers", "LeafSpec.* is deprecated", "The dirpath has changed", "Total length of")
+    for text in (
+        "does not have many workers",
+        "LeafSpec.* is deprecated",
+        "The dirpath has changed",
+        "Total length of",
+    )
 ]
 
 
@@ -65,7 +70,12 @@ def trained(flow, data, *callbacks, dequantizer=None, steps=6, **settings):
     config = SimpleNamespace(seed=0, optim={"lr": 1e-2}, eval={"bn_images": 0})
     module = DensityModule.of(config, flow, data, dequantizer)
     recorder = fit(
-        module, data, callbacks, max_steps=steps, limit_val_batches=None, inference_mode=not module.needs_autograd
+        module,
+        data,
+        callbacks,
+        max_steps=steps,
+        limit_val_batches=None,
+        inference_mode=not module.needs_autograd,
     )
     trainer = make_trainer(inference_mode=not module.needs_autograd)
     [tested] = trainer.test(module, data, verbose=False)
@@ -80,14 +90,20 @@ def test_a_flow_given_an_image_trains_is_tested_and_draws_given_the_images_of_va
     assert losses[-1] < losses[0] - 5
     assert set(tested) == {"test/bpd"}
     assert pictures.finite == {"samples/finite_T0": 1.0, "samples/finite_T0.8": 1.0}
-    assert {"reconstruction-0000006.png", "samples-0000006.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"reconstruction-0000006.png", "samples-0000006.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     with Image.open(tmp_path / "reconstruction-0000006.png") as image:
-        pixels = torch.from_numpy(np.array(image)).float()[::8, ::8]  # 8x8 images are shown eight times as large
+        pixels = torch.from_numpy(np.array(image)).float()[
+            ::8, ::8
+        ]  # 8x8 images are shown eight times as large
     images, again = pixels[2:10], pixels[12:20]  # two rows of them, with borders of two pixels
     assert images[:, 2:10].std() > 10
     assert (images - again).abs().max() <= 1
     batch = [part[:3] for part in LowRes().initialization_batch(3)]
-    one, other = (module.draw(3, 0.5, 0, [*batch[:2], low_res]) for low_res in (batch[2], batch[2].flip(0)))
+    one, other = (
+        module.draw(3, 0.5, 0, [*batch[:2], low_res]) for low_res in (batch[2], batch[2].flip(0))
+    )
     assert one.shape == (3, *SHAPE)
     assert (one - other).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [True, False, True]
 
@@ -106,7 +122,9 @@ def test_an_estimate_trains_is_called_so_and_is_the_same_at_every_evaluation():
     module, losses, tested = trained(ResidualFlow((2,)), data, steps=8)
     assert losses[-1] < losses[0]
     assert set(tested) == {"test/nll_estimate"}
-    [again] = make_trainer(inference_mode=False).test(module, TwoMoons(50, n_test=200), verbose=False)
+    [again] = make_trainer(inference_mode=False).test(
+        module, TwoMoons(50, n_test=200), verbose=False
+    )
     assert again["test/nll_estimate"] == pytest.approx(tested["test/nll_estimate"], abs=1e-5)
 
 
@@ -130,13 +148,21 @@ def parts_on(rank=0, ranks=1):
     modules = {
         "bound": (DensityModule(Nice(SHAPE), LogitNormal(8), 8, seed=0), images),
         "estimate": (DensityModule(ResidualFlow((2,)), None, None, seed=0), points),
-        "denoiser": (Denoiser(nn.Conv2d(3, 3, 3, padding=1), SHAPE, name="adam", lr=1e-2), RandomImages()),
+        "denoiser": (
+            Denoiser(nn.Conv2d(3, 3, 3, padding=1), SHAPE, name="adam", lr=1e-2),
+            RandomImages(),
+        ),
     }
     outcome = {}
     for name, (module, data) in modules.items():
         recorder = Recorder()
         trainer = make_trainer(
-            recorder, max_steps=4, precision="64-true", devices=ranks, num_nodes=1, inference_mode=False
+            recorder,
+            max_steps=4,
+            precision="64-true",
+            devices=ranks,
+            num_nodes=1,
+            inference_mode=False,
         )
         if module.needs_initialization():
             module.initialize(data.initialization_batch(64))
@@ -151,7 +177,9 @@ def _parts_on(rank):
     return parts_on(rank, 2)
 
 
-def test_two_ranks_train_a_learned_dequantiser_an_estimate_and_a_denoiser_as_one_process_does(tmp_path):
+def test_two_ranks_train_a_learned_dequantiser_an_estimate_and_a_denoiser_as_one_process_does(
+    tmp_path,
+):
     one, (a, b) = parts_on(), on_two_ranks(tmp_path, _parts_on)
     for name, alone in one.items():
         assert ((a[name]["losses"] + b[name]["losses"]) / 2 - alone["losses"]).abs().max() < 1e-9
@@ -181,7 +209,9 @@ class AnySize(RandomImages):
     shape = (3, None, None)
 
 
-def test_data_of_several_sizes_initialise_train_and_are_drawn_as_large_as_those_of_validation(tmp_path):
+def test_data_of_several_sizes_initialise_train_and_are_drawn_as_large_as_those_of_validation(
+    tmp_path,
+):
     torch.manual_seed(0)
     flow, pictures = Glow((3, None, None), 2, 1, 4), Samples(tmp_path, [0.7], 4, 1)
     module, losses, tested = trained(flow, AnySize(), Initialization(), pictures)

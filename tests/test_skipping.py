@@ -36,7 +36,9 @@ class Harm(Recorder):
         self.states.append(self.state(trainer, pl_module))
 
     def state(self, trainer, pl_module):
-        state = copy.deepcopy({"weights": pl_module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()})
+        state = copy.deepcopy(
+            {"weights": pl_module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+        )
         return [t for t in tensors(state) if t.is_floating_point()]
 
 
@@ -49,20 +51,27 @@ def tensors(nested):
 
 
 def unchanged(before, after):
-    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return len(before) == len(after) and all(
+        torch.equal(a, b) for a, b in zip(before, after, strict=True)
+    )
 
 
 HARMS = {
     "loss-inf": lambda log_prob: log_prob + torch.inf,  # its gradient would be finite
     "loss-nan": lambda log_prob: log_prob * torch.nan,
-    "gradient-nan": lambda log_prob: log_prob + ((0 * log_prob).sqrt() - (0 * log_prob).sqrt().detach()),
+    "gradient-nan": lambda log_prob: (
+        log_prob + ((0 * log_prob).sqrt() - (0 * log_prob).sqrt().detach())
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_step_that_is_not_finite_changes_nothing(harm, name):
-    spy, module = Harm(HARMS[harm]), density(tiny_flow(), name=name, weight_decay=0.1, clip_norm=10.0)
+    spy, module = (
+        Harm(HARMS[harm]),
+        density(tiny_flow(), name=name, weight_decay=0.1, clip_norm=10.0),
+    )
     make_trainer(spy, max_steps=5).fit(module, datamodule=RandomImages())
     changed = [not unchanged(a, b) for a, b in itertools.pairwise(spy.states)]
     assert changed == [True, True, False, True, True]
@@ -120,7 +129,9 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     run = Run(tmp_path / "run", *arguments, ranks=2, poison={(step, 0) for step in range(5, 100)})
     assert run.wait() == [1, 0], run.output()
     line = run.output().strip().splitlines()[-1]
-    assert line.startswith("error: stopped at step 12: the loss or its gradient was not finite in 7 steps")
+    assert line.startswith(
+        "error: stopped at step 12: the loss or its gradient was not finite in 7 steps"
+    )
     assert "optim.max_skipped=5" in line
     assert "Traceback" not in run.output()
     final = run.final()
@@ -136,7 +147,10 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
 def test_asked_to_stop_in_a_step_that_is_not_finite_it_does_not_say_that_it_has_saved(tmp_path):
     run = Run(tmp_path / "run", "trainer.max_steps=20", poison={(4, 0)}, stop=5)
     assert run.wait() == [75], run.output()
-    assert "stopped at step 5, which is not finite: the newest checkpoint is of an earlier one; go on" in run.output()
+    assert (
+        "stopped at step 5, which is not finite: the newest checkpoint is of an earlier one; go on"
+        in run.output()
+    )
     assert run.final()["global_step"] == 4
 
 

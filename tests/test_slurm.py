@@ -17,7 +17,9 @@ from reproduce.run_folder import newest_checkpoint
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm here, {', '.join(missing())} missing: make slurm-test"),
+    pytest.mark.skipif(
+        bool(missing()), reason=f"no Slurm here, {', '.join(missing())} missing: make slurm-test"
+    ),
 ]
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = "realnvp_cifar10"
@@ -80,7 +82,9 @@ class Checkout:
         Not all of them: a node refuses a job that it has ended in the same second.
         """
         state = self.cluster.wait(job, SECONDS, "PENDING", *ENDED)
-        assert (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts)), self.output(job)
+        assert (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts)), self.output(
+            job
+        )
         time.sleep(1.5)
         self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
@@ -114,7 +118,10 @@ def read_curve(folder):
 
 def curve(folder, *without):
     """The rows without the seconds, and without other columns."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", *without)} for row in read_curve(folder)]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", *without)}
+        for row in read_curve(folder)
+    ]
 
 
 def last_step(folder):
@@ -141,7 +148,9 @@ def same_weights(one, other):
 def layouts(tmp_path_factory, cluster):
     """The run folders of the same run as two tasks of one node and as one task on each of two, and the jobs' names."""
     checkout = Checkout(tmp_path_factory.mktemp("layouts"), cluster)
-    jobs = [checkout.sbatch(flags, [*TINY, "trainer.max_steps=20"]) for flags in (PAIR, ["--nodes=2"])]
+    jobs = [
+        checkout.sbatch(flags, [*TINY, "trainer.max_steps=20"]) for flags in (PAIR, ["--nodes=2"])
+    ]
     return [checkout.finish(job) for job in jobs], [cluster.job(job)["JobName"] for job in jobs]
 
 
@@ -153,7 +162,10 @@ def test_two_tasks_of_one_node_train_as_one_task_on_each_of_two(layouts):
     assert same_weights(one, two)
     assert result(one)["metrics"] == result(two)["metrics"]
     trainers = [result(folder)["config"]["trainer"] for folder in (one, two)]
-    assert [(t["num_nodes"], t["devices"], t["strategy"]) for t in trainers] == [(1, 2, "ddp"), (2, 1, "ddp")]
+    assert [(t["num_nodes"], t["devices"], t["strategy"]) for t in trainers] == [
+        (1, 2, "ddp"),
+        (2, 1, "ddp"),
+    ]
     assert names == [EXPERIMENT, EXPERIMENT]
 
 
@@ -163,8 +175,16 @@ def test_an_array_is_seeds_or_rows_of_a_grid_each_in_a_folder_of_its_own(checkou
     short = [*TINY, "trainer.max_steps=2"]
     seeds = checkout.sbatch(["--array=1-2", "--job-name=mine"], short)
     rows = checkout.sbatch(["--array=0-1"], [*short, "--grid", "grid.yaml", "optim.warmup_steps=1"])
-    results = [result(checkout.finish(f"{job}_{i}")) for job, i in [(seeds, 1), (seeds, 2), (rows, 0), (rows, 1)]]
-    assert [r["run"] for r in results] == [f"slurm-{seeds}_1", f"slurm-{seeds}_2", f"slurm-{rows}_0", f"slurm-{rows}_1"]
+    results = [
+        result(checkout.finish(f"{job}_{i}"))
+        for job, i in [(seeds, 1), (seeds, 2), (rows, 0), (rows, 1)]
+    ]
+    assert [r["run"] for r in results] == [
+        f"slurm-{seeds}_1",
+        f"slurm-{seeds}_2",
+        f"slurm-{rows}_0",
+        f"slurm-{rows}_1",
+    ]
     assert [r["seed"] for r in results] == [1, 2, 7, 7]
     assert [r["config"]["optim"]["lr"] for r in results] == [1e-3, 1e-3, 1e-3, 5e-4]
     assert [r["config"]["optim"]["warmup_steps"] for r in results] == [0, 0, 1, 1]
@@ -199,15 +219,28 @@ def test_ten_times_preempted_and_requeued_without_a_hang_and_bit_identical(check
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, never.name}
     assert curve(folder, "train/bpd") == curve(never, "train/bpd")
     means = [[float(row["train/bpd"]) for row in curve(one)[1:]] for one in (folder, never)]
-    assert means[0] == pytest.approx(means[1], rel=1e-6)  # float32, summed over ranks before steps or after
+    assert means[0] == pytest.approx(
+        means[1], rel=1e-6
+    )  # float32, summed over ranks before steps or after
     assert result(folder)["metrics"] == result(never)["metrics"]
     assert same_weights(folder, never)
 
 
-def test_a_job_preempted_by_slurm_goes_on_and_a_cancelled_one_has_saved_and_stays_cancelled(checkout):
+def test_a_job_preempted_by_slurm_goes_on_and_a_cancelled_one_has_saved_and_stays_cancelled(
+    checkout,
+):
     cluster, job = checkout.cluster, checkout.sbatch(PAIR, [*TINY, "trainer.max_steps=100000"])
     checkout.wait_for_step(job, 5)
-    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd="/tmp")
+    urgent = cluster.run(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "urgent",
+        "--nodes=2",
+        "--exclusive",
+        "--wrap=true",
+        cwd="/tmp",
+    )
     cluster.wait(urgent, 50, "COMPLETED")  # before the minute of grace is over
     checkout.start_again(job, 1)
     first = newest(checkout.run_folder(job))["global_step"]
@@ -225,16 +258,32 @@ MISTAKES = {  # flags of sbatch, arguments, what the one line says
     "nothing": ([], [], "no experiment given: sbatch reproduce/slurm.sh EXPERIMENT key=value ..."),
     "unknown": ([], ["realnvp"], "experiment realnvp is not known: give one of glow_cifar10, "),
     "option": ([], [EXPERIMENT, "--array=3"], "sbatch's own flags stand before reproduce/slurm.sh"),
-    "run_dir": (["--array=0"], [EXPERIMENT, "run_dir=x"], "run_dir= is one folder for all tasks of an array"),
-    "seed": (["--array=0"], [EXPERIMENT, "seed=3"], "the index of an array is the seed: leave seed= out"),
+    "run_dir": (
+        ["--array=0"],
+        [EXPERIMENT, "run_dir=x"],
+        "run_dir= is one folder for all tasks of an array",
+    ),
+    "seed": (
+        ["--array=0"],
+        [EXPERIMENT, "seed=3"],
+        "the index of an array is the seed: leave seed= out",
+    ),
     "tasks": (
         ["--ntasks=3", "--ntasks-per-node=2"],
         [EXPERIMENT],
         "give --nodes and --ntasks-per-node, and no --ntasks",
     ),
-    "no array": ([], [EXPERIMENT, "--grid", "grid.yaml"], "--grid without an array: sbatch --array=0-N"),
+    "no array": (
+        [],
+        [EXPERIMENT, "--grid", "grid.yaml"],
+        "--grid without an array: sbatch --array=0-N",
+    ),
     "no file": ([], [EXPERIMENT, "--grid"], "--grid needs a file"),
-    "no grid": (["--array=0"], [EXPERIMENT, "--grid", "x.yaml"], "x.yaml is no file: give a sweep file"),
+    "no grid": (
+        ["--array=0"],
+        [EXPERIMENT, "--grid", "x.yaml"],
+        "x.yaml is no file: give a sweep file",
+    ),
     "elsewhere": (["elsewhere"], [EXPERIMENT], "is not the repository's root: submit from there"),
 }
 
@@ -247,7 +296,9 @@ def test_a_mistake_is_one_line_and_exit_code_1(checkout):
     for name, (flags, arguments, _) in MISTAKES.items():
         folder = elsewhere if "elsewhere" in flags else checkout.folder
         output = f"--output={checkout.folder / name.replace(' ', '-')}.out"
-        jobs[name] = checkout.sbatch([output, *(f for f in flags if f != "elsewhere")], arguments, folder)
+        jobs[name] = checkout.sbatch(
+            [output, *(f for f in flags if f != "elsewhere")], arguments, folder
+        )
     for name, job in jobs.items():
         state = checkout.cluster.wait(job, SECONDS)
         lines = (checkout.folder / f"{name.replace(' ', '-')}.out").read_text().splitlines()

@@ -14,7 +14,9 @@ from reproduce.config import compose
 from results import stability as stored
 
 DATA = Path(__file__).parent.parent / "data"
-needs_cifar = pytest.mark.skipif(not (DATA / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10 under data/")
+needs_cifar = pytest.mark.skipif(
+    not (DATA / "cifar-10-batches-py").is_dir(), reason="no CIFAR-10 under data/"
+)
 LOCAL = [f"data.root={DATA}", "data.download=false"]
 
 
@@ -39,7 +41,9 @@ def test_10_000_steps_stay_finite_and_invertible(seed, tmp_path):
     row = train("long", seed, tmp_path / "run", LOCAL, every=100)
     assert (row["steps"], row["skipped_steps"]) == (10_000, 0)
     assert torch.tensor(row["bpd"]).isfinite().all()
-    assert all(error <= 1 for error in row["round_trip_grey_levels"].values())  # not max, which may pass over a NaN
+    assert all(
+        error <= 1 for error in row["round_trip_grey_levels"].values()
+    )  # not max, which may pass over a NaN
     assert row["finite_T0.7"] == 1
 
 
@@ -82,12 +86,27 @@ def test_mistakes_are_one_line(given, said):
 
 def test_a_run_that_blows_up_is_a_row_and_the_next_seed_is_run(tmp_path, capsys):
     """A step of 1e30: from then on nothing is finite."""
-    tiny = ["data.name=photos", "data.size=8", "data.n_train=64", "data.n_val=8", "data.n_test=8", "flow.depth=1"]
-    tiny += ["flow.hidden_channels=4", "optim.lr=1e30", "optim.warmup_steps=0", "optim.max_skipped=3"]
+    tiny = [
+        "data.name=photos",
+        "data.size=8",
+        "data.n_train=64",
+        "data.n_val=8",
+        "data.n_test=8",
+        "flow.depth=1",
+    ]
+    tiny += [
+        "flow.hidden_channels=4",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "optim.max_skipped=3",
+    ]
     path = tmp_path / "short.json"
     main(["short", "seeds=0,1", "--json", str(path), "trainer.log_every_n_steps=1", *tiny])
     rows = stored.read(path)["runs"]
-    assert [(row["seed"], row["steps"], row["skipped_steps"]) for row in rows] == [(0, 5, 4), (1, 5, 4)]
+    assert [(row["seed"], row["steps"], row["skipped_steps"]) for row in rows] == [
+        (0, 5, 4),
+        (1, 5, 4),
+    ]
     for row in rows:
         assert row["round_trip_grey_levels"] == {"images": None, "noise": None}
         assert not row["finite_T0.7"]  # or null: no inverse
@@ -115,13 +134,23 @@ def trained(monkeypatch):
 
 
 def test_every_seed_is_written_and_not_run_again(tmp_path, trained, capsys):
-    command = ["long", "--json", str(tmp_path / "long.json"), "optim.lr=1e-4", "data.root=/somewhere"]
+    command = [
+        "long",
+        "--json",
+        str(tmp_path / "long.json"),
+        "optim.lr=1e-4",
+        "data.root=/somewhere",
+    ]
     main([*command, "seeds=2,0"])
     main([*command, "seeds=0,1"])
-    assert trained == [("long", seed, ["optim.lr=1e-4", "data.root=/somewhere"], 100) for seed in (2, 0, 1)]
+    assert trained == [
+        ("long", seed, ["optim.lr=1e-4", "data.root=/somewhere"], 100) for seed in (2, 0, 1)
+    ]
     content = json.loads((tmp_path / "long.json").read_text())
     assert content["overrides"] == ["optim.lr=1e-4", "data.root=somewhere"]
-    assert [(run["seed"], run["bpd"]) for run in content["runs"]] == [(seed, [7.0, None]) for seed in (2, 0, 1)]
+    assert [(run["seed"], run["bpd"]) for run in content["runs"]] == [
+        (seed, [7.0, None]) for seed in (2, 0, 1)
+    ]
     with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
         main(["short", *command[1:]])
     with pytest.raises(SystemExit, match=r"holds long optim.lr=1e-4 .*: give another file"):
@@ -134,7 +163,9 @@ def test_every_seed_is_written_and_not_run_again(tmp_path, trained, capsys):
         with pytest.raises(SystemExit) as end:
             main([*words, "seeds=7"])
         assert (end.value.code, capsys.readouterr().err) == (75, f"stopped in seed 7{said}\n")
-    with pytest.raises(SystemExit, match="error: stopped at step 3; go on with"):  # as of a full disk
+    with pytest.raises(
+        SystemExit, match="error: stopped at step 3; go on with"
+    ):  # as of a full disk
         main(["long", "seeds=8"])
 
 
@@ -142,7 +173,11 @@ def test_every_seed_is_written_and_not_run_again(tmp_path, trained, capsys):
     ("key", "value", "said"),
     [
         ("depth", 8, "depth=8, not with depth=4"),
-        ("min_scale", None, "min_scale=0.0, not with min_scale=0.5"),  # recorded by a program that did not say
+        (
+            "min_scale",
+            None,
+            "min_scale=0.0, not with min_scale=0.5",
+        ),  # recorded by a program that did not say
         ("min_scale", 0.25, "min_scale=0.25, not with min_scale=0.5"),
         ("optim", {"lr": 0.01}, "optim.lr=0.01, not with optim.lr=0.001"),
     ],
@@ -157,7 +192,9 @@ def test_a_file_of_another_model_is_not_gone_on_with(tmp_path, trained, key, val
     if value is None:
         del run[key]
     path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=r"long\.json holds runs with .*: give another file$") as end:
+    with pytest.raises(
+        SystemExit, match=r"long\.json holds runs with .*: give another file$"
+    ) as end:
         main(["long", "seeds=1", "--json", str(path)])
     assert said in end.value.code
     assert len(trained) == 1
@@ -167,17 +204,24 @@ def test_a_file_of_another_model_is_not_gone_on_with(tmp_path, trained, key, val
 def test_a_file_of_another_program_is_named(tmp_path, trained, content):
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(SystemExit, match=r"^error: .*other\.json is not what benchmarks\.stability writes") as end:
+    with pytest.raises(
+        SystemExit, match=r"^error: .*other\.json is not what benchmarks\.stability writes"
+    ) as end:
         main(["long", "--json", str(path)])
     assert "\n" not in end.value.code
     assert (path.read_text(), trained) == (content, [])
 
 
-@pytest.mark.parametrize("path", sorted((Path(stored.ROOT) / "stability").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(stored.ROOT) / "stability").glob("*.json")), ids=lambda path: path.stem
+)
 def test_what_is_recorded_can_be_gone_on_with(tmp_path, trained, path):
     content = stored.read(path)
     copy = tmp_path / path.name
     copy.write_text(path.read_text())
     seeds = ",".join(str(run["seed"]) for run in content["runs"])
-    assert main([content["kind"], *content["overrides"], f"seeds={seeds}", "--json", str(copy)]) == content["runs"]
+    assert (
+        main([content["kind"], *content["overrides"], f"seeds={seeds}", "--json", str(copy)])
+        == content["runs"]
+    )
     assert trained == []

@@ -46,7 +46,9 @@ def imports(path, top_level_only=False):
         node = nodes.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
             found += [(node.lineno, name) for name in imported(node, path)]
-        if not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+        if not (
+            top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        ):
             nodes += ast.iter_child_nodes(node)
     return sorted(found)
 
@@ -71,10 +73,20 @@ def test_the_reader_of_imports_sees_them_all(tmp_path, monkeypatch):
         "try:\n    import numpy as np\nexcept ImportError:\n    pass\n"
         "class A:\n    import json\n    def f(self):\n        from tests.cases import CASES\n"
     )
-    top = [(1, "math"), (1, "os.path"), (2, "flows.base"), (3, "flows"), (4, "flows.base"), (6, "numpy"), (10, "json")]
+    top = [
+        (1, "math"),
+        (1, "os.path"),
+        (2, "flows.base"),
+        (3, "flows"),
+        (4, "flows.base"),
+        (6, "numpy"),
+        (10, "json"),
+    ]
     assert imports(path, top_level_only=True) == top
     assert imports(path) == [*top, (12, "tests.cases")]
-    assert violations(["flows/*.py"], lambda name: name == "tests") == ["flows/a.py:12 imports tests.cases"]
+    assert violations(["flows/*.py"], lambda name: name == "tests") == [
+        "flows/a.py:12 imports tests.cases"
+    ]
 
 
 @pytest.mark.parametrize("package", ARROWS)
@@ -105,13 +117,17 @@ def test_slow_packages_are_imported_inside_functions():
 
 
 def test_no_file_is_called_utils():
-    assert [path for package in (*ARROWS, "tests") for path in sources(f"{package}/**/utils.py")] == []
+    assert [
+        path for package in (*ARROWS, "tests") for path in sources(f"{package}/**/utils.py")
+    ] == []
 
 
 def test_importing_a_flow_loads_neither_lightning_nor_torchvision():
     code = "import sys, flows.realnvp; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
     assert run.returncode == 0, run.stderr
     loaded = set(run.stdout.split())
     assert "flows" in loaded

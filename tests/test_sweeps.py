@@ -20,7 +20,12 @@ from reproduce.sweep import agent_arguments, in_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((CONFIGS / "sweeps").glob("*.yaml"))
-QUICK = {"realnvp_cifar10_grid", "realnvp_moons", "realnvp_photos", "glow_cifar10_conditional"}  # the others: slow
+QUICK = {
+    "realnvp_cifar10_grid",
+    "realnvp_moons",
+    "realnvp_photos",
+    "glow_cifar10_conditional",
+}  # the others: slow
 RUN = [
     pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow)
     for path in FILES
@@ -44,7 +49,12 @@ TWO_STEPS = {  # of a sweep's command, on what fits a test
     "glow_cifar10": TWO_GLOW_STEPS,
     "glow_cifar10_modern": [*TWO_GLOW_STEPS, "optim.warmup_steps=1", "optim.cooldown_steps=1"],
     "glow_cifar10_additive5bit": [*TWO_GLOW_STEPS, "data.n_bits=5"],
-    "glow_cifar10_conditional": [*TWO_GLOW_STEPS, "data.n_bits=5", "data.labels=true", "flow.n_classes=7"],
+    "glow_cifar10_conditional": [
+        *TWO_GLOW_STEPS,
+        "data.n_bits=5",
+        "data.labels=true",
+        "flow.n_classes=7",
+    ],
     "glow_photos": TWO_GLOW_STEPS,
 }
 
@@ -76,7 +86,9 @@ def started_by_the_agent(sweep, values, folder, monkeypatch):
     from wandb import wandb_agent
 
     caught = []
-    monkeypatch.setattr(wandb_agent, "AgentProcess", lambda **given: caught.append(given) or SimpleNamespace())
+    monkeypatch.setattr(
+        wandb_agent, "AgentProcess", lambda **given: caught.append(given) or SimpleNamespace()
+    )
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
     monkeypatch.setenv("WANDB_DIR", str(folder))
     monkeypatch.setenv("WANDB_RUN_ID", "")  # set by the agent; monkeypatch takes it back
@@ -93,7 +105,13 @@ def started_by_the_agent(sweep, values, folder, monkeypatch):
 @pytest.fixture
 def clean(tmp_path, monkeypatch):
     """Nobody logged in, a folder of its own, and a wandb that reads the environment afresh."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "SLURM_JOB_ID", "PAPERFLOWS_RUN_ID"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_PROJECT",
+        "SLURM_JOB_ID",
+        "PAPERFLOWS_RUN_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -155,7 +173,11 @@ def test_wandb_takes_the_file(path):
     [
         {"method": "gradient"},
         {"metric": {"name": "val/bpd", "goal": "lowest"}},
-        {"parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": "1e-5", "max": 1.0}}},
+        {
+            "parameters": {
+                "optim.lr": {"distribution": "log_uniform_values", "min": "1e-5", "max": 1.0}
+            }
+        },
         {"parameters": {"optim.lr": {"vals": [1.0]}}},
         {"early_terminate": {"type": "hyperbund", "min_iter": 3}},
     ],
@@ -216,18 +238,30 @@ def test_a_preempted_run_of_a_sweep_goes_on(clean, tmp_path):
     assert part.config["optim.lr"] == part.config["optim"]["lr"] == 0.0001
 
     old = part.config
-    command, _ = started_by_the_agent(sweep, old | {"_wandb": {"t": {"1": [1, 5]}}}, tmp_path, clean)
+    command, _ = started_by_the_agent(
+        sweep, old | {"_wandb": {"t": {"1": [1, 5]}}}, tmp_path, clean
+    )
     stopped_at = max(row["trainer/global_step"] for row in part.rows)
-    result = import_module(f"reproduce.{CIFAR}").main([*command[3:], f"trainer.max_steps={stopped_at + 2}"])
+    result = import_module(f"reproduce.{CIFAR}").main(
+        [*command[3:], f"trainer.max_steps={stopped_at + 2}"]
+    )
     assert result["run"] == RUN_ID
     assert result["images"] == (stopped_at + 2) * 32
     new = without(result["config"])
     assert new["trainer"].pop("max_steps") == stopped_at + 2
     assert old["trainer"].pop("max_steps") == 100000
     assert new == {key: value for key, value in without(old).items() if key in new}
-    words = {"preset=cpu", "logger.name=wandb", "trainer.max_epochs=15", f"trainer.max_steps={stopped_at + 2}"}
+    words = {
+        "preset=cpu",
+        "logger.name=wandb",
+        "trainer.max_epochs=15",
+        f"trainer.max_steps={stopped_at + 2}",
+    }
     words |= {"optim.lr=0.0001", "flow.hidden_channels=8", "flow.n_blocks=1", "data.batch_size=32"}
-    assert set(result["overrides"]) == words | set(given) - {"trainer.max_steps=2", "trainer.max_steps=100000"}
+    assert set(result["overrides"]) == words | set(given) - {
+        "trainer.max_steps=2",
+        "trainer.max_steps=100000",
+    }
     parts = parts_of(folder)
     assert [part.run.run_id for part in parts] == [RUN_ID, RUN_ID]
     assert parts[1].rows[0]["trainer/global_step"] >= stopped_at  # it went on, and did not begin
@@ -235,12 +269,21 @@ def test_a_preempted_run_of_a_sweep_goes_on(clean, tmp_path):
 
 def stopped_in_training(command, environment, cwd, folder):
     """The exit code of a process that gets SIGTERM once it trains."""
-    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    paths = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
     with (cwd / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, cwd=cwd, env=environment | paths, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment | paths, stdout=output, stderr=output
+        )
         try:
             deadline = time.monotonic() + 120
-            while len(curve_rows(folder)) < 4 and process.poll() is None and time.monotonic() < deadline:
+            while (
+                len(curve_rows(folder)) < 4
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.1)
             process.terminate()
             return process.wait(60)
@@ -274,7 +317,9 @@ def words(values):
     """As wandb's agent writes them where the command has ${args_no_hyphens}."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-    return create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})["args_no_hyphens"]
+    return create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})[
+        "args_no_hyphens"
+    ]
 
 
 def without(config):
@@ -290,17 +335,51 @@ def as_a_server_may_store_it(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@pytest.mark.parametrize("stored", [lambda config: config, as_a_server_may_store_it], ids=["as-is", "integers"])
+@pytest.mark.parametrize(
+    "stored", [lambda config: config, as_a_server_may_store_it], ids=["as-is", "integers"]
+)
 @pytest.mark.parametrize(
     ("experiment", "given"),
     [
-        (CIFAR, ["optim.lr=1e-5", "trainer.max_time=00:01:00:00", "optim.clip_norm=null", "optim.betas=[0.8, 0.99]"]),
         (
             CIFAR,
-            ["preset=demo", 'logger.project="123"', "ema.decay=0.5", "seed=3", "data.n_val=0", "trainer.devices=2"],
+            [
+                "optim.lr=1e-5",
+                "trainer.max_time=00:01:00:00",
+                "optim.clip_norm=null",
+                "optim.betas=[0.8, 0.99]",
+            ],
         ),
-        (CIFAR, ["preset=cpu", "data.name=photos", "data.size=16", "trainer.compile=true", "flow.n_scales=1"]),
-        ("realnvp_moons", ["logger.name=wandb", "flow.n_couplings=4", "samples.temperatures=[1]", "trainer.devices=1"]),
+        (
+            CIFAR,
+            [
+                "preset=demo",
+                'logger.project="123"',
+                "ema.decay=0.5",
+                "seed=3",
+                "data.n_val=0",
+                "trainer.devices=2",
+            ],
+        ),
+        (
+            CIFAR,
+            [
+                "preset=cpu",
+                "data.name=photos",
+                "data.size=16",
+                "trainer.compile=true",
+                "flow.n_scales=1",
+            ],
+        ),
+        (
+            "realnvp_moons",
+            [
+                "logger.name=wandb",
+                "flow.n_couplings=4",
+                "samples.temperatures=[1]",
+                "trainer.devices=1",
+            ],
+        ),
     ],
 )
 def test_a_resumed_run_has_the_config_it_had(experiment, given, stored, swept):
@@ -308,7 +387,10 @@ def test_a_resumed_run_has_the_config_it_had(experiment, given, stored, swept):
     old = OmegaConf.to_container(compose(experiment, given))
     old["trainer"]["precision"] = "32-true"  # load_config has resolved it
     sent = stored(json.loads(json.dumps({**old, "run_dir": "outputs/x/y", "overrides": given})))
-    sent |= {"optim.lr": sent["optim"]["lr"], "_wandb": {"cli_version": "0.31.0", "m": [{"1": "a", "6": [3]}]}}
+    sent |= {
+        "optim.lr": sent["optim"]["lr"],
+        "_wandb": {"cli_version": "0.31.0", "m": [{"1": "a", "6": [3]}]},
+    }
     command = [*(word for word in given if word.startswith("preset=")), *words(sent)]
     arguments = agent_arguments(command, experiment)
     assert len(arguments) < 12  # what differs from the recipe, not all of it
@@ -322,9 +404,23 @@ def test_a_run_preempted_before_its_config_was_known_begins(swept):
 
 
 def test_a_first_start_is_left_as_it_is_but_for_integers(swept):
-    given = ["preset=cpu", "trainer.max_time=null", "trainer.compile=true", "data.root=/a b/c", "--print-config"]
-    arguments = agent_arguments([*given, *words({"flow.n_blocks": 4.0, "optim.lr": 1.0, "ema.decay": None})], CIFAR)
-    assert arguments == ["--print-config", *given[:-1], "flow.n_blocks=4", "optim.lr=1.0", "ema.decay=null"]
+    given = [
+        "preset=cpu",
+        "trainer.max_time=null",
+        "trainer.compile=true",
+        "data.root=/a b/c",
+        "--print-config",
+    ]
+    arguments = agent_arguments(
+        [*given, *words({"flow.n_blocks": 4.0, "optim.lr": 1.0, "ema.decay": None})], CIFAR
+    )
+    assert arguments == [
+        "--print-config",
+        *given[:-1],
+        "flow.n_blocks=4",
+        "optim.lr=1.0",
+        "ema.decay=null",
+    ]
     with pytest.raises(ConfigError, match="did you mean cpu"):
         agent_arguments(["preset=cpuu"], CIFAR)
 
@@ -340,12 +436,16 @@ def test_outside_of_a_sweep_arguments_are_what_was_given(monkeypatch):
 
 
 def test_a_run_of_another_experiment_is_refused(swept):
-    with pytest.raises(ConfigError, match="runs are of realnvp_moons: its program is not realnvp_cifar10's"):
+    with pytest.raises(
+        ConfigError, match="runs are of realnvp_moons: its program is not realnvp_cifar10's"
+    ):
         agent_arguments(["experiment=realnvp_moons", "flow={'n_couplings': 4}"], CIFAR)
 
 
 def test_a_key_that_the_recipe_no_longer_has_is_named(swept):
-    arguments = agent_arguments(["experiment=realnvp_cifar10", "flow={'n_blocks': 8, 'width': 4}"], CIFAR)
+    arguments = agent_arguments(
+        ["experiment=realnvp_cifar10", "flow={'n_blocks': 8, 'width': 4}"], CIFAR
+    )
     assert arguments == ["flow.width=4"]
     with pytest.raises(ConfigError, match=r"flow\.width is no key"):
         compose(CIFAR, arguments)

@@ -30,8 +30,15 @@ BATCH = 16
 TINY = [*cases.TINY, "logger.name=wandb", "trainer.log_every_n_steps=2"]
 RESULT = {  # of a run on the claim's own data
     "experiment": "realnvp_cifar10",
-    "metrics": {"test/bpd": 3.6, "test/bpd_reestimated": float("nan"), "val/bpd": 3.5, "samples/finite_T1": 1.0},
-    "comparisons": [{"metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": 0.11, "status": "shortened"}],
+    "metrics": {
+        "test/bpd": 3.6,
+        "test/bpd_reestimated": float("nan"),
+        "val/bpd": 3.5,
+        "samples/finite_T1": 1.0,
+    },
+    "comparisons": [
+        {"metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": 0.11, "status": "shortened"}
+    ],
     "tested": {"chosen": "best"},
     "gap": 0.11,
     "status": "shortened",
@@ -42,7 +49,14 @@ RESULT = {  # of a run on the claim's own data
 def nobody_logged_in(home):
     """No W&B login, no settings of whoever runs the tests, and a wandb that reads the environment afresh."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT"):
+        for name in (
+            "WANDB_API_KEY",
+            "WANDB_MODE",
+            "WANDB_DIR",
+            "WANDB_RUN_ID",
+            "WANDB_SWEEP_ID",
+            "WANDB_PROJECT",
+        ):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
         wandb.teardown()
@@ -57,7 +71,9 @@ def alone(tmp_path):
 
 
 def config_for(folder, *arguments):
-    return OmegaConf.merge(compose("realnvp_cifar10", [*TINY, *arguments]), {"run_dir": str(folder)})
+    return OmegaConf.merge(
+        compose("realnvp_cifar10", [*TINY, *arguments]), {"run_dir": str(folder)}
+    )
 
 
 def pixels(path):
@@ -70,7 +86,11 @@ def resumed(tmp_path_factory):
     folder, outputs, results = tmp_path_factory.mktemp("runs") / "a run", [], []
     for steps in (4, 7):
         out, err = io.StringIO(), io.StringIO()
-        with nobody_logged_in(folder.parent), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            nobody_logged_in(folder.parent),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             arguments = [f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"]
             results.append(realnvp_cifar10.main([*TINY, *arguments]))
         outputs.append((out.getvalue(), err.getvalue()))
@@ -112,13 +132,20 @@ def test_summary_is_what_was_tested(resumed):
         assert isinstance(summary["val/bpd"], float)
         assert summary["paper/bpd"] == 3.49
         assert summary["status"] == "-"
-        assert not any(key.startswith("gap/") for key in summary)  # photographs beside CIFAR-10's number
+        assert not any(
+            key.startswith("gap/") for key in summary
+        )  # photographs beside CIFAR-10's number
 
 
 def test_config_group_name_and_tags(resumed):
     commit, _ = git_state()
     for part in resumed.parts:
-        assert part.config["flow"] == {"n_scales": 2, "hidden_channels": 4, "n_blocks": 1, "alpha": 0.05}
+        assert part.config["flow"] == {
+            "n_scales": 2,
+            "hidden_channels": 4,
+            "n_blocks": 1,
+            "alpha": 0.05,
+        }
         assert part.config["experiment"] == "realnvp_cifar10"
         assert part.config["optim"]["lr"] == 1e-3
         assert (part.run.run_group, part.run.display_name, part.run.project) == (
@@ -135,7 +162,14 @@ def test_table_holds_the_printed_rows(resumed):
     metrics = result["metrics"]
     assert table["data"] == [
         ["realnvp_cifar10", "test/bpd", 3.49, metrics["test/bpd"], None, "-"],
-        ["realnvp_cifar10", "test/bpd_reestimated", None, metrics["test/bpd_reestimated"], None, "-"],
+        [
+            "realnvp_cifar10",
+            "test/bpd_reestimated",
+            None,
+            metrics["test/bpd_reestimated"],
+            None,
+            "-",
+        ],
     ]
 
 
@@ -145,7 +179,9 @@ def test_pictures_are_those_of_the_run_folder(resumed):
         for row in part.rows:
             for key in [key for key in row if key.endswith(".filenames")]:
                 name, (path,) = key.removesuffix(".filenames").split("/")[1], row[key]
-                shown[f"{name}-{row['trainer/global_step']:07d}.png"] = pixels(part.folder / "files" / path)
+                shown[f"{name}-{row['trainer/global_step']:07d}.png"] = pixels(
+                    part.folder / "files" / path
+                )
     written = {path.name: pixels(path) for path in (resumed.folder / "samples").iterdir()}
     assert set(shown) == set(written)
     assert {"samples-0000003.png", "reconstruction-0000007.png"} <= set(shown)
@@ -180,7 +216,9 @@ def test_the_upload_is_named_once_and_takes_every_part(resumed):
     paths = sorted(glob.glob(pattern))
     assert paths == [str(part.folder) for part in resumed.parts]
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *paths]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=resumed.folder, timeout=120, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=resumed.folder, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     listed = done.stdout + done.stderr
     assert all(part.folder.name in listed for part in resumed.parts), listed
@@ -206,7 +244,9 @@ def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         run = make_logger(config_for(tmp_path / "run")).experiment
-        thread = threading.Thread(target=run.settings.stop_fn)  # wandb calls it in a thread of its own
+        thread = threading.Thread(
+            target=run.settings.stop_fn
+        )  # wandb calls it in a thread of its own
         thread.start()
         thread.join()
         mark_preempting()
@@ -258,19 +298,42 @@ def test_report_sets_the_tested_gap_over_the_last_validations(tmp_path, alone):
     close(0)
     (part,) = parts_of(tmp_path / "run")
     summary = part.summary
-    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (3.49, 0.11, "shortened")
+    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (
+        3.49,
+        0.11,
+        "shortened",
+    )
     assert (summary["best/val/bpd"], summary["val/bpd"]) == (3.5, 12.49)
     assert summary["test/bpd_reestimated"] is None  # not a number
     assert list(part.run.tags)[-1] == "shortened"
     assert part.rows[-1]["trainer/images"] == 8 * BATCH
     (path,) = (part.folder / "files" / "media" / "table").iterdir()
-    assert json.loads(path.read_text())["data"][0] == ["realnvp_cifar10", "test/bpd", 3.49, 3.6, 0.11, "shortened"]
+    assert json.loads(path.read_text())["data"][0] == [
+        "realnvp_cifar10",
+        "test/bpd",
+        3.49,
+        3.6,
+        0.11,
+        "shortened",
+    ]
 
 
 def test_report_of_several_claims(tmp_path, alone):
     logger = make_logger(config_for(tmp_path / "run"))
-    psnr = {"metric": "test/psnr", "value": 27.75, "decimals": 2, "gap": 0.25, "status": "reproduced"}
-    ssim = {"metric": "test/ssim", "value": 0.76, "decimals": 2, "gap": None, "status": "not measured"}
+    psnr = {
+        "metric": "test/psnr",
+        "value": 27.75,
+        "decimals": 2,
+        "gap": 0.25,
+        "status": "reproduced",
+    }
+    ssim = {
+        "metric": "test/ssim",
+        "value": 0.76,
+        "decimals": 2,
+        "gap": None,
+        "status": "not measured",
+    }
     again = {"metric": "test/mse", "value": 1.0, "decimals": 2, "gap": 0.5, "status": "shortened"}
     metrics = RESULT["metrics"] | {"test/psnr": 28.0, "test/mse": 1.5}
     comparisons = [*RESULT["comparisons"], psnr, ssim, again]
@@ -278,7 +341,11 @@ def test_report_of_several_claims(tmp_path, alone):
     close(0)
     (part,) = parts_of(tmp_path / "run")
     summary = part.summary
-    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (3.49, 0.11, "shortened")
+    assert (summary["paper/bpd"], summary["gap/bpd"], summary["status"]) == (
+        3.49,
+        0.11,
+        "shortened",
+    )
     assert (summary["paper/psnr"], summary["gap/psnr"]) == (27.75, 0.25)
     assert (summary["paper/ssim"], "gap/ssim" in summary) == (0.76, False)
     assert list(part.run.tags)[-3:] == ["shortened", "reproduced", "not measured"]
@@ -290,7 +357,10 @@ def test_report_of_several_claims(tmp_path, alone):
 
 def test_the_last_weights_are_not_called_best(tmp_path, alone):
     logger = make_logger(config_for(tmp_path / "run"))
-    report(logger, RESULT | {"tested": {"chosen": "step"}, "comparisons": [], "gap": None, "status": "-"})
+    report(
+        logger,
+        RESULT | {"tested": {"chosen": "step"}, "comparisons": [], "gap": None, "status": "-"},
+    )
     close(0)
     (part,) = parts_of(tmp_path / "run")
     assert not {key for key in part.summary if key.startswith(("best/", "paper/", "gap/"))}

@@ -47,7 +47,11 @@ class Part:
 
     @property
     def summary(self):
-        return {k: v for summary in self.records["summary"] for k, v in self._items(summary.update).items()}
+        return {
+            k: v
+            for summary in self.records["summary"]
+            for k, v in self._items(summary.update).items()
+        }
 
     @property
     def config(self):
@@ -57,7 +61,10 @@ class Part:
     @staticmethod
     def _items(items):
         """Key -> value, of nested ones the keys joined by dots."""
-        return {".".join([item.key, *item.nested_key]).strip("."): json.loads(item.value_json) for item in items}
+        return {
+            ".".join([item.key, *item.nested_key]).strip("."): json.loads(item.value_json)
+            for item in items
+        }
 
 
 def parts_of(folder):

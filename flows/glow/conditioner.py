@@ -53,7 +53,9 @@ class GlowConditioner(nn.Module):
     x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W). Has no use for a context.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool
+    ) -> None:
         super().__init__()
         self.conv_in = EdgeConv2d(in_channels, hidden_channels, edges)
         self.norm_in = ActNorm(hidden_channels)
@@ -85,7 +87,9 @@ class GlowConditioner(nn.Module):
         """
         norms_in, norms_mid = [net.norm_in for net in nets], [net.norm_mid for net in nets]
         convs_out = [net.conv_out for net in nets]
-        scale_in, bias_in = scales_and_biases([norm.log_scale for norm in norms_in], [norm.bias for norm in norms_in])
+        scale_in, bias_in = scales_and_biases(
+            [norm.log_scale for norm in norms_in], [norm.bias for norm in norms_in]
+        )
         scale_mid, bias_mid = scales_and_biases(
             [norm.log_scale for norm in norms_mid], [norm.bias for norm in norms_mid]
         )
@@ -93,7 +97,9 @@ class GlowConditioner(nn.Module):
             [conv.log_scale for conv in convs_out], [conv.shift for conv in convs_out]
         )
         rows = zip(
-            nets, *(x.unbind() for x in (scale_in, bias_in, scale_mid, bias_mid, scale_out, bias_out)), strict=True
+            nets,
+            *(x.unbind() for x in (scale_in, bias_in, scale_mid, bias_mid, scale_out, bias_out)),
+            strict=True,
         )
         return [
             Folded(
@@ -131,16 +137,25 @@ class GlowConditioner(nn.Module):
             return self.weights(folded, dtype), self.biases(folded, dtype, size)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, hidden: tuple[Tensor, Tensor], weights: PerLayer, folded: Folded
+        self,
+        grad: Tensor,
+        x: Tensor,
+        hidden: tuple[Tensor, Tensor],
+        weights: PerLayer,
+        folded: Folded,
     ) -> tuple[Tensor, Folded]:
         """Those of x and of all in `folded`, from that of the output: the chain rule, from the last layer on."""
         first, second = hidden
-        bias_out, edge_out, edge_scale_out = self.conv_out.added_gradients(grad, folded.edge_out, folded.scale_out)
+        bias_out, edge_out, edge_scale_out = self.conv_out.added_gradients(
+            grad, folded.edge_out, folded.scale_out
+        )
         grad, weight_out = conv3x3_gradients(grad.to(second.dtype), second, weights[2])
         grad = pixels(relu_gradient(grad, second))
         bias_mid, weight_mid = grad.sum(0, dtype=folded.bias_mid.dtype), grad.T @ pixels(first)
         grad = relu_gradient(images(grad @ weights[1], first), first)
-        bias_in, edge_in, edge_scale_in = self.conv_in.added_gradients(grad, folded.edge_in, folded.scale_in)
+        bias_in, edge_in, edge_scale_in = self.conv_in.added_gradients(
+            grad, folded.edge_in, folded.scale_in
+        )
         grad, weight_in = conv3x3_gradients(grad, x.to(first.dtype), weights[0])
         weight_in, scale_in = scaled_gradients(weight_in, folded.weight_in, folded.scale_in)
         weight_mid, scale_mid = scaled_gradients(

@@ -44,7 +44,9 @@ class EdgeConv2d(nn.Conv2d):
         if edge is None:
             return pixels(grad).sum(0, dtype=scale.dtype), None, None
         # over the batch in rows: ten times faster than as autograd writes the sum of channels_last gradients
-        of_map = grad.permute(0, 2, 3, 1).flatten(1).sum(0, dtype=scale.dtype).view(-1, grad.shape[1])
+        of_map = (
+            grad.permute(0, 2, 3, 1).flatten(1).sum(0, dtype=scale.dtype).view(-1, grad.shape[1])
+        )
         of_weight = (of_map.T @ border(*grad.shape[-2:], like=scale)).view_as(edge)
         return of_map.sum(0), *scaled_gradients(of_weight, edge, scale)
 
@@ -84,7 +86,11 @@ def added(bias: Tensor, edge: Tensor | None, scale: Tensor, size: tuple[int, int
 
     bias b and scale s: (C_out,). edge: the border's weight, (C_out, 1, 3, 3), or None without edges. size: (H, W).
     """
-    return bias[:, None, None] if edge is None else edge_map(edge.flatten(1) * scale[:, None], bias, size)
+    return (
+        bias[:, None, None]
+        if edge is None
+        else edge_map(edge.flatten(1) * scale[:, None], bias, size)
+    )
 
 
 class ZeroConv2d(EdgeConv2d):
@@ -110,7 +116,9 @@ class ZeroConv2d(EdgeConv2d):
     def _folded(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Weight and shift with the factor inside, for images of size (H, W)."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
-        return scaled(self.weight, scale, self.weight.dtype), added(bias, self.edge_weight, scale, size)
+        return scaled(self.weight, scale, self.weight.dtype), added(
+            bias, self.edge_weight, scale, size
+        )
 
 
 class ZeroLinear(nn.Linear):

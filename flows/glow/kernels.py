@@ -18,10 +18,23 @@ def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, 
     For few channels out of many both are products with the 3x3 patches of the few: on a CPU in float32 a third faster
     than oneDNN's at Glow's sizes.
     """
-    if weight.shape[0] < weight.shape[1] and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+    if (
+        weight.shape[0] < weight.shape[1]
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+    ):
         return _products_with_patches(grad, x, weight)
-    same = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, transposed, its padding, groups
-    return torch.ops.aten.convolution_backward.default(grad, x, weight, None, *same, (True, True, False))[:2]
+    same = (
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+    )  # stride, padding, dilation, transposed, its padding, groups
+    return torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, *same, (True, True, False)
+    )[:2]
 
 
 def _for_tensor_cores(x: Tensor) -> bool:
@@ -42,7 +55,9 @@ def gathered(x: Tensor, weight: Tensor) -> Tensor:
     height, width = x.shape[2:]
     fill = -x.shape[1] % 8
     padded = F.pad(x.movedim(1, -1), (0, fill, 1, 1, 1, 1))
-    patches = torch.cat([padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1)
+    patches = torch.cat(
+        [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1
+    )
     weight = F.pad(weight.permute(0, 2, 3, 1), (0, fill)).flatten(1)
     return F.linear(patches, weight).movedim(-1, 1)
 

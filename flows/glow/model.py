@@ -12,7 +12,14 @@ from flows.glow.edges import ZeroLinear
 from flows.glow.priors import SplitPrior, TopPrior
 from flows.glow.steps import Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
-from flows.multiscale import back_through, channels_last, check_image_shape, halved, initialize_through, through
+from flows.multiscale import (
+    back_through,
+    channels_last,
+    check_image_shape,
+    halved,
+    initialize_through,
+    through,
+)
 from flows.normalization import ActNorm
 from flows.reshape import Squeeze
 
@@ -64,10 +71,17 @@ class Glow(FlowModel):
     ) -> None:
         super().__init__()
         if min(n_levels, depth, hidden_channels) < 1:
-            raise ValueError("flow.n_levels, flow.depth and flow.hidden_channels must be at least 1")
-        for key, value, choices in (("coupling", coupling, COUPLINGS), ("permutation", permutation, PERMUTATIONS)):
+            raise ValueError(
+                "flow.n_levels, flow.depth and flow.hidden_channels must be at least 1"
+            )
+        for key, value, choices in (
+            ("coupling", coupling, COUPLINGS),
+            ("permutation", permutation, PERMUTATIONS),
+        ):
             if value not in choices:
-                raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(choices)}")
+                raise ValueError(
+                    f"flow.{key}={value} is not known: give one of {', '.join(choices)}"
+                )
         self.shape, self.n_levels = tuple(shape), n_levels
         self.check_image_shape(self.shape)
         self.conditioned_on = None if n_classes is None else Classes(n_classes)
@@ -75,7 +89,11 @@ class Glow(FlowModel):
         def step(channels: int) -> tuple[Flow, Flow, Flow]:
             out = channels if coupling == "affine" else channels // 2
             conditioner = GlowConditioner(channels // 2, out, hidden_channels, edges)
-            affine = SigmoidCoupling(conditioner, min_scale) if coupling == "affine" else AdditiveCoupling(conditioner)
+            affine = (
+                SigmoidCoupling(conditioner, min_scale)
+                if coupling == "affine"
+                else AdditiveCoupling(conditioner)
+            )
             return ActNorm(channels), PERMUTATIONS[permutation](channels), affine
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
@@ -91,7 +109,9 @@ class Glow(FlowModel):
                 self.levels.append(Compose([Squeeze(), steps]))
         self.prior = TopPrior(channels, edges, n_classes)
         self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
-        self.to(memory_format=torch.channels_last)  # as `forward` and `inverse` make the data: convolutions are faster
+        self.to(
+            memory_format=torch.channels_last
+        )  # as `forward` and `inverse` make the data: convolutions are faster
 
     def check_image_shape(self, shape: tuple[int | None, ...]) -> None:
         """ValueError, one line: no (C, H, W), or of sizes that the levels halve to odd ones."""
@@ -100,7 +120,9 @@ class Glow(FlowModel):
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         channels, height, width = self.shape if shape is None else shape
         self.check_image_shape((channels, height, width))
-        shapes = [(channels * 2**i, halved(height, i), halved(width, i)) for i in range(1, self.n_levels)]
+        shapes = [
+            (channels * 2**i, halved(height, i), halved(width, i)) for i in range(1, self.n_levels)
+        ]
         last = self.n_levels
         return (*shapes, (channels * 2 ** (last + 1), halved(height, last), halved(width, last)))
 
@@ -133,6 +155,8 @@ class Glow(FlowModel):
         """
         self.check_shape(x)
         encoding = self.encode_context(context)
-        latents, log_det = self(x, encoding)  # what may be compiled; the last level is taken back from its eps
+        latents, log_det = self(
+            x, encoding
+        )  # what may be compiled; the last level is taken back from its eps
         top, _ = self.prior.inverse(latents[-1], encoding.value)
         return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))

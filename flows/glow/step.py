@@ -11,7 +11,12 @@ from flows.glow.kernels import images, pixels
 
 
 def step(
-    coupling: AdditiveCoupling, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, folded: Folded
+    coupling: AdditiveCoupling,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    folded: Folded,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
     """The coupling of W x + b, its network's products in `dtype`: x (B, C, H, W), weight (C, C), bias (C,).
 
@@ -44,29 +49,50 @@ class GlowStep(Function):
     def backward(ctx, grad, grad_log_det):
         x, weight, bias, *rest = ctx.saved_tensors
         n = len(Folded._fields)
-        folded, y, state, hidden = Folded(*rest[:n]), rest[n], rest[n + 1 :][: ctx.n_state], rest[n + 1 + ctx.n_state :]
+        folded, y, state, hidden = (
+            Folded(*rest[:n]),
+            rest[n],
+            rest[n + 1 :][: ctx.n_state],
+            rest[n + 1 + ctx.n_state :],
+        )
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # these gradients will be differentiated
-                return None, None, None, *_differentiable(ctx, (x, weight, bias, *folded), (grad, grad_log_det))
-            net, weights = ctx.coupling.conditioner, ctx.coupling.conditioner.weights(folded, ctx.dtype)
+                return (
+                    None,
+                    None,
+                    None,
+                    *_differentiable(ctx, (x, weight, bias, *folded), (grad, grad_log_det)),
+                )
+            net, weights = (
+                ctx.coupling.conditioner,
+                ctx.coupling.conditioner.weights(folded, ctx.dtype),
+            )
             (kept, changed), (grad_kept, grad_changed) = y.chunk(2, dim=1), grad.chunk(2, dim=1)
             if not hidden:  # recompute
                 hidden = net.hidden(kept, weights, net.biases(folded, ctx.dtype, x.shape[-2:]))
-            grad_changed, grad_h = ctx.coupling.gradients(grad_changed, grad_log_det, changed, *state)
+            grad_changed, grad_h = ctx.coupling.gradients(
+                grad_changed, grad_log_det, changed, *state
+            )
             grad_net, grad_folded = net.gradients(grad_h, kept, hidden, weights, folded)
             grad = pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1))
             grad_x = images(grad @ weight, x) if ctx.needs_input_grad[3] else None
             return None, None, None, grad_x, grad.T @ pixels(x), grad.sum(0), *grad_folded
 
 
-def _differentiable(ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+def _differentiable(
+    ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, Tensor]
+) -> list[Tensor | None]:
     """The same gradients as autograd makes them."""
     x, weight, bias, *folded = inputs
     outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    pairs = [
+        (output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad
+    ]
     outputs, grads = zip(*pairs, strict=True)  # an additive coupling's log_det is a constant
     needed = [i for i, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
-    needed_gradients = torch.autograd.grad(outputs, [inputs[i] for i in needed], grads, create_graph=True)
+    needed_gradients = torch.autograd.grad(
+        outputs, [inputs[i] for i in needed], grads, create_graph=True
+    )
     gradients = [None] * len(inputs)
     for i, gradient in zip(needed, needed_gradients, strict=True):
         gradients[i] = gradient

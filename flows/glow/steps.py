@@ -32,7 +32,9 @@ class Steps(Compose):
     recompute = False
     by_hand = True
 
-    def __init__(self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, Flow]]) -> None:
+    def __init__(
+        self, steps: Iterable[tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, Flow]]
+    ) -> None:
         super().__init__(layer for step in steps for layer in step)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
@@ -40,16 +42,26 @@ class Steps(Compose):
         total = volume(log_dets.sum(), x)
         couplings = self._couplings()
         maps = zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True)
-        if self.by_hand and not torch.compiler.is_compiling() and all(map(_has_gradients_by_hand, couplings)):
+        if (
+            self.by_hand
+            and not torch.compiler.is_compiling()
+            and all(map(_has_gradients_by_hand, couplings))
+        ):
             dtype = dtype_of_products(x)
-            folded = once(self, "networks", lambda: GlowConditioner.fold([c.conditioner for c in couplings]))
+            folded = once(
+                self, "networks", lambda: GlowConditioner.fold([c.conditioner for c in couplings])
+            )
             with torch.autocast(x.device.type, enabled=False):
                 for coupling, (weight, bias), net in zip(couplings, maps, folded, strict=True):
-                    x, log_det = GlowStep.apply(coupling, dtype, self.recompute, x, weight, bias, *net)
+                    x, log_det = GlowStep.apply(
+                        coupling, dtype, self.recompute, x, weight, bias, *net
+                    )
                     total = total + log_det
         else:
             for coupling, (weight, bias) in zip(couplings, maps, strict=True):
-                x, log_det = recomputed(_step, coupling, x, weight, bias, context, on=self.recompute)
+                x, log_det = recomputed(
+                    _step, coupling, x, weight, bias, context, on=self.recompute
+                )
                 total = total + log_det
         return x, total
 
@@ -80,14 +92,22 @@ class Steps(Compose):
         norms, permutations = list(self.layers)[::3], list(self.layers)[1::3]
         weights, log_dets = matrices(permutations)
         biases = torch.stack([norm.bias for norm in norms]).flatten(1).double()
-        log_scales = ActNorm.LOG_SCALE_FACTOR * torch.stack([norm.log_scale for norm in norms]).flatten(1).double()
+        log_scales = (
+            ActNorm.LOG_SCALE_FACTOR
+            * torch.stack([norm.log_scale for norm in norms]).flatten(1).double()
+        )
         return weights, log_scales.exp(), biases, log_dets + log_scales.sum(-1)
 
 
 def _has_gradients_by_hand(coupling: Flow) -> bool:
     """Whether `GlowStep` computes what the coupling does: exact types, since a subclass may compute something else."""
-    return type(coupling) in (AdditiveCoupling, SigmoidCoupling) and type(coupling.conditioner) is GlowConditioner
+    return (
+        type(coupling) in (AdditiveCoupling, SigmoidCoupling)
+        and type(coupling.conditioner) is GlowConditioner
+    )
 
 
-def _step(coupling: Flow, x: Tensor, weight: Tensor, bias: Tensor, context=None) -> tuple[Tensor, Tensor]:
+def _step(
+    coupling: Flow, x: Tensor, weight: Tensor, bias: Tensor, context=None
+) -> tuple[Tensor, Tensor]:
     return coupling(multiply(weight, x, bias), context)

@@ -41,10 +41,14 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state: dict) -> None:
         self.best = state["best"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+    ) -> None:
         count_running_epoch(checkpoint)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx
+    ) -> None:
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -57,7 +61,9 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.metric is not None:
-            self._save_if_better(trainer, float(trainer.callback_metrics[f"val/{self.metric.name}"]))
+            self._save_if_better(
+                trainer, float(trainer.callback_metrics[f"val/{self.metric.name}"])
+            )
         if self.waiting:
             self.waiting = False
             self.save_step(trainer)
@@ -78,7 +84,9 @@ class Checkpoints(Checkpoint):
             return False
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[:-KEPT]:
+            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[
+                :-KEPT
+            ]:
                 path.unlink(missing_ok=True)
         return True
 
@@ -94,7 +102,9 @@ class Checkpoints(Checkpoint):
             problem = str(error)
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
-            raise RunStopped(f"stopped at step {trainer.global_step}: {problem}. The older checkpoints are intact")
+            raise RunStopped(
+                f"stopped at step {trainer.global_step}: {problem}. The older checkpoints are intact"
+            )
         return True
 
 

@@ -26,7 +26,12 @@ class Curve(L.Callback):
     """
 
     def __init__(self, folder: Path, batch_size: int, interval: int, papers: list[dict]) -> None:
-        self.folder, self.batch_size, self.interval, self.papers = Path(folder), batch_size, interval, papers
+        self.folder, self.batch_size, self.interval, self.papers = (
+            Path(folder),
+            batch_size,
+            interval,
+            papers,
+        )
         self.seconds_before = 0.0
         self.rows: list[dict] = []
 
@@ -45,16 +50,22 @@ class Curve(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         self.seconds_before, self.rows = state["seconds"], state["rows"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+    ) -> None:
         """What has been summed for the next row, over all ranks."""
         mean = pl_module.train_mean
         with mean.sync_context():
             checkpoint["train_mean"] = {"total": mean.total.clone(), "n": mean.n.clone()}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+    ) -> None:
         saved, mean = checkpoint["train_mean"], pl_module.train_mean
         if saved["n"] > 0:
-            mean.update(mean.total.new_empty(0))  # so that all ranks know of having been updated, and compute together
+            mean.update(
+                mean.total.new_empty(0)
+            )  # so that all ranks know of having been updated, and compute together
         if trainer.is_global_zero:
             mean.total, mean.n = saved["total"].to(mean.device), saved["n"].to(mean.device)
 
@@ -72,7 +83,9 @@ class Curve(L.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._add(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx
+    ) -> None:
         if not ends_step(trainer, batch_idx) or validates_now(trainer):
             return
         due = sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0
@@ -97,7 +110,9 @@ class Curve(L.Callback):
 
     def _add(self, trainer: L.Trainer, pl_module: Objective, fresh: bool = True) -> None:
         metric, step = pl_module.metric.name, trainer.global_step
-        train = pl_module.train_mean.compute().item() if pl_module.train_mean.update_called else None
+        train = (
+            pl_module.train_mean.compute().item() if pl_module.train_mean.update_called else None
+        )
         pl_module.train_mean.reset()
         val = trainer.callback_metrics.get(f"val/{metric}") if fresh else None
         row = {
@@ -110,10 +125,18 @@ class Curve(L.Callback):
         }
         self.rows.append(row)
         self._write()
-        if step == 0 and trainer.logger is not None and val is not None:  # Lightning logs nothing of its sanity check
+        if (
+            step == 0 and trainer.logger is not None and val is not None
+        ):  # Lightning logs nothing of its sanity check
             trainer.logger.log_metrics({f"val/{metric}": val.item()}, step=0)
-        values = [f"{key} {row[key]:.4f}" for key in (f"train/{metric}", f"val/{metric}") if row[key] is not None]
-        rank_zero_info(f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(values)}")
+        values = [
+            f"{key} {row[key]:.4f}"
+            for key in (f"train/{metric}", f"val/{metric}")
+            if row[key] is not None
+        ]
+        rank_zero_info(
+            f"step {step}, {row['images']:,} images, {row['seconds']:.0f} s: {', '.join(values)}"
+        )
 
     @rank_zero_only
     def _write(self) -> None:
@@ -138,14 +161,23 @@ def draw_curve(rows: list[dict], path: Path, papers: list[dict]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="training images seen")
     for key in [k for k in rows[0] if "/" in k]:
-        points = [(r["images"], r[key]) for r in rows if r[key] is not None and math.isfinite(r[key])]
+        points = [
+            (r["images"], r[key]) for r in rows if r[key] is not None and math.isfinite(r[key])
+        ]
         axes.plot(*zip(*points, strict=True), label=key, marker=".") if points else None
-    values = [r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None and math.isfinite(r[k])]
-    paper = next((paper for paper in papers if f"val/{paper['metric'].split('/')[-1]}" in rows[0]), None)
+    values = [
+        r[k] for r in rows[1:] for k in r if "/" in k and r[k] is not None and math.isfinite(r[k])
+    ]
+    paper = next(
+        (paper for paper in papers if f"val/{paper['metric'].split('/')[-1]}" in rows[0]), None
+    )
     if paper is not None:
         data = "" if paper["comparable"] else " (on other data)"
         axes.axhline(
-            paper["value"], linestyle="--", color="grey", label=f"paper {printed(paper['value'], paper)}{data}"
+            paper["value"],
+            linestyle="--",
+            color="grey",
+            label=f"paper {printed(paper['value'], paper)}{data}",
         )
     if values:
         shown = [*values, paper["value"] if paper else values[0]]

@@ -19,7 +19,9 @@ class Density2d(L.Callback):
     n: points shown of the data and of the samples.
     """
 
-    def __init__(self, folder: Path, n: int, box=(-2.5, 3.5, -2.0, 2.5), cell=0.0125, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, n: int, box=(-2.5, 3.5, -2.0, 2.5), cell=0.0125, seed: int = 0
+    ) -> None:
         self.folder, self.n, self.box, self.cell, self.seed = Path(folder), n, box, cell, seed
 
     @torch.no_grad()
@@ -30,7 +32,10 @@ class Density2d(L.Callback):
         pl_module.log("density_integral", float(density.sum() * self.cell**2), rank_zero_only=True)
         if trainer.is_global_zero:
             data = torch.stack(
-                [trainer.datamodule.test[0, i][0] for i in range(min(self.n, len(trainer.datamodule.test)))]
+                [
+                    trainer.datamodule.test[0, i][0]
+                    for i in range(min(self.n, len(trainer.datamodule.test)))
+                ]
             )
             self._draw(data.numpy(), samples.cpu().numpy(), density)
 
@@ -40,7 +45,9 @@ class Density2d(L.Callback):
         xs = torch.arange(left + self.cell / 2, right, self.cell)
         ys = torch.arange(bottom + self.cell / 2, top, self.cell)
         grid = torch.cartesian_prod(ys, xs).flip(1)
-        log_prob = [pl_module.log_prob(part.to(pl_module.device)).cpu() for part in grid.split(16_384)]
+        log_prob = [
+            pl_module.log_prob(part.to(pl_module.device)).cpu() for part in grid.split(16_384)
+        ]
         return torch.cat(log_prob).double().exp().view(len(ys), len(xs)).numpy()
 
     def _draw(self, data: np.ndarray, samples: np.ndarray, density: np.ndarray) -> None:
@@ -50,10 +57,18 @@ class Density2d(L.Callback):
         figure = Figure(figsize=(12, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 3, sharex=True, sharey=True)
-        for ax, title, points in zip(axes, ("data", "samples", "density"), (data, samples, None), strict=True):
+        for ax, title, points in zip(
+            axes, ("data", "samples", "density"), (data, samples, None), strict=True
+        ):
             ax.set(title=title, aspect="equal", xlim=self.box[:2], ylim=self.box[2:])
             if points is not None:
                 ax.plot(*points.T, ",", color="#204080", alpha=0.5)
             else:
-                ax.imshow(density, origin="lower", extent=self.box, cmap="viridis", vmax=np.quantile(density, 0.999))
+                ax.imshow(
+                    density,
+                    origin="lower",
+                    extent=self.box,
+                    cmap="viridis",
+                    vmax=np.quantile(density, 0.999),
+                )
         figure.savefig(self.folder / "density.png", dpi=100)

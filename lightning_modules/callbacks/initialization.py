@@ -6,7 +6,9 @@ import lightning.pytorch as L
 
 from lightning_modules.objective import Objective
 
-PIXELS = 256 * 32**2  # of the first batch: 256 images of 32x32 (Glow's authors' code, `n_batch_init`), 11 of 160x160
+PIXELS = (
+    256 * 32**2
+)  # of the first batch: 256 images of 32x32 (Glow's authors' code, `n_batch_init`), 11 of 160x160
 
 
 class Initialization(L.Callback):
@@ -20,7 +22,9 @@ class Initialization(L.Callback):
         if stage == "fit" and pl_module.needs_initialization():
             pl_module.initialize(trainer.datamodule.initialization_batch(n_data(pl_module.shape)))
             if pl_module.needs_initialization():
-                raise RuntimeError(f"{pl_module.model_name}: a layer does not hand `initialize` on to its parts")
+                raise RuntimeError(
+                    f"{pl_module.model_name}: a layer does not hand `initialize` on to its parts"
+                )
 
 
 def n_data(shape: tuple[int, ...] | None) -> int:

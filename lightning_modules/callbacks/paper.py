@@ -39,18 +39,25 @@ def comparison_rows(result: dict) -> list[tuple]:
         for comparison in result["comparisons"]
         if comparison["metric"] in result["metrics"] or comparison["status"] != "-"
     }
-    tested = {key for key in result["metrics"] if key.startswith("test/") or key == "density_integral"}
+    tested = {
+        key for key in result["metrics"] if key.startswith("test/") or key == "density_integral"
+    }
     rows = []
     for metric in sorted(tested | claims.keys()):
         claim = claims.get(metric, {"value": None, "gap": None, "status": "-"})
         ours = result["metrics"].get(metric)
-        rows.append((result["experiment"], metric, claim["value"], ours, claim["gap"], claim["status"]))
+        rows.append(
+            (result["experiment"], metric, claim["value"], ours, claim["gap"], claim["status"])
+        )
     return rows
 
 
 def comparison_table(result: dict) -> str:
     """The last lines of a run: COLUMNS, a row a test metric or claim."""
-    claims, rows = {comparison["metric"]: comparison for comparison in result["comparisons"]}, [COLUMNS]
+    claims, rows = (
+        {comparison["metric"]: comparison for comparison in result["comparisons"]},
+        [COLUMNS],
+    )
     for experiment, metric, value, ours, gap, status in comparison_rows(result):
         claim = claims.get(metric, {})
         shown = (
@@ -60,5 +67,8 @@ def comparison_table(result: dict) -> str:
         )
         rows.append((experiment, metric, *shown, status))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -53,7 +53,10 @@ class Preemption(Checkpoint):
             return  # a worker that has just been forked
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.received = not self.received, max(self.received, MEANING[signal.Signals(number)])
+        first, self.received = (
+            not self.received,
+            max(self.received, MEANING[signal.Signals(number)]),
+        )
         if first and self.in_training:
             say(f"{signal.Signals(number).name}: stopping after this step")
         elif first:
@@ -71,11 +74,15 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.in_training = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx
+    ) -> None:
         if self.leaving:  # here, so that the loggers have had the step that was saved
             self._leave()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx
+    ) -> None:
         if ends_step(trainer, batch_idx) and not validates_now(trainer):
             self._agree(trainer)
 
@@ -96,7 +103,11 @@ class Preemption(Checkpoint):
         self.leaving = int(flag)
         if self.leaving:
             saved = self.checkpoints.save_step(trainer)
-            which = "which is saved" if saved else "which is not finite: the newest checkpoint is of an earlier one"
+            which = (
+                "which is saved"
+                if saved
+                else "which is not finite: the newest checkpoint is of an earlier one"
+            )
             self.message = f"stopped at step {trainer.global_step}, {which}"
 
 

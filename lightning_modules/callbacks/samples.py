@@ -24,7 +24,9 @@ class Samples(L.Callback):
     n: samples a temperature for that share, of which 16 are shown. every_n_steps: at most so often.
     """
 
-    def __init__(self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0
+    ) -> None:
         if n < 1 or not temperatures:
             raise ValueError(
                 f"samples.n={n} at samples.temperatures={list(temperatures)} draws nothing: give at least 1"
@@ -40,12 +42,17 @@ class Samples(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         self.drawn_at, self.finite = state["drawn_at"], state["finite"]
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if batch_idx == 0:
             self.batch = [part[:N_SHOWN] for part in batch]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
-        if not trainer.sanity_checking and trainer.global_step >= self.drawn_at + self.every_n_steps:
+        if (
+            not trainer.sanity_checking
+            and trainer.global_step >= self.drawn_at + self.every_n_steps
+        ):
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
@@ -66,7 +73,9 @@ class Samples(L.Callback):
         for module, training in modes.items():
             module.training = training
         n_bits = pl_module.n_bits or 8
-        self._write(trainer, {name: picture(images, n_bits) for name, images in rows.items() if images})
+        self._write(
+            trainer, {name: picture(images, n_bits) for name, images in rows.items() if images}
+        )
 
     def _sample(self, objective: Objective) -> list[Tensor]:
         """A row a temperature, or one row; none where the objective draws nothing."""
@@ -87,7 +96,9 @@ class Samples(L.Callback):
         for name, image in pictures.items():
             array = image.permute(1, 2, 0).numpy()
             Image.fromarray(array).save(self.folder / f"{name}-{trainer.global_step:07d}.png")
-            if hasattr(trainer.logger, "log_image"):  # W&B; uint8, since it logs floats in [0, 1] as black
+            if hasattr(
+                trainer.logger, "log_image"
+            ):  # W&B; uint8, since it logs floats in [0, 1] as black
                 trainer.logger.log_image(f"pictures/{name}", [array], step=trainer.global_step)
         if trainer.logger is not None and self.finite:
             trainer.logger.log_metrics(self.finite, step=trainer.global_step)
