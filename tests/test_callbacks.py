@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_modules.callbacks.curve import Curve, draw_curve
+from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
@@ -33,6 +34,27 @@ def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expecte
         4,
     )  # the same steps, in micro-batches
     assert last_step(trainer) == expected
+
+
+def test_the_first_batch_is_where_the_module_is():
+    """On one GPU the module is moved before `setup`; "meta" is a second device that every machine has."""
+    devices = []
+
+    class Module:
+        shape = (1, 4, 4)
+        device = torch.device("meta")
+
+        def needs_initialization(self):
+            return not devices
+
+        def initialize(self, batch):
+            devices.extend(part.device.type for part in batch)
+
+    data = SimpleNamespace(
+        initialization_batch=lambda n: [torch.zeros(n, 1, 4, 4), torch.arange(n), torch.arange(n)]
+    )
+    Initialization().setup(SimpleNamespace(datamodule=data), Module(), "fit")
+    assert devices == ["meta", "meta", "meta"]
 
 
 def test_progress_shows_images_per_second_and_time_left(monkeypatch):

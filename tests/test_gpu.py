@@ -1,5 +1,6 @@
 """What only a GPU can show. Real processes, since CUDA does not survive a fork."""
 
+import json
 import subprocess
 import sys
 import time
@@ -70,6 +71,20 @@ def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, gra
     ]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_glow_sets_its_actnorms_and_trains(tmp_path, fast):
+    """The whole script, from the first batch to the recorded test; fast as preset=gpu makes it."""
+    run = tmp_path / "run"
+    script = SCRIPT.with_name("glow_photos.py")
+    tiny = ["flow.n_levels=2", "flow.depth=2", "flow.hidden_channels=4", "trainer.max_steps=4"]
+    data = ["data.size=8", "data.n_train=64", "data.batch_size=16", "data.n_val=24"]
+    device = ["trainer.accelerator=gpu", "trainer.devices=1"]
+    switches = [f"trainer.compile={fast}".lower(), f"trainer.cuda_graph={fast}".lower()]
+    arguments = ["preset=demo", "logger.name=none", *tiny, *data, *device, *switches]
+    subprocess.run([sys.executable, script, *arguments, f"run_dir={run}"], check=True)
+    assert 0 < json.loads((run / "result.json").read_text())["metrics"]["test/bpd"] < 20
 
 
 def test_one_rank_of_nccl_trains_as_none(tmp_path):
