@@ -189,7 +189,7 @@ class DensityModule(OptimizedModule):
         """Set the ActNorms of the dequantiser, then the flow's, with the noise of a first step; float32."""
         with evaluation(self.device.type):
             if self.dequantizer is not None:
-                noise = self._dequantization_noise(batch[0].shape, Position(epoch=0, step=0))
+                noise = self._dequantization_noise(batch[0], Position(epoch=0, step=0))
                 self.dequantizer.initialize(batch[0], noise, self.context(batch))
             x, context, *_ = self.training_input(batch, Position(epoch=0, step=0))
             self.flow.initialize(x, context)
@@ -245,10 +245,12 @@ class DensityModule(OptimizedModule):
         """A micro-batch, dequantised with the noise of its place in training."""
         q, context = batch[0], self.context(batch)
         shape = None if self.flow.noise_shape is None else (len(q), *self.flow.noise_shape)
-        noise = None if shape is None else self.training_noise(shape, at, stream=FLOW)
+        noise = (
+            None if shape is None else self.training_noise(shape, at, stream=FLOW, device=q.device)
+        )
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
-        x, log_weight = self.dequantizer(q, self._dequantization_noise(q.shape, at), context)
+        x, log_weight = self.dequantizer(q, self._dequantization_noise(q, at), context)
         return Input(x, context, log_weight, noise)
 
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
@@ -268,8 +270,8 @@ class DensityModule(OptimizedModule):
         noise = image_noise(indices, self.flow.noise_shape, self.noise_seed, k, stream=FLOW)
         return noise.to(device, self.dtype)
 
-    def _dequantization_noise(self, shape: torch.Size, at: Position) -> Tensor:
-        return self.training_noise(tuple(shape), at, self.dequantizer.noise)
+    def _dequantization_noise(self, q: Tensor, at: Position) -> Tensor:
+        return self.training_noise(tuple(q.shape), at, self.dequantizer.noise, device=q.device)
 
     # ------------------------------------------------------------------------------------------ training
 

@@ -173,14 +173,22 @@ class Objective(L.LightningModule, ABC):
         return Position(self.current_epoch, step, part, self.trainer.world_size * n_micro)
 
     def training_noise(
-        self, shape: tuple[int, ...], at: Position, kind: str = "uniform", stream: int = DATA
+        self,
+        shape: tuple[int, ...],
+        at: Position,
+        kind: str = "uniform",
+        stream: int = DATA,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Noise of a micro-batch, `shape` = (b, ...): a function of seed, epoch and number of the global batch.
 
         So that 1 x 64 = 2 x 32 data = accumulated, and a run that goes on has the noise that it would have had.
         kind: "uniform" on [0, 1) or "normal". stream: another number for noise that is independent of the first.
+        device: where the data are, if that is not the module's device. In the hook `setup` the module's device is
+        already the GPU, but the weights are still on the CPU.
         """
-        return part_noise(shape, self.seed, at, self.device, kind, stream).to(self.dtype)
+        device = self.device if device is None else device
+        return part_noise(shape, self.seed, at, device, kind, stream).to(self.dtype)
 
     def check_skipped(self) -> None:
         """`Diverged` where more steps than are allowed were not finite, and therefore skipped."""

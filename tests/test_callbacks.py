@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_density import RandomImages, density
 
+from flows.glow import Glow
 from lightning_modules.callbacks.curve import Curve, draw_curve
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
@@ -36,25 +38,18 @@ def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expecte
     assert last_step(trainer) == expected
 
 
-def test_the_first_batch_is_where_the_module_is():
-    """On one GPU the module is moved before `setup`; "meta" is a second device that every machine has."""
-    devices = []
+def test_the_first_batch_stays_where_the_weights_are():
+    """In `setup` Lightning calls the GPU the module's device already, but the weights are not there yet."""
 
-    class Module:
-        shape = (1, 4, 4)
-        device = torch.device("meta")
+    def initialized(device):
+        torch.manual_seed(0)
+        module = density(Glow((3, 8, 8), n_levels=2, depth=2, hidden_channels=4))
+        module._device = device  # as Lightning's `_call_setup_hook` does
+        Initialization().setup(SimpleNamespace(datamodule=RandomImages()), module, "fit")
+        return module.flow.state_dict()
 
-        def needs_initialization(self):
-            return not devices
-
-        def initialize(self, batch):
-            devices.extend(part.device.type for part in batch)
-
-    data = SimpleNamespace(
-        initialization_batch=lambda n: [torch.zeros(n, 1, 4, 4), torch.arange(n), torch.arange(n)]
-    )
-    Initialization().setup(SimpleNamespace(datamodule=data), Module(), "fit")
-    assert devices == ["meta", "meta", "meta"]
+    on_cpu, on_gpu = initialized(torch.device("cpu")), initialized(torch.device("cuda", 0))
+    assert all(torch.equal(on_cpu[key], on_gpu[key]) for key in on_cpu)
 
 
 def test_progress_shows_images_per_second_and_time_left(monkeypatch):

@@ -20,9 +20,8 @@ class Initialization(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: Objective, stage: str) -> None:
         if stage == "fit" and pl_module.needs_initialization():
-            batch = trainer.datamodule.initialization_batch(n_data(pl_module.shape))
-            # On one GPU Lightning has moved the module by now, and no data loader moves this batch.
-            pl_module.initialize([part.to(pl_module.device) for part in batch])
+            # The weights are still on the CPU, and so is this batch: Lightning moves them after `setup`.
+            pl_module.initialize(trainer.datamodule.initialization_batch(n_data(pl_module.shape)))
             if pl_module.needs_initialization():
                 raise RuntimeError(
                     f"{pl_module.model_name}: a layer does not hand `initialize` on to its parts"
