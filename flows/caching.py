@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from flows.transforms import in_transform
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,7 @@ def once(module: nn.Module, name: str, make: Callable[[], T], size: tuple[int, .
     size: of the images at hand, where the value depends on it; that of the newest size is kept.
     """
     values = module.__dict__.get("made_once")
-    if values is None or torch.is_grad_enabled():
+    if values is None or torch.is_grad_enabled() or in_transform():
         return make()
     if name not in values or values[name][0] != size:
         values[name] = (size, make())

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.transforms import in_transform
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -21,7 +23,8 @@ class Classes:
         if context.dim() != 1 or context.dtype != torch.int64:
             raise ValueError(f"{request}, not {tuple(context.shape)} {context.dtype}")
         # On a GPU the values are not looked at: that would wait for the device in every step.
-        if context.device.type == "cpu" and not torch.compiler.is_compiling() and len(context):
+        visible = context.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and len(context) and not in_transform():
             low, high = context.min(), context.max()
             if low < 0 or high >= self.n_classes:
                 raise ValueError(f"{request}, from 0 to {self.n_classes - 1}, not {low} to {high}")

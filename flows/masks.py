@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flows.constants import constant
+from flows.constants import FixedBuffers, constant
 
 
 def checkerboard(height: int, width: int, parity: int) -> Tensor:
@@ -29,17 +29,30 @@ class Checkerboard(nn.Module):
         return Checkerboard(1 - self.parity)
 
 
-class FixedMask(nn.Module):
-    """A mask that is the same for all data, broadcast over the batch: (D,) for points, (1, H, W) for images."""
+class FixedMask(FixedBuffers):
+    """A mask that is the same for all data, broadcast over the batch: (D,) for points, (1, H, W) for images.
 
-    def __init__(self, mask: Tensor) -> None:
+    mask: a tensor, or its values as a list. RuntimeError, one line, at `to_empty()`: the mask was a tensor on the meta
+    device, whose values nobody knows.
+    """
+
+    def __init__(self, mask: Tensor | list[float]) -> None:
         super().__init__()
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", torch.as_tensor(mask), persistent=False)
+        known = isinstance(mask, Tensor) and not mask.is_meta
+        self.values = mask.tolist() if known else mask
+
+    def fixed_values(self) -> dict[str, Tensor]:
+        if isinstance(self.values, Tensor):
+            raise RuntimeError(
+                "the values of a mask on the meta device are not known: build the mask on the CPU"
+            )
+        return {"mask": torch.tensor(self.values)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask
 
 
-def as_mask(mask: Tensor | nn.Module) -> nn.Module:
-    """A module that gives the mask for x: a tensor becomes a `FixedMask`."""
-    return FixedMask(mask) if isinstance(mask, Tensor) else mask
+def as_mask(mask: Tensor | list[float] | nn.Module) -> nn.Module:
+    """A module that gives the mask for x: a tensor, or its values, becomes a `FixedMask`."""
+    return mask if isinstance(mask, nn.Module) else FixedMask(mask)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flows.base import Flow
 from flows.reshape import factor_in, factor_out
+from flows.transforms import in_transform
 
 
 def check_image_shape(
@@ -70,7 +71,12 @@ def of_level(context: Tensor | tuple[Tensor, ...] | None, i: int) -> Tensor | No
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same images in the memory format in which convolutions are fastest."""
+    """The same images in the memory format in which convolutions are fastest.
+
+    Within a transform of torch.func the format stays as it is, since vmap knows no other than the contiguous one.
+    """
+    if in_transform():
+        return x
     return x.contiguous(memory_format=torch.channels_last)
 
 

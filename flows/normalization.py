@@ -5,6 +5,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flows.base import Flow
+from flows.constants import FixedBuffers
 from flows.masks import as_mask
 
 
@@ -47,7 +48,7 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.apply(grad)
 
 
-class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
+class BiasOnlyBatchNorm2d(FixedBuffers, nn.BatchNorm2d):
     """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's conditioners have no gamma (authors' code, `scale=False`).
 
     Running averages are new = .9 old + .1 batch, as in that code; torch's running variance is the unbiased one, a
@@ -60,6 +61,9 @@ class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
             self.weight
         )  # ones that are not learned: without any, CUDA kernels have no gradient for the bias
         self.register_buffer("weight", torch.ones(channels), persistent=False)
+
+    def fixed_values(self) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.num_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or n_ranks() == 1:

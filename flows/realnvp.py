@@ -131,7 +131,7 @@ class RealNVP2d(FlowModel):
             raise ValueError(
                 f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"
             )
-        masks = [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
+        masks = [[0.0, 1.0], [1.0, 0.0]]  # the values: a tensor could be on the meta device
         self.couplings = Compose(
             MaskedCoupling(masks[i % 2], MLPConditioner(2, hidden_channels), 1.0)
             for i in range(n_couplings)

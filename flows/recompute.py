@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from flows.transforms import in_transform
+
 
 def recompute(flow: nn.Module) -> None:
     """Let every layer that can, those with an attribute `recompute`, keep no more than its inputs."""
@@ -39,7 +41,7 @@ def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
     module that `is_random` draws the same numbers again. RuntimeError: a module draws numbers and does not declare it,
     so that the backward pass would be that of other networks.
     """
-    if not on or not torch.is_grad_enabled():
+    if not on or not torch.is_grad_enabled() or in_transform():
         return function(module, *inputs)
     random = is_random(module)
     with contextlib.nullcontext() if random else _nothing_is_drawn(module, inputs):

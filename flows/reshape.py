@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flows.base import Flow, no_log_det
+from flows.constants import FixedBuffers
 
 
 class Squeeze(Flow):
@@ -17,7 +18,7 @@ class Squeeze(Flow):
         return F.pixel_shuffle(z, 2), no_log_det(z)
 
 
-class OrderedSqueeze(Flow):
+class OrderedSqueeze(FixedBuffers, Flow):
     """(C, H, W) -> (4C, H/2, W/2) in the order that lets half of the channels be one colour of a checkerboard.
 
     The new channels are [TL of all c | BR of all c | TR of all c | BL of all c], where TL is the top left pixel of a
@@ -29,9 +30,14 @@ class OrderedSqueeze(Flow):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        order = torch.tensor([4 * c + corner for corner in self.CORNERS for c in range(channels)])
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("unorder", order.argsort(), persistent=False)
+        self.channels = channels
+        for name, order in self.fixed_values().items():
+            self.register_buffer(name, order, persistent=False)
+
+    def fixed_values(self) -> dict[str, Tensor]:
+        channels = range(self.channels)
+        order = torch.tensor([4 * c + corner for corner in self.CORNERS for c in channels])
+        return {"order": order, "unorder": order.argsort()}
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
         return channels(F.pixel_unshuffle(x, 2), self.order), no_log_det(x)

@@ -115,7 +115,7 @@ def relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
 def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a weight, (C_out, ...), times scale, (C_out,), in another dtype: one pass where no graph is made."""
     scale = _column(scale, weight)
-    if torch.is_grad_enabled():
+    if weight.dtype == dtype or torch.is_grad_enabled():
         return (weight * scale).to(dtype)
     return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
 

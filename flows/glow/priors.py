@@ -6,7 +6,6 @@ level, as in the authors' samples (Kingma & Dhariwal 2018, section 6; openai/glo
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flows.base import Flow
 from flows.glow.edges import Edge, ZeroConv2d, ZeroLinear, added
@@ -71,7 +70,8 @@ class TopPrior(Flow):
         edge = None if self.edge is None else self.edge.weight
         h = added(bias, edge, scale, x.shape[-2:])
         if self.by_class is not None:
-            one_hot = F.one_hot(context, self.by_class.in_features).to(x.dtype)
+            classes = torch.arange(self.by_class.in_features, device=context.device)
+            one_hot = (context[:, None] == classes).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]
         mean, log_std = h.chunk(2, dim=-3)
         return mean, log_std

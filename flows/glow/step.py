@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from flows.coupling import AdditiveCoupling
 from flows.glow.conditioner import Folded
 from flows.glow.kernels import images, pixels
+from flows.transforms import many_at_once
 
 
 def step(
@@ -56,7 +57,7 @@ class GlowStep(Function):
             rest[n + 1 + ctx.n_state :],
         )
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():  # these gradients will be differentiated
+            if torch.is_grad_enabled() or many_at_once(grad, grad_log_det):
                 return (
                     None,
                     None,
@@ -83,15 +84,19 @@ def _differentiable(
     ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, Tensor]
 ) -> list[Tensor | None]:
     """The same gradients as autograd makes them."""
+    again = torch.is_grad_enabled()  # these gradients will be differentiated
+    if not again:
+        inputs = [None if i is None else i.detach().requires_grad_(i.requires_grad) for i in inputs]
     x, weight, bias, *folded = inputs
-    outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
+    with torch.enable_grad():
+        outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
     pairs = [
         (output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad
     ]
     outputs, grads = zip(*pairs, strict=True)  # an additive coupling's log_det is a constant
     needed = [i for i, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
     needed_gradients = torch.autograd.grad(
-        outputs, [inputs[i] for i in needed], grads, create_graph=True
+        outputs, [inputs[i] for i in needed], grads, create_graph=again
     )
     gradients = [None] * len(inputs)
     for i, gradient in zip(needed, needed_gradients, strict=True):

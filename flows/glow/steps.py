@@ -13,6 +13,7 @@ from flows.glow.step import GlowStep
 from flows.linear import ChannelPermutation, InvertibleConv1x1, matrices, multiply, volume
 from flows.normalization import ActNorm
 from flows.recompute import recomputed
+from flows.transforms import in_transform, traced
 
 
 class Steps(Compose):
@@ -38,13 +39,18 @@ class Steps(Compose):
         super().__init__(layer for step in steps for layer in step)
 
     def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_tracing() and torch.is_grad_enabled():
+            raise RuntimeError(
+                "torch.jit.trace takes a Glow under torch.no_grad() alone: trace it there, or use torch.export.export"
+            )
         weights, biases, log_dets = once(self, "maps", self._maps)
         total = volume(log_dets.sum(), x)
         couplings = self._couplings()
         maps = zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True)
         if (
             self.by_hand
-            and not torch.compiler.is_compiling()
+            and not traced()
+            and not in_transform()
             and all(map(_has_gradients_by_hand, couplings))
         ):
             dtype = dtype_of_products(x)
