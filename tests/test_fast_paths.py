@@ -53,7 +53,8 @@ def randn(*shape, seed=0):
 
 def test_steps_are_their_layers_one_after_another():
     case = next(case for case in CASES if case.name == "Steps")
-    steps, x = trained(case, torch.float64), case.data(5, torch.float64)
+    steps = trained(case, torch.float64)
+    x = case.data(5, torch.float64)
     for fast, plain in (
         (steps(x), Compose.forward(steps, x)),
         (steps.inverse(x), Compose.inverse(steps, x)),
@@ -151,9 +152,11 @@ def test_gradients_under_autocast_are_those_of_autograd():
     """bfloat16 in the networks alone: as far from float64 as autograd's own."""
     flow, x = glow({})
     exact = loss_and_gradients(flow, x)
-    flow, x = flow.float(), x.float()
+    flow = flow.float()
+    x = x.float()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = loss_and_gradients(flow, x), loss_and_gradients(by_autograd(flow), x)
+        ours = loss_and_gradients(flow, x)
+        theirs = loss_and_gradients(by_autograd(flow), x)
 
     def error(found):
         return sum(
@@ -166,7 +169,8 @@ def test_gradients_under_autocast_are_those_of_autograd():
 def test_differentiable_gradients_are_of_the_same_function_under_autocast():
     """Of a forward pass outside of autocast, whose gradients are asked for within."""
     flow, x = glow({})
-    flow, x = flow.float(), x.float()
+    flow = flow.float()
+    x = x.float()
     results = []
     for again in (False, True):
         loss = flow.log_prob(x).mean()
@@ -196,12 +200,12 @@ def test_no_images_at_all():
 
 def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
     """In float32 values an image: x of the level and y of each step, half as many scales; hidden layers by default."""
-    hidden, depth = 16, 3
-    flow, kept = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1), {}
-    steps, x = (
-        flow.levels[0].layers[1],
-        torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last),
-    )
+    hidden = 16
+    depth = 3
+    flow = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1)
+    kept = {}
+    steps = flow.levels[0].layers[1]
+    x = torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last)
     own = {p.untyped_storage().data_ptr() for p in (*steps.parameters(), *steps.buffers())}
 
     def pack(tensor):
@@ -224,11 +228,9 @@ def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
-    x, weight, grad = (
-        randn(2, c_in, 4, 6),
-        randn(c_out, c_in, 3, 3, seed=1),
-        randn(2, c_out, 4, 6, seed=2),
-    )
+    x = randn(2, c_in, 4, 6)
+    weight = randn(c_out, c_in, 3, 3, seed=1)
+    grad = randn(2, c_out, 4, 6, seed=2)
     if channels_last:
         x, weight, grad = (
             t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad)
@@ -249,11 +251,9 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
         randn(2, c_in, 4, 6).requires_grad_(),
         randn(c_out, c_in, 3, 3, seed=1).requires_grad_(),
     ]
-    grad, ours, theirs = (
-        randn(2, c_out, 4, 6, seed=2),
-        product(*inputs),
-        F.conv2d(*inputs, padding=1),
-    )
+    grad = randn(2, c_out, 4, 6, seed=2)
+    ours = product(*inputs)
+    theirs = F.conv2d(*inputs, padding=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert ours.movedim(1, -1).is_contiguous()
     for a, b in zip(
@@ -265,8 +265,10 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
 
 
 def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
-    net, x = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double(), randn(3, 2, 4, 6)
-    expected, products = net(x), []
+    net = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double()
+    x = randn(3, 2, 4, 6)
+    expected = net(x)
+    products = []
     monkeypatch.setattr(
         "flows.glow.kernels._for_tensor_cores", lambda x: products.append(x.shape[1]) or True
     )
@@ -275,7 +277,8 @@ def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
 
 
 def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
-    x, weight = randn(2, 64, 5, 5).float(), randn(3, 64, 3, 3, seed=1).float()
+    x = randn(2, 64, 5, 5).float()
+    weight = randn(3, 64, 3, 3, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
         half = scattered(x, weight)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
@@ -294,15 +297,14 @@ def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
     ],
 )
 def test_add_relu(shape, bias_shape):
-    y, bias, grad = (
-        randn(*shape),
-        randn(*bias_shape, seed=1) if bias_shape else None,
-        randn(*shape, seed=2),
-    )
+    y = randn(*shape)
+    bias = randn(*bias_shape, seed=1) if bias_shape else None
+    grad = randn(*shape, seed=2)
     theirs = (y if bias is None else y + bias).relu()
     assert 0 < (theirs == 0).sum() < theirs.numel()
     inputs = [x.clone().requires_grad_() for x in (y, bias) if x is not None]
-    ours, plain = add_relu(*inputs), sum(inputs).relu()
+    ours = add_relu(*inputs)
+    plain = sum(inputs).relu()
     assert torch.equal(ours, theirs)
     assert torch.equal(inputs[0], y)
     gradients = torch.autograd.grad(ours, inputs, grad)
@@ -318,10 +320,8 @@ def test_add_relu(shape, bias_shape):
 
 
 def test_a_weight_is_scaled_in_one_pass_as_in_two():
-    weight, scale = (
-        randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
-        randn(5, seed=1),
-    )
+    weight = randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    scale = randn(5, seed=1)
     expected = (weight * scale[:, None, None, None]).bfloat16()
     plain = scaled(weight.requires_grad_(), scale, torch.bfloat16)
     with torch.no_grad():
@@ -340,7 +340,8 @@ def loss_and_gradients(flow, x):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputing_changes_no_bit(case, bf16):
     """Neither of gradients nor of running averages, nor of the count of batches."""
-    kept, x = trained(case).train(), case.data(6)
+    kept = trained(case).train()
+    x = case.data(6)
     lean = copy.deepcopy(kept)
     recompute(lean)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -356,7 +357,9 @@ def test_recomputing_changes_no_bit(case, bf16):
 
 
 def test_recomputing_does_compute_again():
-    flow, x, calls = RealNVP((3, 16, 16), 2, 8, 1), torch.rand(4, 3, 16, 16), []
+    flow = RealNVP((3, 16, 16), 2, 8, 1)
+    x = torch.rand(4, 3, 16, 16)
+    calls = []
     recompute(flow)
     net = next(m.conditioner for m in flow.modules() if hasattr(m, "conditioner"))
     net.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -371,7 +374,9 @@ def test_recomputing_does_compute_again():
 
 def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monkeypatch):
     """Also when a graph is gone through twice."""
-    flow, made, convolution = Glow((3, 8, 8), 2, 3, 16), [], F.conv2d
+    flow = Glow((3, 8, 8), 2, 3, 16)
+    made = []
+    convolution = F.conv2d
     recompute(flow)
     monkeypatch.setattr(
         F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k)
@@ -390,7 +395,8 @@ def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monke
 
 @both
 def test_caches_change_no_bit_and_end_with_their_block(case):
-    flow, x = trained(case), case.data(3)
+    flow = trained(case)
+    x = case.data(3)
     z, _ = flow(x)
     with torch.no_grad():
         plain = (flow.inverse(z)[0], flow.log_prob(x))
@@ -406,11 +412,9 @@ def test_caches_change_no_bit_and_end_with_their_block(case):
 
 
 def test_inverses_are_made_once_within_a_block(monkeypatch):
-    flow, calls, inverse = (
-        fresh(next(c for c in MODELS if c.name == "Glow")).eval(),
-        [],
-        torch.linalg.inv,
-    )
+    flow = fresh(next(c for c in MODELS if c.name == "Glow")).eval()
+    calls = []
+    inverse = torch.linalg.inv
     monkeypatch.setattr("torch.linalg.inv", lambda *a: calls.append(1) or inverse(*a))
     with torch.no_grad(), cached(flow):
         flow.sample(2)
@@ -422,7 +426,8 @@ def test_inverses_are_made_once_within_a_block(monkeypatch):
 
 
 def test_a_cache_does_not_serve_gradients_and_ends_after_an_error():
-    module, made = torch.nn.Linear(2, 2), itertools.count()
+    module = torch.nn.Linear(2, 2)
+    made = itertools.count()
     with cached(module):
         assert [once(module, "a", lambda: next(made)) for _ in range(2)] == [0, 1]
         with torch.no_grad():
@@ -453,7 +458,8 @@ def test_images_stay_channels_last_through_every_coupling(flow, monkeypatch):
 
 
 def test_a_block_within_a_block_and_a_copy_made_in_one():
-    module, made = torch.nn.Linear(2, 2), itertools.count()
+    module = torch.nn.Linear(2, 2)
+    made = itertools.count()
     with torch.no_grad(), cached(module):
         once(module, "a", lambda: next(made))
         with cached(module):
@@ -493,7 +499,8 @@ def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, le
     """Full and partial batches without gradients, compiled and as a run evaluates, then training: all compiled."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    flow, x = make(), torch.rand(6, 3, 8, 8)
+    flow = make()
+    x = torch.rand(6, 3, 8, 8)
     with torch.no_grad():
         flow.initialize(x)
     plain = copy.deepcopy(flow).train()
@@ -531,7 +538,8 @@ def test_networks_are_folded_together_as_each_alone():
     nets = [perturb(GlowConditioner(2, 6, 5, True), 0.3).double() for _ in range(3)]
     x = randn(3, 2, 4, 6)
     for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
-        weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype, (4, 6))
+        weights = net.weights(folded, x.dtype)
+        biases = net.biases(folded, x.dtype, (4, 6))
         torch.testing.assert_close(
             net.last(net.hidden(x, weights, biases)[1], weights, biases),
             net(x),
@@ -549,9 +557,11 @@ class RandomNet(nn.Module):
 
     def __init__(self, in_channels, out_channels, layer=True, declared=False, pair=False):
         super().__init__()
-        self.first, self.last = nn.Conv2d(in_channels, 8, 1), nn.Conv2d(8, out_channels, 1)
+        self.first = nn.Conv2d(in_channels, 8, 1)
+        self.last = nn.Conv2d(8, out_channels, 1)
         self.dropout = nn.Dropout(0.5) if layer else functools.partial(F.dropout, p=0.5)
-        self.is_random, self.pair = declared, pair
+        self.is_random = declared
+        self.pair = pair
 
     def forward(self, x, context=None):
         h = self.last(self.dropout(self.first(x)))
@@ -580,7 +590,8 @@ def gradients(flow, x, seed=1):
 
 
 def test_steps_with_a_network_that_is_not_glow_s_are_their_layers_one_after_another():
-    steps, x = random_steps().eval(), randn(5, 4, 2, 3)
+    steps = random_steps().eval()
+    x = randn(5, 4, 2, 3)
     for fast, plain in (
         (steps(x), Compose.forward(steps, x)),
         (steps.inverse(x), Compose.inverse(steps, x)),
@@ -608,7 +619,8 @@ class Doubled(SigmoidCoupling):
 def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_by_hand():
     torch.manual_seed(0)
     steps = Steps([(ActNorm(4), InvertibleConv1x1LU(4), Doubled(GlowConditioner(2, 4, 5, True)))])
-    steps, x = perturb(steps, 0.1).double(), randn(5, 4, 2, 3)
+    steps = perturb(steps, 0.1).double()
+    x = randn(5, 4, 2, 3)
     for a, b in zip(gradients(steps, x), gradients(by_autograd_alone(steps), x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
@@ -618,7 +630,8 @@ def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_
 )
 def test_a_random_network_draws_the_same_again_under_recomputation(make):
     """Other numbers in the backward pass would give gradients off by more than the largest of them."""
-    flow, x = make(), randn(5, 4, 2, 3)
+    flow = make()
+    x = randn(5, 4, 2, 3)
     expected = gradients(flow, x)
     assert (
         max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True))
@@ -629,7 +642,8 @@ def test_a_random_network_draws_the_same_again_under_recomputation(make):
 
 
 def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
-    flow, x = random_coupling(layer=False), randn(5, 4, 2, 3)
+    flow = random_coupling(layer=False)
+    x = randn(5, 4, 2, 3)
     gradients(flow, x)
     recompute(flow)
     with pytest.raises(
@@ -650,7 +664,8 @@ def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_
     flow = perturb(Glow((3, None, None), 2, 2, 6), 0.1).double().eval()
     small, large = (randn(2, 3, *size).sigmoid() for size in ((8, 8), (4, 12)))
     expected = [flow.log_prob(x) for x in (small, large)]
-    folded, fold = [], ZeroConv2d._folded
+    folded = []
+    fold = ZeroConv2d._folded
     monkeypatch.setattr(
         ZeroConv2d, "_folded", lambda conv, size: folded.append(size) or fold(conv, size)
     )
@@ -685,7 +700,8 @@ def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
 def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
     """What was made by the passes before the capture, and nothing from the host's memory within it."""
     gpu = type("Device", (), {"type": "cuda"})()
-    tensor, like = torch.ones(3), SimpleNamespace(dtype=torch.float32, device=gpu)
+    tensor = torch.ones(3)
+    like = SimpleNamespace(dtype=torch.float32, device=gpu)
     monkeypatch.setattr(constants, "_kept", lambda *key: tensor)
     monkeypatch.setattr(constants, "READ_BY_GRAPHS", {})
     for capturing in (False, True):
@@ -703,7 +719,8 @@ def test_dropout_is_left_out_of_reestimated_statistics():
     class Dropped(nn.Module):
         def __init__(self):
             super().__init__()
-            self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(4)
+            self.dropout = nn.Dropout(0.5)
+            self.norm = nn.BatchNorm1d(4)
 
         def forward(self, x):
             return self.norm(self.dropout(x))

@@ -48,8 +48,12 @@ class ReferenceGlow:
     """
 
     def __init__(self, weights, n_levels, depth, coupling, edges, initializing=False):
-        self.weights, self.n_levels, self.depth = weights, n_levels, depth
-        self.coupling, self.edges, self.initializing = coupling, edges, initializing
+        self.weights = weights
+        self.n_levels = n_levels
+        self.depth = depth
+        self.coupling = coupling
+        self.edges = edges
+        self.initializing = initializing
 
     def bits(self, x, n_bits, y=None):
         """Bits per dimension of x = (q + u) / 2^n_bits, (B,), and the mean over space of the last level, (B, C)."""
@@ -87,7 +91,8 @@ class ReferenceGlow:
         h = self.f(f"{name}/f1", z1)
         if self.coupling == "additive":
             return torch.cat([z1, z2 + h], 1), log_det + more
-        shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2)
+        shift = h[:, 0::2]
+        scale = torch.sigmoid(h[:, 1::2] + 2)
         return torch.cat([z1, (z2 + shift) * scale], 1), log_det + more + scale.log().sum((1, 2, 3))
 
     def step_back(self, name, z):
@@ -100,13 +105,15 @@ class ReferenceGlow:
         )
         z = torch.cat([z1, z2], 1)
         if f"{name}/order" in self.weights:
-            order, z = self.weights[f"{name}/order"], z.clone()
+            order = self.weights[f"{name}/order"]
+            z = z.clone()
             z[:, order] = z.clone()
         else:
             z = torch.einsum(
                 "ij,bjhw->bihw", torch.linalg.inv(self.weights[f"{name}/invconv/W"]), z
             )
-        b, logs = self.weights[f"{name}/actnorm/b"], self.weights[f"{name}/actnorm/logs"]
+        b = self.weights[f"{name}/actnorm/b"]
+        logs = self.weights[f"{name}/actnorm/logs"]
         return z * column((-3 * logs).exp()) - column(b)
 
     def permute(self, name, z):
@@ -212,7 +219,8 @@ def authors_weights(flow):
         steps = list(level.layers[1].layers)
         for k in range(len(steps) // 3):
             actnorm, permutation, coupling = steps[3 * k : 3 * k + 3]
-            f, name = coupling.conditioner, f"{i}/{k}"
+            f = coupling.conditioner
+            name = f"{i}/{k}"
             weights |= actnorm_weights(f"{name}/actnorm", actnorm)
             weights |= permutation_weights(name, permutation)
             weights[f"{name}/f1/l_1/W"] = with_edge(f.conv_in.weight, f.conv_in.edge)
@@ -257,7 +265,8 @@ def permutation_weights(name, layer):
 
 def lu_product(layer):
     """P (L + I) (U + diag(sign e^s)), each factor element by element."""
-    n, zero = len(layer.sign), torch.zeros((), dtype=layer.sign.dtype)
+    n = len(layer.sign)
+    zero = torch.zeros((), dtype=layer.sign.dtype)
     row, col = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     lower = torch.where(row > col, layer.lower, (row == col).to(zero.dtype))
     upper = torch.where(row < col, layer.upper, zero)
@@ -404,7 +413,8 @@ def test_initialisation_is_that_of_the_authors_model(arguments):
 @variants
 def test_samples_are_those_of_the_authors_model(arguments):
     """tau sigma for sigma in every level's prior: x from eps drawn by hand, level by level."""
-    flow, temperature = started(tiny(**arguments)), 0.6
+    flow = started(tiny(**arguments))
+    temperature = 0.6
     generator = torch.Generator().manual_seed(2)
     eps = [
         torch.randn(3, *shape, generator=generator, dtype=torch.float64)
@@ -424,7 +434,8 @@ def test_samples_are_those_of_the_authors_model(arguments):
 def test_a_class_conditional_objective_is_that_of_the_authors_model():
     """Bits per dimension plus .01 bits a bit of cross entropy; also its gradients."""
     flow = started(tiny(n_classes=4)).train()
-    x, y = images(6, flow.shape, seed=1), torch.tensor([0, 3, 1, 1, 2, 0])
+    x = images(6, flow.shape, seed=1)
+    y = torch.tensor([0, 3, 1, 1, 2, 0])
     theirs = reference(flow)
     bits, top = theirs.bits(x, 5, y)
     logits = theirs.linear_zeros("classifier", top)
@@ -471,7 +482,8 @@ def conditioner_size(c_in, c_out, hidden):
 
 
 def model_size(channels, n_levels, depth, hidden):
-    total, c = 0, channels
+    total = 0
+    c = channels
     for i in range(n_levels):
         c *= 4
         total += depth * (
@@ -542,7 +554,9 @@ def test_a_wrong_setting_is_one_line_that_names_it(arguments, message):
 
 def test_every_actnorm_starts_with_mean_0_and_variance_1(monkeypatch):
     """Those inside of the networks too; in the order of the pass, since each input is what those before make of x."""
-    flow, x, seen = tiny(), images(32, (3, 4, 8)), []
+    flow = tiny()
+    x = images(32, (3, 4, 8))
+    seen = []
     normalize = ActNorm.normalize
 
     def noted(self, x):
@@ -564,7 +578,8 @@ def test_every_actnorm_starts_with_mean_0_and_variance_1(monkeypatch):
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 def test_log_det_after_initialisation(coupling):
     """Zero output layers leave h = 0: a coupling scales C/2 H W elements by sigmoid(2); priors and rotations do not."""
-    flow, x = tiny(coupling=coupling), images(32, (3, 4, 8))
+    flow = tiny(coupling=coupling)
+    x = images(32, (3, 4, 8))
     with torch.no_grad():
         flow.initialize(x)
         _, log_det = flow(x)
@@ -579,7 +594,8 @@ def test_log_det_after_initialisation(coupling):
 
 def test_the_latent_after_initialisation_is_what_actnorm_and_sigmoid_leave():
     """In the last additive step nothing but a rotation follows the actnorm: variance 1 in the mean over channels."""
-    flow, x = tiny(n_levels=1, depth=1, coupling="additive"), images(32, (3, 4, 8))
+    flow = tiny(n_levels=1, depth=1, coupling="additive")
+    x = images(32, (3, 4, 8))
     with torch.no_grad():
         flow.initialize(x)
         (z,), _ = flow(x)
@@ -603,7 +619,8 @@ def test_what_is_loaded_is_not_initialised_again(tmp_path):
 
 
 def test_what_is_half_loaded_is_initialised_where_it_is_not():
-    flow, x = started(tiny()), images(32, (3, 4, 8), seed=9)
+    flow = started(tiny())
+    x = images(32, (3, 4, 8), seed=9)
     before = copy.deepcopy(flow.state_dict())
     last = actnorms(flow.levels[1])[0]
     last.initialized.fill_(False)
@@ -757,7 +774,8 @@ def start(*callbacks):
 
 
 def test_a_fit_starts_initialised_from_the_first_batch():
-    data, found = RandomImages(), start()
+    data = RandomImages()
+    found = start()
     by_hand = reference(glow().double(), initializing=True)
     with torch.no_grad():
         by_hand.bits(first_batch(data).double(), 8)
@@ -772,9 +790,11 @@ def test_a_fit_starts_initialised_from_the_first_batch():
 
 def test_averaged_weights_start_initialised_too():
     """The average is a copy, and before the first step it is what is validated."""
-    raw, averaged = start(), start(EMAWeightAveraging(use_buffers=False, decay=0.9))
+    raw = start()
+    averaged = start(EMAWeightAveraging(use_buffers=False, decay=0.9))
     assert raw.validated == averaged.validated
-    data, flow = RandomImages(), raw.flow.eval()
+    data = RandomImages()
+    flow = raw.flow.eval()
     x = torch.stack([data.val[0, i][0] for i in range(23)]).float()
     with torch.no_grad():
         middle = bits_per_dim(flow.log_prob((x + 0.5) / 256), 192, 8).mean().item()
@@ -787,7 +807,8 @@ def test_averaged_weights_start_initialised_too():
 )
 def test_the_first_batch_has_256_images_of_32x32(shape, n):
     """Of other sizes as many pixels; before training only, and once."""
-    seen, flow = [], torch.nn.Sequential(ActNorm(2))
+    seen = []
+    flow = torch.nn.Sequential(ActNorm(2))
 
     def initialize(n):
         seen.append(n)
@@ -806,7 +827,8 @@ def test_the_first_batch_has_256_images_of_32x32(shape, n):
 
 def run(folder, seed, checkpoint=None):
     """Six steps, four an epoch, averaged, saved after the third; (losses, last checkpoint)."""
-    recorder, module = Recorder(), density(glow(seed), lr=3e-3, name="adamax", warmup_steps=2)
+    recorder = Recorder()
+    module = density(glow(seed), lr=3e-3, name="adamax", warmup_steps=2)
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     average = EMAWeightAveraging(use_buffers=False, decay=0.9)
     trainer = make_trainer(
@@ -827,7 +849,8 @@ def test_a_resumed_fit_keeps_its_actnorms(tmp_path):
 
 def test_a_run_that_goes_on_is_not_initialised_again(tmp_path, monkeypatch):
     """reproduce/glow_photos.py: at the paper's size that is a pass over 256 images, for nothing."""
-    calls, initialize = [], DensityModule.initialize
+    calls = []
+    initialize = DensityModule.initialize
     monkeypatch.setattr(
         DensityModule,
         "initialize",

@@ -1,4 +1,4 @@
-"""What torch and others may do with a flow: transforms, graphs, empty memory, other file formats."""
+"""What torch and others may do with a flow: transforms, graphs, empty memory, other formats."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from flows.masks import FixedMask, checkerboard
 from flows.realnvp import RealNVP
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# A flow that calls autograd itself says so; torch does not let it do that within vmap or jvp.
+# A flow that calls autograd itself declares it; torch does not allow that within vmap or jvp.
 every_transformable_case = pytest.mark.parametrize(
     "case",
     [case for case in CASES if not getattr(case.build(), "needs_autograd", False)],
@@ -51,10 +51,14 @@ def test_vmap_over_single_data_gives_the_batch(case):
 
     def inverse_of_one(latents, *conditions):
         levels = tuple(level[None] for level in latents)
-        x, log_det = flow.inverse(levels if case.is_model else levels[0], *conditions)
+        if not case.is_model:
+            (levels,) = levels
+        x, log_det = flow.inverse(levels, *conditions)
         return x[0], log_det[0]
 
-    latents = z if case.is_model else (z,)
+    latents = z
+    if not case.is_model:
+        latents = (z,)
     rows = tuple(value[:, None] for value in conditions)
     back, log_det = torch.func.vmap(inverse_of_one)(latents, *rows)
     assert_close(back, x, 1e-8)
@@ -97,7 +101,7 @@ class LogProb(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["Glow", "Glow-classes", "RealNVP-2scales", "RealNVP2d"])
 def test_gradients_of_each_datum_are_those_of_one_after_the_other(name):
-    """In float32: torch's float64 convolution on a CPU refuses channels_last weights in this place."""
+    """In float32: torch's float64 convolution on a CPU refuses channels_last weights here."""
     case = by_name(name)
     model = LogProb(trained(case))
     x = case.data(3)
@@ -162,7 +166,7 @@ def test_nothing_of_a_transform_stays_behind():
     flow = trained(case, torch.float64)
     x = case.data(2, torch.float64)
     tangent = torch.ones_like(x)
-    constants._kept.cache_clear()
+    constants._computed_once.cache_clear()
     with torch.no_grad(), cached(flow):
         _, first = torch.func.jvp(flow.log_prob, (x,), (tangent,))
         plain = flow.log_prob(x)
@@ -170,7 +174,7 @@ def test_nothing_of_a_transform_stays_behind():
     assert torch.equal(first, second)
     assert first.abs().min() > 0
     assert_close(plain, flow.log_prob(x))
-    constants._kept.cache_clear()
+    constants._computed_once.cache_clear()
     like = torch.empty(0)
 
     def board(x):
@@ -243,7 +247,7 @@ def test_a_flow_built_without_memory_takes_its_weights_from_a_state_dict(case, m
     flow = trained(case)
     with torch.device("meta"):
         other = case.build().eval()
-    if any(isinstance(m, FixedMask) and isinstance(m.values, Tensor) for m in other.modules()):
+    if any(isinstance(m, FixedMask) and m.values is None for m in other.modules()):
         with pytest.raises(RuntimeError, match="build the mask on the CPU") as error:
             other.to_empty(device="cpu")
         assert "\n" not in str(error.value)
@@ -272,7 +276,7 @@ def test_empty_memory_is_filled_again_where_the_state_dict_does_not_do_it(case, 
 
 @every_case
 def test_safetensors_saves_and_loads_a_flow(case, tmp_path):
-    """By save_model and load_model: save_file refuses the memory format in which weights are kept."""
+    """By save_model and load_model; save_file refuses weights that are channels_last."""
     safetensors = pytest.importorskip("safetensors.torch")
     flow = trained(case)
     other = fresh(case, seed=99).eval()

@@ -158,7 +158,8 @@ def test_checkerboard(parity):
 
 def effective_weight(conv):
     """The weight that a convolution really applies, read off its response to one-hot images, without its bias."""
-    k, c = conv.kernel_size[0], conv.in_channels
+    k = conv.kernel_size[0]
+    c = conv.in_channels
     x = torch.zeros(c * k * k, c, k, k)
     for i in range(c * k * k):
         x.view(c * k * k, -1)[i, i] = 1
@@ -207,7 +208,8 @@ def test_bias_only_batch_norm_has_a_beta_and_no_gamma():
     assert [name for name, _ in norm.named_parameters()] == ["bias"]
     perturb(norm)
     x = 2 + 3 * randn(4, 3, 5, 2)
-    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    mean = x.mean((0, 2, 3))
+    var = x.var((0, 2, 3), correction=0)
     expected = (x - mean[:, None, None]) / (var + EPS).sqrt()[:, None, None] + norm.bias[
         :, None, None
     ]
@@ -226,7 +228,8 @@ def test_residual_conditioner_by_hand(masked):
     x = randn(3, 2, 4, 4) * (1 if mask is None else mask)
 
     def norm(h, layer):
-        mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), correction=0, keepdim=True)
+        mean = h.mean((0, 2, 3), keepdim=True)
+        var = h.var((0, 2, 3), correction=0, keepdim=True)
         return (h - mean) / (var + EPS).sqrt() + layer.bias[:, None, None]
 
     def conv(h, layer):
@@ -311,10 +314,8 @@ def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
 
 def test_coupling_batch_norm_running_averages(batch_norm):
     norm, mask = batch_norm
-    old_mean, old_var = (
-        norm.running_mean.copy_(randn(3)).clone(),
-        norm.running_var.fill_(2.0).clone(),
-    )
+    old_mean = norm.running_mean.copy_(randn(3)).clone()
+    old_var = norm.running_var.fill_(2.0).clone()
     norm(shifted())
     mean, var = moments(shifted(), mask)
     assert_close(norm.running_mean, 0.9 * old_mean + 0.1 * mean)
@@ -326,7 +327,8 @@ def test_coupling_batch_norm_uses_running_statistics_in_eval_and_leaves_them(bat
     for seed in range(3):
         norm(shifted(seed))
     norm.eval()
-    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    mean = norm.running_mean.clone()
+    var = norm.running_var.clone()
     x = -4 + randn(5, 3, 4, 6, seed=9)
     y, log_det = norm(x)
     assert_close(y, normalised(x, mean, var, mask))
@@ -350,7 +352,8 @@ def test_coupling_batch_norm_inverse_uses_running_statistics_also_in_training(ba
 
 def test_coupling_batch_norm_gradient_goes_through_the_batch_moments(batch_norm):
     norm, mask = batch_norm
-    x, weight = shifted().requires_grad_(), randn(5, 3, 4, 6, seed=1)
+    x = shifted().requires_grad_()
+    weight = randn(5, 3, 4, 6, seed=1)
     y, log_det = norm(x)
     (gradient,) = torch.autograd.grad((weight * y).sum() + log_det.sum(), x)
     mean, var = moments(x, mask)
@@ -416,7 +419,8 @@ def test_masked_coupling_keeps_masked_positions_bit_identical(train):
         MaskedCoupling(mask[None], conditioner, 0.0, CouplingBatchNorm(2, 1 - mask))
     ).train(train)
     x = randn(3, 2, 4, 6).float()
-    y, back = coupling(x)[0], coupling.inverse(x)[0]
+    y = coupling(x)[0]
+    back = coupling.inverse(x)[0]
     for changed in (y, back):
         assert torch.equal(changed[..., mask == 1], x[..., mask == 1])
         assert (changed[..., mask == 0] != x[..., mask == 0]).all()
@@ -439,21 +443,18 @@ def test_channel_coupling_by_hand(swap):
 @pytest.mark.parametrize("coupling", ["masked", "channel"])
 def test_the_norm_of_a_coupling_comes_after_its_affine_map(coupling):
     norm = CouplingBatchNorm(2)
-    norm.running_mean, norm.running_var = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 9.0])
+    norm.running_mean = torch.tensor([1.0, 2.0])
+    norm.running_var = torch.tensor([4.0, 9.0])
     shift, raw, x = randn(3, 2, 2, 2, 2).float()
     if coupling == "channel":
-        flow, kept = (
-            ChannelCoupling(Fixed(shift, raw), False, 1.0, norm),
-            randn(2, 2, 2, 2, seed=5).float(),
-        )
+        flow = ChannelCoupling(Fixed(shift, raw), False, 1.0, norm)
+        kept = randn(2, 2, 2, 2, seed=5).float()
         y = flow.eval()(torch.cat([kept, x], 1))[0][:, 2:]
     else:
         y = MaskedCoupling(torch.zeros(1, 2, 2), Fixed(shift, raw), 1.0, norm).eval()(x)[0]
     affine = (x + shift) * raw.tanh().exp()
-    mean, std = (
-        torch.tensor([1.0, 2.0])[:, None, None],
-        (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None],
-    )
+    mean = torch.tensor([1.0, 2.0])[:, None, None]
+    std = (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None]
     assert_close(y, (affine - mean) / std, 1e-5)
 
 
@@ -487,17 +488,20 @@ def initialised(norm, x):
 
 
 def test_actnorm_by_hand():
-    norm, x = perturb(ActNorm(3)).double(), randn(2, 3, 4, 6)
+    norm = perturb(ActNorm(3)).double()
+    x = randn(2, 3, 4, 6)
     y, log_det = norm(x)
     for c in range(3):
-        bias, scale = norm.bias[c].item(), math.exp(3 * norm.log_scale[c].item())
+        bias = norm.bias[c].item()
+        scale = math.exp(3 * norm.log_scale[c].item())
         assert_close(y[:, c].detach(), (x[:, c] + bias) * scale)
     assert_close(log_det.detach(), [4 * 6 * 3 * norm.log_scale.sum().item()] * 2)
     assert_close(norm.inverse(y)[0], x)
 
 
 def test_actnorm_is_the_identity_until_it_is_initialised():
-    norm, x = ActNorm(3).double(), randn(2, 3, 4, 6)
+    norm = ActNorm(3).double()
+    x = randn(2, 3, 4, 6)
     assert uninitialized(norm)
     assert torch.equal(norm(x)[0], x)
     assert torch.equal(norm(x)[1], torch.zeros(2, dtype=torch.float64))
@@ -557,14 +561,16 @@ def padded(x):
 
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3), (2, 2), (7, 5)])
 def test_edge_convolution_is_one_over_an_appended_border_channel(size):
-    conv, x = perturb(EdgeConv2d(2, 3, True)).double(), randn(2, 2, *size)
+    conv = perturb(EdgeConv2d(2, 3, True)).double()
+    x = randn(2, 2, *size)
     weight = torch.cat([conv.weight, conv.edge.weight], 1)
     assert_close(conv(x), nn.functional.conv2d(padded(x), weight))
     assert conv.bias is None
 
 
 def test_edge_weights_touch_the_border_only():
-    with_edges, without = EdgeConv2d(2, 3, True).double(), EdgeConv2d(2, 3, False).double()
+    with_edges = EdgeConv2d(2, 3, True).double()
+    without = EdgeConv2d(2, 3, False).double()
     without.weight = with_edges.weight
     assert without.edge is None
     x = randn(2, 2, 8, 9)
@@ -589,7 +595,8 @@ def test_hidden_convolutions_start_as_n_0_0_05():
 
 @pytest.mark.parametrize("edges", [True, False])
 def test_zero_convolution(edges):
-    conv, x = ZeroConv2d(2, 3, edges).double(), randn(2, 2, 4, 6)
+    conv = ZeroConv2d(2, 3, edges).double()
+    x = randn(2, 2, 4, 6)
     assert torch.equal(conv(x), torch.zeros(2, 3, 4, 6, dtype=torch.float64))
     perturb(conv)
     weight = torch.cat([conv.weight, conv.edge.weight], 1) if edges else conv.weight
@@ -600,7 +607,8 @@ def test_zero_convolution(edges):
 
 
 def test_zero_linear():
-    linear, x = ZeroLinear(3, 2).double(), randn(4, 3)
+    linear = ZeroLinear(3, 2).double()
+    x = randn(4, 3)
     assert torch.equal(linear(x), torch.zeros(4, 2, dtype=torch.float64))
     perturb(linear)
     assert_close(linear(x), (x @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp())
@@ -608,7 +616,8 @@ def test_zero_linear():
 
 @pytest.mark.parametrize("edges", [True, False])
 def test_glow_conditioner_by_hand(edges):
-    net, x = perturb(GlowConditioner(2, 6, 5, edges)).double(), randn(3, 2, 4, 6)
+    net = perturb(GlowConditioner(2, 6, 5, edges)).double()
+    x = randn(3, 2, 4, 6)
 
     def norm(h, layer):
         return (h + layer.bias) * (3 * layer.log_scale).exp()
@@ -628,7 +637,8 @@ def test_glow_conditioner_by_hand(edges):
 
 
 def test_reverse_is_its_own_inverse():
-    x, reverse = randn(2, 6, 2, 3), ChannelPermutation(torch.arange(6).flip(0))
+    x = randn(2, 6, 2, 3)
+    reverse = ChannelPermutation(torch.arange(6).flip(0))
     y, log_det = reverse(x)
     assert torch.equal(y, x.flip(1))
     assert torch.equal(reverse(y)[0], x)
@@ -638,7 +648,8 @@ def test_reverse_is_its_own_inverse():
 
 def test_channel_permutation_by_hand():
     order = torch.tensor([2, 0, 3, 1])
-    x, shuffle = randn(2, 4, 2, 3), ChannelPermutation(order)
+    x = randn(2, 4, 2, 3)
+    shuffle = ChannelPermutation(order)
     y, _ = shuffle(x)
     assert all(torch.equal(y[:, c], x[:, order[c]]) for c in range(4))
     assert torch.equal(shuffle.inverse(y)[0], x)
@@ -665,7 +676,8 @@ def test_w_starts_orthogonal(n):
 @pytest.mark.parametrize("kind", [InvertibleConv1x1, InvertibleConv1x1LU])
 def test_w_multiplies_every_pixel(kind):
     torch.manual_seed(0)
-    layer, x = perturb(kind(4)).double(), randn(2, 4, 3, 5)
+    layer = perturb(kind(4)).double()
+    x = randn(2, 4, 3, 5)
     weight, _ = matrix(layer)
     y, log_det = layer(x)
     for row in range(3):
@@ -680,11 +692,9 @@ def test_w_multiplies_every_pixel(kind):
 
 def test_w_and_its_triangles_are_the_same_map():
     torch.manual_seed(0)
-    lu, plain, x = (
-        perturb(InvertibleConv1x1LU(6)).double(),
-        InvertibleConv1x1(6).double(),
-        randn(2, 6, 3, 5),
-    )
+    lu = perturb(InvertibleConv1x1LU(6)).double()
+    plain = InvertibleConv1x1(6).double()
+    x = randn(2, 6, 3, 5)
     plain.weight.data = matrix(lu)[0].detach()
     for one, other in ((lu(x), plain(x)), (lu.inverse(x), plain.inverse(x))):
         assert_close(one[0], other[0])
@@ -724,7 +734,8 @@ class Answer(nn.Module):
 
 
 def test_additive_coupling_by_hand():
-    x, h = randn(2, 4, 3, 3), randn(2, 2, 3, 3, seed=1)
+    x = randn(2, 4, 3, 3)
+    h = randn(2, 2, 3, 3, seed=1)
     coupling = AdditiveCoupling(Answer(h))
     y, log_det = coupling(x)
     assert torch.equal(coupling.conditioner.seen, x[:, :2])
@@ -734,7 +745,8 @@ def test_additive_coupling_by_hand():
 
 
 def test_sigmoid_coupling_by_hand():
-    x, h = randn(2, 4, 3, 3), 3 * randn(2, 4, 3, 3, seed=1)
+    x = randn(2, 4, 3, 3)
+    h = 3 * randn(2, 4, 3, 3, seed=1)
     coupling = SigmoidCoupling(Answer(h))
     y, log_det = coupling(x)
     scale = 1 / (1 + (-h[:, 2:] - 2).exp())
@@ -750,7 +762,8 @@ def log_normal(z, mean, log_std):
 
 
 def test_split_prior_is_a_normal_given_the_kept_half():
-    prior, x = perturb(SplitPrior(6, (4, 5)), 0.1).double(), randn(3, 6, 4, 5)
+    prior = perturb(SplitPrior(6, (4, 5)), 0.1).double()
+    x = randn(3, 6, 4, 5)
     y, log_det = prior(x)
     mean, log_std = prior.net(x[:, :3]).chunk(2, 1)
     kept, eps = y.chunk(2, 1)
@@ -766,10 +779,13 @@ def test_split_prior_is_a_normal_given_the_kept_half():
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     """Constant per channel but for the border; a class adds its own row of a `ZeroLinear`."""
-    prior, x = perturb(TopPrior(2, edges, n_classes), 0.2).double(), randn(3, 2, 4, 5)
+    prior = perturb(TopPrior(2, edges, n_classes), 0.2).double()
+    x = randn(3, 2, 4, 5)
     y = None if n_classes is None else torch.tensor([2, 0, 2])
     conv = ZeroConv2d(4, 4, edges).double()
-    conv.shift, conv.log_scale, conv.edge = prior.shift, prior.log_scale, prior.edge
+    conv.shift = prior.shift
+    conv.log_scale = prior.log_scale
+    conv.edge = prior.edge
     h = conv(torch.zeros(3, 4, 4, 5, dtype=torch.float64))
     if n_classes is not None:
         h = h + prior.by_class(torch.eye(3, dtype=torch.float64)[y])[:, :, None, None]
@@ -788,7 +804,8 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     ids=["split", "top", "class"],
 )
 def test_a_learned_prior_starts_as_a_standard_normal(prior):
-    x, y = randn(2, 4, 3, 3), torch.tensor([0, 2])
+    x = randn(2, 4, 3, 3)
+    y = torch.tensor([0, 2])
     eps, log_det = prior.double()(x, y)
     assert torch.equal(eps, x)
     assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
