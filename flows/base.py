@@ -58,8 +58,8 @@ class Flow(Bijection[Tensor]):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Set what depends on data (`ActNorm`) from a first batch, and return f(x).
 
-        What is set already stays as it is. A layer that holds others initialises them in the order
-        of `forward`. Call it under `torch.no_grad()`.
+        It is set once: a second call changes nothing. A layer that holds others initialises them in
+        the order of `forward`. Call it under `torch.no_grad()`.
         """
         z, _ = self(x, context)
         return z
@@ -247,10 +247,10 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         """torch.compile each conditioner; compiling the whole flow would take minutes.
 
         All conditioners run the same code, and those of one shape share their graphs. There is a
-        graph for each shape, and for each batch size and mode that they are called in. These are
-        soon more than the 8 after which torch stops compiling and says so in a log only, so that
-        limit is raised. Sizes are constants of a graph (dynamic=False), since tensors that depend
-        on sizes alone are constants too (`constant`).
+        graph for each shape, and for each batch size and mode that they are called in. torch stops
+        compiling after 8 graphs, with no more than a line in a log, so that limit is raised. Sizes
+        are constants of a graph (dynamic=False), since tensors that depend on sizes alone are
+        constants too (`constant`).
         """
         kwargs.setdefault("dynamic", False)
         limit = torch._dynamo.config.recompile_limit

@@ -39,7 +39,8 @@ def cached(flow: nn.Module) -> Iterator[None]:
     """
     before = {module: module.__dict__.get("made_once") for module in flow.modules()}
     for module, values in before.items():
-        module.__dict__["made_once"] = CachedValues() if values is None else values
+        if values is None:
+            module.__dict__["made_once"] = CachedValues()
     try:
         yield
     finally:

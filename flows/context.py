@@ -88,8 +88,9 @@ class Encoded:
     value: Encoding
 
     def __len__(self) -> int:
-        first = self.value[0] if isinstance(self.value, tuple) else self.value
-        return len(first)
+        if isinstance(self.value, tuple):
+            return len(self.value[0])
+        return len(self.value)
 
     def repeated(self, n: int) -> "Encoded":
         """All rows n times over: B rows become n * B."""

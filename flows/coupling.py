@@ -139,8 +139,9 @@ class ChannelCoupling(AffineCoupling):
         return (second, first) if self.swap else (first, second)
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
-        halves = [changed, kept] if self.swap else [kept, changed]
-        return torch.cat(halves, dim=1)
+        if self.swap:
+            return torch.cat([changed, kept], dim=1)
+        return torch.cat([kept, changed], dim=1)
 
 
 class AdditiveCoupling(Flow):

@@ -107,7 +107,8 @@ def of_level(context: Encoding | None, i: int) -> Tensor | None:
 def channels_last(x: Tensor) -> Tensor:
     """The same images in the memory format in which convolutions are fastest.
 
-    Within a transform of torch.func the format stays as it is: vmap knows the contiguous one alone.
+    Within a transform of torch.func the format is not changed, since vmap knows the contiguous one
+    alone.
     """
     if in_transform():
         return x

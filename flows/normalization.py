@@ -115,8 +115,8 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
         self.mask = None if mask is None else as_mask(mask)
 
-    # torch's batch norms return y alone; of _BatchNorm only the buffers are wanted, and what other
-    # code does with every batch norm.
+    # torch's batch norms return y alone. This class takes their buffers, and is a _BatchNorm for
+    # code that treats all batch norms alike.
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,9 @@ def update_running(
     (torch.optim.swa_utils.update_bn).
     """
     norm.num_batches_tracked += 1
-    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    rate: Tensor | float | None = norm.momentum
+    if rate is None:
+        rate = 1 / norm.num_batches_tracked
     norm.running_mean.lerp_(mean.to(norm.running_mean), rate)
     norm.running_var.lerp_(var.to(norm.running_var), rate)
 

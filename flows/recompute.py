@@ -61,7 +61,10 @@ def recomputed(
     if not on or not torch.is_grad_enabled() or in_transform():
         return function(module, *inputs)
     random = is_random(module)
-    with contextlib.nullcontext() if random else _nothing_is_drawn(module, inputs):
+    check: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not random:
+        check = _nothing_is_drawn(module, inputs)
+    with check:
         return checkpoint(
             function,
             module,

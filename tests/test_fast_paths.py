@@ -575,7 +575,7 @@ def test_networks_are_folded_together_as_each_alone():
     assert (nets[0](x) - nets[1](x)).abs().max() > 0.1
 
 
-# ------------------------------------------------------------------------------ other networks
+# ---------------------------------------------------------------------- other networks
 
 
 class RandomNet(nn.Module):
@@ -684,7 +684,7 @@ def test_a_network_that_draws_and_does_not_declare_it_is_refused_by_name():
         flow(x)
 
 
-# ------------------------------------------------------------------------------ sizes
+# ---------------------------------------------------------------------- sizes
 
 
 def test_what_is_cached_for_a_size_is_right_for_another(monkeypatch):
@@ -737,7 +737,7 @@ def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
         assert list(constants.READ_BY_GRAPHS.values()) == [tensor] * capturing
 
 
-# ------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------- training
 
 
 def test_dropout_is_left_out_of_reestimated_statistics():

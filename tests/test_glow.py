@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 
-# ------------------------------------------------------------------------------ the authors' model
+# ---------------------------------------------------------------------- the authors' model
 
 
 class ReferenceGlow:
@@ -306,7 +306,7 @@ def unchanged(ours):
 LAYOUTS = {SigmoidCoupling: alternate, AdditiveCoupling: unchanged}
 
 
-# ------------------------------------------------------------------------------ helpers
+# ---------------------------------------------------------------------- helpers
 
 
 def tiny(shape=(3, 4, 8), n_levels=2, depth=2, hidden_channels=5, seed=0, **arguments):
@@ -353,7 +353,7 @@ def assert_close(actual, expected, tolerance=1e-10):
     )
 
 
-# ------------------------------------------------------------------------------ against the reference
+# ---------------------------------------------------------------------- against the reference
 
 VARIANTS = [
     *(
@@ -481,7 +481,7 @@ def test_a_uniform_density_of_5_bit_data_costs_5_bits():
     assert_close(module.dequantizer(q, torch.full((32,), 0.5))[0], (torch.arange(32) + 0.5) / 32)
 
 
-# ------------------------------------------------------------------------------ size and settings
+# ---------------------------------------------------------------------- size and settings
 
 
 def conditioner_size(c_in, c_out, hidden):
@@ -559,7 +559,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(arguments, message):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------ initialisation
+# ---------------------------------------------------------------------- initialisation
 
 
 def test_every_actnorm_starts_with_mean_0_and_variance_1(monkeypatch):
@@ -684,7 +684,7 @@ def test_a_seed_decides_the_weights():
     assert same(tiny(seed=3).state_dict(), tiny(seed=3).state_dict())
 
 
-# ------------------------------------------------------------------------------ at the paper's depth
+# ---------------------------------------------------------------------- at the paper's depth
 
 
 @pytest.fixture(scope="module")
@@ -758,7 +758,7 @@ def test_without_a_warm_up_the_first_step_blows_up():
     assert bits[1] > bits[0] + 1, bits
 
 
-# ------------------------------------------------------------------------------ under a Trainer
+# ---------------------------------------------------------------------- under a Trainer
 
 
 def glow(seed=0, **arguments):

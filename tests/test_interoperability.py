@@ -31,7 +31,7 @@ def by_name(name: str):
     return next(case for case in CASES if case.name == name)
 
 
-# ------------------------------------------------------------------------------ torch.func
+# ---------------------------------------------------------------------- torch.func
 
 
 @every_transformable_case
@@ -196,7 +196,7 @@ def test_recomputation_makes_way_for_a_transform():
     assert torch.equal(torch.func.grad(lambda x: flow.log_prob(x).sum())(x), expected)
 
 
-# ------------------------------------------------------------------------------ graphs
+# ---------------------------------------------------------------------- graphs
 
 
 def glow_and_data() -> tuple[Glow, tuple[Tensor, ...]]:
@@ -234,7 +234,7 @@ def test_a_glow_is_exported():
     assert_same_outputs(program.module()(*inputs), flow(*inputs))
 
 
-# ------------------------------------------------------------------------------ memory and files
+# ---------------------------------------------------------------------- memory and files
 
 
 def nines(tensor: Tensor, **options) -> Tensor:

@@ -141,7 +141,7 @@ def test_a_learned_dequantiser_trains_and_its_metric_is_a_bound():
     assert (module.dequantizer.mean != before).all()
 
 
-# ------------------------------------------------------------------------------ what they share
+# ---------------------------------------------------------------------- what they share
 
 
 def parts_on(rank=0, ranks=1):

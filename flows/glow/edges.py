@@ -37,7 +37,9 @@ class EdgeConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.weight, padding=1)
-        return y if self.edge is None else y + self.edge(size_of(x))
+        if self.edge is None:
+            return y
+        return y + self.edge(size_of(x))
 
     @property
     def edge_weight(self) -> Tensor | None:

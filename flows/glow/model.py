@@ -119,7 +119,8 @@ class Glow(FlowModel):
         _check_choice("permutation", permutation, PERMUTATIONS)
         self.n_levels = n_levels
         self.shape = self.check_image_shape(shape)
-        self.conditioned_on = None if n_classes is None else Classes(n_classes)
+        if n_classes is not None:
+            self.conditioned_on = Classes(n_classes)
 
         def step(channels: int) -> Step:
             half = channels // 2
@@ -142,7 +143,9 @@ class Glow(FlowModel):
         levels.append(Compose([Squeeze(), Steps(step(channels) for _ in range(depth))]))
         self.levels = module_list(levels)
         self.prior = TopPrior(channels, edges, n_classes)
-        self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
+        self.classifier = None
+        if n_classes is not None:
+            self.classifier = ZeroLinear(channels, n_classes)
         # As `forward` and `inverse` make the images: convolutions are faster then.
         self.to(memory_format=torch.channels_last)
 
@@ -175,8 +178,10 @@ class Glow(FlowModel):
         return x, log_det + preprocess_log_det
 
     def initialize(self, x: Tensor, context: Context = None) -> None:
-        # The class enters the last prior alone, which data do not set: it may be left out.
-        encoding = None if context is None else self.encoded(context)
+        # The class enters the last prior alone, which data do not set, so it may be left out.
+        encoding = None
+        if context is not None:
+            encoding = self.encoded(context)
         x, _ = self.preprocess(channels_last(x))
         levels_initialize(self.levels, x, encoding)
 

@@ -74,7 +74,9 @@ class TopPrior(Flow):
         self.shift = nn.Parameter(torch.zeros(2 * channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(2 * channels, 1, 1))
         self.edge = Edge(2 * channels) if edges else None
-        self.by_class = None if n_classes is None else ZeroLinear(n_classes, 2 * channels)
+        self.by_class = None
+        if n_classes is not None:
+            self.by_class = ZeroLinear(n_classes, 2 * channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return standardized(x, *self._moments(x, context))

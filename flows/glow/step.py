@@ -91,7 +91,10 @@ class GlowStep(Function):
         ctx.coupling = coupling
         ctx.dtype = dtype
         ctx.n_state = len(state)
-        ctx.save_for_backward(x, weight, bias, *folded, y, *state, *(() if recompute else hidden))
+        if recompute:
+            ctx.save_for_backward(x, weight, bias, *folded, y, *state)
+        else:
+            ctx.save_for_backward(x, weight, bias, *folded, y, *state, *hidden)
         return y, log_det
 
     @staticmethod
@@ -107,7 +110,9 @@ class GlowStep(Function):
             state = others[: ctx.n_state]
             hidden = others[ctx.n_state :]
             grad, grad_folded = _coupling_gradients(ctx, grads, y, folded, state, hidden)
-            grad_x = images(grad @ weight, x) if ctx.needs_input_grad[3] else None
+            grad_x = None
+            if ctx.needs_input_grad[3]:
+                grad_x = images(grad @ weight, x)
             return None, None, None, grad_x, grad.T @ pixels(x), grad.sum(0), *grad_folded
 
 
@@ -173,4 +178,6 @@ def _gradients_by_autograd(
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     """The tensor without its history."""
-    return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+    if tensor is None:
+        return None
+    return tensor.detach().requires_grad_(tensor.requires_grad)
