@@ -466,6 +466,13 @@ def test_a_class_conditional_objective_is_that_of_the_authors_model():
     assert_close(ours + 5, objective, 1e-10)
 
 
+def test_class_logits_of_a_glow_without_classes_are_one_line():
+    flow = tiny()
+    message = "^this Glow is not class-conditional: build it with n_classes$"
+    with pytest.raises(ValueError, match=message):
+        flow.log_prob_and_class_logits(images(2, flow.shape), None)
+
+
 def test_without_weights_it_is_a_standard_normal_of_x_minus_a_half():
     flow = tiny(permutation="reverse", coupling="additive")
     x = images(3, flow.shape)
@@ -549,6 +556,7 @@ def test_latent_shapes(size, n_levels):
         ({"depth": 0}, "flow.depth"),
         ({"hidden_channels": -1}, "flow.hidden_channels"),
         ({"shape": (2,)}, r"\(2,\)"),
+        ({"shape": (None, 4, 8)}, r"Glow models images \(C, H, W\), not .* \(None, 4, 8\)"),
         ({"alpha": 0.5}, "alpha=0.5"),
     ],
     ids=str,

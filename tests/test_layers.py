@@ -804,6 +804,11 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     assert_close(prior.inverse(0.7 * eps, y)[0], mean + 0.7 * (x - mean))
 
 
+def test_a_prior_of_classes_without_a_class_is_one_line():
+    with pytest.raises(ValueError, match=r"^the prior depends on the class: give it as context"):
+        TopPrior(4, False, n_classes=3)(randn(2, 4, 3, 3))
+
+
 @pytest.mark.parametrize(
     "prior",
     [SplitPrior(4, True), TopPrior(4, True), TopPrior(4, False, 3)],
