@@ -10,8 +10,9 @@ What torch may do with a flow, in eval mode (tests/test_interoperability.py):
   example. torch.jit.trace, which torch has deprecated, works for these sizes too, under
   torch.no_grad().
 * Built under `torch.device("meta")`, a flow has no memory. `to_empty(device=...)` gives it some,
-  and `load_state_dict` fills it. Masks have to be given as values, or as tensors on another device.
-* safetensors: `save_model(flow, path)` and `load_model(flow, path)` of safetensors.torch.
+  and `load_state_dict` fills it. A mask has to be a list of values then, or a tensor on another
+  device: a tensor on the meta device has no values.
+* safetensors.torch.save_model(flow, path) and load_model(flow, path) save and load the weights.
   `save_file` takes contiguous tensors alone, and convolutions keep their weights channels_last:
   `save_file({name: tensor.contiguous() for name, tensor in flow.state_dict().items()}, path)`.
 """
@@ -30,7 +31,7 @@ Latent = TypeVar("Latent", Tensor, tuple[Tensor, ...])
 
 
 class Bijection(nn.Module, ABC, Generic[Latent]):
-    """An invertible map z = f(x) that knows its log|det df/dx|: a layer (`Flow`) or a `FlowModel`.
+    """An invertible map z = f(x) with its log|det df/dx|: what `Flow` and `FlowModel` share.
 
     `log_det` is in nats, one number for each datum, shape (B,), and at least float32.
     """

@@ -53,7 +53,7 @@ def _constant_of_a_graph(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The same; a function of its own, since torch.compile would look through `lru_cache`."""
+    """`_computed_once`, hidden from torch.compile, which would look through `lru_cache`."""
     return _computed_once(make, arguments, dtype, device)
 
 

@@ -776,7 +776,7 @@ def glow(seed=0, **arguments):
 def first_batch(data, seed=0):
     """All 64 training images in the order of epoch 0, with the noise of its first step.
 
-    The batch would have more images, of 256 * 32^2 pixels together, if there were more.
+    The first batch has 256 * 32^2 pixels where the data have so many; these have fewer.
     """
     q = torch.stack([data.train[key][0] for key in TrainSampler(64, 64, seed)])
     return (q.float() + batch_noise((64, *SHAPE), seed, 0, 0, torch.device("cpu"))) / 256

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flows import constants
-from flows.base import Flow
+from flows.base import FlowModel
 from flows.caching import cached
 from flows.glow import Glow
 from flows.masks import FixedMask, checkerboard
@@ -91,7 +91,7 @@ def test_jvp_is_the_jacobian_times_the_tangent(case):
 class LogProb(torch.nn.Module):
     """log_prob as the forward pass of a module, which torch.func.functional_call needs."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: FlowModel) -> None:
         super().__init__()
         self.flow = flow
 

@@ -44,8 +44,8 @@ def _for_tensor_cores(x: Tensor) -> bool:
     """Whether to convolve by matrix products, which fill tensor cores better.
 
     cuDNN's convolutions of few channels took a third of a step of Glow on a GPU. The products have
-    run there, but were not timed. They are used in compiled code only: what surrounds a product is
-    one kernel then.
+    run on one, but were not timed. They are used in compiled code only, where the operations around
+    a product become one kernel.
     """
     device = x.device.type
     return device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling()

@@ -23,7 +23,7 @@ def network(coupling: AdditiveCoupling) -> GlowConditioner:
 def has_gradients_by_hand(coupling: Flow) -> bool:
     """Whether `GlowStep` computes what the coupling does.
 
-    It does for three classes themselves; a subclass may compute something else.
+    The types are compared exactly, since a subclass may compute something else.
     """
     if type(coupling) not in (AdditiveCoupling, SigmoidCoupling):
         return False
