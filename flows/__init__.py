@@ -1,1 +1,4 @@
-"""Normalizing flows in pure torch: layers by kind, one file a paper. Importing it costs no more than torch."""
+"""Normalizing flows in pure torch: layers by kind, and one file for each paper.
+
+Importing the package costs no more than importing torch.
+"""

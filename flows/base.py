@@ -1,99 +1,160 @@
-"""The one contract that every layer and every model of this house keeps."""
+"""The contract that every layer and every model keeps.
+
+What torch may do with a flow, in eval mode (tests/test_interoperability.py):
+
+* torch.func (vmap, grad, jvp, jacrev, hessian, functional_call, ...), forward-mode AD and batched
+  gradients work, of `forward`, `inverse` and `log_prob`. vmap over single data calls the flow with
+  batches of one, `x[None]`. Exceptions: `sample`, which draws numbers, and a model that calls
+  autograd itself (`FlowModel.needs_autograd`).
+* `FlowModel.compile` compiles the networks. torch.export.export works for the sizes of its
+  example. torch.jit.trace, which torch has deprecated, works for these sizes too, under
+  torch.no_grad().
+* Built under `torch.device("meta")`, a flow has no memory. `to_empty(device=...)` gives it some,
+  and `load_state_dict` fills it. A mask has to be a list of values then, or a tensor on another
+  device: a tensor on the meta device has no values.
+* safetensors.torch.save_model(flow, path) and load_model(flow, path) save and load the weights.
+  `save_file` takes contiguous tensors alone, and convolutions keep their weights channels_last:
+  `save_file({name: tensor.contiguous() for name, tensor in flow.state_dict().items()}, path)`.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from flows.bases import Base, StandardNormal
-from flows.context import Classes, ContextKind, Encoded
+from flows.context import Classes, Context, ContextKind, Encoded, Encoding
+
+Latent = TypeVar("Latent", Tensor, tuple[Tensor, ...])
 
 
-class Flow(nn.Module, ABC):
-    """A bijection z = f(x) with log|det df/dx|.
+class Bijection(nn.Module, ABC, Generic[Latent]):
+    """An invertible map z = f(x) with its log|det df/dx|: what `Flow` and `FlowModel` share.
 
-    Layers map tensor to tensor. `log_det` is in nats, one number an image, shape (B,), at least float32.
-    `context` is what a conditional flow depends on. A layer that holds others, or a network, hands it on to all of
-    them; one without a use for it ignores it.
+    `log_det` is in nats, one number for each datum, shape (B,), and at least float32.
     """
 
     @abstractmethod
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        """Data to latent: z = f(x) and log|det df/dx|, (B,)."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Latent, Tensor]:
+        """Map data to latents: z = f(x) and log|det df/dx|, (B,)."""
 
     @abstractmethod
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
-        """Latent to data: x = f^-1(z) and log|det df^-1/dz|, (B,): minus that of `forward` at x."""
+    def inverse(self, z: Latent, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latents to data: x = f^-1(z) and log|det df^-1/dz|, (B,).
 
-    def initialize(self, x: Tensor, context=None) -> Tensor:
-        """Set what depends on data (`ActNorm`) from a first batch, as far as it is not yet set. Returns f(x).
-
-        A layer that holds others hands it on, in the order of `forward`. Call it under `torch.no_grad()`, once.
+        The log-determinant is minus that of `forward` at x.
         """
-        return self(x, context)[0]
+
+
+class Flow(Bijection[Tensor]):
+    """A layer: a bijection from a tensor (B, ...) to a tensor of the same number of elements.
+
+    `context` is what a conditional flow depends on, encoded (`FlowModel.encode_context`). A layer
+    that holds other layers, or a network, hands it on to all of them. A layer that has no use for
+    a context ignores it.
+    """
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Set what depends on data (`ActNorm`) from a first batch, and return f(x).
+
+        It is set once: a second call changes nothing. A layer that holds others initialises them in
+        the order of `forward`. Call it under `torch.no_grad()`.
+        """
+        z, _ = self(x, context)
+        return z
 
 
 class Compose(Flow):
-    """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, section 3.5)."""
+    """f = f_n o ... o f_1; the log-determinants add up (Dinh et al. 2017, section 3.5).
+
+    >>> from flows.elementwise import Logit
+    >>> from flows.reshape import Squeeze
+    >>> flow = Compose([Logit(), Squeeze()])
+    >>> x = torch.rand(5, 3, 4, 4)
+    >>> z, log_det = flow(x)
+    >>> z.shape, log_det.shape
+    (torch.Size([5, 12, 2, 2]), torch.Size([5]))
+    >>> torch.allclose(flow.inverse(z)[0], x, atol=1e-5)
+    True
+    """
+
+    layers: Sequence[Flow]
 
     def __init__(self, layers: Iterable[Flow]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = no_log_det(x)
         for layer in self.layers:
             x, log_det = layer(x, context)
             total = total + log_det
         return x, total
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = no_log_det(z)
         for layer in reversed(self.layers):
             z, log_det = layer.inverse(z, context)
             total = total + log_det
         return z, total
 
-    def initialize(self, x: Tensor, context=None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self.layers:
             x = layer.initialize(x, context)
         return x
 
 
 class Inverted(Flow):
-    """The same bijection read backwards: `forward` is the wrapped flow's `inverse`."""
+    """The same bijection read backwards: `forward` is the `inverse` of the wrapped flow.
+
+    >>> from flows.reshape import Squeeze
+    >>> x, _ = Inverted(Squeeze())(torch.zeros(1, 4, 1, 1))
+    >>> x.shape
+    torch.Size([1, 1, 2, 2])
+    """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.flow.inverse(x, context)
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.flow(z, context)
 
 
-class FlowModel(Flow):
-    """A whole model: a bijection from data of `shape` onto a base of equal size.
+class FlowModel(Bijection[tuple[Tensor, ...]]):
+    """A whole model: a bijection from data of `shape` onto a base distribution of equal size.
 
-    Differs from a layer in two things. The latent is a tuple, one tensor a level, also where there is one level. And
-    the context is the raw one (labels, a low-resolution image), which `context_encoder` turns into what the layers
-    take, once a call.
+    It differs from a layer in two things. Its latents are a tuple with one tensor for each level,
+    also where there is one level. And it takes the raw context (labels, a low-resolution image),
+    which `context_encoder` turns into what the layers take, once in each call.
 
-    A subclass sets `shape` and says what else is true of it:
+    >>> from flows.realnvp import RealNVP2d
+    >>> flow = RealNVP2d(hidden_channels=8).eval()
+    >>> flow.log_prob(torch.zeros(4, 2)).shape  # nats
+    torch.Size([4])
+    >>> flow.sample(3, temperature=0.7).shape
+    torch.Size([3, 2])
 
-    shape: of one datum. Entries may be None: any size that the model can halve, e.g. (3, None, None).
+    A subclass sets `shape`, and declares what else is true of it:
+
+    shape: of one datum. Entries may be None, e.g. (3, None, None): any size that the model can
+        halve.
     base: the distribution of the latents.
     conditioned_on: what the context is (`Classes`, `Images`); None where the model takes none.
-    context_encoder: a module that maps a context to what the layers take, a tensor or a tuple of them, one a level,
-        with the rows of the context; None: the layers take the context itself.
-    noise_shape: None for an exact log-determinant. A flow whose log-determinant is an estimate (FFJORD, Residual Flow)
-        gives the shape of one datum's noise, uniform in [0, 1), that the estimate is a function of; `forward`,
-        `inverse` and `log_prob` then take `noise`, (B, *noise_shape), behind the context. `sample` calls `inverse`
-        without it, and drops the log-determinant.
-    needs_autograd: whether also evaluation needs gradients, as an estimate by autograd does. No inference mode then.
+    context_encoder: a module that maps a context to what the layers take: a tensor, or a tuple with
+        one for each level. Their first dimension is that of the context. None: the layers take the
+        context itself.
+    noise_shape: None where the log-determinant is exact. Where it is an estimate (FFJORD, Residual
+        Flow) it is a function of noise that is uniform in [0, 1), and this is the shape of one
+        datum's noise. `forward`, `inverse` and `log_prob` then take `noise`, (B, *noise_shape),
+        after the context. `sample` calls `inverse` without it, and drops the log-determinant.
+    needs_autograd: whether evaluation needs gradients too, as an estimate by autograd does. Such a
+        model cannot be evaluated in inference mode.
     """
 
     shape: tuple[int | None, ...]
@@ -108,136 +169,197 @@ class FlowModel(Flow):
         self.context_encoder = None
 
     @abstractmethod
-    def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """x (B, *shape) to latents, a tuple of (B, *latent_shape), and log_det (B,) in nats.
+    def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Map x, (B, *shape), to latents, a tuple of (B, *latent_shape), and log_det, (B,) nats.
 
-        A model that hands a context on takes `self.encoded(context)` first.
+        A model that hands a context on to its layers takes `self.encoded(context)` first.
         """
 
     @abstractmethod
-    def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        """Latents to x (B, *shape) and the log_det of the inverse, (B,) in nats."""
+    def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
+        """Map latents to x, (B, *shape), and the log_det of the inverse, (B,) nats."""
 
     @abstractmethod
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
-        """The shape of one latent each, for data of `shape`; None: of the model's own. ValueError: it does not fit."""
+        """The shape of the latents of each level, for data of `shape` (None: the model's own).
+
+        ValueError, one line: the shape does not fit the model.
+        """
 
     @property
     def n_classes(self) -> int | None:
         """The number of classes of a class-conditional model, else None."""
-        return self.conditioned_on.n_classes if isinstance(self.conditioned_on, Classes) else None
+        kind = self.conditioned_on
+        return kind.n_classes if isinstance(kind, Classes) else None
 
-    def log_prob(self, x: Tensor, context=None, noise: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context = None, noise: Tensor | None = None) -> Tensor:
         """log p(x) = log p(z) + log|det dz/dx|, nats, (B,) (Dinh et al. 2017, section 3.1).
 
-        noise: (B, *noise_shape), of an estimated log-determinant only. ValueError, one line: x has another shape, the
-        context is none, or the noise is missing or not asked for.
+        noise: (B, *noise_shape), where the log-determinant is an estimate.
+
+        ValueError, one line: x has another shape; the context does not fit the model or the data;
+        the noise is missing, or the model takes none.
+
+        >>> from flows.realnvp import RealNVP
+        >>> flow = RealNVP((3, 8, 8), n_scales=2, hidden_channels=4, n_blocks=1).eval()
+        >>> flow.log_prob(torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2])
+        >>> flow.log_prob(torch.rand(2, 3, 8, 9))
+        Traceback (most recent call last):
+            ...
+        ValueError: RealNVP was built for data of shape (3, 8, 8), not (3, 8, 9)
         """
         self.check_shape(x)
         self.check_noise(noise)
-        context = self.encode_context(context)
-        if context is not None and len(context) != len(x):
-            raise ValueError(f"{len(context)} contexts for {len(x)} data: give one each")
-        latents, log_det = self(x, context) if noise is None else self(x, context, noise)
+        encoding = self.encode_context(context)
+        if encoding is not None and len(encoding) != len(x):
+            raise ValueError(f"{len(encoding)} contexts for {len(x)} data: give one each")
+        if noise is None:
+            latents, log_det = self(x, encoding)
+        else:
+            latents, log_det = self(x, encoding, noise)
         return self.base.log_prob(latents) + log_det
 
-    def encode_context(self, context) -> Encoded | None:
-        """A context as the layers take it, for several calls with the same one. ValueError, one line: it is none."""
+    def encode_context(self, context: Context) -> Encoded | None:
+        """Encode a context for several calls with the same one.
+
+        ValueError, one line: the context is not what the model is conditioned on.
+        """
         if self.conditioned_on is None:
             if context is not None:
                 raise ValueError(
-                    f"this {type(self).__name__} is not conditioned on anything: leave the context out"
+                    f"this {type(self).__name__} is not conditioned on anything: "
+                    "leave the context out"
                 )
             return None
         if isinstance(context, Encoded):
             return context
         self.conditioned_on.check(context, type(self).__name__)
-        return Encoded(context if self.context_encoder is None else self.context_encoder(context))
+        if self.context_encoder is None:
+            return Encoded(cast(Tensor, context))
+        return Encoded(self.context_encoder(context))
 
-    def encoded(self, context) -> Tensor | tuple[Tensor, ...] | None:
-        """What the layers take: of a raw context encoded now, of an `Encoded` one as it is."""
+    def encoded(self, context: Context) -> Encoding | None:
+        """The context as the layers take it; an `Encoded` one is not encoded again."""
         encoding = self.encode_context(context)
         return None if encoding is None else encoding.value
 
-    def compile(self, *args, **kwargs) -> None:
-        """torch.compile every conditioner: those of one shape share their graphs. The whole flow would take minutes.
+    def compile(self, *args: object, **kwargs: object) -> None:
+        """torch.compile each conditioner; compiling the whole flow would take minutes.
 
-        All conditioners are one piece of code, with a graph for each shape, and each batch size and mode they are
-        called in: soon more than the 8 after which torch stops compiling and says so in a log only. Sizes are
-        constants of a graph (dynamic=False), since what depends on them alone is one (`constant`).
+        All conditioners run the same code, and those of one shape share their graphs. There is a
+        graph for each shape, and for each batch size and mode that they are called in. torch stops
+        compiling after 8 graphs, with no more than a line in a log, so that limit is raised. Sizes
+        are constants of a graph (dynamic=False), since tensors that depend on sizes alone are
+        constants too (`constant`).
         """
         kwargs.setdefault("dynamic", False)
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(64, limit)
         for layer in self.modules():
-            if hasattr(layer, "conditioner"):
-                layer.conditioner.compile(*args, **kwargs)
+            conditioner = getattr(layer, "conditioner", None)
+            if conditioner is not None:
+                conditioner.compile(*args, **kwargs)
             if hasattr(layer, "by_hand"):
-                layer.by_hand = False  # else it would not call its conditioners
+                # Else the layer would not call its conditioners.
+                cast(_WrittenByHand, layer).by_hand = False
 
     def check_shape(self, x: Tensor) -> None:
-        """ValueError, one line: x is not (B, *shape), or a size that is free does not fit the model."""
+        """ValueError, one line: x is not (B, *shape), or the model cannot halve its size."""
         actual = tuple(x.shape[1:])
         fits = len(actual) == len(self.shape)
         fits = fits and all(
             own in (None, side) for own, side in zip(self.shape, actual, strict=True)
         )
         if not fits:
-            own = str(self.shape).replace("None", "any")
+            own_shape = str(self.shape).replace("None", "any")
             raise ValueError(
-                f"{type(self).__name__} was built for data of shape {own}, not {actual}"
+                f"{type(self).__name__} was built for data of shape {own_shape}, not {actual}"
             )
         if None in self.shape:
             self.latent_shapes(actual)
 
     def check_noise(self, noise: Tensor | None) -> None:
-        """ValueError, one line: an estimated log-determinant lacks its noise, or an exact one was handed some."""
+        """ValueError, one line: an estimate lacks its noise, or an exact model is given some."""
         name = type(self).__name__
         if self.noise_shape is not None and noise is None:
             shape = f"(B, {', '.join(map(str, self.noise_shape))})"
             raise ValueError(
-                f"the log-determinant of {name} is an estimate: give noise {shape}, uniform in [0, 1)"
+                f"the log-determinant of {name} is an estimate: "
+                f"give noise {shape}, uniform in [0, 1)"
             )
         if self.noise_shape is None and noise is not None:
             raise ValueError(f"the log-determinant of {name} is exact: leave the noise out")
 
-    def initialize(self, x: Tensor, context=None) -> None:
-        """Set what depends on data from a first batch, (B, *shape), where the model has such layers."""
+    def initialize(self, x: Tensor, context: Context = None) -> None:
+        """Set what depends on data from a first batch, (B, *shape).
+
+        A model without such layers does nothing. Call it under `torch.no_grad()`.
+        """
 
     def sample(
         self,
         n: int,
         temperature: float = 1.0,
-        context=None,
+        context: Context = None,
         *,
         shape: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n data points, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
+        """Draw n data, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
 
-        With a context of B rows n are drawn for each row: (n, B, *shape); the context is encoded once.
-        Images come out in about [0, 1]: a model whose data passed a logit reaches a little beyond.
-        shape: of one datum, for a model of any size; None: `sample_shape` says it. ValueError, one line: it does not.
+        With a context of B rows, n data are drawn for each row: (n, B, *shape). The context is
+        encoded once. Images lie in about [0, 1]; a model whose data passed a logit reaches a little
+        beyond.
+
+        temperature: tau. shape: of one datum, for a model of any size; None: that of
+        `sample_shape`. ValueError, one line: it does not fit the model, or the context does not.
+
+        >>> from flows.glow import Glow
+        >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4, n_classes=10).eval()
+        >>> flow.sample(5, 0.7, context=torch.tensor([3, 8])).shape
+        torch.Size([5, 2, 3, 8, 8])
         """
         like = next(self.parameters())
         encoding = self.encode_context(context)
         latent_shapes = self.latent_shapes(shape or self.sample_shape(encoding))
         if encoding is None:
-            return self.inverse(self.base.sample(n, latent_shapes, temperature, generator, like))[0]
+            latents = self.base.sample(n, latent_shapes, temperature, generator, like)
+            x, _ = self.inverse(latents)
+            return x
         rows = len(encoding)
         latents = self.base.sample(n * rows, latent_shapes, temperature, generator, like)
-        return self.inverse(latents, encoding.repeated(n))[0].unflatten(0, (n, rows))
+        x, _ = self.inverse(latents, encoding.repeated(n))
+        return x.unflatten(0, (n, rows))
 
     def sample_shape(self, encoding: Encoded | None) -> tuple[int, ...]:
-        """The shape of a sample where nobody gives one: the model's own.
+        """The shape of a sample where the caller names none: the model's own.
 
-        A model of any size whose context decides it (super-resolution) overrides this. encoding: the context, encoded.
-        ValueError, one line: nothing decides it.
+        A model of any size whose context decides it (super-resolution) overrides this.
+
+        encoding: the encoded context. ValueError, one line: nothing decides the shape.
         """
-        if None in self.shape:
+        sides = tuple(side for side in self.shape if side is not None)
+        if len(sides) < len(self.shape):
             raise ValueError(
-                f"this {type(self).__name__} models data of any size: give sample(..., shape=(C, H, W))"
+                f"this {type(self).__name__} models data of any size: "
+                "give sample(..., shape=(C, H, W))"
             )
-        return self.shape
+        return sides
+
+
+class _WrittenByHand(Protocol):
+    """A layer that computes what its networks would, while `by_hand` is true."""
+
+    by_hand: bool
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def module_list(modules: Iterable[Layer]) -> Sequence[Layer]:
+    """nn.ModuleList, of which a type checker knows what it holds."""
+    return cast(Sequence[Layer], nn.ModuleList(modules))
 
 
 def no_log_det(x: Tensor) -> Tensor:

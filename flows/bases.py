@@ -1,4 +1,4 @@
-"""Base distributions of the latents."""
+"""Base distributions: what the latents of a flow are distributed as."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Base(ABC):
-    """A distribution of independent, equally distributed dimensions, over the latents of all levels."""
+    """A distribution of independent, identically distributed dimensions, over all levels."""
 
     @abstractmethod
     def log_prob_of_level(self, z: Tensor) -> Tensor:
@@ -22,8 +22,14 @@ class Base(ABC):
         """A sample of `shape`, with the dtype and the device of `like`."""
 
     def log_prob(self, latents: tuple[Tensor, ...]) -> Tensor:
-        """ln p of the latents, a tuple of (B, *shape): nats, (B,), summed over all levels and dimensions."""
-        return sum(self.log_prob_of_level(z) for z in latents)
+        """ln p of the latents: nats, (B,), summed over all levels and dimensions.
+
+        latents: a tuple with one tensor (B, *shape) for each level.
+        """
+        total = self.log_prob_of_level(latents[0])
+        for z in latents[1:]:
+            total = total + self.log_prob_of_level(z)
+        return total
 
     def sample(
         self,
@@ -35,7 +41,7 @@ class Base(ABC):
     ) -> tuple[Tensor, ...]:
         """tau * eps for each shape, (n, *shape), with the dtype and the device of `like`.
 
-        Drawn on the generator's device, so that a seed means the same on every device.
+        The numbers are drawn on the generator's device, so that a seed means the same everywhere.
         """
         if generator is None:
             return tuple(temperature * self.draw((n, *shape), None, like) for shape in shapes)
@@ -47,10 +53,15 @@ class Base(ABC):
 
 
 class StandardNormal(Base):
-    """z ~ N(0, 1): ln p(z) = -1/2 (z^2 + ln 2 pi)."""
+    """z ~ N(0, 1): ln p(z) = -1/2 (z^2 + ln 2 pi).
+
+    >>> StandardNormal().log_prob((torch.zeros(1, 2),))  # -ln 2 pi
+    tensor([-1.8379])
+    """
 
     def log_prob_of_level(self, z: Tensor) -> Tensor:
-        # The factor is taken of the sum: inside, it would make the gradient of channels_last latents contiguous.
+        # The factor is taken of the sum. Inside, it would make the gradient of channels_last
+        # latents contiguous.
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
     def draw(
@@ -60,7 +71,13 @@ class StandardNormal(Base):
 
 
 class StandardLogistic(Base):
-    """z ~ logistic(0, 1), the base of NICE: ln p(z) = -softplus(z) - softplus(-z) (Dinh et al. 2014, section 3.4)."""
+    """z ~ logistic(0, 1), the base of NICE (Dinh et al. 2014, section 3.4).
+
+        ln p(z) = -softplus(z) - softplus(-z)
+
+    >>> StandardLogistic().log_prob((torch.zeros(1, 2),))  # -4 ln 2
+    tensor([-2.7726])
+    """
 
     def log_prob_of_level(self, z: Tensor) -> Tensor:
         return (-F.softplus(z) - F.softplus(-z)).flatten(1).sum(1)

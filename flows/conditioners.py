@@ -1,46 +1,61 @@
-"""The networks inside couplings. Their outputs are float32 whatever the ambient autocast."""
+"""The networks inside couplings.
+
+Their outputs have the dtype of their inputs, also under autocast.
+"""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.caching import once
-from flows.masks import as_mask
+from flows.masks import Mask, as_mask
 from flows.normalization import BiasOnlyBatchNorm2d
 
 
 class WeightNormConv2d(nn.Conv2d):
-    """A "same" convolution with the weight W / |W| per output channel, times a learned `magnitude` if asked for.
+    """A "same" convolution whose weight is W / |W| per output channel, times a `magnitude`.
 
-    Salimans & Kingma 2016 with the norm fixed to 1 where there is no `magnitude`, as in RealNVP's code. Initialised
-    as there: W ~ U(-s, s) and magnitude = s sqrt(C_in k^2 / 12) with s = sqrt(2 / C_in); biases 0.
+    Salimans & Kingma 2016. Without a learned magnitude the norm is 1, as in RealNVP's code, whose
+    initialisation this is: W ~ U(-s, s) and magnitude = s sqrt(C_in k^2 / 12), s = sqrt(2 / C_in);
+    biases are 0.
+
+    magnitude: whether there is a learned one, (C_out, 1, 1, 1).
     """
 
+    magnitude: nn.Parameter | None
+
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, magnitude=False, bias=True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        magnitude: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
         )
         bound = math.sqrt(2 / in_channels)
         nn.init.uniform_(self.weight, -bound, bound)
-        if bias:
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
-        start = bound * math.sqrt(in_channels * kernel_size**2 / 12)
-        self.magnitude = (
-            nn.Parameter(torch.full((out_channels, 1, 1, 1), start)) if magnitude else None
-        )
+        self.magnitude = None
+        if magnitude:
+            start = bound * math.sqrt(in_channels * kernel_size**2 / 12)
+            self.magnitude = nn.Parameter(torch.full((out_channels, 1, 1, 1), start))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, once(self, "normalized", self.normalized), self.bias, padding=self.padding
-        )
+        weight = once(self, "normalized", self.normalized)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     def normalized(self) -> Tensor:
+        """The weight that the convolution applies, (C_out, C_in, k, k)."""
         norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
-        return self.weight * (1 / norm if self.magnitude is None else self.magnitude / norm)
+        factor = 1 / norm if self.magnitude is None else self.magnitude / norm
+        return self.weight * factor
 
 
 class ResidualBlock(nn.Module):
@@ -65,28 +80,43 @@ class ResidualBlock(nn.Module):
         return x + self.layers[5](h)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the first convolution with the batch norm after it, by its running averages."""
-        conv, norm = self.layers[2], self.layers[3]
+        """Weight and bias of the first convolution and the batch norm after it, as one convolution.
+
+        The batch norm takes its running averages.
+        """
+        conv = cast(WeightNormConv2d, self.layers[2])
+        norm = cast(BiasOnlyBatchNorm2d, self.layers[3])
         scale = torch.rsqrt(norm.running_var + norm.eps)
         return conv.normalized() * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 class ResidualConditioner(nn.Module):
-    """RealNVP's network: one net with two outputs (authors' code; the paper's section 4.1 only sketches it).
+    """RealNVP's network: one net with two outputs, shift and raw log-scale, each (B, C, H, W).
 
-    BN -> [h, -h] -> ReLU -> 3x3 -> n_blocks residual blocks; a 1x1 of every block's output is summed ("skip"), then
-    BN -> ReLU -> 1x1. With a checkerboard `mask` (a tensor (H, W), or a module that gives it for x) the input is
-    doubled after its BN, since half of it is 0, and the mask is one more input channel. Has no use for a context.
+    BN -> [h, -h] -> ReLU -> 3x3 -> n_blocks residual blocks. A 1x1 convolution of every block's
+    output is summed ("skip"), then BN -> ReLU -> 1x1. The paper's section 4.1 only sketches this;
+    the details are those of the authors' code.
 
-    x: (B, C, H, W), zero where masked. Returns shift and raw log-scale, each (B, C, H, W).
+    With a checkerboard `mask` the input is doubled after its BN, since half of it is 0, and the
+    mask is one more input channel.
+
+    x: (B, C, H, W), zero where it is masked. mask: a tensor (H, W), or a module that gives it for
+    x. A context is ignored.
+
+    >>> net = ResidualConditioner(channels=2, hidden_channels=8, n_blocks=1).eval()
+    >>> shift, log_scale = net(torch.rand(5, 2, 4, 6))
+    >>> shift.shape, log_scale.shape
+    (torch.Size([5, 2, 4, 6]), torch.Size([5, 2, 4, 6]))
     """
+
+    mask: nn.Module | None
 
     def __init__(
         self,
         channels: int,
         hidden_channels: int,
         n_blocks: int,
-        mask: Tensor | nn.Module | None = None,
+        mask: Mask | None = None,
     ) -> None:
         super().__init__()
         self.mask = None if mask is None else as_mask(mask)
@@ -100,7 +130,7 @@ class ResidualConditioner(nn.Module):
         self.bn_out = BiasOnlyBatchNorm2d(hidden_channels)
         self.conv_out = WeightNormConv2d(hidden_channels, 2 * channels, 1, magnitude=True)
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = self.bn_in(x)
         if self.mask is None:
             h = torch.cat([h, -h], dim=1)
@@ -116,9 +146,13 @@ class ResidualConditioner(nn.Module):
 
 
 class MLPConditioner(nn.Module):
-    """Two separate three-layer ReLU networks for points: shift t(x) and raw log-scale s(x), each (B, D).
+    """Two separate three-layer ReLU networks for points: shift t(x) and raw log-scale s(x).
 
-    Has no use for a context.
+    x: (B, D). Returns two tensors (B, D). A context is ignored.
+
+    >>> shift, log_scale = MLPConditioner(n_dims=2, hidden_channels=8)(torch.rand(5, 2))
+    >>> shift.shape, log_scale.shape
+    (torch.Size([5, 2]), torch.Size([5, 2]))
     """
 
     def __init__(self, n_dims: int, hidden_channels: int) -> None:
@@ -136,5 +170,5 @@ class MLPConditioner(nn.Module):
             nn.Linear(hidden, n_dims),
         )
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.shift(x).to(x.dtype), self.log_scale(x).to(x.dtype)

@@ -1,28 +1,40 @@
 """What a conditional flow depends on beside its input: a class, an image."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flows.transforms import in_transform
+
 
 @dataclass(frozen=True)
 class Classes:
-    """The context is a class: (B,) int64, from 0 to n_classes - 1."""
+    """The context is a class: (B,) int64, from 0 to n_classes - 1.
+
+    >>> Classes(3).examples(4, torch.device("cpu"))
+    tensor([0, 1, 2, 0])
+    >>> Classes(3).check(torch.tensor([0, 5]), "Glow")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: this Glow is class-conditional: ... from 0 to 2, not 0 to 5
+    """
 
     n_classes: int
 
-    def check(self, context: Any, model: str) -> None:
-        """ValueError, one line, where `context` holds no classes. model: the name of the flow's class."""
+    def check(self, context: object, model: str) -> None:
+        """ValueError, one line: `context` holds no classes. model: the name of the flow's class."""
         request = f"this {model} is class-conditional: give the classes as context, (B,) int64"
         if not isinstance(context, Tensor):
             raise ValueError(f"{request}, not {type(context).__name__}")
         if context.dim() != 1 or context.dtype != torch.int64:
             raise ValueError(f"{request}, not {tuple(context.shape)} {context.dtype}")
-        # On a GPU the values are not looked at: that would wait for the device in every step.
-        if context.device.type == "cpu" and not torch.compiler.is_compiling() and len(context):
-            low, high = context.min(), context.max()
+        # On a GPU the values are not looked at, since every step would wait for the device. A
+        # compiler and the transforms of torch.func do not show them.
+        on_cpu = context.device.type == "cpu"
+        if on_cpu and not torch.compiler.is_compiling() and not in_transform() and len(context):
+            low = context.min()
+            high = context.max()
             if low < 0 or high >= self.n_classes:
                 raise ValueError(f"{request}, from 0 to {self.n_classes - 1}, not {low} to {high}")
 
@@ -37,18 +49,15 @@ class Images:
 
     channels: int
 
-    def check(self, context: Any, model: str) -> None:
-        """ValueError, one line, where `context` holds no such images. model: the name of the flow's class."""
+    def check(self, context: object, model: str) -> None:
+        """ValueError, one line: `context` holds no such images. model: the flow's class."""
         request = (
             f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
         )
         if not isinstance(context, Tensor):
             raise ValueError(f"{request}, not {type(context).__name__}")
-        if (
-            context.dim() != 4
-            or context.shape[1] != self.channels
-            or not context.is_floating_point()
-        ):
+        fits = context.dim() == 4 and context.shape[1] == self.channels
+        if not fits or not context.is_floating_point():
             raise ValueError(
                 f"{request}, floating point, not {tuple(context.shape)} {context.dtype}"
             )
@@ -59,26 +68,45 @@ class Images:
 
 ContextKind = Classes | Images
 
+# A context as the layers take it: a tensor, or a tuple with one for each level.
+Encoding = Tensor | tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """A context as the layers of a flow take it, made once by `FlowModel.encode_context`.
 
-    value: a tensor, or a tuple of them, one a level; the first dimension of each is that of the rows.
+    value: a tensor, or a tuple with one for each level. The first dimension counts the rows.
+
+    >>> labels = Encoded(torch.tensor([4, 7]))
+    >>> len(labels)
+    2
+    >>> labels.repeated(2).value
+    tensor([4, 7, 4, 7])
     """
 
-    value: Tensor | tuple[Tensor, ...]
+    value: Encoding
 
     def __len__(self) -> int:
-        return len(self.value[0] if isinstance(self.value, tuple) else self.value)
+        if isinstance(self.value, tuple):
+            return len(self.value[0])
+        return len(self.value)
 
     def repeated(self, n: int) -> "Encoded":
         """All rows n times over: B rows become n * B."""
         return Encoded(repeated(self.value, n))
 
 
-def repeated(value: Tensor | tuple[Tensor, ...], n: int) -> Tensor | tuple[Tensor, ...]:
+# What a model takes: a raw context, an encoded one, or none.
+Context = Tensor | Encoded | None
+
+
+def repeated(value: Encoding, n: int) -> Encoding:
     """All rows n times over, of a tensor or of each tensor of a tuple: B rows become n * B."""
     if isinstance(value, tuple):
-        return tuple(repeated(part, n) for part in value)
+        return tuple(_rows_repeated(part, n) for part in value)
+    return _rows_repeated(value, n)
+
+
+def _rows_repeated(value: Tensor, n: int) -> Tensor:
     return value.repeat(n, *[1] * (value.dim() - 1))

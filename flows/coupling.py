@@ -5,19 +5,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.base import Flow, no_log_det
-from flows.masks import as_mask
+from flows.masks import Mask, as_mask
 from flows.recompute import recomputed
 
 
 class AffineCoupling(Flow):
-    """y = (x + t) exp(s) on the changed part, y = x on the kept one; s = a tanh(raw), t and raw from the kept part.
+    """y = (x + t) exp(s) on the changed part, y = x on the kept part (RealNVP).
 
-    Dinh et al. 2017, section 3.2, write x exp(s) + t; the authors' code shifts first, a reparametrisation of the
-    same maps (t exp(s) for t), and wins. `log_scale_factor` is a, one learned scalar a coupling.
+        s = a tanh(raw),    (t, raw) = conditioner(kept part),    log_det = sum s
 
-    conditioner: maps the kept part and the context to (shift, raw log-scale). norm: an optional flow on the changed
-    part, after the affine map (`CouplingBatchNorm`). recompute: the conditioner keeps only its inputs for the backward
-    pass.
+    Dinh et al. 2017, section 3.2, write x exp(s) + t. The authors' code shifts first, which is
+    followed here: the maps are the same, with another t. The scalar a is learned.
+
+    conditioner: maps the kept part and the context to (t, raw). log_scale_factor: a at first.
+    norm: an optional flow of the changed part after the affine map (`CouplingBatchNorm`).
+    The attribute `recompute`: the conditioner keeps its inputs alone for the backward pass.
     """
 
     recompute = False
@@ -30,23 +32,25 @@ class AffineCoupling(Flow):
         self.log_scale_factor = nn.Parameter(torch.tensor(log_scale_factor))
         self.norm = norm
 
-    def _shift_and_log_scale(self, kept: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def _shift_and_log_scale(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """t and s."""
         shift, raw = recomputed(
             nn.Module.__call__, self.conditioner, kept, context, on=self.recompute
         )
         return shift, self.log_scale_factor * torch.tanh(raw)
 
     def _forward(
-        self, x: Tensor, shift: Tensor, log_scale: Tensor, context=None
+        self, x: Tensor, shift: Tensor, log_scale: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        y, log_det = (x + shift) * torch.exp(log_scale), log_scale.flatten(1).sum(1)
+        y = (x + shift) * torch.exp(log_scale)
+        log_det = log_scale.flatten(1).sum(1)
         if self.norm is None:
             return y, log_det
         y, norm_log_det = self.norm(y, context)
         return y, log_det + norm_log_det
 
     def _inverse(
-        self, y: Tensor, shift: Tensor, log_scale: Tensor, context=None
+        self, y: Tensor, shift: Tensor, log_scale: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         log_det = no_log_det(y)
         if self.norm is not None:
@@ -55,116 +59,167 @@ class AffineCoupling(Flow):
 
 
 class MaskedCoupling(AffineCoupling):
-    """The kept part is where `mask` is 1 (checkerboards of images, single coordinates of points); section 3.4.
+    """An affine coupling that keeps the elements where `mask` is 1 (Dinh et al. 2017, section 3.4).
 
-    mask: 0 and 1, broadcast over the batch: a tensor, (D,) for points, or a module that gives the mask for x
-    (`Checkerboard` for images of any size). Only the changed dimensions enter the log-determinant: summing s over the
-    kept ones too, as a well-known notebook does, is wrong by sum(mask * s).
+    The mask is a checkerboard of an image, or a single coordinate of points. Only the changed
+    elements enter the log-determinant. (A well-known notebook sums s over the kept ones too, which
+    is wrong by sum(mask * s).)
+
+    mask: 0 and 1, broadcast over the batch: a tensor or a list, (D,) for points, or a module that
+    gives the mask for x (`Checkerboard`, for images of any size).
+
+    >>> from flows.conditioners import MLPConditioner
+    >>> coupling = MaskedCoupling([1.0, 0.0], MLPConditioner(2, hidden_channels=8), 1.0)
+    >>> x = torch.tensor([[0.5, 2.0]])
+    >>> y, log_det = coupling(x)
+    >>> y[0, 0].item(), log_det.shape  # the first coordinate is kept
+    (0.5, torch.Size([1]))
     """
 
     def __init__(
         self,
-        mask: Tensor | nn.Module,
+        mask: Mask,
         conditioner: nn.Module,
-        log_scale_factor=0.0,
+        log_scale_factor: float = 0.0,
         norm: Flow | None = None,
     ) -> None:
         super().__init__(conditioner, log_scale_factor, norm)
         self.mask = as_mask(mask)
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._forward(x, *self._masked(x, context), context)
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._inverse(z, *self._masked(z, context), context)
 
-    def _masked(self, x: Tensor, context) -> tuple[Tensor, Tensor]:
+    def _masked(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """t and s, 0 where x is kept."""
         mask = self.mask(x)
         shift, log_scale = self._shift_and_log_scale(x * mask, context)
         return shift * (1 - mask), log_scale * (1 - mask)
 
 
 class ChannelCoupling(AffineCoupling):
-    """The kept part is one half of the channels: the first, or the second if `swap`."""
+    """An affine coupling that keeps the first half of the channels, or the second if `swap`.
+
+    >>> from flows.conditioners import ResidualConditioner
+    >>> conditioner = ResidualConditioner(channels=2, hidden_channels=4, n_blocks=1)
+    >>> coupling = ChannelCoupling(conditioner, swap=False).eval()
+    >>> x = torch.rand(2, 4, 6, 6)
+    >>> y, log_det = coupling(x)
+    >>> torch.equal(y[:, :2], x[:, :2]), log_det.shape
+    (True, torch.Size([2]))
+    """
 
     def __init__(
-        self, conditioner: nn.Module, swap: bool, log_scale_factor=1.0, norm: Flow | None = None
+        self,
+        conditioner: nn.Module,
+        swap: bool,
+        log_scale_factor: float = 1.0,
+        norm: Flow | None = None,
     ) -> None:
         super().__init__(conditioner, log_scale_factor, norm)
         self.swap = swap
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(x)
-        changed, log_det = self._forward(
-            changed, *self._shift_and_log_scale(kept, context), context
-        )
+        shift, log_scale = self._shift_and_log_scale(kept, context)
+        changed, log_det = self._forward(changed, shift, log_scale, context)
         return self._join(kept, changed), log_det
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
-        changed, log_det = self._inverse(
-            changed, *self._shift_and_log_scale(kept, context), context
-        )
+        shift, log_scale = self._shift_and_log_scale(kept, context)
+        changed, log_det = self._inverse(changed, shift, log_scale, context)
         return self._join(kept, changed), log_det
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept half and the changed half."""
         first, second = x.chunk(2, dim=1)
         return (second, first) if self.swap else (first, second)
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
-        return torch.cat([changed, kept] if self.swap else [kept, changed], dim=1)
+        if self.swap:
+            return torch.cat([changed, kept], dim=1)
+        return torch.cat([kept, changed], dim=1)
 
 
 class AdditiveCoupling(Flow):
-    """y2 = x2 + t(x1), y1 = x1; log_det is 0 (Dinh et al. 2014, section 3.2).
+    """y2 = x2 + t(x1), y1 = x1, for the halves of the channels; log_det is 0.
 
-    conditioner: maps the first half of the channels and the context to t, (B, C/2, H, W); its `initialize(x, context)`
-    is called where it has one.
+    Dinh et al. 2014, section 3.2.
+
+    conditioner: maps the first half of the channels and the context to t, (B, C/2, H, W). Where it
+    has a method `initialize(x, context)`, `Flow.initialize` calls it.
+
+    >>> from flows.glow.conditioner import GlowConditioner
+    >>> coupling = AdditiveCoupling(GlowConditioner(2, 2, hidden_channels=8, edges=True))
+    >>> x = torch.rand(2, 4, 6, 6)
+    >>> y, log_det = coupling(x)
+    >>> torch.equal(y, x), log_det  # the last layer of Glow's network is 0 at first
+    (True, tensor([0., 0.]))
     """
 
     def __init__(self, conditioner: nn.Module) -> None:
         super().__init__()
         self.conditioner = conditioner
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = x.chunk(2, dim=1)
         changed, log_det, _ = self.change(changed, self.conditioner(kept, context))
         return torch.cat([kept, changed], dim=1), log_det
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = z.chunk(2, dim=1)
         changed, log_det = self.change_back(changed, self.conditioner(kept, context))
         return torch.cat([kept, changed], dim=1), log_det
 
-    def initialize(self, x: Tensor, context=None) -> Tensor:
-        if hasattr(self.conditioner, "initialize"):
-            self.conditioner.initialize(x.chunk(2, dim=1)[0], context)
-        return self(x, context)[0]
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        initialize = getattr(self.conditioner, "initialize", None)
+        if initialize is not None:
+            initialize(x.chunk(2, dim=1)[0], context)
+        return super().initialize(x, context)
 
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """y2 and log_det from x2 and the network's output h, and what `gradients` takes beside y2."""
+        """y2 and log_det, (B,), from x2 and the network's output h.
+
+        The third value is what `gradients` takes beside y2.
+        """
         return x + h, no_log_det(x), ()
 
     def change_back(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """x2 and the log_det of the inverse from y2 and h."""
+        """x2 and the log_det of the inverse, (B,), from y2 and the network's output h."""
         return y - h, no_log_det(y)
 
-    def gradients(self, grad: Tensor, grad_log_det: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of x2 and h, from those of what `change` gave: dy / dx2 = scale, dy / dr = y d ln(scale) / dr."""
+    def gradients(
+        self, grad: Tensor, grad_log_det: Tensor, y: Tensor, *state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x2 and h, from those of y2 and log_det.
+
+        state: the third value of `change`.
+        """
         return grad, grad
 
 
 class SigmoidCoupling(AdditiveCoupling):
-    """y2 = (x2 + t) scale, y1 = x1, scale = m + (1 - m) sigmoid(r + 2), with (t, r) from x1: Glow's affine coupling.
+    """y2 = (x2 + t) scale, y1 = x1, for the halves of the channels: Glow's affine coupling.
 
-        log_det = sum ln scale
+        scale = m + (1 - m) sigmoid(r + 2),    (t, r) = conditioner(x1),    log_det = sum ln scale
 
-    Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. The authors' code bounds the scale by 1, since without a
-    bound training did not converge (openai/glow issue 62), and shifts first; it made the numbers, so it wins. There
-    m = 0. Measured at K=4, 16 channels, 10,000 steps, float32: the inverses of images of noise were not finite, those
-    of test images within .0023 grey levels. With m = .5: results/README.md. K=32: not measured beyond 300 steps.
+    Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. The published numbers came from the
+    authors' code, which is followed here: it shifts first, and bounds the scale by 1, since without
+    a bound training did not converge (openai/glow issue 62). There m = 0. Small scales make the
+    inverse inexact in float32; what a bound m > 0 changes is measured in results/README.md.
 
-    conditioner: maps the first half of the channels and the context to (t, r), (B, C, H, W). min_scale: m, in [0, 1).
+    conditioner: maps the first half of the channels and the context to (t, r), (B, C, H, W).
+    min_scale: m, from 0 to less than 1, else ValueError.
+
+    >>> from flows.glow.conditioner import GlowConditioner
+    >>> coupling = SigmoidCoupling(GlowConditioner(2, 4, hidden_channels=8, edges=True))
+    >>> x = torch.rand(2, 4, 6, 6)
+    >>> y, log_det = coupling(x)
+    >>> log_det  # 2 * 6 * 6 ln sigmoid(2): the last layer of Glow's network is 0 at first
+    tensor([-9.1388, -9.1388], grad_fn=<SumBackward1>)
     """
 
     def __init__(self, conditioner: nn.Module, min_scale: float = 0.0) -> None:
@@ -184,23 +239,28 @@ class SigmoidCoupling(AdditiveCoupling):
         return y / scale - shift, -log_det
 
     def gradients(
-        self, grad: Tensor, grad_log_det: Tensor, y: Tensor, scale: Tensor
+        self, grad: Tensor, grad_log_det: Tensor, y: Tensor, *state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        grad_x = grad * scale  # and that of t
-        of_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
-        grad_raw = of_log_scale * (
-            1 - scale
-        )  # d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
+        """As in the base class, with
+
+        dy / dx2 = dy / dt = scale,    dy / dr = y d ln(scale) / dr,
+        d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
+        """
+        (scale,) = state
+        grad_x = grad * scale  # t has the same
+        grad_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
+        grad_raw = grad_log_scale * (1 - scale)
         if self.min_scale:
             grad_raw = grad_raw * (scale - self.min_scale) / ((1 - self.min_scale) * scale)
         return grad_x, torch.cat([grad_x, grad_raw], dim=1)
 
     def _affine(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t, scale and the log-determinant, (B,)."""
+        """t, scale and log_det, (B,)."""
         shift, raw = h.chunk(2, dim=1)
         raw = raw + 2
         scale = torch.sigmoid(raw)
         if self.min_scale:
             scale = self.min_scale + (1 - self.min_scale) * scale
             return shift, scale, scale.log().sum((1, 2, 3))
-        return shift, scale, F.logsigmoid(raw).sum((1, 2, 3))  # a scale of 0 has a finite logarithm
+        # The logarithm is finite also where the scale has become 0.
+        return shift, scale, F.logsigmoid(raw).sum((1, 2, 3))

@@ -6,10 +6,17 @@ from torch import Tensor
 
 
 def bits_per_dim(log_prob: Tensor, n_dims: int, n_bits: int) -> Tensor:
-    """bpd = (-log p(x) + D n_bits ln 2) / (D ln 2) for x in [0, 1]^D: the only place with log 2.
+    """Bits per dimension of images of `n_bits` bits, from a density of x in [0, 1]^D.
 
-    The second term is the volume of a bin: x = (q + u) / 2^n_bits has a density 2^(n_bits D) times that of q + u
-    (Theis et al. 2016; RealNVP's code). A uniform density on [0, 1]^D gives exactly n_bits.
+        bpd = (-log p(x) + D n_bits ln 2) / (D ln 2)
+
+    The second term is the volume of a bin: x = (q + u) / 2^n_bits has a density 2^(n_bits D) times
+    that of q + u (Theis et al. 2016; RealNVP's code). A uniform density on [0, 1]^D therefore gives
+    exactly n_bits:
+
+    >>> import torch
+    >>> bits_per_dim(torch.zeros(2), n_dims=3 * 32 * 32, n_bits=8)
+    tensor([8., 8.])
 
     log_prob: nats, (B,). n_dims: D = C*H*W. Returns bits per dimension, (B,).
     """

@@ -1,39 +1,68 @@
-"""What the multi-scale models for images share: their sizes, and the way through their levels."""
+"""What the multi-scale models of images share: their sizes, and how they pass their levels."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flows.base import Flow
+from flows.context import Encoding
 from flows.reshape import factor_in, factor_out
+from flows.transforms import in_transform
+
+# (C, H, W); None is any size.
+ImageShape = tuple[int, int | None, int | None]
 
 
 def check_image_shape(
-    model: str, shape: tuple[int | None, ...], n_halvings: int, key: str, value: int
-) -> None:
-    """ValueError, one line: `shape` is no (C, H, W), or the model halves the image to odd sizes.
+    model: str, shape: Sequence[int | None], n_halvings: int, key: str, value: int
+) -> ImageShape:
+    """The shape as (C, H, W).
 
-    shape: H and W may be None, any size. n_halvings: how often the model halves the image. key, value: the setting
-    that decides it, as the message names it.
+    ValueError, one line: it is none, or the model halves the image to odd sizes.
+
+    n_halvings: how often the model halves the image. key, value: the setting that decides it, for
+    the message.
+
+    >>> check_image_shape("Glow", (3, None, 32), 3, "flow.n_levels", 3)
+    (3, None, 32)
+    >>> check_image_shape("Glow", (3, 4, 8), 3, "flow.n_levels", 3)
+    Traceback (most recent call last):
+        ...
+    ValueError: flow.n_levels=3 halves a 4x8 image to odd sizes: give fewer levels
     """
-    if len(shape) != 3:
-        raise ValueError(f"{model} models images (C, H, W), not data of shape {shape}")
-    _, height, width = shape
+    channels, height, width = shape if len(shape) == 3 else (None, None, None)
+    if channels is None:
+        raise ValueError(f"{model} models images (C, H, W), not data of shape {tuple(shape)}")
     if any(side is not None and side % 2**n_halvings for side in (height, width)):
+        unit = key.split("_")[-1]
         raise ValueError(
-            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {key.split('_')[-1]}"
+            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {unit}"
         )
+    return channels, height, width
 
 
-def through(
-    levels: Sequence[Flow], x: Tensor, log_det: Tensor, context=None
+def halved(channels: int, shape: ImageShape, times: int) -> tuple[int, ...]:
+    """(channels, H / 2^times, W / 2^times) for images of `shape`; a side of any size stays None.
+
+    >>> halved(48, (3, 32, 16), 3)
+    (48, 4, 2)
+    """
+    sides = (None if side is None else side // 2**times for side in shape[1:])
+    return cast("tuple[int, ...]", (channels, *sides))
+
+
+def levels_forward(
+    levels: Sequence[Flow], x: Tensor, log_det: Tensor, context: Encoding | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Latents, one a level, and the log_det, (B,).
+    """Map an image to its latents, one for each level, and add up the log_det, (B,).
 
-    After every level but the last the first half of the channels goes on and the second half is latent (Dinh et al.
-    2017, section 3.6). x: (B, C, H, W). log_det: (B,), of what came before, to which that of the levels is added.
-    context: a tensor for all levels, or a tuple with one for each.
+    After every level but the last the first half of the channels goes on and the second half is
+    latent (Dinh et al. 2017, section 3.6).
+
+    x: (B, C, H, W). log_det: (B,), of the maps before. context: a tensor for all levels, or a tuple
+    with one for each.
     """
     latents = []
     for i, level in enumerate(levels[:-1]):
@@ -45,10 +74,13 @@ def through(
     return [*latents, x], log_det + level_log_det
 
 
-def back_through(
-    levels: Sequence[Flow], latents: Sequence[Tensor], log_det: Tensor, context=None
+def levels_inverse(
+    levels: Sequence[Flow],
+    latents: Sequence[Tensor],
+    log_det: Tensor,
+    context: Encoding | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x and the log_det of the inverse, (B,): the inverse of `through`, where log_det is added to as well."""
+    """The inverse of `levels_forward`: x, (B, C, H, W), and the sum of the log_det, (B,)."""
     x, level_log_det = levels[-1].inverse(latents[-1], of_level(context, -1))
     log_det = log_det + level_log_det
     for i in reversed(range(len(levels) - 1)):
@@ -57,23 +89,27 @@ def back_through(
     return x, log_det
 
 
-def initialize_through(levels: Sequence[Flow], x: Tensor, context=None) -> Tensor:
-    """`Flow.initialize` of every level, in the order of `through`. Returns what the last level gave."""
+def levels_initialize(levels: Sequence[Flow], x: Tensor, context: Encoding | None = None) -> Tensor:
+    """`Flow.initialize` of every level, in the order of `levels_forward`.
+
+    Returns the output of the last level.
+    """
     for i, level in enumerate(levels[:-1]):
         x, _ = factor_out(level.initialize(x, of_level(context, i)))
     return levels[-1].initialize(x, of_level(context, -1))
 
 
-def of_level(context: Tensor | tuple[Tensor, ...] | None, i: int) -> Tensor | None:
+def of_level(context: Encoding | None, i: int) -> Tensor | None:
     """The part of an encoded context that level i takes: a tuple holds one for each."""
     return context[i] if isinstance(context, tuple) else context
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same images in the memory format in which convolutions are fastest."""
+    """The same images in the memory format in which convolutions are fastest.
+
+    Within a transform of torch.func the format is not changed, since vmap knows the contiguous one
+    alone.
+    """
+    if in_transform():
+        return x
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def halved(size: int | None, times: int = 1) -> int | None:
-    """A side of an image after so many halvings; None, any size, stays."""
-    return None if size is None else size // 2**times

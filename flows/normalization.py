@@ -1,32 +1,35 @@
-"""Normalisation by the batch (RealNVP) and by a first batch (Glow), inside conditioners and as flows."""
+"""Normalisation by the batch (RealNVP) and by a first batch (Glow), in networks and as flows."""
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flows.base import Flow
-from flows.masks import as_mask
+from flows.constants import FixedBuffers
+from flows.masks import Mask, as_mask
 
 
 def n_ranks() -> int:
-    """Processes that train together: 1 outside of torch.distributed."""
-    return (
-        distributed.get_world_size()
-        if distributed.is_available() and distributed.is_initialized()
-        else 1
-    )
+    """The number of processes that train together: 1 outside of torch.distributed."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
 
 
 @torch.compiler.disable
 def over_ranks(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of the elements of all ranks, from each rank's own; differentiable.
+    """Mean and biased variance, (C,), over the elements of all ranks; differentiable.
 
-    Every rank has to hold equally many elements and to call it. var is the mean of the variances plus the variance of
-    the means (Chan et al. 1983), which cancels nothing. torch's SyncBatchNorm refuses CPU tensors.
+    The variance is the mean of the ranks' variances plus the variance of their means (Chan et al.
+    1983): no difference of large numbers is taken. torch's SyncBatchNorm refuses CPU tensors.
+
+    mean, var: (C,), of this rank. Every rank has to hold equally many elements, and to call it.
     """
-    gathered = mean.new_zeros(n_ranks(), 2, len(mean))
-    gathered[distributed.get_rank()] = torch.stack([mean, var])
-    means, variances = SumOverRanks.apply(gathered).unbind(1)  # a gather: the others' rows are 0
+    moments = mean.new_zeros(n_ranks(), 2, len(mean))
+    moments[distributed.get_rank()] = torch.stack([mean, var])
+    # A sum is a gather here: the rows of the other ranks are 0.
+    means, variances = SumOverRanks.apply(moments).unbind(1)
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
@@ -35,31 +38,38 @@ class SumOverRanks(torch.autograd.Function):
     """Every rank gets the sum; the gradient of a rank's term is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone(
-            memory_format=torch.contiguous_format
-        )  # what a reduction needs, whatever a gradient's strides
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        # A reduction takes contiguous tensors alone, and gradients have any strides.
+        total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        (grad,) = grads
         return SumOverRanks.apply(grad)
 
 
-class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
-    """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's conditioners have no gamma (authors' code, `scale=False`).
+class BiasOnlyBatchNorm2d(FixedBuffers, nn.BatchNorm2d):
+    """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's networks have no gamma.
 
-    Running averages are new = .9 old + .1 batch, as in that code; torch's running variance is the unbiased one, a
-    factor 1 + 1/(B H W) above the code's. In training on several ranks mu, var and B are those of the global batch.
+    Authors' code, `scale=False`. Running averages are new = .9 old + .1 batch, as there; torch's
+    running variance is the unbiased one, a factor 1 + 1/(B H W) above the code's. In training on
+    several ranks mu, var and B are those of the global batch.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1)
-        del (
-            self.weight
-        )  # ones that are not learned: without any, CUDA kernels have no gradient for the bias
+        # Ones that are not learned. Without any weight, CUDA kernels have no gradient for the bias.
+        del self.weight
         self.register_buffer("weight", torch.ones(channels), persistent=False)
+
+    def fixed_values(self) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.num_features)}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or n_ranks() == 1:
@@ -69,43 +79,62 @@ class BiasOnlyBatchNorm2d(nn.BatchNorm2d):
         mean, var = over_ranks(mean, var)
         n = x.numel() // x.shape[1] * n_ranks()
         update_running(self, mean, var * (n / (n - 1)))
-        mean, var = mean[:, None, None], var[:, None, None]
-        return ((exact - mean) * torch.rsqrt(var + self.eps) + self.bias[:, None, None]).to(x.dtype)
+        centred = exact - mean[:, None, None]
+        inverse_std = torch.rsqrt(var[:, None, None] + self.eps)
+        return (centred * inverse_std + self.bias[:, None, None]).to(x.dtype)
 
 
 class CouplingBatchNorm(Flow, _BatchNorm):
-    """Batch normalisation as a bijection (Dinh et al. 2017, section 3.7 and appendix E; authors' code `bn_out`).
+    """Batch normalisation as a bijection (Dinh et al. 2017, section 3.7 and appendix E).
 
-        y = (x - mu) exp(-1/2 ln(var + 1e-4)),    log_det = -1/2 sum ln(var + 1e-4) over the changed elements
+        y = (x - mu) exp(-1/2 ln(var + 1e-4)),
+        log_det = -1/2 sum ln(var + 1e-4) over the changed elements
 
-    In training mu and var are the batch's (on several ranks the global one's), and gradients go through them; in eval,
-    and in `inverse` always, they are running averages (new = .9 old + .1 batch). The paper's appendix E normalises
-    with the running averages in training too; the code has that as `bn_lag`, whose default 0 is off, so the batch's
-    moments win here.
+    In training mu and var are the batch's (on several ranks the global one's), and gradients pass
+    through them. In eval, and in `inverse` always, they are running averages: new = .9 old + .1
+    batch. The paper's appendix E normalises with the running averages in training too. In the
+    authors' code (`bn_out`) that is an option, `bn_lag`, whose default 0 is off; it is followed
+    here.
 
-    mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over (B, C, H, W): a tensor,
-    or a module that gives the mask for x; None where all are changed. The kept elements pass unchanged, but count as
-    zeros in the moments, as in the code.
+    mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over
+    (B, C, H, W): a tensor, or a module that gives the mask for x; None where all are changed. The
+    kept elements pass unchanged, but count as zeros in the moments, as in the code.
+
+    >>> norm = CouplingBatchNorm(channels=3).eval()  # its running averages are 0 and 1 at first
+    >>> y, log_det = norm(torch.zeros(2, 3, 4, 4))
+    >>> log_det  # -1/2 * 48 ln(1.0001)
+    tensor([-0.0024, -0.0024])
     """
 
-    def __init__(self, channels: int, mask: Tensor | nn.Module | None = None) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    mask: nn.Module | None
+
+    def __init__(self, channels: int, mask: Mask | None = None) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
         self.mask = None if mask is None else as_mask(mask)
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    # torch's batch norms return y alone. This class takes their buffers, and is a _BatchNorm for
+    # code that treats all batch norms alike.
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        mean = self.running_mean
+        var = self.running_var
         if self.training:
             mean, var = self._batch_moments(x)
-        else:
-            mean, var = self.running_mean, self.running_var
         mean, log_std = self._on_changed(mean, var, x)
         return (x - mean) * torch.exp(-log_std), -self._volume(log_std, x)
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, log_std = self._on_changed(self.running_mean, self.running_var, z)
         return z * torch.exp(log_std) + mean, self._volume(log_std, z)
 
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x if self.mask is None else x * self.mask(x)
+        """Mean and variance, (C,) each, of the global batch; moves the running averages."""
+        if self.mask is not None:
+            x = x * self.mask(x)
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         if n_ranks() > 1:
             mean, var = over_ranks(mean, var)
@@ -113,44 +142,67 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         return mean, var
 
     def _on_changed(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = mean[:, None, None], 0.5 * torch.log(var + self.eps)[:, None, None]
+        """Mean and ln(std), 0 on the kept elements; they broadcast to x."""
+        mean = mean[:, None, None]
+        log_std = 0.5 * torch.log(var + self.eps)[:, None, None]
         if self.mask is None:
             return mean, log_std
         mask = self.mask(x)
         return mean * mask, log_std * mask
 
     def _volume(self, log_std: Tensor, x: Tensor) -> Tensor:
+        """The sum of ln(std) over all elements, (B,)."""
         return log_std.expand(1, *x.shape[1:]).sum().expand(x.shape[0])
 
 
 @torch.no_grad()
-def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Move the running averages of `norm` towards a batch's moments, (C,) each."""
+def update_running(
+    norm: BiasOnlyBatchNorm2d | CouplingBatchNorm, mean: Tensor, var: Tensor
+) -> None:
+    """Move the running averages of `norm` towards the moments of a batch, (C,) each.
+
+    A momentum of None means a cumulative average, by torch's own convention
+    (torch.optim.swa_utils.update_bn).
+    """
     norm.num_batches_tracked += 1
-    # momentum None is torch's own convention for a cumulative average (torch.optim.swa_utils.update_bn)
-    rate = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    rate: Tensor | float | None = norm.momentum
+    if rate is None:
+        rate = 1 / norm.num_batches_tracked
     norm.running_mean.lerp_(mean.to(norm.running_mean), rate)
     norm.running_var.lerp_(var.to(norm.running_var), rate)
 
 
 def scales_and_biases(log_scales: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """exp(3 s) and b exp(3 s) of n layers that give (x + b) exp(3 s), (n, C) each, to be folded into linear maps."""
+    """exp(3 s) and b exp(3 s) of n layers (x + b) exp(3 s), to be folded into linear maps.
+
+    log_scales, biases: s and b, n tensors of C elements each. Returns two tensors (n, C).
+    """
     scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack(log_scales).flatten(1))
     return scales, torch.stack(biases).flatten(1) * scales
 
 
 class ActNorm(Flow):
-    """y = (x + b) exp(3 s) per channel, both learned (Kingma & Dhariwal 2018, section 3.1).
+    """y = (x + b) exp(3 s) per channel, b and s learned (Kingma & Dhariwal 2018, section 3.1).
 
         log_det = H W sum(3 s)
 
-    `initialize` sets b = -mean and 3 s = -ln(std + 1e-6) of the channel over a first batch, so that y has mean 0 and
-    variance 1 there; until then it is the identity. What is initialised stays as it is: `initialized` is a buffer
-    and travels with the weights, so that a loaded flow is never set anew. The factor 3 multiplies the step size of s
-    (authors' code, `logscale_factor`).
+    It is the identity until `initialize` sets b = -mean and 3 s = -ln(std + 1e-6) of each channel
+    over a first batch, after which y has mean 0 and variance 1 there. It is set once: the buffer
+    `initialized` is saved with the weights, so that a loaded flow is never set anew. The factor 3
+    multiplies the step size of s (authors' code, `logscale_factor`).
+
+    >>> norm = ActNorm(channels=3)
+    >>> with torch.no_grad():
+    ...     y = norm.initialize(5 + 2 * torch.randn(64, 3, 8, 8))
+    >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
+    True
+    >>> torch.allclose(y.std((0, 2, 3)), torch.ones(3), atol=1e-3)
+    True
     """
 
     LOG_SCALE_FACTOR = 3.0
+
+    initialized: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -158,32 +210,36 @@ class ActNorm(Flow):
         self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.normalize(x), self._log_det(x)
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z * torch.exp(-self.LOG_SCALE_FACTOR * self.log_scale) - self.bias, -self._log_det(z)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """y alone: inside a conditioner nobody asks for the log-determinant."""
+        """y alone, for networks, which have no log-determinant."""
         return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
 
-    def initialize(self, x: Tensor, context=None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if not self.initialized:
             var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            log_std = torch.log(var.sqrt() + 1e-6)
             self.bias.copy_(-mean[:, None, None])
-            self.log_scale.copy_(
-                -torch.log(var.sqrt() + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR
-            )
+            self.log_scale.copy_(-log_std[:, None, None] / self.LOG_SCALE_FACTOR)
             self.initialized.fill_(True)
         return self.normalize(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (x.shape[2] * x.shape[3] * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(
-            len(x)
-        )
+        n_pixels = x.shape[2] * x.shape[3]
+        return (n_pixels * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(len(x))
 
 
 def uninitialized(flow: nn.Module) -> bool:
-    """Whether the flow holds an `ActNorm` that `initialize` has not set: then it is not ready to be trained."""
+    """Whether the flow holds an `ActNorm` that `initialize` has not set yet.
+
+    Such a flow is not ready to be trained.
+
+    >>> uninitialized(ActNorm(channels=3))
+    True
+    """
     return any(isinstance(m, ActNorm) and not m.initialized for m in flow.modules())

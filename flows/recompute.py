@@ -1,7 +1,8 @@
-"""Memory for time: what a part of a flow would keep for the backward pass is made again there."""
+"""Memory for time: activations of the forward pass are computed again in the backward pass."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,40 +10,61 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from flows.transforms import in_transform
+
+Output = TypeVar("Output")
+
+
+class _Recomputing(Protocol):
+    recompute: bool
+
 
 def recompute(flow: nn.Module) -> None:
-    """Let every layer that can, those with an attribute `recompute`, keep no more than its inputs."""
+    """Let every layer with an attribute `recompute` keep no more than its inputs.
+
+    >>> from flows.glow import Glow
+    >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
+    >>> recompute(flow)
+    >>> flow.log_prob(torch.rand(2, 3, 8, 8)).mean().backward()  # the same gradients, less memory
+    """
     for module in flow.modules():
         if hasattr(module, "recompute"):
-            module.recompute = True
+            cast(_Recomputing, module).recompute = True
 
 
 def is_random(module: nn.Module) -> bool:
-    """Whether a forward pass of the module, as it is now, draws random numbers.
+    """Whether a forward pass of the module, in its present mode, draws random numbers.
 
-    torch's dropout layers do so in training. A module that draws by itself (`F.dropout`, `torch.rand`) declares it by
-    an attribute `is_random = True`.
+    torch's dropout layers do so in training. A module that draws by itself (`F.dropout`,
+    `torch.rand`) declares it by an attribute `is_random = True`.
     """
     return any(draws(part) for part in module.modules())
 
 
 def draws(module: nn.Module) -> bool:
-    """The same of the module by itself, without its parts."""
+    """`is_random` of the module by itself, without its parts."""
     dropout = isinstance(module, _DropoutNd) and module.training and module.p > 0
-    return dropout or getattr(module, "is_random", False)
+    return dropout or bool(getattr(module, "is_random", False))
 
 
-def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
+def recomputed(
+    function: Callable[..., Output], module: nn.Module, *inputs: Tensor | None, on: bool
+) -> Output:
     """function(module, *inputs); with `on` only the inputs are kept for the backward pass.
 
-    Gradients are the same to the bit: batch norms of `module` see the batch again and do not count it twice, and a
-    module that `is_random` draws the same numbers again. RuntimeError: a module draws numbers and does not declare it,
-    so that the backward pass would be that of other networks.
+    Gradients are the same to the bit. Batch norms of `module` see the batch again and do not count
+    it twice. A module that `is_random` draws the same numbers again.
+
+    RuntimeError: a module draws numbers and does not declare it. The backward pass would be that of
+    other networks.
     """
-    if not on or not torch.is_grad_enabled():
+    if not on or not torch.is_grad_enabled() or in_transform():
         return function(module, *inputs)
     random = is_random(module)
-    with contextlib.nullcontext() if random else _nothing_is_drawn(module, inputs):
+    check: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not random:
+        check = _nothing_is_drawn(module, inputs)
+    with check:
         return checkpoint(
             function,
             module,
@@ -54,8 +76,11 @@ def recomputed(function: Callable, module: nn.Module, *inputs, on: bool):
 
 
 @contextlib.contextmanager
-def _nothing_is_drawn(module: nn.Module, inputs: tuple) -> Iterator[None]:
-    """RuntimeError where torch's generator has moved at the end; compiled and captured code is not looked at."""
+def _nothing_is_drawn(module: nn.Module, inputs: tuple[Tensor | None, ...]) -> Iterator[None]:
+    """RuntimeError where torch's generator has moved at the end of the block.
+
+    Compiled and captured code is not looked at.
+    """
     devices = {value.device for value in inputs if isinstance(value, Tensor)}
     if torch.compiler.is_compiling() or (
         torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -64,39 +89,43 @@ def _nothing_is_drawn(module: nn.Module, inputs: tuple) -> Iterator[None]:
         return
     before = _generator_states(devices)
     yield
-    if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(devices), strict=True)):
+    after = _generator_states(devices)
+    if any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)):
         raise RuntimeError(
-            f"{type(module).__name__} draws random numbers, and under recomputation would draw others in the backward "
-            "pass: declare is_random = True in the module that draws, or set trainer.recompute=false"
+            f"{type(module).__name__} draws random numbers, and under recomputation would draw "
+            "others in the backward pass: declare is_random = True in the module that draws, or "
+            "set trainer.recompute=false"
         )
 
 
 def _generator_states(devices: set[torch.device]) -> list[Tensor]:
-    """Those of the CPU and of the GPUs among `devices`; none of them waits for a device."""
+    """The states of the generators of the CPU and of the GPUs among `devices`.
+
+    Reading them waits for no device.
+    """
     gpus = [device for device in devices if device.type == "cuda"]
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in gpus)]
 
 
 class _RunningAveragesKept:
-    """Puts back what batch norms have counted, around every further run: a graph may be gone through twice.
+    """Puts the running averages of batch norms back after a forward pass is run again.
 
-    Such a run may end before it has reached all of them.
+    It enters and exits for every such run, since the backward pass may go through a graph twice,
+    and a run may end before it has reached all batch norms.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> None:
-        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training]
-        self.buffers = [
-            b
-            for norm in norms
-            for b in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        ]
+        self.buffers: list[Tensor] = []
+        for module in self.module.modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                averages = (module.running_mean, module.running_var, module.num_batches_tracked)
+                self.buffers += [buffer for buffer in averages if buffer is not None]
         self.before = [buffer.clone() for buffer in self.buffers]
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for buffer, value in zip(self.buffers, self.before, strict=True):
-            buffer.data.copy_(
-                value
-            )  # autograd holds them too, and would take a change for one that matters
+            # By `.data`: autograd holds the buffers too, and would take this for a change.
+            buffer.data.copy_(value)

@@ -1,4 +1,7 @@
-"""The one list of tiny instances that every generic test runs over. A new flow gets its tests by one line here."""
+"""The one list of tiny instances that every generic test runs over.
+
+A new flow gets its tests by one line here.
+"""
 
 import copy
 import functools
@@ -9,9 +12,9 @@ import torch
 from sketch_nice import Nice
 from sketch_residual import ResidualFlow
 from sketch_super_resolution import SuperResolution
-from torch import Tensor
+from torch import Tensor, nn
 
-from flows.base import Compose, Flow, Inverted
+from flows.base import Bijection, Compose, Flow, Inverted
 from flows.conditioners import MLPConditioner, ResidualConditioner
 from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
@@ -28,16 +31,21 @@ from flows.reshape import OrderedSqueeze, Squeeze
 
 @dataclass(frozen=True)
 class Case:
-    """make: a fresh flow in float32. shape: of one datum. unit_interval: x lies in [0, 1] and not on the line.
+    """A flow to be tested, and how.
 
-    noise: standard deviation of what `trained` adds to the weights; exp(3 s) of Glow makes much of little.
-    context: of a conditional flow, makes n rows of it for data of a shape, in float64 or int64.
-    tolerance: how far round trips and log-determinants may be off in float64; an iterative inverse is not exact.
-    iterations: what `make` is called with, of a flow whose inverse or log-determinant takes some; None: of no such.
+    make: returns a fresh flow in float32.
+    shape: of one datum.
+    unit_interval: the data lie in [0, 1], not on the whole line.
+    noise: the standard deviation of what `trained` adds to the weights. Little where a scale is an
+        exponential, as exp(3 s) in Glow.
+    context: of a conditional flow: makes n rows of it for data of a shape, in float64 or int64.
+    tolerance: of round trips and log-determinants in float64; an iterative inverse is not exact.
+    iterations: the argument `n_iterations` of `make`, where the inverse or the log-determinant is
+        an iteration; else None.
     """
 
     name: str
-    make: Callable[..., Flow]
+    make: Callable[..., Bijection]
     shape: tuple[int, ...]
     is_model: bool = False
     unit_interval: bool = False
@@ -46,27 +54,39 @@ class Case:
     tolerance: float = 1e-8
     iterations: int | None = None
 
-    def build(self) -> Flow:
-        """A fresh flow, with as many iterations as its tolerance wants."""
-        return self.make() if self.iterations is None else self.make(n_iterations=self.iterations)
+    def build(self) -> Bijection:
+        """A fresh flow, with as many iterations as its tolerance needs."""
+        if self.iterations is None:
+            return self.make()
+        return self.make(n_iterations=self.iterations)
 
     def conditions(
         self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> tuple[Tensor, ...]:
-        """What a flow's methods take behind n data: nothing, a context, or a context (or None) and noise."""
+        """The arguments of a flow's methods after n data.
+
+        There are none, or a context, or a context (which may be None) and noise.
+        """
         generator = torch.Generator().manual_seed(100 + seed)
         context = None
         if self.context is not None:
             context = self.context(n, self.shape, generator)
-            context = context.to(dtype) if context.is_floating_point() else context
+            if context.is_floating_point():
+                context = context.to(dtype)
         noise_shape = getattr(self.build(), "noise_shape", None)
         if noise_shape is not None:
             noise = torch.rand(n, *noise_shape, generator=generator, dtype=torch.float64).to(dtype)
             return context, noise
-        return () if context is None else (context,)
+        if context is None:
+            return ()
+        return (context,)
 
     def data(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-        """(n, *shape), drawn in float64 so that every dtype sees the same numbers; off centre, so that means matter."""
+        """n data, (n, *shape).
+
+        They are drawn in float64, so that every dtype sees the same numbers, and off centre, so
+        that their mean matters.
+        """
         generator = torch.Generator().manual_seed(seed)
         if self.unit_interval:
             return torch.rand(n, *self.shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -87,9 +107,8 @@ def masked_point_coupling() -> MaskedCoupling:
 
 
 def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
-    return ChannelCoupling(
-        ResidualConditioner(2, 4, 1), swap, 1.0, CouplingBatchNorm(2) if norm else None
-    )
+    batch_norm = CouplingBatchNorm(2) if norm else None
+    return ChannelCoupling(ResidualConditioner(2, 4, 1), swap, 1.0, batch_norm)
 
 
 def glow_step() -> tuple[Flow, Flow, Flow]:
@@ -111,7 +130,7 @@ def glow(
 
 
 def low_res(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Images (n, C, H / 4, W / 4) for those of `shape`, (C, H, W)."""
+    """Low-resolution images, (n, C, H / 4, W / 4), for images of `shape`, (C, H, W)."""
     channels, height, width = shape
     return torch.rand(
         n, channels, height // 4, width // 4, generator=generator, dtype=torch.float64
@@ -119,7 +138,7 @@ def low_res(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 def classes(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Of three."""
+    """n of three classes, (n,)."""
     return torch.randint(3, (n,), generator=generator)
 
 
@@ -223,7 +242,8 @@ CASES = [
 ]
 
 
-TINY = [  # realnvp_cifar10 as a run of seconds: four steps an epoch, validated after every third
+# realnvp_cifar10 as a run of seconds: four steps an epoch, validated after every third step.
+TINY = [
     "preset=demo",
     "logger.name=none",
     "flow.hidden_channels=4",
@@ -244,20 +264,23 @@ MODELS = [case for case in CASES if case.is_model]
 LAYERS = [case for case in CASES if not case.is_model]
 
 
-def fresh(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> Flow:
-    """A newly built flow, its weights decided by `seed`; the global random state is left as it was."""
+def fresh(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> Bijection:
+    """A newly built flow, whose weights `seed` decides; torch's own generator does not move."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return case.build().to(dtype)
 
 
-def trained(case: Case, dtype: torch.dtype = torch.float32) -> Flow:
-    """A flow in eval mode whose weights and running statistics are not the initial ones, the same at every call."""
+def trained(case: Case, dtype: torch.dtype = torch.float32) -> Bijection:
+    """A flow in eval mode with other weights and running statistics than the initial ones.
+
+    They are the same at every call.
+    """
     return copy.deepcopy(_trained(case, dtype))
 
 
 @functools.cache
-def _trained(case: Case, dtype: torch.dtype) -> Flow:
+def _trained(case: Case, dtype: torch.dtype) -> Bijection:
     flow = fresh(case, dtype=dtype)
     with torch.no_grad():
         if uninitialized(flow):
@@ -268,8 +291,11 @@ def _trained(case: Case, dtype: torch.dtype) -> Flow:
     return flow.eval()
 
 
-def perturb(flow: Flow, scale: float = 0.3, seed: int = 1) -> Flow:
-    """Gaussian noise on every parameter, in place: factors that start at 0 must not hide a term from a test."""
+def perturb(flow: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
+    """Add Gaussian noise to every parameter, in place.
+
+    Factors that are 0 at first would hide a term from a test.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -278,5 +304,6 @@ def perturb(flow: Flow, scale: float = 0.3, seed: int = 1) -> Flow:
 
 
 def flat(z: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Latents of a model or the output of a layer as one matrix, (B, D)."""
-    return torch.cat([level.flatten(1) for level in (z if isinstance(z, tuple) else (z,))], dim=1)
+    """The latents of a model, or the output of a layer, as one matrix, (B, D)."""
+    levels = z if isinstance(z, tuple) else (z,)
+    return torch.cat([level.flatten(1) for level in levels], dim=1)

@@ -1,10 +1,11 @@
-"""A sketch of an objective without a flow, whose metric is better when higher, written with public parts alone.
+"""A sketch of an objective without a flow, whose metric is better when it is higher.
 
-What a new objective costs: this file, a recipe and a script. DDPM and super-resolution without a flow are of its kind.
+It is written with public parts alone. What a new objective costs: such a file, a recipe and a
+script. DDPM and super-resolution without a flow are of its kind.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.metrics import image_mean
@@ -16,16 +17,19 @@ SIGMA = 0.2
 
 
 class Denoiser(OptimizedModule):
-    """A network that takes noise off images, x + sigma eps to x; minimises the squared error, reports the PSNR in dB.
+    """A network that takes the noise off images: x + sigma eps to x.
 
-    It is initialised by data (the mean colour), draws nothing, and shows what it makes of noisy images.
+    It minimises the squared error and reports the PSNR in dB. Its mean colour is set from data. It
+    draws no samples; its pictures are noisy images and what it makes of them.
     """
 
     metrics = (Metric("psnr", "higher", "dB"),)
 
-    def __init__(self, net: nn.Module, shape, **arguments) -> None:
+    def __init__(self, net: nn.Module, shape: tuple[int, ...], **arguments) -> None:
         super().__init__(**arguments)
-        self.net, self.shape, self.n_bits = net, tuple(shape), 8
+        self.net = net
+        self.shape = tuple(shape)
+        self.n_bits = 8
         self.register_buffer("colour", torch.full((3, 1, 1), torch.nan))
         self.eval_mean = image_mean()
 
@@ -45,21 +49,22 @@ class Denoiser(OptimizedModule):
     def initialize(self, batch):
         self.colour.copy_((batch[0] / 255).mean((0, 2, 3))[:, None, None])
 
-    def noisy(self, batch):
-        """Images and noisy images of evaluation."""
+    def noisy(self, batch) -> tuple[Tensor, Tensor]:
+        """Images of evaluation, and the same with noise."""
         clean = batch[0] / 255
         eps = image_noise(batch[1], self.shape, self.noise_seed, kind="normal").to(clean)
         return clean, clean + SIGMA * eps
 
-    def denoised(self, x):
+    def denoised(self, x: Tensor) -> Tensor:
         return self.colour + self.net(x - self.colour)
 
     def training_step(self, batch, batch_idx):
         clean = batch[0] / 255
         eps = self.training_noise(clean.shape, self.position(batch_idx), "normal")
         error = (self.denoised(clean + SIGMA * eps) - clean).square().flatten(1).mean(1)
-        self.train_mean.update(psnr(error.detach()))
-        self.log("train/psnr", psnr(error.detach()).mean())
+        decibels = psnr(error.detach())
+        self.train_mean.update(decibels)
+        self.log("train/psnr", decibels.mean())
         return self.finite_or_nan(error.mean())
 
     def validation_step(self, batch, batch_idx):
@@ -68,11 +73,10 @@ class Denoiser(OptimizedModule):
     def test_step(self, batch, batch_idx):
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch, split):
+    def _evaluate(self, batch, split: str) -> None:
         clean, noisy = self.noisy(batch)
-        self.eval_mean.update(
-            psnr(F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1))
-        )
+        error = F.mse_loss(self.denoised(noisy), clean, reduction="none").flatten(1).mean(1)
+        self.eval_mean.update(psnr(error))
         self.log(f"{split}/psnr", self.eval_mean, on_step=False, on_epoch=True)
 
     def reconstruct(self, batch):
@@ -80,6 +84,6 @@ class Denoiser(OptimizedModule):
         return noisy, self.denoised(noisy)
 
 
-def psnr(mean_square):
-    """Of images in [0, 1], dB."""
+def psnr(mean_square: Tensor) -> Tensor:
+    """The peak signal-to-noise ratio, dB, of images in [0, 1] with a mean squared error."""
     return -10 * mean_square.log10()

@@ -1,37 +1,43 @@
-"""A sketch of a learned dequantiser (Ho et al. 2019, Flow++, in small), written with public parts alone.
+"""A sketch of a learned dequantiser (Ho et al. 2019, Flow++, in small), of public parts alone.
 
-A script hands it over: `DensityModule.of(config, flow, data, LogitNormal(data.n_bits))`. Its parameters are then
-trained, clipped, averaged, saved and loaded with the flow's, and the figure is called `bpd_bound`.
+A script hands it over: `DensityModule.of(config, flow, data, LogitNormal(data.n_bits))`. Its
+parameters are then trained, clipped, averaged, saved and loaded with those of the flow, and the
+metric is called `bpd_bound`.
 """
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.dequantization import Dequantizer, below_one
 
 
 class LogitNormal(Dequantizer):
-    """u = sigmoid(m + e^s eps), eps ~ N(0, 1), with m and s linear in the pixel (and m in the class)."""
+    """u = sigmoid(m + e^s eps), eps ~ N(0, 1); m and s are linear in the pixel, m in the class."""
 
-    noise, kind = "normal", "bound"
+    noise = "normal"
+    kind = "bound"
 
-    def __init__(self, n_bits, n_classes=None):
+    def __init__(self, n_bits: int, n_classes: int | None = None) -> None:
         super().__init__(n_bits)
         self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
         self.log_std = nn.Parameter(torch.tensor([0.5, 0.2]))
-        self.by_class = None if n_classes is None else nn.Parameter(torch.linspace(0, 1, n_classes))
+        self.by_class = None
+        if n_classes is not None:
+            self.by_class = nn.Parameter(torch.linspace(0, 1, n_classes))
 
-    def forward(self, q, noise, context=None):
+    def forward(
+        self, q: Tensor, noise: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         level = q.to(noise.dtype) / 2**self.n_bits
-        classes = (
-            0 if self.by_class is None else self.by_class[context].view(-1, *[1] * (q.dim() - 1))
-        )
+        mean = self.mean[0] + self.mean[1] * level
+        if self.by_class is not None:
+            mean = mean + self.by_class[context].view(-1, *[1] * (q.dim() - 1))
         log_std = self.log_std[0] + self.log_std[1] * level
-        logits = self.mean[0] + self.mean[1] * level + classes + log_std.exp() * noise
+        logits = mean + log_std.exp() * noise
         base = -0.5 * (noise.square() + math.log(2 * math.pi))
-        log_slope = log_std + F.logsigmoid(logits) + F.logsigmoid(-logits)  # of u in eps
+        log_slope = log_std + F.logsigmoid(logits) + F.logsigmoid(-logits)  # of u as a map of eps
         x = below_one((q.to(noise.dtype) + logits.sigmoid()) / 2**self.n_bits)
         return x, (log_slope - base).flatten(1).sum(1)

@@ -1,6 +1,7 @@
-"""A sketch of NICE (Dinh et al. 2014): an additive flow onto a logistic base, written with public parts alone.
+"""A sketch of NICE (Dinh et al. 2014): an additive flow onto a logistic base.
 
-What a new flow costs: this file, and a case in cases.py that hands it to every generic test.
+It is written with public parts alone. What a new flow costs: such a file, and a case in cases.py,
+which hands it to every generic test.
 """
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from flows.base import Compose, Flow, FlowModel
 from flows.bases import StandardLogistic
+from flows.context import Context
 from flows.coupling import AdditiveCoupling
 from flows.linear import ChannelPermutation
+from flows.multiscale import of_level
 
 
 class Shift(nn.Module):
@@ -21,7 +24,7 @@ class Shift(nn.Module):
             nn.Linear(n_dims, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, n_dims)
         )
 
-    def forward(self, x: Tensor, context=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.layers(x).to(x.dtype)
 
 
@@ -32,17 +35,21 @@ class DiagonalScaling(Flow):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(n_dims))
 
-    def forward(self, x: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x * self.log_scale.exp(), self.log_scale.sum().expand(len(x))
 
-    def inverse(self, z: Tensor, context=None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z * torch.exp(-self.log_scale), -self.log_scale.sum().expand(len(z))
 
 
 class Nice(FlowModel):
-    """Additive couplings with the order of the dimensions reversed between them, then a diagonal scaling."""
+    """Additive couplings and a diagonal scaling.
+
+    The order of the dimensions is reversed after every coupling.
+    """
 
     base = StandardLogistic()
+    shape: tuple[int, ...]
 
     def __init__(
         self, shape: tuple[int, ...], n_couplings: int = 4, hidden_channels: int = 8
@@ -50,24 +57,19 @@ class Nice(FlowModel):
         super().__init__()
         self.shape = tuple(shape)
         n_dims = torch.Size(shape).numel()
-        steps = [
-            [
-                AdditiveCoupling(Shift(n_dims // 2, hidden_channels)),
-                ChannelPermutation(torch.arange(n_dims).flip(0)),
-            ]
-            for _ in range(n_couplings)
-        ]
-        self.layers = Compose(
-            [*(layer for step in steps for layer in step), DiagonalScaling(n_dims)]
-        )
+        layers: list[Flow] = []
+        for _ in range(n_couplings):
+            layers.append(AdditiveCoupling(Shift(n_dims // 2, hidden_channels)))
+            layers.append(ChannelPermutation(torch.arange(n_dims).flip(0)))
+        self.layers = Compose([*layers, DiagonalScaling(n_dims)])
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         return ((torch.Size(self.shape).numel(),),)
 
-    def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, log_det = self.layers(x.flatten(1), self.encoded(context))
+    def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        z, log_det = self.layers(x.flatten(1), of_level(self.encoded(context), 0))
         return (z,), log_det
 
-    def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.layers.inverse(z[0], self.encoded(context))
+    def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.layers.inverse(z[0], of_level(self.encoded(context), 0))
         return x.unflatten(1, self.shape), log_det

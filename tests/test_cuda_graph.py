@@ -1,4 +1,4 @@
-"""What surrounds a capture. Captures themselves are in test_gpu.py."""
+"""CUDA graphs without a GPU: what surrounds a capture. Captures are tested in test_gpu.py."""
 
 import copy
 
@@ -24,7 +24,10 @@ pytestmark = [
 
 
 def captured(call, inputs, allow_unused_input):
-    """As torch's: three trial runs, which move running statistics."""
+    """torch.cuda.make_graphed_callables without a GPU: three trial runs, and the call itself.
+
+    The trial runs move running statistics.
+    """
     for _ in range(3):
         call(*inputs)
     return call
@@ -33,30 +36,33 @@ def captured(call, inputs, allow_unused_input):
 def test_a_capture_leaves_running_statistics_alone(monkeypatch):
     monkeypatch.setattr("torch.cuda.make_graphed_callables", captured)
 
-    def trained(graph):
+    def state_after_training(graph):
         module = density(tiny_flow(), lr=1e-3)
-        module.cuda_graph = CudaGraph(module.flow) if graph else None
+        if graph:
+            module.cuda_graph = CudaGraph(module.flow)
         keys = list(module.state_dict())
         make_trainer(max_steps=3).fit(module, datamodule=RandomImages())
         assert list(module.state_dict()) == keys
         return module.state_dict()
 
-    a, b = trained(False), trained(True)
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert a["flow.scales.0.layers.0.norm.num_batches_tracked"] == 3
+    plain = state_after_training(graph=False)
+    replayed = state_after_training(graph=True)
+    assert all(torch.equal(plain[key], replayed[key]) for key in plain)
+    assert plain["flow.scales.0.layers.0.norm.num_batches_tracked"] == 3
 
 
-def test_another_method_or_shape_than_the_captured_is_refused(monkeypatch):
+def test_a_method_or_shape_that_was_not_captured_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.make_graphed_callables", captured)
-    flow, x = tiny_flow(), torch.rand(2, 3, 8, 8)
+    flow = tiny_flow()
+    x = torch.rand(2, 3, 8, 8)
     graph = CudaGraph(flow)
     assert torch.equal(graph(flow.log_prob, x), flow.log_prob(x))
-    for method, wrong in ((flow.forward, x), (flow.log_prob, x[:1])):
+    for method, inputs in ((flow.forward, x), (flow.log_prob, x[:1])):
         with pytest.raises(RuntimeError, match="captured was"):
-            graph(method, wrong)
-    again = copy.deepcopy(graph)
-    assert again.flow is not flow
-    again(again.flow.log_prob, x[:1])
+            graph(method, inputs)
+    copied = copy.deepcopy(graph)
+    assert copied.flow is not flow
+    copied(copied.flow.log_prob, x[:1])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_other_errors_stay_what_they_are(error, monkeypatch):
     assert raised.value is error
 
 
-def test_what_cannot_be_captured_is_said(monkeypatch):
+def test_a_flow_that_cannot_be_captured_is_one_line(monkeypatch):
     def refused(*arguments, **keywords):
         raise RuntimeError(
             "CUDA error: operation not permitted when stream is capturing\nmore lines"
@@ -81,10 +87,8 @@ def test_what_cannot_be_captured_is_said(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.make_graphed_callables", refused)
     flow = tiny_flow()
-    with pytest.raises(
-        ValueError,
-        match=r"^RealNVP cannot be captured \(CUDA .* capturing\): add trainer.cuda_graph=false$",
-    ):
+    message = r"^RealNVP cannot be captured \(CUDA .* capturing\): add trainer.cuda_graph=false$"
+    with pytest.raises(ValueError, match=message):
         CudaGraph(flow)(flow.log_prob, torch.rand(2, 3, 8, 8))
 
 
@@ -94,16 +98,23 @@ def test_a_class_conditional_step_is_captured_with_both_outputs(monkeypatch):
     monkeypatch.setattr("torch.cuda.make_graphed_callables", captured)
     module = density(flow, cls=ClassConditionalModule, name="adamax")
     module.log = lambda *arguments, **keywords: None
-    x, classes = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    x = torch.rand(4, 3, 8, 8)
+    classes = torch.tensor([0, 1, 2, 0])
     plain = module.objective(x, classes)
     module.cuda_graph = CudaGraph(flow)
-    for a, b in zip(plain, module.objective(x, classes), strict=True):
-        assert torch.equal(a, b)
+    for expected, value in zip(plain, module.objective(x, classes), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_evaluation_is_not_compiled():
-    compiled, layer = [], torch.nn.Linear(2, 2)
-    layer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    compiled = []
+    layer = torch.nn.Linear(2, 2)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    layer.compile(backend=backend)
     with evaluation("cpu"):
         layer(torch.rand(3, 2))
     assert not compiled
@@ -111,11 +122,11 @@ def test_evaluation_is_not_compiled():
     assert len(compiled) == 1
 
 
-def test_a_deterministic_run_tries_no_kernels(tmp_path):
+def test_a_deterministic_run_does_not_benchmark_kernels(tmp_path):
     settings = [f"run_dir={tmp_path}", "preset=demo", "trainer.benchmark=true", "logger.name=none"]
     for deterministic in (False, True):
-        given = [*settings, f"trainer.deterministic={deterministic}".lower()]
-        config = experiment.load_config("reproduce/realnvp_cifar10.py", "", given)
+        overrides = [*settings, f"trainer.deterministic={deterministic}".lower()]
+        config = experiment.load_config("reproduce/realnvp_cifar10.py", "", overrides)
         try:
             experiment.make_trainer(config, density(tiny_flow()))
             assert torch.backends.cudnn.benchmark is not deterministic

@@ -1,4 +1,4 @@
-"""What is fast is what it replaces: folded steps, gradients by hand, recomputed networks, cached inverses."""
+"""Fast paths compute what they replace: folded steps, gradients by hand, recomputation, caches."""
 
 import copy
 import functools
@@ -53,7 +53,8 @@ def randn(*shape, seed=0):
 
 def test_steps_are_their_layers_one_after_another():
     case = next(case for case in CASES if case.name == "Steps")
-    steps, x = trained(case, torch.float64), case.data(5, torch.float64)
+    steps = trained(case, torch.float64)
+    x = case.data(5, torch.float64)
     for fast, plain in (
         (steps(x), Compose.forward(steps, x)),
         (steps.inverse(x), Compose.inverse(steps, x)),
@@ -63,7 +64,7 @@ def test_steps_are_their_layers_one_after_another():
 
 
 def by_autograd(flow):
-    """The same flow with the gradients that autograd makes of its layers' own code."""
+    """A copy of the flow whose gradients autograd computes from the layers' own code."""
     flow = copy.deepcopy(flow)
     for module in flow.modules():
         if isinstance(module, Steps):
@@ -91,7 +92,7 @@ def glow(options):
 @glows
 @pytest.mark.parametrize("lean", [False, True])
 def test_gradients_by_hand_are_those_of_autograd(options, lean):
-    """Of the weights and of the images; what a step gives is used in part, or not at all, too."""
+    """Of weights and images; also where a loss takes one output of a step, or none."""
     flow, x = glow(options)
     plain = by_autograd(flow)
     if lean:
@@ -148,25 +149,31 @@ def test_weights_that_are_frozen_get_no_gradient():
 
 
 def test_gradients_under_autocast_are_those_of_autograd():
-    """bfloat16 in the networks alone: as far from float64 as autograd's own."""
+    """Networks are bfloat16: as far from float64 as autograd's own gradients."""
     flow, x = glow({})
     exact = loss_and_gradients(flow, x)
-    flow, x = flow.float(), x.float()
+    flow = flow.float()
+    x = x.float()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = loss_and_gradients(flow, x), loss_and_gradients(by_autograd(flow), x)
+        ours = loss_and_gradients(flow, x)
+        theirs = loss_and_gradients(by_autograd(flow), x)
 
-    def error(found):
-        return sum(
-            ((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(found, exact, strict=True)
-        ) / len(exact)
+    def error(gradients):
+        """The mean of the relative errors."""
+        errors = [
+            (gradient - reference).norm() / (reference.norm() + 1e-3)
+            for gradient, reference in zip(gradients, exact, strict=True)
+        ]
+        return torch.stack([error.double() for error in errors]).mean().item()
 
     assert 1e-4 < error(ours) < 1.2 * error(theirs)
 
 
 def test_differentiable_gradients_are_of_the_same_function_under_autocast():
-    """Of a forward pass outside of autocast, whose gradients are asked for within."""
+    """The forward pass is outside of autocast, and the backward pass within."""
     flow, x = glow({})
-    flow, x = flow.float(), x.float()
+    flow = flow.float()
+    x = x.float()
     results = []
     for again in (False, True):
         loss = flow.log_prob(x).mean()
@@ -190,18 +197,21 @@ def test_the_last_bias_is_not_rounded_under_autocast():
         assert (net(torch.rand(2, 2, 4, 4)) == 1 + 2**-10).all()
 
 
-def test_no_images_at_all():
+def test_zero_samples_are_an_empty_batch():
     assert Glow((3, 8, 8), 2, 1, 4).sample(0).shape == (0, 3, 8, 8)
 
 
-def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
-    """In float32 values an image: x of the level and y of each step, half as many scales; hidden layers by default."""
-    hidden, depth = 16, 3
-    flow, kept = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1), {}
-    steps, x = (
-        flow.levels[0].layers[1],
-        torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last),
-    )
+def test_a_step_keeps_its_output_its_scales_and_its_hidden_layers():
+    """Counted in numbers for each image.
+
+    Kept are x of the level, y of each step, half as many scales, and by default the hidden layers.
+    """
+    hidden = 16
+    depth = 3
+    flow = perturb(Glow((3, 16, 16), 1, depth, hidden), 0.1)
+    kept = {}
+    steps = flow.levels[0].layers[1]
+    x = torch.rand(64, 12, 8, 8).contiguous(memory_format=torch.channels_last)
     own = {p.untyped_storage().data_ptr() for p in (*steps.parameters(), *steps.buffers())}
 
     def pack(tensor):
@@ -215,8 +225,10 @@ def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y, log_det = steps(x)
         pixels = 8 * 8
-        expected = pixels * (12 + depth * (12 + 6 + (0 if lean else 2 * hidden)))
-        assert sum(kept.values()) == expected
+        step = 12 + 6
+        if not lean:
+            step += 2 * hidden
+        assert sum(kept.values()) == pixels * (12 + depth * step)
         del y, log_det
 
 
@@ -224,11 +236,9 @@ def test_a_step_keeps_what_it_gives_its_scales_and_hidden_layers():
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
-    x, weight, grad = (
-        randn(2, c_in, 4, 6),
-        randn(c_out, c_in, 3, 3, seed=1),
-        randn(2, c_out, 4, 6, seed=2),
-    )
+    x = randn(2, c_in, 4, 6)
+    weight = randn(c_out, c_in, 3, 3, seed=1)
+    grad = randn(2, c_out, 4, 6, seed=2)
     if channels_last:
         x, weight, grad = (
             t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad)
@@ -238,7 +248,9 @@ def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
     ours = conv3x3_gradients(*(t.to(dtype) for t in (grad, x, weight)))
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
-        tolerance = 1e-12 if dtype == torch.float64 else 2e-2 * b.abs().max().item()
+        tolerance = 1e-12
+        if dtype == torch.bfloat16:
+            tolerance = 2e-2 * b.abs().max().item()
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
 
 
@@ -249,11 +261,9 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
         randn(2, c_in, 4, 6).requires_grad_(),
         randn(c_out, c_in, 3, 3, seed=1).requires_grad_(),
     ]
-    grad, ours, theirs = (
-        randn(2, c_out, 4, 6, seed=2),
-        product(*inputs),
-        F.conv2d(*inputs, padding=1),
-    )
+    grad = randn(2, c_out, 4, 6, seed=2)
+    ours = product(*inputs)
+    theirs = F.conv2d(*inputs, padding=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert ours.movedim(1, -1).is_contiguous()
     for a, b in zip(
@@ -265,22 +275,29 @@ def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
 
 
 def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
-    net, x = perturb(GlowConditioner(2, 6, 9, (4, 6)), 0.3).double(), randn(3, 2, 4, 6)
-    expected, products = net(x), []
-    monkeypatch.setattr(
-        "flows.glow.kernels._for_tensor_cores", lambda x: products.append(x.shape[1]) or True
-    )
+    net = perturb(GlowConditioner(2, 6, 9, edges=True), 0.3).double()
+    x = randn(3, 2, 4, 6)
+    expected = net(x)
+    products = []
+
+    def noted_and_true(x):
+        products.append(x.shape[1])
+        return True
+
+    monkeypatch.setattr("flows.glow.kernels._for_tensor_cores", noted_and_true)
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert products == [2, 9]
 
 
 def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
-    x, weight = randn(2, 64, 5, 5).float(), randn(3, 64, 3, 3, seed=1).float()
+    x = randn(2, 64, 5, 5).float()
+    weight = randn(3, 64, 3, 3, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
         half = scattered(x, weight)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     assert half.dtype == torch.float32
-    assert 1e-3 < (half - exact).abs().max() / exact.abs().max() < 1e-2  # of the products' bf16
+    # The products are bfloat16.
+    assert 1e-3 < (half - exact).abs().max() / exact.abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -294,15 +311,18 @@ def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
     ],
 )
 def test_add_relu(shape, bias_shape):
-    y, bias, grad = (
-        randn(*shape),
-        randn(*bias_shape, seed=1) if bias_shape else None,
-        randn(*shape, seed=2),
-    )
-    theirs = (y if bias is None else y + bias).relu()
+    y = randn(*shape)
+    grad = randn(*shape, seed=2)
+    bias = None
+    terms = [y]
+    if bias_shape is not None:
+        bias = randn(*bias_shape, seed=1)
+        terms.append(bias)
+    theirs = sum(terms).relu()
     assert 0 < (theirs == 0).sum() < theirs.numel()
-    inputs = [x.clone().requires_grad_() for x in (y, bias) if x is not None]
-    ours, plain = add_relu(*inputs), sum(inputs).relu()
+    inputs = [x.clone().requires_grad_() for x in terms]
+    ours = add_relu(*inputs)
+    plain = sum(inputs).relu()
     assert torch.equal(ours, theirs)
     assert torch.equal(inputs[0], y)
     gradients = torch.autograd.grad(ours, inputs, grad)
@@ -318,10 +338,8 @@ def test_add_relu(shape, bias_shape):
 
 
 def test_a_weight_is_scaled_in_one_pass_as_in_two():
-    weight, scale = (
-        randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
-        randn(5, seed=1),
-    )
+    weight = randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    scale = randn(5, seed=1)
     expected = (weight * scale[:, None, None, None]).bfloat16()
     plain = scaled(weight.requires_grad_(), scale, torch.bfloat16)
     with torch.no_grad():
@@ -339,24 +357,25 @@ def loss_and_gradients(flow, x):
 @both
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputing_changes_no_bit(case, bf16):
-    """Neither of gradients nor of running averages, nor of the count of batches."""
-    kept, x = trained(case).train(), case.data(6)
+    """Of gradients, of running averages, and of the number of batches."""
+    kept = trained(case).train()
+    x = case.data(6)
     lean = copy.deepcopy(kept)
     recompute(lean)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         results = [loss_and_gradients(flow, x) for flow in (kept, lean)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     state = trained(case).state_dict()
-    assert all(
-        torch.equal(value, lean.state_dict()[name]) for name, value in kept.state_dict().items()
-    )
-    assert ("RealNVP" in case.name) == any(
-        not torch.equal(v, state[k]) for k, v in kept.state_dict().items()
-    )
+    after = kept.state_dict()
+    assert all(torch.equal(value, lean.state_dict()[name]) for name, value in after.items())
+    moved = any(not torch.equal(value, state[name]) for name, value in after.items())
+    assert moved == ("RealNVP" in case.name)
 
 
-def test_recomputing_does_compute_again():
-    flow, x, calls = RealNVP((3, 16, 16), 2, 8, 1), torch.rand(4, 3, 16, 16), []
+def test_recomputation_runs_the_networks_again():
+    flow = RealNVP((3, 16, 16), 2, 8, 1)
+    x = torch.rand(4, 3, 16, 16)
+    calls = []
     recompute(flow)
     net = next(m.conditioner for m in flow.modules() if hasattr(m, "conditioner"))
     net.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -370,16 +389,20 @@ def test_recomputing_does_compute_again():
 
 
 def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monkeypatch):
-    """Also when a graph is gone through twice."""
-    flow, made, convolution = Glow((3, 8, 8), 2, 3, 16), [], F.conv2d
+    """Also where the backward pass goes through a graph twice."""
+    flow = Glow((3, 8, 8), 2, 3, 16)
+    made = []
+    convolution = F.conv2d
     recompute(flow)
-    monkeypatch.setattr(
-        F, "conv2d", lambda x, weight, **k: made.append(len(weight)) or convolution(x, weight, **k)
-    )
+
+    def noted_convolution(x, weight, **options):
+        made.append(len(weight))
+        return convolution(x, weight, **options)
+
+    monkeypatch.setattr(F, "conv2d", noted_convolution)
     loss = -flow.log_prob(torch.rand(4, 3, 8, 8)).mean()
-    assert (
-        sorted(made) == [12] * 3 + [12] + [16] * 6 + [24] * 3
-    )  # the one is of the split's prior, in no step
+    prior_of_the_split = [12]
+    assert sorted(made) == [12] * 3 + prior_of_the_split + [16] * 6 + [24] * 3
     made.clear()
     first, second = (
         torch.autograd.grad(loss, list(flow.parameters()), retain_graph=True) for _ in range(2)
@@ -390,7 +413,8 @@ def test_a_glow_makes_its_hidden_layers_again_but_not_the_last_convolution(monke
 
 @both
 def test_caches_change_no_bit_and_end_with_their_block(case):
-    flow, x = trained(case), case.data(3)
+    flow = trained(case)
+    x = case.data(3)
     z, _ = flow(x)
     with torch.no_grad():
         plain = (flow.inverse(z)[0], flow.log_prob(x))
@@ -405,24 +429,32 @@ def test_caches_change_no_bit_and_end_with_their_block(case):
     assert all(not torch.equal(a, b) for a, b in zip(plain, after, strict=True))
 
 
+def counted(function, calls):
+    """The function, which adds an entry to `calls` each time."""
+
+    def wrapped(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    return wrapped
+
+
 def test_inverses_are_made_once_within_a_block(monkeypatch):
-    flow, calls, inverse = (
-        fresh(next(c for c in MODELS if c.name == "Glow")).eval(),
-        [],
-        torch.linalg.inv,
-    )
-    monkeypatch.setattr("torch.linalg.inv", lambda *a: calls.append(1) or inverse(*a))
+    flow = fresh(next(c for c in MODELS if c.name == "Glow")).eval()
+    calls = []
+    monkeypatch.setattr("torch.linalg.inv", counted(torch.linalg.inv, calls))
     with torch.no_grad(), cached(flow):
         flow.sample(2)
         flow.sample(2)
-    assert len(calls) == 2  # one a level
+    assert len(calls) == 2  # one for each level
     with torch.no_grad():
         flow.sample(2)
     assert len(calls) == 4
 
 
 def test_a_cache_does_not_serve_gradients_and_ends_after_an_error():
-    module, made = torch.nn.Linear(2, 2), itertools.count()
+    module = torch.nn.Linear(2, 2)
+    made = itertools.count()
     with cached(module):
         assert [once(module, "a", lambda: next(made)) for _ in range(2)] == [0, 1]
         with torch.no_grad():
@@ -439,21 +471,21 @@ def test_a_cache_does_not_serve_gradients_and_ends_after_an_error():
 )
 def test_images_stay_channels_last_through_every_coupling(flow, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        Steps, "by_hand", False
-    )  # whose pieces are the same, but are not called as modules
+    # By hand the operations are the same, but couplings are not called as modules.
+    monkeypatch.setattr(Steps, "by_hand", False)
     for module in (m for m in flow.modules() if hasattr(m, "conditioner")):
         module.register_forward_hook(lambda module, inputs, y: seen.extend([inputs[0], y[0]]))
         module.conditioner.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
     z, _ = flow(torch.rand(2, 3, 16, 16))
     flow.inverse(z)
     assert len(seen) >= 16
-    ours = [x for x in seen if x.shape[1] > 1]
-    assert all(x.stride(1) == 1 for x in ours)  # a half of the channels is a view with gaps
+    # Half of the channels is a view with gaps, so the stride of the channels is looked at.
+    assert all(x.stride(1) == 1 for x in seen if x.shape[1] > 1)
 
 
 def test_a_block_within_a_block_and_a_copy_made_in_one():
-    module, made = torch.nn.Linear(2, 2), itertools.count()
+    module = torch.nn.Linear(2, 2)
+    made = itertools.count()
     with torch.no_grad(), cached(module):
         once(module, "a", lambda: next(made))
         with cached(module):
@@ -490,10 +522,11 @@ def test_the_conditioners_of_a_level_share_one_compiled_graph():
 )
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, lean, monkeypatch):
-    """Full and partial batches without gradients, compiled and as a run evaluates, then training: all compiled."""
+    """Batches of two sizes without gradients, evaluation, then training: all compiled."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    flow, x = make(), torch.rand(6, 3, 8, 8)
+    flow = make()
+    x = torch.rand(6, 3, 8, 8)
     with torch.no_grad():
         flow.initialize(x)
     plain = copy.deepcopy(flow).train()
@@ -517,7 +550,7 @@ def test_a_compiled_flow_stays_compiled_through_validation_and_training(make, le
 
 
 def noted(method, calls):
-    """Notes calls that are run and not compiled."""
+    """The method, which adds to `calls` when it runs without being compiled."""
 
     def wrapped(self, *arguments):
         if not torch.compiler.is_compiling():
@@ -531,7 +564,8 @@ def test_networks_are_folded_together_as_each_alone():
     nets = [perturb(GlowConditioner(2, 6, 5, True), 0.3).double() for _ in range(3)]
     x = randn(3, 2, 4, 6)
     for net, folded in zip(nets, GlowConditioner.fold(nets), strict=True):
-        weights, biases = net.weights(folded, x.dtype), net.biases(folded, x.dtype, (4, 6))
+        weights = net.weights(folded, x.dtype)
+        biases = net.biases(folded, x.dtype, (4, 6))
         torch.testing.assert_close(
             net.last(net.hidden(x, weights, biases)[1], weights, biases),
             net(x),
@@ -541,21 +575,31 @@ def test_networks_are_folded_together_as_each_alone():
     assert (nets[0](x) - nets[1](x)).abs().max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------------- other networks
+# ---------------------------------------------------------------------- other networks
 
 
 class RandomNet(nn.Module):
-    """Two convolutions with dropout between, by a layer or by a function that nobody can see from outside."""
+    """Two convolutions with dropout between them.
+
+    layer: dropout is a layer, or else a function, which nobody can see from outside.
+    declared: the network declares that it is random. pair: it has two outputs.
+    """
 
     def __init__(self, in_channels, out_channels, layer=True, declared=False, pair=False):
         super().__init__()
-        self.first, self.last = nn.Conv2d(in_channels, 8, 1), nn.Conv2d(8, out_channels, 1)
-        self.dropout = nn.Dropout(0.5) if layer else functools.partial(F.dropout, p=0.5)
-        self.is_random, self.pair = declared, pair
+        self.first = nn.Conv2d(in_channels, 8, 1)
+        self.last = nn.Conv2d(8, out_channels, 1)
+        self.dropout = functools.partial(F.dropout, p=0.5)
+        if layer:
+            self.dropout = nn.Dropout(0.5)
+        self.is_random = declared
+        self.pair = pair
 
     def forward(self, x, context=None):
         h = self.last(self.dropout(self.first(x)))
-        return h.chunk(2, dim=1) if self.pair else h
+        if self.pair:
+            return h.chunk(2, dim=1)
+        return h
 
 
 def random_steps():
@@ -568,9 +612,8 @@ def random_steps():
 
 def random_coupling(**options):
     torch.manual_seed(0)
-    return perturb(
-        MaskedCoupling(Checkerboard(0), RandomNet(4, 8, pair=True, **options), 1.0), 0.1
-    ).double()
+    network = RandomNet(4, 8, pair=True, **options)
+    return perturb(MaskedCoupling(Checkerboard(0), network, 1.0), 0.1).double()
 
 
 def gradients(flow, x, seed=1):
@@ -580,7 +623,8 @@ def gradients(flow, x, seed=1):
 
 
 def test_steps_with_a_network_that_is_not_glow_s_are_their_layers_one_after_another():
-    steps, x = random_steps().eval(), randn(5, 4, 2, 3)
+    steps = random_steps().eval()
+    x = randn(5, 4, 2, 3)
     for fast, plain in (
         (steps(x), Compose.forward(steps, x)),
         (steps.inverse(x), Compose.inverse(steps, x)),
@@ -598,17 +642,18 @@ def by_autograd_alone(steps):
 
 
 class Doubled(SigmoidCoupling):
-    """Not the coupling that it is derived from."""
+    """A subclass that computes something else."""
 
     def change(self, x, h):
         y, log_det, state = super().change(x, h)
         return 2 * y, log_det + math.log(2) * y[0].numel(), state
 
 
-def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_by_hand():
+def test_a_subclass_of_glow_s_coupling_has_no_gradients_by_hand():
     torch.manual_seed(0)
     steps = Steps([(ActNorm(4), InvertibleConv1x1LU(4), Doubled(GlowConditioner(2, 4, 5, True)))])
-    steps, x = perturb(steps, 0.1).double(), randn(5, 4, 2, 3)
+    steps = perturb(steps, 0.1).double()
+    x = randn(5, 4, 2, 3)
     for a, b in zip(gradients(steps, x), gradients(by_autograd_alone(steps), x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
@@ -617,54 +662,51 @@ def test_a_coupling_that_is_derived_from_glow_s_is_called_and_not_its_gradients_
     "make", [random_steps, random_coupling, partial(random_coupling, layer=False, declared=True)]
 )
 def test_a_random_network_draws_the_same_again_under_recomputation(make):
-    """Other numbers in the backward pass would give gradients off by more than the largest of them."""
-    flow, x = make(), randn(5, 4, 2, 3)
+    """With other numbers in the backward pass the gradients would be far off."""
+    flow = make()
+    x = randn(5, 4, 2, 3)
     expected = gradients(flow, x)
-    assert (
-        max((a - b).abs().max() for a, b in zip(expected, gradients(flow, x, seed=2), strict=True))
-        > 1e-3
-    )
+    others = gradients(flow, x, seed=2)
+    assert max((a - b).abs().max() for a, b in zip(expected, others, strict=True)) > 1e-3
     recompute(flow)
     assert all(torch.equal(a, b) for a, b in zip(gradients(flow, x), expected, strict=True))
 
 
-def test_a_network_that_draws_and_does_not_say_so_is_refused_by_name():
-    flow, x = random_coupling(layer=False), randn(5, 4, 2, 3)
+def test_a_network_that_draws_and_does_not_declare_it_is_refused_by_name():
+    flow = random_coupling(layer=False)
+    x = randn(5, 4, 2, 3)
     gradients(flow, x)
     recompute(flow)
-    with pytest.raises(
-        RuntimeError, match=r"RandomNet draws random numbers, and .* declare is_random = True"
-    ):
+    message = r"RandomNet draws random numbers, and .* declare is_random = True"
+    with pytest.raises(RuntimeError, match=message):
         gradients(flow, x)
-    with torch.no_grad():  # nothing is made again
+    with torch.no_grad():  # without a backward pass nothing is recomputed
         flow(x)
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ---------------------------------------------------------------------- sizes
 
 
-def test_what_depends_on_the_size_is_made_once_for_each_within_cached_and_right_for_each(
-    monkeypatch,
-):
+def test_what_is_cached_for_a_size_is_right_for_another(monkeypatch):
     torch.manual_seed(0)
     flow = perturb(Glow((3, None, None), 2, 2, 6), 0.1).double().eval()
     small, large = (randn(2, 3, *size).sigmoid() for size in ((8, 8), (4, 12)))
     expected = [flow.log_prob(x) for x in (small, large)]
-    folded, fold = [], ZeroConv2d._folded
-    monkeypatch.setattr(
-        ZeroConv2d, "_folded", lambda conv, size: folded.append(size) or fold(conv, size)
-    )
+    folded = []
+    fold = ZeroConv2d._folded
+
+    def noted_fold(conv, size):
+        folded.append(size)
+        return fold(conv, size)
+
+    monkeypatch.setattr(ZeroConv2d, "_folded", noted_fold)
     with torch.no_grad(), cached(flow):
-        for x, log_prob in zip(
-            (small, small, large, small), (*expected[:1], *expected, expected[0]), strict=True
-        ):
-            torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-9)
+        for i in (0, 0, 1, 0):
+            x = (small, large)[i]
+            torch.testing.assert_close(flow.log_prob(x), expected[i], rtol=0, atol=1e-9)
             torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=0, atol=1e-9)
-    assert folded == [
-        (4, 4),
-        (2, 6),
-        (4, 4),
-    ]  # of the one prior of a split; the newest size is kept
+    # Of the one prior of a split. The newest size is kept.
+    assert folded == [(4, 4), (2, 6), (4, 4)]
 
 
 def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
@@ -676,17 +718,16 @@ def test_a_constant_is_shared_and_can_be_trained_with_after_inference_mode():
     weight = torch.ones(5, 7, requires_grad=True)
     (weight * one).sum().backward()
     assert torch.equal(weight.grad, one)
-    assert (
-        constant(checkerboard, 5, 7, 0, like=torch.empty(0, dtype=torch.float64)).dtype
-        == torch.float64
-    )
+    like = torch.empty(0, dtype=torch.float64)
+    assert constant(checkerboard, 5, 7, 0, like=like).dtype == torch.float64
 
 
 def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
-    """What was made by the passes before the capture, and nothing from the host's memory within it."""
+    """The passes before a capture make them; the capture copies nothing from the host."""
     gpu = type("Device", (), {"type": "cuda"})()
-    tensor, like = torch.ones(3), SimpleNamespace(dtype=torch.float32, device=gpu)
-    monkeypatch.setattr(constants, "_kept", lambda *key: tensor)
+    tensor = torch.ones(3)
+    like = SimpleNamespace(dtype=torch.float32, device=gpu)
+    monkeypatch.setattr(constants, "_computed_once", lambda *key: tensor)
     monkeypatch.setattr(constants, "READ_BY_GRAPHS", {})
     for capturing in (False, True):
         monkeypatch.setattr(
@@ -696,14 +737,15 @@ def test_a_captured_graph_keeps_the_constants_that_it_reads(monkeypatch):
         assert list(constants.READ_BY_GRAPHS.values()) == [tensor] * capturing
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------- training
 
 
 def test_dropout_is_left_out_of_reestimated_statistics():
     class Dropped(nn.Module):
         def __init__(self):
             super().__init__()
-            self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(4)
+            self.dropout = nn.Dropout(0.5)
+            self.norm = nn.BatchNorm1d(4)
 
         def forward(self, x):
             return self.norm(self.dropout(x))

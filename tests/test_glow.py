@@ -1,4 +1,4 @@
-"""Glow against its authors' code: a plain reference model, initialisation, inverses at full depth, the first steps."""
+"""Glow against its authors' code: a plain reference model, initialisation, depth, first steps."""
 
 import copy
 import itertools
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from datamodules.dequantization import UniformDequantizer
 from datamodules.samplers import TrainSampler
+from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.glow import Glow
 from flows.likelihood import bits_per_dim
 from flows.linear import InvertibleConv1x1LU
@@ -36,23 +37,31 @@ pytestmark = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------- the authors' model
+# ---------------------------------------------------------------------- the authors' model
 
 
 class ReferenceGlow:
-    """openai/glow's model.py and tfops.py from their formulas: slow and plain, without a module of ours.
+    """openai/glow's model.py and tfops.py by their formulas, without any code of ours.
 
-    weights: name -> tensor, names and layout as there but for the order of axes, (out, in, height, width): means and
-    scales of a convolution alternate, and the edge channel is the last one of its input. Names are "level/step/...".
-    initializing: every actnorm sets its own weights from the batch that it sees.
+    weights: tensors by name, "level/step/...". Names and layout are those of the code: the means
+        and scales of a convolution alternate, and the edge channel is the last of its input. Only
+        the axes are in torch's order, (out, in, height, width).
+    initializing: every actnorm sets its own weights from its batch.
     """
 
     def __init__(self, weights, n_levels, depth, coupling, edges, initializing=False):
-        self.weights, self.n_levels, self.depth = weights, n_levels, depth
-        self.coupling, self.edges, self.initializing = coupling, edges, initializing
+        self.weights = weights
+        self.n_levels = n_levels
+        self.depth = depth
+        self.coupling = coupling
+        self.edges = edges
+        self.initializing = initializing
 
     def bits(self, x, n_bits, y=None):
-        """Bits per dimension of x = (q + u) / 2^n_bits, (B,), and the mean over space of the last level, (B, C)."""
+        """Bits per dimension, (B,), and the mean over space of the last level, (B, C).
+
+        x: (q + u) / 2^n_bits. y: the classes, or None.
+        """
         n_dims = x[0].numel()
         objective = torch.full((len(x),), -math.log(2**n_bits) * n_dims, dtype=x.dtype)
         z = x - 0.5
@@ -68,7 +77,10 @@ class ReferenceGlow:
         return -objective / (math.log(2) * n_dims), z.mean((2, 3))
 
     def decode(self, eps, temperature=1.0, y=None):
-        """x from one eps a level: each of them is mean + temperature * sigma * eps, the mean and sigma of its prior."""
+        """x from one eps for each level.
+
+        A latent is mean + temperature * sigma * eps, with the mean and sigma of its prior.
+        """
         mean, logs = self.top_prior(eps[-1].shape, eps[-1].dtype, y)
         z = mean + temperature * logs.exp() * eps[-1]
         for i in reversed(range(self.n_levels)):
@@ -82,40 +94,42 @@ class ReferenceGlow:
 
     def step(self, name, z):
         z, log_det = self.actnorm(f"{name}/actnorm", z)
-        z, more = self.permute(name, z)
+        z, permutation_log_det = self.permute(name, z)
+        log_det = log_det + permutation_log_det
         z1, z2 = halves(z)
         h = self.f(f"{name}/f1", z1)
         if self.coupling == "additive":
-            return torch.cat([z1, z2 + h], 1), log_det + more
-        shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2)
-        return torch.cat([z1, (z2 + shift) * scale], 1), log_det + more + scale.log().sum((1, 2, 3))
+            return torch.cat([z1, z2 + h], 1), log_det
+        shift = h[:, 0::2]
+        scale = torch.sigmoid(h[:, 1::2] + 2)
+        log_det = log_det + scale.log().sum((1, 2, 3))
+        return torch.cat([z1, (z2 + shift) * scale], 1), log_det
 
     def step_back(self, name, z):
         z1, z2 = halves(z)
         h = self.f(f"{name}/f1", z1)
-        z2 = (
-            z2 - h
-            if self.coupling == "additive"
-            else z2 / torch.sigmoid(h[:, 1::2] + 2) - h[:, 0::2]
-        )
+        if self.coupling == "additive":
+            z2 = z2 - h
+        else:
+            z2 = z2 / torch.sigmoid(h[:, 1::2] + 2) - h[:, 0::2]
         z = torch.cat([z1, z2], 1)
         if f"{name}/order" in self.weights:
-            order, z = self.weights[f"{name}/order"], z.clone()
+            order = self.weights[f"{name}/order"]
+            z = z.clone()
             z[:, order] = z.clone()
         else:
-            z = torch.einsum(
-                "ij,bjhw->bihw", torch.linalg.inv(self.weights[f"{name}/invconv/W"]), z
-            )
-        b, logs = self.weights[f"{name}/actnorm/b"], self.weights[f"{name}/actnorm/logs"]
+            inverse = torch.linalg.inv(self.weights[f"{name}/invconv/W"])
+            z = torch.einsum("ij,bjhw->bihw", inverse, z)
+        b = self.weights[f"{name}/actnorm/b"]
+        logs = self.weights[f"{name}/actnorm/logs"]
         return z * column((-3 * logs).exp()) - column(b)
 
     def permute(self, name, z):
         if f"{name}/order" in self.weights:
             return z[:, self.weights[f"{name}/order"]], 0.0
         w = self.weights[f"{name}/invconv/W"]
-        return torch.einsum("ij,bjhw->bihw", w, z), z.shape[2] * z.shape[3] * torch.linalg.slogdet(
-            w
-        ).logabsdet
+        log_det = z.shape[2] * z.shape[3] * torch.linalg.slogdet(w).logabsdet
+        return torch.einsum("ij,bjhw->bihw", w, z), log_det
 
     def f(self, name, z):
         h = self.actnorm(f"{name}/l_1/actnorm", self.conv(f"{name}/l_1", z))[0].relu()
@@ -129,12 +143,14 @@ class ReferenceGlow:
             std = (x + column(self.weights[f"{name}/b"])).square().mean((0, 2, 3)).sqrt()
             self.weights[f"{name}/logs"] = (1 / (std + 1e-6)).log() / 3
         logs = 3 * self.weights[f"{name}/logs"]
-        return (x + column(self.weights[f"{name}/b"])) * column(logs.exp()), x.shape[2] * x.shape[
-            3
-        ] * logs.sum()
+        y = (x + column(self.weights[f"{name}/b"])) * column(logs.exp())
+        return y, x.shape[2] * x.shape[3] * logs.sum()
 
     def conv(self, name, x):
-        """3x3 over a padding of zeros, to which one channel is appended: 1 on the padding and 0 inside."""
+        """A 3x3 convolution of the padded image with one more channel.
+
+        That channel is 1 on the padding and 0 inside.
+        """
         batch, _, height, width = x.shape
         x = F.pad(x, (1, 1, 1, 1))
         if self.edges:
@@ -160,13 +176,10 @@ class ReferenceGlow:
         h = self.conv_zeros("prior/p", torch.zeros(batch, 2 * channels, height, width, dtype=dtype))
         if y is not None:
             n_classes = self.weights["prior/y_emb/W"].shape[1]
-            h = (
-                h
-                + self.linear_zeros("prior/y_emb", torch.eye(n_classes, dtype=dtype)[y])[
-                    :, :, None, None
-                ]
-            )
-        return h[:, :channels], h[:, channels:]  # halves here, alternating in the split
+            one_hot = torch.eye(n_classes, dtype=dtype)[y]
+            h = h + column(self.linear_zeros("prior/y_emb", one_hot))
+        # Mean and scale are halves here; in the prior of a split they alternate.
+        return h[:, :channels], h[:, channels:]
 
 
 def squeeze(x):
@@ -193,7 +206,8 @@ def halves(x):
 
 
 def column(per_channel):
-    return per_channel[:, None, None]
+    """(..., C) to (..., C, 1, 1)."""
+    return per_channel[..., None, None]
 
 
 def log_normal(z, mean, logs):
@@ -203,33 +217,31 @@ def log_normal(z, mean, logs):
 
 
 def authors_weights(flow):
-    """The weights of our Glow under the authors' names and in their layout; gradients go through.
+    """The weights of our Glow under the authors' names and in their layout, differentiably.
 
-    All that the reference knows of our code: another implementation of `Glow` needs another such function.
+    The reference knows our code by this function alone.
     """
     weights = {}
     for i, level in enumerate(flow.levels):
         steps = list(level.layers[1].layers)
         for k in range(len(steps) // 3):
             actnorm, permutation, coupling = steps[3 * k : 3 * k + 3]
-            f, name = coupling.conditioner, f"{i}/{k}"
+            f = coupling.conditioner
+            name = f"{i}/{k}"
             weights |= actnorm_weights(f"{name}/actnorm", actnorm)
             weights |= permutation_weights(name, permutation)
             weights[f"{name}/f1/l_1/W"] = with_edge(f.conv_in.weight, f.conv_in.edge)
             weights |= actnorm_weights(f"{name}/f1/l_1/actnorm", f.norm_in)
             weights[f"{name}/f1/l_2/W"] = f.conv_mid.weight[:, :, 0, 0]
             weights |= actnorm_weights(f"{name}/f1/l_2/actnorm", f.norm_mid)
-            affine = type(coupling).__name__ == "SigmoidCoupling"
-            weights |= zeros_weights(
-                f"{name}/f1/l_last", f.conv_out, alternate if affine else as_it_is
-            )
+            weights |= zeros_weights(f"{name}/f1/l_last", f.conv_out, LAYOUTS[type(coupling)])
         if i < len(flow.levels) - 1:
             weights |= zeros_weights(f"pool{i}/conv", level.layers[2].net, alternate)
     top = flow.prior
-    nothing = torch.zeros(
-        len(top.shift), len(top.shift), 3, 3, dtype=top.shift.dtype
-    )  # its input is 0
-    weights["prior/p/W"] = with_edge(nothing, top.edge)
+    # Any weights will do for the convolution, since its input is 0.
+    n = len(top.shift)
+    zeros = torch.zeros(n, n, 3, 3, dtype=top.shift.dtype)
+    weights["prior/p/W"] = with_edge(zeros, top.edge)
     weights |= {"prior/p/b": top.shift[:, 0, 0], "prior/p/logs": top.log_scale[:, 0, 0]}
     for name, linear in (("prior/y_emb", top.by_class), ("classifier", flow.classifier)):
         if linear is not None:
@@ -248,20 +260,20 @@ def actnorm_weights(name, layer):
 def permutation_weights(name, layer):
     if hasattr(layer, "order"):
         return {f"{name}/order": layer.order}
-    return {
-        f"{name}/invconv/W": lu_product(layer)
-        if isinstance(layer, InvertibleConv1x1LU)
-        else layer.weight
-    }
+    if isinstance(layer, InvertibleConv1x1LU):
+        return {f"{name}/invconv/W": lu_product(layer)}
+    return {f"{name}/invconv/W": layer.weight}
 
 
 def lu_product(layer):
-    """P (L + I) (U + diag(sign e^s)), each factor element by element."""
-    n, zero = len(layer.sign), torch.zeros((), dtype=layer.sign.dtype)
+    """P (L + I) (U + diag(sign e^s)), with each factor written element by element."""
+    n = len(layer.sign)
+    zero = torch.zeros((), dtype=layer.sign.dtype)
     row, col = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     lower = torch.where(row > col, layer.lower, (row == col).to(zero.dtype))
     upper = torch.where(row < col, layer.upper, zero)
-    upper = torch.where(row == col, column(layer.sign * layer.log_scale.exp())[:, 0], upper)
+    diagonal = layer.sign * layer.log_scale.exp()
+    upper = torch.where(row == col, diagonal[:, None], upper)
     return layer.permutation @ lower @ upper
 
 
@@ -275,7 +287,10 @@ def zeros_weights(name, layer, layout):
 
 
 def with_edge(weight, edge):
-    return weight if edge is None else torch.cat([weight, edge.weight], 1)
+    """The weight of a convolution whose input has the edge channel, if there is an edge."""
+    if edge is None:
+        return weight
+    return torch.cat([weight, edge.weight], 1)
 
 
 def alternate(ours):
@@ -283,21 +298,25 @@ def alternate(ours):
     return torch.stack(ours.chunk(2), 1).flatten(0, 1)
 
 
-def as_it_is(ours):
+def unchanged(ours):
     return ours
 
 
-# ---------------------------------------------------------------------------------------------- helpers
+# How the authors' code orders the outputs of a coupling's network.
+LAYOUTS = {SigmoidCoupling: alternate, AdditiveCoupling: unchanged}
+
+
+# ---------------------------------------------------------------------- helpers
 
 
 def tiny(shape=(3, 4, 8), n_levels=2, depth=2, hidden_channels=5, seed=0, **arguments):
-    """Fresh, in float64."""
+    """A small Glow with its initial weights, in float64."""
     torch.manual_seed(seed)
     return Glow(shape, n_levels, depth, hidden_channels, **arguments).double()
 
 
 def images(n, shape, seed=0, n_bits=8):
-    """Some smooth and some noisy images of n_bits with noise, float64 in [0, 1)."""
+    """Smooth images with some noise, of n_bits and dequantised: float64 in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, shape[0], 2, 2, generator=generator)
     smooth = F.interpolate(coarse, shape[1:], mode="bilinear")
@@ -308,7 +327,7 @@ def images(n, shape, seed=0, n_bits=8):
 
 @torch.no_grad()
 def started(flow, scale=0.05, seed=5):
-    """Initialised from images and, so that nothing is 0, perturbed; in eval mode."""
+    """The flow in eval mode, initialised from images and perturbed, so that no weight is 0."""
     flow.initialize(images(32, flow.shape, seed).to(next(flow.parameters())))
     return perturb(flow, scale).eval()
 
@@ -334,7 +353,7 @@ def assert_close(actual, expected, tolerance=1e-10):
     )
 
 
-# ---------------------------------------------------------------------------------------------- against the reference
+# ---------------------------------------------------------------------- against the reference
 
 VARIANTS = [
     *(
@@ -387,7 +406,7 @@ def test_gradients_are_those_of_the_authors_model(arguments):
 
 @variants
 def test_initialisation_is_that_of_the_authors_model(arguments):
-    """Layer by layer in one pass over the first batch, which theirs does while it evaluates."""
+    """Their code sets each layer in the pass in which it evaluates the first batch."""
     flow = tiny(**arguments)
     x = images(32, flow.shape, seed=5)
     with torch.no_grad():
@@ -403,8 +422,9 @@ def test_initialisation_is_that_of_the_authors_model(arguments):
 
 @variants
 def test_samples_are_those_of_the_authors_model(arguments):
-    """tau sigma for sigma in every level's prior: x from eps drawn by hand, level by level."""
-    flow, temperature = started(tiny(**arguments)), 0.6
+    """tau sigma replaces sigma in the prior of every level."""
+    flow = started(tiny(**arguments))
+    temperature = 0.6
     generator = torch.Generator().manual_seed(2)
     eps = [
         torch.randn(3, *shape, generator=generator, dtype=torch.float64)
@@ -422,9 +442,10 @@ def test_samples_are_those_of_the_authors_model(arguments):
 
 
 def test_a_class_conditional_objective_is_that_of_the_authors_model():
-    """Bits per dimension plus .01 bits a bit of cross entropy; also its gradients."""
+    """It is bits per dimension plus .01 of the cross entropy in bits; gradients too."""
     flow = started(tiny(n_classes=4)).train()
-    x, y = images(6, flow.shape, seed=1), torch.tensor([0, 3, 1, 1, 2, 0])
+    x = images(6, flow.shape, seed=1)
+    y = torch.tensor([0, 3, 1, 1, 2, 0])
     theirs = reference(flow)
     bits, top = theirs.bits(x, 5, y)
     logits = theirs.linear_zeros("classifier", top)
@@ -433,9 +454,9 @@ def test_a_class_conditional_objective_is_that_of_the_authors_model():
     assert_close(our_logits, logits, 1e-10)
     assert_close(flow.log_prob(x, y), log_prob, 1e-10)
     objective = (bits + 0.01 * F.cross_entropy(logits, y, reduction="none") / math.log(2)).mean()
-    ours = (-log_prob.mean() + 0.01 * x[0].numel() * F.cross_entropy(our_logits, y)) / (
-        x[0].numel() * math.log(2)
-    )
+    n_dims = x[0].numel()
+    nats = -log_prob.mean() + 0.01 * n_dims * F.cross_entropy(our_logits, y)
+    ours = nats / (n_dims * math.log(2))
     parameters = dict(flow.named_parameters())
     gradients = (torch.autograd.grad(value, parameters.values()) for value in (ours + 5, objective))
     for name, a, b in zip(parameters, *gradients, strict=True):
@@ -443,6 +464,13 @@ def test_a_class_conditional_objective_is_that_of_the_authors_model():
             a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert_close(ours + 5, objective, 1e-10)
+
+
+def test_class_logits_of_a_glow_without_classes_are_one_line():
+    flow = tiny()
+    message = "^this Glow is not class-conditional: build it with n_classes$"
+    with pytest.raises(ValueError, match=message):
+        flow.log_prob_and_class_logits(images(2, flow.shape), None)
 
 
 def test_without_weights_it_is_a_standard_normal_of_x_minus_a_half():
@@ -460,23 +488,24 @@ def test_a_uniform_density_of_5_bit_data_costs_5_bits():
     assert_close(module.dequantizer(q, torch.full((32,), 0.5))[0], (torch.arange(32) + 0.5) / 32)
 
 
-# ---------------------------------------------------------------------------------------------- size and settings
+# ---------------------------------------------------------------------- size and settings
 
 
 def conditioner_size(c_in, c_out, hidden):
-    """3x3, 1x1, 3x3 with an edge channel each but the 1x1; two actnorms of bias and scale; b and logs at the end."""
-    return (
-        9 * (c_in + 1) * hidden + hidden**2 + 9 * (hidden + 1) * c_out + 2 * c_out + 2 * 2 * hidden
-    )
+    """The number of parameters of a conditioner; both 3x3 convolutions have an edge channel."""
+    convolutions = 9 * (c_in + 1) * hidden + hidden**2 + 9 * (hidden + 1) * c_out
+    actnorms = 2 * 2 * hidden
+    bias_and_scale_of_the_last = 2 * c_out
+    return convolutions + actnorms + bias_and_scale_of_the_last
 
 
 def model_size(channels, n_levels, depth, hidden):
-    total, c = 0, channels
+    total = 0
+    c = channels
     for i in range(n_levels):
         c *= 4
-        total += depth * (
-            2 * c + 2 * c**2 + c + conditioner_size(c // 2, c, hidden)
-        )  # L and U are whole matrices
+        # An actnorm; L and U as whole matrices, and s; the conditioner.
+        total += depth * (2 * c + 2 * c**2 + c + conditioner_size(c // 2, c, hidden))
         if i < n_levels - 1:
             total += 9 * (c // 2 + 1) * c + 2 * c
             c //= 2
@@ -489,7 +518,7 @@ def test_paper_size_has_44_620_116_parameters():
 
 
 def test_parameters_that_the_edges_and_the_triangles_add():
-    """Plain W has C^2; L and U are whole matrices, of which one triangle each is used."""
+    """Plain W has C^2 numbers. L and U are whole matrices, each with an unused triangle."""
     edges = sum(2 * 9 * (7 + c) for c in (12, 24, 48)) + 9 * (12 + 24 + 2 * 48)
     more = sum(2 * c * (c + 1) for c in (12, 24, 48))
     with torch.device("meta"):
@@ -527,6 +556,7 @@ def test_latent_shapes(size, n_levels):
         ({"depth": 0}, "flow.depth"),
         ({"hidden_channels": -1}, "flow.hidden_channels"),
         ({"shape": (2,)}, r"\(2,\)"),
+        ({"shape": (None, 4, 8)}, r"Glow models images \(C, H, W\), not .* \(None, 4, 8\)"),
         ({"alpha": 0.5}, "alpha=0.5"),
     ],
     ids=str,
@@ -537,34 +567,42 @@ def test_a_wrong_setting_is_one_line_that_names_it(arguments, message):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- initialisation
+# ---------------------------------------------------------------------- initialisation
 
 
 def test_every_actnorm_starts_with_mean_0_and_variance_1(monkeypatch):
-    """Those inside of the networks too; in the order of the pass, since each input is what those before make of x."""
-    flow, x, seen = tiny(), images(32, (3, 4, 8)), []
+    """Those of the networks too. Each input is the output of the layers before, already set."""
+    flow = tiny()
+    x = images(32, (3, 4, 8))
+    seen = []
     normalize = ActNorm.normalize
 
     def noted(self, x):
-        seen.append((x, normalize(self, x)))
-        return seen[-1][1]
+        y = normalize(self, x)
+        seen.append((x, y))
+        return y
 
     with torch.no_grad():
         flow.initialize(x)
         monkeypatch.setattr(ActNorm, "normalize", noted)
-        flow.initialize(x)  # changes nothing any more; unlike `forward` it folds no actnorm
+        # Again: all are set, so nothing changes, and unlike `forward` this folds no actnorm.
+        flow.initialize(x)
     assert len(seen) == len(actnorms(flow)) == 12
     for before, after in seen:
         std = before.var((0, 2, 3), correction=0).sqrt()
         assert_close(after.mean((0, 2, 3)), torch.zeros(len(std)), 1e-10)
         assert_close(after.var((0, 2, 3), correction=0).sqrt(), std / (std + 1e-6), 1e-10)
-        assert std.min() > 1e-3  # so that the variance is 1 to within 2e-3
+        assert std.min() > 1e-3  # then the variance is 1 to within 2e-3
 
 
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 def test_log_det_after_initialisation(coupling):
-    """Zero output layers leave h = 0: a coupling scales C/2 H W elements by sigmoid(2); priors and rotations do not."""
-    flow, x = tiny(coupling=coupling), images(32, (3, 4, 8))
+    """A network's last layer is 0, so a coupling scales C/2 H W elements by sigmoid(2).
+
+    Priors and rotations do not scale at first.
+    """
+    flow = tiny(coupling=coupling)
+    x = images(32, (3, 4, 8))
     with torch.no_grad():
         flow.initialize(x)
         _, log_det = flow(x)
@@ -574,12 +612,14 @@ def test_log_det_after_initialisation(coupling):
             expected += h * w * 3 * actnorm.log_scale.sum().item()
             if coupling == "affine":
                 expected += c // 2 * h * w * -math.log1p(math.exp(-2))
-    assert_close(log_det, [expected] * 32, 1e-4)  # a rotation in float32 has determinant 1 to 1e-6
+    # A rotation of float32 numbers has determinant 1 to within 1e-6.
+    assert_close(log_det, [expected] * 32, 1e-4)
 
 
-def test_the_latent_after_initialisation_is_what_actnorm_and_sigmoid_leave():
-    """In the last additive step nothing but a rotation follows the actnorm: variance 1 in the mean over channels."""
-    flow, x = tiny(n_levels=1, depth=1, coupling="additive"), images(32, (3, 4, 8))
+def test_the_latent_after_initialisation_has_variance_1_on_average():
+    """In an additive step nothing but a rotation of the channels follows the actnorm."""
+    flow = tiny(n_levels=1, depth=1, coupling="additive")
+    x = images(32, (3, 4, 8))
     with torch.no_grad():
         flow.initialize(x)
         (z,), _ = flow(x)
@@ -588,7 +628,7 @@ def test_the_latent_after_initialisation_is_what_actnorm_and_sigmoid_leave():
 
 
 def test_what_is_loaded_is_not_initialised_again(tmp_path):
-    """The bug of four libraries: a model that starts anew from the first batch after its checkpoint was loaded."""
+    """Four other libraries set a model anew from the first batch after a checkpoint is loaded."""
     flow = started(tiny())
     torch.save(flow.state_dict(), tmp_path / "flow.pt")
     loaded = tiny(seed=1)
@@ -602,20 +642,20 @@ def test_what_is_loaded_is_not_initialised_again(tmp_path):
     assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
 
 
-def test_what_is_half_loaded_is_initialised_where_it_is_not():
-    flow, x = started(tiny()), images(32, (3, 4, 8), seed=9)
+def test_only_layers_that_are_not_initialised_are_set():
+    flow = started(tiny())
+    x = images(32, (3, 4, 8), seed=9)
     before = copy.deepcopy(flow.state_dict())
     last = actnorms(flow.levels[1])[0]
     last.initialized.fill_(False)
     with torch.no_grad():
         flow.initialize(x)
-    changed = {
-        name for name, value in flow.state_dict().items() if not torch.equal(value, before[name])
-    }
+    after = flow.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {"levels.1.layers.1.layers.0.bias", "levels.1.layers.1.layers.0.log_scale"}
 
 
-def test_neither_pass_asks_whether_it_is_initialised():
+def test_neither_direction_reads_whether_it_is_initialised():
     flow = started(tiny())
     x = images(4, flow.shape)
     z, log_det = flow(x)
@@ -627,7 +667,7 @@ def test_neither_pass_asks_whether_it_is_initialised():
 
 
 def test_a_batch_of_one_in_training():
-    """No statistic of a batch is left: one image alone has the likelihood that it has among others."""
+    """No statistic is the batch's: an image alone has the likelihood that it has among others."""
     flow = started(tiny()).train()
     x = images(4, flow.shape)
     together = flow.log_prob(x)
@@ -635,13 +675,13 @@ def test_a_batch_of_one_in_training():
         assert_close(flow.log_prob(x[i : i + 1]), together[i : i + 1])
 
 
-def test_a_shuffle_travels_with_the_weights():
+def test_a_shuffle_is_saved_with_the_weights():
     flow, other = (started(tiny(permutation="shuffle", seed=seed)) for seed in (0, 1))
     orders = [name for name in flow.state_dict() if name.endswith("order")]
     assert len(orders) == 4
-    assert any(
-        not torch.equal(flow.state_dict()[name], other.state_dict()[name]) for name in orders
-    )
+    state = flow.state_dict()
+    other_state = other.state_dict()
+    assert any(not torch.equal(state[name], other_state[name]) for name in orders)
     x = images(4, flow.shape)
     assert not torch.equal(other.log_prob(x), flow.log_prob(x))
     other.load_state_dict(flow.state_dict())
@@ -652,7 +692,7 @@ def test_a_seed_decides_the_weights():
     assert same(tiny(seed=3).state_dict(), tiny(seed=3).state_dict())
 
 
-# ---------------------------------------------------------------------------------------------- at the paper's depth
+# ---------------------------------------------------------------------- at the paper's depth
 
 
 @pytest.fixture(scope="module")
@@ -675,20 +715,22 @@ def test_a_deep_flow_inverts(deep):
 
 
 def test_log_det_and_gradients_of_a_deep_flow(deep):
-    """Row i of a Jacobian is the gradient of z_i: D copies of one x give all of them in one pass."""
+    """Row i of a Jacobian is the gradient of z_i; D copies of one x give all rows in one pass."""
     x = images(1, deep.shape, seed=1)
     rows = x.repeat(64, 1, 1, 1).requires_grad_()
     z, log_det = deep(rows)
     (jacobian,) = torch.autograd.grad(flat(z).diagonal().sum(), rows, retain_graph=True)
     assert_close(log_det[0].detach(), torch.linalg.slogdet(jacobian.flatten(1)).logabsdet, 1e-8)
-    gradients = torch.autograd.grad(
-        deep.base.log_prob(z).mean() + log_det.mean(), deep.parameters()
-    )
+    log_prob = deep.base.log_prob(z).mean() + log_det.mean()
+    gradients = torch.autograd.grad(log_prob, deep.parameters())
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def first_steps(lr, n=10):
-    """Bits/dim of the same four noise images before and after each Adamax step of a deep affine Glow; and the flow."""
+    """Bits/dim before the first and after each of n Adamax steps, and the flow.
+
+    The flow is a deep affine Glow; the data are the same four images of noise in every step.
+    """
     flow = tiny((3, 8, 8), n_levels=2, depth=32, hidden_channels=16).float()
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -707,7 +749,7 @@ def first_steps(lr, n=10):
 
 
 def test_the_first_steps_of_a_deep_affine_flow_do_not_blow_up():
-    """Linear from 0 per iteration (the recipe's: 1e-3 over 980 steps). And it still inverts."""
+    """With the recipe's warm-up, linear from 0 to 1e-3 over 980 steps; the flow still inverts."""
     bits, flow = first_steps(lambda step: 1e-3 * step / 980)
     assert max(bits) < bits[0] + 0.1, bits
     assert bits[-1] < bits[0]
@@ -719,12 +761,12 @@ def test_the_first_steps_of_a_deep_affine_flow_do_not_blow_up():
 
 
 def test_without_a_warm_up_the_first_step_blows_up():
-    """What the warm-up is for: the first step moves all of 64 output layers that were 0 by the learning rate."""
+    """The first step moves all of 64 output layers, which were 0, by the learning rate."""
     bits, _ = first_steps(lambda step: 1e-3, n=1)
     assert bits[1] > bits[0] + 1, bits
 
 
-# ---------------------------------------------------------------------------------------------- under a Trainer
+# ---------------------------------------------------------------------- under a Trainer
 
 
 def glow(seed=0, **arguments):
@@ -732,13 +774,16 @@ def glow(seed=0, **arguments):
 
 
 def first_batch(data, seed=0):
-    """All 64 training images (256 * 32^2 pixels are more) in the order of epoch 0, with the noise of its first step."""
+    """All 64 training images in the order of epoch 0, with the noise of its first step.
+
+    The first batch has 256 * 32^2 pixels where the data have so many; these have fewer.
+    """
     q = torch.stack([data.train[key][0] for key in TrainSampler(64, 64, seed)])
     return (q.float() + batch_noise((64, *SHAPE), seed, 0, 0, torch.device("cpu"))) / 256
 
 
 class AtStart(L.Callback):
-    """The weights and the validation before the first step."""
+    """Keeps the weights and the validation before the first step."""
 
     def on_validation_end(self, trainer, pl_module):
         if trainer.sanity_checking:
@@ -750,35 +795,45 @@ class AtStart(L.Callback):
 
 def start(*callbacks):
     at_start = AtStart()
-    trainer = make_trainer(Initialization(), at_start, *callbacks, max_steps=1, limit_val_batches=None,
-                           num_sanity_val_steps=-1, check_val_every_n_epoch=None, val_check_interval=4)  # fmt: skip
+    trainer = make_trainer(
+        Initialization(),
+        at_start,
+        *callbacks,
+        max_steps=1,
+        limit_val_batches=None,
+        num_sanity_val_steps=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=4,
+    )
     trainer.fit(density(glow()), datamodule=RandomImages())
     return at_start
 
 
 def test_a_fit_starts_initialised_from_the_first_batch():
-    data, found = RandomImages(), start()
+    data = RandomImages()
+    initial = start()
     by_hand = reference(glow().double(), initializing=True)
     with torch.no_grad():
         by_hand.bits(first_batch(data).double(), 8)
-    weights = authors_weights(found.flow)
-    assert not uninitialized(found.flow)
+    weights = authors_weights(initial.flow)
+    assert not uninitialized(initial.flow)
     assert sum("actnorm" in name for name in weights) == 2 * 12
     for name, value in weights.items():
-        torch.testing.assert_close(
-            value.detach().double(), by_hand.weights[name], rtol=1e-4, atol=1e-5
-        )
+        expected = by_hand.weights[name]
+        torch.testing.assert_close(value.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_averaged_weights_start_initialised_too():
-    """The average is a copy, and before the first step it is what is validated."""
-    raw, averaged = start(), start(EMAWeightAveraging(use_buffers=False, decay=0.9))
+    """The average is a copy of the weights, and is validated before the first step."""
+    raw = start()
+    averaged = start(EMAWeightAveraging(use_buffers=False, decay=0.9))
     assert raw.validated == averaged.validated
-    data, flow = RandomImages(), raw.flow.eval()
+    data = RandomImages()
+    flow = raw.flow.eval()
     x = torch.stack([data.val[0, i][0] for i in range(23)]).float()
     with torch.no_grad():
         middle = bits_per_dim(flow.log_prob((x + 0.5) / 256), 192, 8).mean().item()
-    assert raw.validated == pytest.approx(middle, abs=0.05)  # other noise
+    assert raw.validated == pytest.approx(middle, abs=0.05)  # the noise differs
     assert same(raw.flow.state_dict(), averaged.flow.state_dict())
 
 
@@ -786,8 +841,9 @@ def test_averaged_weights_start_initialised_too():
     ("shape", "n"), [((3, 32, 32), 256), ((3, 64, 64), 64), ((1, 160, 160), 11)]
 )
 def test_the_first_batch_has_256_images_of_32x32(shape, n):
-    """Of other sizes as many pixels; before training only, and once."""
-    seen, flow = [], torch.nn.Sequential(ActNorm(2))
+    """Images of other sizes have as many pixels together. It is taken once, before training."""
+    seen = []
+    flow = torch.nn.Sequential(ActNorm(2))
 
     def initialize(n):
         seen.append(n)
@@ -805,8 +861,12 @@ def test_the_first_batch_has_256_images_of_32x32(shape, n):
 
 
 def run(folder, seed, checkpoint=None):
-    """Six steps, four an epoch, averaged, saved after the third; (losses, last checkpoint)."""
-    recorder, module = Recorder(), density(glow(seed), lr=3e-3, name="adamax", warmup_steps=2)
+    """Train for six steps, four in an epoch: averaged weights, saved after every third step.
+
+    Returns the losses and the last checkpoint.
+    """
+    recorder = Recorder()
+    module = density(glow(seed), lr=3e-3, name="adamax", warmup_steps=2)
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     average = EMAWeightAveraging(use_buffers=False, decay=0.9)
     trainer = make_trainer(
@@ -817,7 +877,7 @@ def run(folder, seed, checkpoint=None):
 
 
 def test_a_resumed_fit_keeps_its_actnorms(tmp_path):
-    """It goes on bit for bit, from a flow that was built with another seed; the average of the weights too."""
+    """It goes on bit for bit, average included, though its flow was built with another seed."""
     losses, whole = run(tmp_path / "whole", seed=0)
     later, resumed = run(tmp_path / "resumed", 1, tmp_path / "whole" / "step=3.ckpt")
     assert later == losses[3:]
@@ -826,13 +886,15 @@ def test_a_resumed_fit_keeps_its_actnorms(tmp_path):
 
 
 def test_a_run_that_goes_on_is_not_initialised_again(tmp_path, monkeypatch):
-    """reproduce/glow_photos.py: at the paper's size that is a pass over 256 images, for nothing."""
-    calls, initialize = [], DensityModule.initialize
-    monkeypatch.setattr(
-        DensityModule,
-        "initialize",
-        lambda self, batch: calls.append(batch) or initialize(self, batch),
-    )
+    """By reproduce/glow_photos.py; at the paper's size that would be a pass over 256 images."""
+    calls = []
+    initialize = DensityModule.initialize
+
+    def noted(self, batch):
+        calls.append(batch)
+        initialize(self, batch)
+
+    monkeypatch.setattr(DensityModule, "initialize", noted)
     arguments = [
         "preset=demo",
         "logger.name=none",
@@ -846,8 +908,6 @@ def test_a_run_that_goes_on_is_not_initialised_again(tmp_path, monkeypatch):
         "data.batch_size=16",
         "data.n_val=8",
         "data.n_test=8",
-    ]
-    arguments += [
         "samples.n=1",
         "samples.temperatures=[0.7]",
         "trainer.precision=32-true",

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Real processes, since CUDA does not survive a fork."""
+"""Tests that need a GPU. Runs are processes of their own, since CUDA does not survive a fork."""
 
 import json
 import subprocess
@@ -39,6 +39,7 @@ def tiny_glow():
 
 
 def started(folder, *arguments):
+    """A run of the script in the background."""
     return subprocess.Popen([sys.executable, SCRIPT, *GPU, f"run_dir={folder}", *arguments])
 
 
@@ -65,12 +66,11 @@ def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, gra
     killed.kill()
     killed.wait()
     assert newest_checkpoint(tmp_path / "run")[1]["global_step"] < 300
-    assert [whole.wait(300), started(tmp_path / "run", *arguments, "resume=auto").wait(300)] == [
-        0,
-        0,
-    ]
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert whole.wait(300) == 0
+    assert started(tmp_path / "run", *arguments, "resume=auto").wait(300) == 0
+    expected = weights(tmp_path / "whole")
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(resumed[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -87,25 +87,27 @@ def test_glow_sets_its_actnorms_and_trains(tmp_path, fast):
     assert 0 < json.loads((run / "result.json").read_text())["metrics"]["test/bpd"] < 20
 
 
-def test_one_rank_of_nccl_trains_as_none(tmp_path):
+def test_one_rank_of_nccl_trains_as_a_single_process(tmp_path):
     steps = ["trainer.max_steps=4", "trainer.deterministic=true"]
     runs = [
         started(tmp_path / name, *steps, f"trainer.strategy={name}") for name in ("auto", "ddp")
     ]
     assert [run.wait(300) for run in runs] == [0, 0]
-    a, b = (weights(tmp_path / name) for name in ("auto", "ddp"))
-    assert all(torch.allclose(a[key].double(), b[key].double(), rtol=1e-5, atol=1e-6) for key in a)
+    alone, ranked = (weights(tmp_path / name) for name in ("auto", "ddp"))
+    for key, value in alone.items():
+        torch.testing.assert_close(ranked[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_every_precision_trains_and_clips(precision):
-    module, data = density(tiny_flow(), lr=1e-3, clip_norm=0.5), RandomImages()
+    module = density(tiny_flow(), lr=1e-3, clip_norm=0.5)
+    data = RandomImages()
     trainer = make_trainer(max_steps=40, precision=precision, accelerator="gpu", devices=1)
     trainer.fit(module, datamodule=data)
     assert finite(module)
-    assert module.skipped.item() <= (
-        10 if precision == "16-mixed" else 2
-    )  # its scaler begins too high
+    # The scaler of 16-mixed begins too high.
+    allowed = {"16-mixed": 10}.get(precision, 2)
+    assert module.skipped.item() <= allowed
     assert trainer.callback_metrics["train/bpd"].item() < 8.1
 
 
@@ -113,16 +115,17 @@ def test_every_precision_trains_and_clips(precision):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("make", [tiny_flow, tiny_glow], ids=["RealNVP", "Glow"])
 def test_a_replayed_step_is_the_step(make, precision, how):
-    """Weights, running statistics and counts after some steps, and the values that were logged."""
+    """Weights, running statistics and counts after some steps, and the logged value, are equal."""
 
-    def trained(graph):
+    def state_and_bpd(graph):
         module = density(make(), lr=1e-3, clip_norm=100.0)
         if how == "recompute":
             recompute(module.flow)
         if how == "compile":
             torch.compiler.reset()
             module.flow.compile()
-        module.cuda_graph = CudaGraph(module.flow) if graph else None
+        if graph:
+            module.cuda_graph = CudaGraph(module.flow)
         trainer = make_trainer(
             max_steps=8, precision=precision, deterministic=True, accelerator="gpu", devices=1
         )
@@ -130,23 +133,25 @@ def test_a_replayed_step_is_the_step(make, precision, how):
         return module.cpu().state_dict(), trainer.callback_metrics["train/bpd"].item()
 
     try:
-        (a, bpd_a), (b, bpd_b) = trained(False), trained(True)
+        plain, bpd = state_and_bpd(graph=False)
+        replayed, replayed_bpd = state_and_bpd(graph=True)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert bpd_a == pytest.approx(bpd_b, abs=1e-5)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+    assert replayed_bpd == pytest.approx(bpd, abs=1e-5)
+    for key, value in plain.items():
+        torch.testing.assert_close(replayed[key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamax"])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("flow", [tiny_flow, tiny_glow], ids=["RealNVP", "Glow"])
 def test_no_step_waits_for_the_device(flow, graph, name):
-    """Neither with Adam nor with Adamax: both read on the device whether the step is finite."""
+    """Adam and Adamax read on the device whether the step is finite."""
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            torch.cuda.set_sync_debug_mode("error" if trainer.global_step >= 2 else "default")
+            if trainer.global_step >= 2:
+                torch.cuda.set_sync_debug_mode("error")
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             torch.cuda.set_sync_debug_mode("default")
@@ -156,7 +161,8 @@ def test_no_step_waits_for_the_device(flow, graph, name):
             Watch(), max_steps=4, accelerator="gpu", devices=1, log_every_n_steps=1000
         )
         module = density(flow(), clip_norm=10.0, name=name)
-        module.cuda_graph = CudaGraph(module.flow) if graph else None
+        if graph:
+            module.cuda_graph = CudaGraph(module.flow)
         trainer.fit(module, datamodule=RandomImages())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Each layer against its definition, spelled out by hand."""
+"""Each layer against its definition, computed by hand."""
 
 import math
 
@@ -58,11 +58,9 @@ def test_bits_per_dim_is_linear_in_nats():
     n_dims = 12
     log_prob = torch.tensor([-1.0, 1.0, 2.5], dtype=torch.float64) * n_dims * math.log(2)
     assert_close(bits_per_dim(log_prob, n_dims, 8), torch.tensor([9.0, 7.0, 5.5]))
-    # the long way round: nats of the discrete image, whose bins have the volume 256^-D
-    assert_close(
-        bits_per_dim(log_prob, n_dims, 8),
-        (n_dims * math.log(256) - log_prob) / (n_dims * math.log(2)),
-    )
+    # By the nats of the discrete image, whose bins have the volume 256^-D.
+    nats = n_dims * math.log(256) - log_prob
+    assert_close(bits_per_dim(log_prob, n_dims, 8), nats / (n_dims * math.log(2)))
 
 
 # Logit
@@ -70,9 +68,7 @@ def test_bits_per_dim_is_linear_in_nats():
 
 @pytest.mark.parametrize("alpha", [0.05, 1e-6, 0.3])
 def test_logit_log_det_is_the_sum_of_elementwise_derivatives(alpha):
-    x = torch.rand(
-        4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).requires_grad_()
+    x = randn(4, 2, 3).sigmoid().requires_grad_()
     y, log_det = Logit(alpha)(x)
     (derivative,) = torch.autograd.grad(y.sum(), x)
     assert_close(log_det, derivative.log().flatten(1).sum(1), 1e-8)
@@ -157,8 +153,9 @@ def test_checkerboard(parity):
 
 
 def effective_weight(conv):
-    """The weight that a convolution really applies, read off its response to one-hot images, without its bias."""
-    k, c = conv.kernel_size[0], conv.in_channels
+    """The weight that a convolution applies: its response to one-hot images, without its bias."""
+    k = conv.kernel_size[0]
+    c = conv.in_channels
     x = torch.zeros(c * k * k, c, k, k)
     for i in range(c * k * k):
         x.view(c * k * k, -1)[i, i] = 1
@@ -172,19 +169,15 @@ def test_weight_norm_without_magnitude_has_unit_norm_per_output_channel(kernel_s
     assert conv.magnitude is None
     weight = effective_weight(conv)
     assert_close(weight.flatten(1).norm(dim=1), torch.ones(4), 1e-5)
-    assert_close(
-        weight, conv.weight / conv.weight.flatten(1).norm(dim=1)[:, None, None, None], 1e-6
-    )
+    norm = conv.weight.flatten(1).norm(dim=1)
+    assert_close(weight, conv.weight / norm[:, None, None, None], 1e-6)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_weight_norm_with_magnitude_has_it_as_its_norm(kernel_size):
     conv = WeightNormConv2d(5, 4, kernel_size, magnitude=True)
-    assert_close(
-        conv.magnitude.flatten(),
-        torch.full((4,), math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)),
-        1e-6,
-    )
+    start = math.sqrt(2 / 5) * math.sqrt(5 * kernel_size**2 / 12)
+    assert_close(conv.magnitude.flatten(), torch.full((4,), start), 1e-6)
     magnitude = torch.tensor([0.5, 1.0, 2.0, 3.0])
     conv.magnitude.data = magnitude[:, None, None, None]
     assert_close(effective_weight(conv).flatten(1).norm(dim=1), magnitude, 1e-5)
@@ -195,9 +188,8 @@ def test_weight_norm_initialisation():
     conv = WeightNormConv2d(50, 40, 3)
     bound = math.sqrt(2 / 50)
     assert conv.weight.abs().max() <= bound
-    assert (
-        abs(conv.weight.std() / (bound / math.sqrt(3)) - 1) < 0.02
-    )  # the standard deviation of U(-bound, bound)
+    uniform_std = bound / math.sqrt(3)
+    assert abs(conv.weight.std() / uniform_std - 1) < 0.02
     assert (conv.bias == 0).all()
     assert WeightNormConv2d(5, 4, 3, bias=False).bias is None
 
@@ -207,36 +199,42 @@ def test_bias_only_batch_norm_has_a_beta_and_no_gamma():
     assert [name for name, _ in norm.named_parameters()] == ["bias"]
     perturb(norm)
     x = 2 + 3 * randn(4, 3, 5, 2)
-    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-    expected = (x - mean[:, None, None]) / (var + EPS).sqrt()[:, None, None] + norm.bias[
-        :, None, None
-    ]
+    mean = x.mean((0, 2, 3))
+    var = x.var((0, 2, 3), correction=0)
+    std = (var + EPS).sqrt()
+    expected = (x - mean[:, None, None]) / std[:, None, None] + norm.bias[:, None, None]
     assert_close(norm(x), expected)
     assert_close(norm.running_mean, 0.1 * mean)
-    assert_close(
-        norm.running_var, 0.9 + 0.1 * var * 40 / 39
-    )  # torch's running variance is the unbiased one
+    # torch's running variance is the unbiased one.
+    assert_close(norm.running_var, 0.9 + 0.1 * var * 40 / 39)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_residual_conditioner_by_hand(masked):
-    """The whole network written out; initial biases are 0, hence the perturbation."""
-    mask = checkerboard(4, 4, 1).double() if masked else None
+    """The whole network; it is perturbed, since initial biases are 0."""
+    mask = None
+    x = randn(3, 2, 4, 4)
+    if masked:
+        mask = checkerboard(4, 4, 1).double()
+        x = x * mask
     net = perturb(ResidualConditioner(2, 5, 2, mask)).double()
-    x = randn(3, 2, 4, 4) * (1 if mask is None else mask)
 
     def norm(h, layer):
-        mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), correction=0, keepdim=True)
+        mean = h.mean((0, 2, 3), keepdim=True)
+        var = h.var((0, 2, 3), correction=0, keepdim=True)
         return (h - mean) / (var + EPS).sqrt() + layer.bias[:, None, None]
 
     def conv(h, layer):
         weight = layer.weight / layer.weight.flatten(1).norm(dim=1)[:, None, None, None]
-        weight = weight if layer.magnitude is None else weight * layer.magnitude
+        if layer.magnitude is not None:
+            weight = weight * layer.magnitude
         return nn.functional.conv2d(h, weight, layer.bias, padding="same")
 
-    h = norm(x, net.bn_in) * (2 if masked else 1)
-    h = torch.cat([h, -h] + ([mask.expand(3, 1, 4, 4)] if masked else []), 1).relu()
-    h = conv(h, net.conv_in)
+    h = norm(x, net.bn_in)
+    channels = [h, -h]
+    if masked:
+        channels = [2 * h, -2 * h, mask.expand(3, 1, 4, 4)]
+    h = conv(torch.cat(channels, 1).relu(), net.conv_in)
     out = conv(h, net.skips[0])
     for k in range(2):
         bn1, _, conv1, bn2, _, conv2 = net.blocks[k].layers
@@ -264,8 +262,9 @@ def test_residual_conditioner_by_hand(masked):
 
 
 def moments(x, mask):
-    """Mean and biased variance per channel, kept positions counted as zeros."""
-    x, n = x * mask, x[:, 0].numel()
+    """Mean and biased variance per channel; kept positions count as zeros."""
+    n = x[:, 0].numel()
+    x = x * mask
     mean = x.sum((0, 2, 3)) / n
     return mean, x.square().sum((0, 2, 3)) / n - mean.square()
 
@@ -280,11 +279,12 @@ MASKS = {"mask": checkerboard(4, 6, 0), "no-mask": None}
 
 @pytest.fixture(params=MASKS)
 def batch_norm(request):
-    """The layer and its mask, ones where it has none."""
+    """The layer and its mask; ones if it has none."""
     mask = MASKS[request.param]
-    return CouplingBatchNorm(3, mask).double(), torch.ones(
-        4, 6
-    ).double() if mask is None else mask.double()
+    norm = CouplingBatchNorm(3, mask).double()
+    if mask is None:
+        mask = torch.ones(4, 6)
+    return norm, mask.double()
 
 
 def shifted(seed=0):
@@ -298,9 +298,8 @@ def test_coupling_batch_norm_normalises_by_the_batch_in_training(batch_norm):
     mean, var = moments(x, mask)
     assert_close(y, normalised(x, mean, var, mask))
     assert torch.equal(y * (1 - mask), x * (1 - mask))
-    assert_close(
-        log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8
-    )  # the changed elements only
+    # The sum is over the changed elements.
+    assert_close(log_det, (-0.5 * (var + EPS).log().sum() * mask.sum()).expand(5), 1e-8)
 
 
 def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
@@ -311,10 +310,8 @@ def test_coupling_batch_norm_without_mask_gives_zero_mean_and_unit_variance():
 
 def test_coupling_batch_norm_running_averages(batch_norm):
     norm, mask = batch_norm
-    old_mean, old_var = (
-        norm.running_mean.copy_(randn(3)).clone(),
-        norm.running_var.fill_(2.0).clone(),
-    )
+    old_mean = norm.running_mean.copy_(randn(3)).clone()
+    old_var = norm.running_var.fill_(2.0).clone()
     norm(shifted())
     mean, var = moments(shifted(), mask)
     assert_close(norm.running_mean, 0.9 * old_mean + 0.1 * mean)
@@ -326,7 +323,8 @@ def test_coupling_batch_norm_uses_running_statistics_in_eval_and_leaves_them(bat
     for seed in range(3):
         norm(shifted(seed))
     norm.eval()
-    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    mean = norm.running_mean.clone()
+    var = norm.running_var.clone()
     x = -4 + randn(5, 3, 4, 6, seed=9)
     y, log_det = norm(x)
     assert_close(y, normalised(x, mean, var, mask))
@@ -350,20 +348,20 @@ def test_coupling_batch_norm_inverse_uses_running_statistics_also_in_training(ba
 
 def test_coupling_batch_norm_gradient_goes_through_the_batch_moments(batch_norm):
     norm, mask = batch_norm
-    x, weight = shifted().requires_grad_(), randn(5, 3, 4, 6, seed=1)
+    x = shifted().requires_grad_()
+    weight = randn(5, 3, 4, 6, seed=1)
     y, log_det = norm(x)
     (gradient,) = torch.autograd.grad((weight * y).sum() + log_det.sum(), x)
     mean, var = moments(x, mask)
-    by_hand = (weight * normalised(x, mean, var, mask)).sum() - 5 * 0.5 * (
-        var + EPS
-    ).log().sum() * mask.sum()
+    log_det_by_hand = -0.5 * (var + EPS).log().sum() * mask.sum()
+    by_hand = (weight * normalised(x, mean, var, mask)).sum() + 5 * log_det_by_hand
     assert_close(gradient, torch.autograd.grad(by_hand, x)[0], 1e-8)
     detached = (weight * normalised(x, mean.detach(), var.detach(), mask)).sum()
     assert (gradient - torch.autograd.grad(detached, x)[0]).abs().max() > 1e-2
 
 
 def test_coupling_batch_norm_without_momentum_averages_all_batches(batch_norm):
-    """How the running averages are estimated anew after training: torch's convention, the initial values forgotten."""
+    """So running averages are estimated anew after training, without the initial values."""
     norm, mask = batch_norm
     norm.momentum = None
     batches = [shifted(seed) * (1 + seed) for seed in range(4)]
@@ -378,33 +376,30 @@ def test_coupling_batch_norm_without_momentum_averages_all_batches(batch_norm):
 
 
 class Fixed(nn.Module):
-    """A conditioner that returns what it was given and remembers what it was shown."""
+    """A conditioner with a fixed output, which remembers its input."""
 
     def __init__(self, shift, raw):
         super().__init__()
-        self.answer = shift, raw
+        self.output = (shift, raw)
 
     def forward(self, x, context=None):
-        self.seen = x
-        return self.answer
+        self.input = x
+        return self.output
 
 
 def test_masked_coupling_by_hand():
-    mask, x, shift, raw = (
-        checkerboard(4, 6, 1).double(),
-        randn(2, 3, 4, 6),
-        *randn(2, 2, 3, 4, 6, seed=1),
-    )
+    mask = checkerboard(4, 6, 1).double()
+    x = randn(2, 3, 4, 6)
+    shift, raw = randn(2, 2, 3, 4, 6, seed=1)
     coupling = MaskedCoupling(mask[None], Fixed(shift, raw), 0.7).double()
     y, log_det = coupling(x)
     a = coupling.log_scale_factor.detach()
     assert_close(a, 0.7, 1e-7)
     expected = torch.where(mask.bool(), x, (x + shift) * (a * raw.tanh()).exp())
     assert_close(y, expected)
-    assert_close(
-        log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2))
-    )  # kept positions scale nothing
-    assert torch.equal(coupling.conditioner.seen, x * mask)
+    # Kept positions are not scaled.
+    assert_close(log_det, (a * raw.tanh())[..., mask == 0].sum((1, 2)))
+    assert torch.equal(coupling.conditioner.input, x * mask)
     assert_close(coupling.inverse(y)[0], x)
 
 
@@ -416,7 +411,8 @@ def test_masked_coupling_keeps_masked_positions_bit_identical(train):
         MaskedCoupling(mask[None], conditioner, 0.0, CouplingBatchNorm(2, 1 - mask))
     ).train(train)
     x = randn(3, 2, 4, 6).float()
-    y, back = coupling(x)[0], coupling.inverse(x)[0]
+    y = coupling(x)[0]
+    back = coupling.inverse(x)[0]
     for changed in (y, back):
         assert torch.equal(changed[..., mask == 1], x[..., mask == 1])
         assert (changed[..., mask == 0] != x[..., mask == 0]).all()
@@ -424,13 +420,17 @@ def test_masked_coupling_keeps_masked_positions_bit_identical(train):
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_channel_coupling_by_hand(swap):
-    x, shift, raw = randn(2, 4, 3, 3), *randn(2, 2, 2, 3, 3, seed=1)
+    x = randn(2, 4, 3, 3)
+    shift, raw = randn(2, 2, 2, 3, 3, seed=1)
     coupling = ChannelCoupling(Fixed(shift, raw), swap, 0.7).double()
     y, log_det = coupling(x)
     log_scale = coupling.log_scale_factor.detach() * raw.tanh()
-    kept, changed = (slice(2, 4), slice(0, 2)) if swap else (slice(0, 2), slice(2, 4))
+    kept = slice(0, 2)
+    changed = slice(2, 4)
+    if swap:
+        kept, changed = changed, kept
     assert torch.equal(y[:, kept], x[:, kept])
-    assert torch.equal(coupling.conditioner.seen, x[:, kept])
+    assert torch.equal(coupling.conditioner.input, x[:, kept])
     assert_close(y[:, changed], (x[:, changed] + shift) * log_scale.exp())
     assert_close(log_det, log_scale.sum((1, 2, 3)))
     assert_close(coupling.inverse(y)[0], x)
@@ -439,21 +439,18 @@ def test_channel_coupling_by_hand(swap):
 @pytest.mark.parametrize("coupling", ["masked", "channel"])
 def test_the_norm_of_a_coupling_comes_after_its_affine_map(coupling):
     norm = CouplingBatchNorm(2)
-    norm.running_mean, norm.running_var = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 9.0])
+    norm.running_mean = torch.tensor([1.0, 2.0])
+    norm.running_var = torch.tensor([4.0, 9.0])
     shift, raw, x = randn(3, 2, 2, 2, 2).float()
     if coupling == "channel":
-        flow, kept = (
-            ChannelCoupling(Fixed(shift, raw), False, 1.0, norm),
-            randn(2, 2, 2, 2, seed=5).float(),
-        )
+        flow = ChannelCoupling(Fixed(shift, raw), False, 1.0, norm)
+        kept = randn(2, 2, 2, 2, seed=5).float()
         y = flow.eval()(torch.cat([kept, x], 1))[0][:, 2:]
     else:
         y = MaskedCoupling(torch.zeros(1, 2, 2), Fixed(shift, raw), 1.0, norm).eval()(x)[0]
     affine = (x + shift) * raw.tanh().exp()
-    mean, std = (
-        torch.tensor([1.0, 2.0])[:, None, None],
-        (torch.tensor([4.0, 9.0]) + EPS).sqrt()[:, None, None],
-    )
+    mean = norm.running_mean[:, None, None]
+    std = (norm.running_var + EPS).sqrt()[:, None, None]
     assert_close(y, (affine - mean) / std, 1e-5)
 
 
@@ -482,22 +479,26 @@ def test_compose_applies_in_order_and_inverts_in_reverse_order():
 
 @torch.no_grad()
 def initialised(norm, x):
+    """The layer after `initialize`."""
     norm.initialize(x)
     return norm
 
 
 def test_actnorm_by_hand():
-    norm, x = perturb(ActNorm(3)).double(), randn(2, 3, 4, 6)
+    norm = perturb(ActNorm(3)).double()
+    x = randn(2, 3, 4, 6)
     y, log_det = norm(x)
     for c in range(3):
-        bias, scale = norm.bias[c].item(), math.exp(3 * norm.log_scale[c].item())
+        bias = norm.bias[c].item()
+        scale = math.exp(3 * norm.log_scale[c].item())
         assert_close(y[:, c].detach(), (x[:, c] + bias) * scale)
     assert_close(log_det.detach(), [4 * 6 * 3 * norm.log_scale.sum().item()] * 2)
     assert_close(norm.inverse(y)[0], x)
 
 
 def test_actnorm_is_the_identity_until_it_is_initialised():
-    norm, x = ActNorm(3).double(), randn(2, 3, 4, 6)
+    norm = ActNorm(3).double()
+    x = randn(2, 3, 4, 6)
     assert uninitialized(norm)
     assert torch.equal(norm(x)[0], x)
     assert torch.equal(norm(x)[1], torch.zeros(2, dtype=torch.float64))
@@ -548,23 +549,32 @@ def test_actnorm_is_initialised_once():
 
 
 def padded(x):
-    """Zeros around x and one more channel: 1 on them, 0 inside."""
+    """x with zeros around it, and one more channel: 1 on the padding, 0 inside."""
     x = nn.functional.pad(x, (1, 1, 1, 1))
     border = torch.ones_like(x[:, :1])
     border[..., 1:-1, 1:-1] = 0
     return torch.cat([x, border], 1)
 
 
+def with_edge(conv):
+    """The weight of a convolution of `padded` images, (C_out, C_in or C_in + 1, 3, 3)."""
+    if conv.edge is None:
+        return conv.weight
+    return torch.cat([conv.weight, conv.edge.weight], 1)
+
+
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3), (2, 2), (7, 5)])
-def test_edge_convolution_is_one_over_an_appended_border_channel(size):
-    conv, x = perturb(EdgeConv2d(2, 3, True)).double(), randn(2, 2, *size)
+def test_an_edge_convolution_is_that_of_an_appended_border_channel(size):
+    conv = perturb(EdgeConv2d(2, 3, True)).double()
+    x = randn(2, 2, *size)
     weight = torch.cat([conv.weight, conv.edge.weight], 1)
     assert_close(conv(x), nn.functional.conv2d(padded(x), weight))
     assert conv.bias is None
 
 
 def test_edge_weights_touch_the_border_only():
-    with_edges, without = EdgeConv2d(2, 3, True).double(), EdgeConv2d(2, 3, False).double()
+    with_edges = EdgeConv2d(2, 3, True).double()
+    without = EdgeConv2d(2, 3, False).double()
     without.weight = with_edges.weight
     assert without.edge is None
     x = randn(2, 2, 8, 9)
@@ -578,7 +588,7 @@ def test_edge_weights_touch_the_border_only():
 
 def test_hidden_convolutions_start_as_n_0_0_05():
     torch.manual_seed(0)
-    net = GlowConditioner(20, 8, 40, (4, 4))
+    net = GlowConditioner(20, 8, 40, edges=True)
     for weight in (net.conv_in.weight, net.conv_in.edge.weight, net.conv_mid.weight):
         assert abs(weight.std() / 0.05 - 1) < 0.1
         assert abs(weight.mean()) < 0.01
@@ -589,10 +599,11 @@ def test_hidden_convolutions_start_as_n_0_0_05():
 
 @pytest.mark.parametrize("edges", [True, False])
 def test_zero_convolution(edges):
-    conv, x = ZeroConv2d(2, 3, edges).double(), randn(2, 2, 4, 6)
+    conv = ZeroConv2d(2, 3, edges).double()
+    x = randn(2, 2, 4, 6)
     assert torch.equal(conv(x), torch.zeros(2, 3, 4, 6, dtype=torch.float64))
     perturb(conv)
-    weight = torch.cat([conv.weight, conv.edge.weight], 1) if edges else conv.weight
+    weight = with_edge(conv)
     y = nn.functional.conv2d(padded(x)[:, : weight.shape[1]], weight)
     for c in range(3):
         expected = (y[:, c] + conv.shift[c]) * math.exp(3 * conv.log_scale[c].item())
@@ -600,7 +611,8 @@ def test_zero_convolution(edges):
 
 
 def test_zero_linear():
-    linear, x = ZeroLinear(3, 2).double(), randn(4, 3)
+    linear = ZeroLinear(3, 2).double()
+    x = randn(4, 3)
     assert torch.equal(linear(x), torch.zeros(4, 2, dtype=torch.float64))
     perturb(linear)
     assert_close(linear(x), (x @ linear.weight.T + linear.bias) * (3 * linear.log_scale).exp())
@@ -608,27 +620,29 @@ def test_zero_linear():
 
 @pytest.mark.parametrize("edges", [True, False])
 def test_glow_conditioner_by_hand(edges):
-    net, x = perturb(GlowConditioner(2, 6, 5, edges)).double(), randn(3, 2, 4, 6)
+    net = perturb(GlowConditioner(2, 6, 5, edges)).double()
+    x = randn(3, 2, 4, 6)
 
     def norm(h, layer):
         return (h + layer.bias) * (3 * layer.log_scale).exp()
 
     def conv(h, layer):
-        weight = torch.cat([layer.weight, layer.edge.weight], 1) if edges else layer.weight
+        weight = with_edge(layer)
         return nn.functional.conv2d(padded(h)[:, : weight.shape[1]], weight)
 
     h = norm(conv(x, net.conv_in), net.norm_in).relu()
-    h = norm(torch.einsum("ij,bjhw->bihw", net.conv_mid.weight[..., 0, 0], h), net.norm_mid).relu()
-    assert_close(
-        net(x), (conv(h, net.conv_out) + net.conv_out.shift) * (3 * net.conv_out.log_scale).exp()
-    )
+    h = torch.einsum("ij,bjhw->bihw", net.conv_mid.weight[..., 0, 0], h)
+    h = norm(h, net.norm_mid).relu()
+    expected = conv(h, net.conv_out) + net.conv_out.shift
+    assert_close(net(x), expected * (3 * net.conv_out.log_scale).exp())
 
 
 # Permutations of channels
 
 
 def test_reverse_is_its_own_inverse():
-    x, reverse = randn(2, 6, 2, 3), ChannelPermutation(torch.arange(6).flip(0))
+    x = randn(2, 6, 2, 3)
+    reverse = ChannelPermutation(torch.arange(6).flip(0))
     y, log_det = reverse(x)
     assert torch.equal(y, x.flip(1))
     assert torch.equal(reverse(y)[0], x)
@@ -638,7 +652,8 @@ def test_reverse_is_its_own_inverse():
 
 def test_channel_permutation_by_hand():
     order = torch.tensor([2, 0, 3, 1])
-    x, shuffle = randn(2, 4, 2, 3), ChannelPermutation(order)
+    x = randn(2, 4, 2, 3)
+    shuffle = ChannelPermutation(order)
     y, _ = shuffle(x)
     assert all(torch.equal(y[:, c], x[:, order[c]]) for c in range(4))
     assert torch.equal(shuffle.inverse(y)[0], x)
@@ -658,14 +673,15 @@ def test_w_starts_orthogonal(n):
     for layer in (InvertibleConv1x1(n), InvertibleConv1x1LU(n)):
         weight, log_det = matrix(layer)
         assert weight.dtype == log_det.dtype == torch.float64
-        assert_close((weight @ weight.T).detach(), torch.eye(n), 1e-5)  # held in float32
+        assert_close((weight @ weight.T).detach(), torch.eye(n), 1e-5)  # of float32 parameters
         assert_close(log_det.detach(), 0.0, 1e-5)
 
 
 @pytest.mark.parametrize("kind", [InvertibleConv1x1, InvertibleConv1x1LU])
 def test_w_multiplies_every_pixel(kind):
     torch.manual_seed(0)
-    layer, x = perturb(kind(4)).double(), randn(2, 4, 3, 5)
+    layer = perturb(kind(4)).double()
+    x = randn(2, 4, 3, 5)
     weight, _ = matrix(layer)
     y, log_det = layer(x)
     for row in range(3):
@@ -680,11 +696,9 @@ def test_w_multiplies_every_pixel(kind):
 
 def test_w_and_its_triangles_are_the_same_map():
     torch.manual_seed(0)
-    lu, plain, x = (
-        perturb(InvertibleConv1x1LU(6)).double(),
-        InvertibleConv1x1(6).double(),
-        randn(2, 6, 3, 5),
-    )
+    lu = perturb(InvertibleConv1x1LU(6)).double()
+    plain = InvertibleConv1x1(6).double()
+    x = randn(2, 6, 3, 5)
     plain.weight.data = matrix(lu)[0].detach()
     for one, other in ((lu(x), plain(x)), (lu.inverse(x), plain.inverse(x))):
         assert_close(one[0], other[0])
@@ -693,7 +707,7 @@ def test_w_and_its_triangles_are_the_same_map():
 
 
 def test_the_triangles_are_those_of_the_rotation():
-    """P, L, U and s multiply to an orthogonal matrix; the unused triangles move nothing, the signs and P stay."""
+    """Signs and P are buffers, and the unused triangles have no effect."""
     torch.manual_seed(0)
     layer = InvertibleConv1x1LU(6)
     assert {name for name, _ in layer.named_parameters()} == {"lower", "upper", "log_scale"}
@@ -712,33 +726,35 @@ def test_the_triangles_are_those_of_the_rotation():
 
 
 class Answer(nn.Module):
-    """A conditioner with one output, which remembers what it was shown."""
+    """A conditioner with one fixed output, which remembers its input."""
 
     def __init__(self, h):
         super().__init__()
         self.h = h
 
     def forward(self, x, context=None):
-        self.seen = x
+        self.input = x
         return self.h
 
 
 def test_additive_coupling_by_hand():
-    x, h = randn(2, 4, 3, 3), randn(2, 2, 3, 3, seed=1)
+    x = randn(2, 4, 3, 3)
+    h = randn(2, 2, 3, 3, seed=1)
     coupling = AdditiveCoupling(Answer(h))
     y, log_det = coupling(x)
-    assert torch.equal(coupling.conditioner.seen, x[:, :2])
+    assert torch.equal(coupling.conditioner.input, x[:, :2])
     assert torch.equal(y, torch.cat([x[:, :2], x[:, 2:] + h], 1))
     assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
     assert_close(coupling.inverse(y)[0], x)
 
 
 def test_sigmoid_coupling_by_hand():
-    x, h = randn(2, 4, 3, 3), 3 * randn(2, 4, 3, 3, seed=1)
+    x = randn(2, 4, 3, 3)
+    h = 3 * randn(2, 4, 3, 3, seed=1)
     coupling = SigmoidCoupling(Answer(h))
     y, log_det = coupling(x)
     scale = 1 / (1 + (-h[:, 2:] - 2).exp())
-    assert torch.equal(coupling.conditioner.seen, x[:, :2])
+    assert torch.equal(coupling.conditioner.input, x[:, :2])
     assert torch.equal(y[:, :2], x[:, :2])
     assert_close(y[:, 2:], (x[:, 2:] + h[:, :2]) * scale)
     assert_close(log_det, scale.log().sum((1, 2, 3)))
@@ -750,7 +766,8 @@ def log_normal(z, mean, log_std):
 
 
 def test_split_prior_is_a_normal_given_the_kept_half():
-    prior, x = perturb(SplitPrior(6, (4, 5)), 0.1).double(), randn(3, 6, 4, 5)
+    prior = perturb(SplitPrior(6, edges=True), 0.1).double()
+    x = randn(3, 6, 4, 5)
     y, log_det = prior(x)
     mean, log_std = prior.net(x[:, :3]).chunk(2, 1)
     kept, eps = y.chunk(2, 1)
@@ -765,11 +782,16 @@ def test_split_prior_is_a_normal_given_the_kept_half():
 @pytest.mark.parametrize("edges", [True, False])
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
-    """Constant per channel but for the border; a class adds its own row of a `ZeroLinear`."""
-    prior, x = perturb(TopPrior(2, edges, n_classes), 0.2).double(), randn(3, 2, 4, 5)
-    y = None if n_classes is None else torch.tensor([2, 0, 2])
+    """It is constant per channel inside of the border; a class adds a row of a `ZeroLinear`."""
+    prior = perturb(TopPrior(2, edges, n_classes), 0.2).double()
+    x = randn(3, 2, 4, 5)
+    y = None
+    if n_classes is not None:
+        y = torch.tensor([2, 0, 2])
     conv = ZeroConv2d(4, 4, edges).double()
-    conv.shift, conv.log_scale, conv.edge = prior.shift, prior.log_scale, prior.edge
+    conv.shift = prior.shift
+    conv.log_scale = prior.log_scale
+    conv.edge = prior.edge
     h = conv(torch.zeros(3, 4, 4, 5, dtype=torch.float64))
     if n_classes is not None:
         h = h + prior.by_class(torch.eye(3, dtype=torch.float64)[y])[:, :, None, None]
@@ -782,13 +804,19 @@ def test_top_prior_is_a_normal_of_a_zero_convolution_of_zeros(edges, n_classes):
     assert_close(prior.inverse(0.7 * eps, y)[0], mean + 0.7 * (x - mean))
 
 
+def test_a_prior_of_classes_without_a_class_is_one_line():
+    with pytest.raises(ValueError, match=r"^the prior depends on the class: give it as context"):
+        TopPrior(4, False, n_classes=3)(randn(2, 4, 3, 3))
+
+
 @pytest.mark.parametrize(
     "prior",
-    [SplitPrior(4, (3, 3)), TopPrior(4, (3, 3)), TopPrior(4, None, 3)],
+    [SplitPrior(4, True), TopPrior(4, True), TopPrior(4, False, 3)],
     ids=["split", "top", "class"],
 )
 def test_a_learned_prior_starts_as_a_standard_normal(prior):
-    x, y = randn(2, 4, 3, 3), torch.tensor([0, 2])
+    x = randn(2, 4, 3, 3)
+    y = torch.tensor([0, 2])
     eps, log_det = prior.double()(x, y)
     assert torch.equal(eps, x)
     assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""float32, bf16 networks and compilation against float64 on the CPU; the same on a GPU where there is one."""
+"""float32, bf16 and compiled networks against float64 on the CPU, and on a GPU if there is one."""
 
 import copy
 
@@ -50,10 +50,10 @@ def test_float32_and_bf16_agree_with_float64(trained, device):
             single = bpd(on_device, x.to(device))
         with torch.autocast(device, torch.bfloat16):
             half = bpd(on_device, x.to(device))
-    assert exact.mean() < 7.5  # it has learnt something
+    assert exact.mean() < 7.5  # training has lowered it
     assert (single - exact).abs().max() < 2e-5
     assert (single - exact).mean().abs() < 1e-6
-    assert 1e-6 < (half - exact).abs().max() < 0.05  # bf16 was on
+    assert 1e-6 < (half - exact).abs().max() < 0.05  # so bf16 was used
     assert (half - exact).mean().abs() < 5e-3
 
 
@@ -61,7 +61,8 @@ def test_float32_and_bf16_agree_with_float64(trained, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_flow_agrees_and_keeps_its_keys(trained, device):
     flow, x = trained
-    flow, x = copy.deepcopy(flow).to(device), x.to(device)
+    flow = copy.deepcopy(flow).to(device)
+    x = x.to(device)
     keys = list(flow.state_dict())
     torch._dynamo.reset()
     with torch.no_grad(), full_float32(device):

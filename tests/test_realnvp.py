@@ -1,4 +1,4 @@
-"""RealNVP against its paper and its authors' code: sizes, order of masks and channels, what is regularised."""
+"""RealNVP against its paper and its authors' code: sizes, masks, channels, regularisation."""
 
 import copy
 import math
@@ -27,26 +27,34 @@ def couplings(scale, kind):
 
 
 def conditioner_size(channels, hidden, n_blocks, mask_channel):
-    """Spec: bias-only BN; weight norm everywhere, a magnitude per output channel on some of the convolutions."""
-    first = channels + 9 * (2 * channels + mask_channel) * hidden + hidden  # BN beta; 3x3 with bias
-    block = (
-        2 * hidden + 2 * 9 * hidden**2 + 2 * hidden
-    )  # two betas; two 3x3, the second with bias and magnitude
-    skip = hidden**2 + 2 * hidden  # 1x1 with bias and magnitude
-    last = (
-        hidden + 2 * channels * hidden + 2 * 2 * channels
-    )  # beta; 1x1 to shift and log-scale, bias and magnitude
+    """The number of parameters of a conditioner.
+
+    Batch norms have a bias alone. All convolutions are weight-normalised, and some have a
+    magnitude for each output channel.
+    """
+    # Bias of the batch norm; 3x3 with bias.
+    first = channels + 9 * (2 * channels + mask_channel) * hidden + hidden
+    # Biases of two batch norms; two 3x3, the second with bias and magnitude.
+    block = 2 * hidden + 2 * 9 * hidden**2 + 2 * hidden
+    # 1x1 with bias and magnitude.
+    skip = hidden**2 + 2 * hidden
+    # Bias of the batch norm; 1x1 to shift and log-scale, with bias and magnitude.
+    last = hidden + 2 * channels * hidden + 2 * 2 * channels
     return first + n_blocks * block + (n_blocks + 1) * skip + last
 
 
 def model_size(channels, n_scales, hidden, n_blocks):
+    """The number of parameters of a model; each coupling has a conditioner and a factor a."""
     total = 0
     for i in range(n_scales):
-        c, h, last = channels * 2**i, hidden * 2**i, i == n_scales - 1
-        total += (4 if last else 3) * (
-            conditioner_size(c, h, n_blocks, 1) + 1
-        )  # + 1: the factor before tanh
-        total += 0 if last else 3 * (conditioner_size(2 * c, 2 * h, n_blocks, 0) + 1)
+        c = channels * 2**i
+        h = hidden * 2**i
+        checkerboard = conditioner_size(c, h, n_blocks, 1) + 1
+        channel = conditioner_size(2 * c, 2 * h, n_blocks, 0) + 1
+        if i < n_scales - 1:
+            total += 3 * checkerboard + 3 * channel
+        else:
+            total += 4 * checkerboard
     return total
 
 
@@ -118,7 +126,10 @@ def test_order_of_masks_and_halves():
 
 
 def test_what_is_factored_out_is_one_colour_of_the_checkerboard():
-    """Without its couplings a model only moves pixels: the first latent must hold top right and bottom left ones."""
+    """Without its couplings a model only moves pixels.
+
+    The first latent must then hold the top right and the bottom left ones.
+    """
     flow = tiny(alpha=0.0).eval()
     for scale in flow.scales:
         scale.layers = torch.nn.ModuleList(m for m in scale.layers if not hasattr(m, "conditioner"))
@@ -135,10 +146,11 @@ def test_initial_factors_are_0_for_checkerboards_and_1_for_channels():
 
 
 def test_log_det_at_initialisation():
-    """Untouched running variances are 1, so every changed element divides by sqrt(1 + 1e-4); only they may count.
+    """Running variances are 1 at first: each changed element is divided by sqrt(1 + 1e-4).
 
-    Of D dimensions, three checkerboards change D/2 each and three channel couplings D/2, then four checkerboards of
-    the remaining D/2 change D/4 each: 4 D. Channel factors are set to 0, so that no s is in the way.
+    Of D dimensions, three checkerboards change D/2 each and three channel couplings D/2 each. Then
+    four checkerboards of the remaining D/2 change D/4 each. Together that is 4 D. Channel factors
+    are set to 0, so that no s contributes.
     """
     flow = tiny().double().eval()
     for coupling in couplings(flow.scales[0], ChannelCoupling):
@@ -158,23 +170,22 @@ def test_every_coupling_is_followed_by_batch_normalisation():
     assert all(isinstance(norm, CouplingBatchNorm) for norm in norms)
 
 
-# What is regularised
+# The L2 penalty
 
 
 def test_l2_penalty_is_magnitudes_and_checkerboard_factors():
     flow = perturb(tiny())
-    by_hand, n = 0.0, 0
-    for name, parameter in flow.named_parameters():
-        channel_coupling = name.startswith(
-            ("scales.0.layers.4.", "scales.0.layers.5.", "scales.0.layers.6.")
-        )
-        if name.endswith("magnitude") or (
-            name.endswith("log_scale_factor") and not channel_coupling
-        ):
-            by_hand, n = by_hand + parameter.detach().double().square().sum().item(), n + 1
-    assert (
-        n == 10 * 4 + 7
-    )  # a coupling has 4 with one block: in the block, two skips, the output; 7 checkerboards
+    channel_couplings = ("scales.0.layers.4.", "scales.0.layers.5.", "scales.0.layers.6.")
+    penalised = [
+        parameter.detach().double()
+        for name, parameter in flow.named_parameters()
+        if name.endswith("magnitude")
+        or (name.endswith("log_scale_factor") and not name.startswith(channel_couplings))
+    ]
+    # Each of 10 couplings has 4 magnitudes: in its block, two skips, the output. Of the couplings 7
+    # are checkerboards.
+    assert len(penalised) == 10 * 4 + 7
+    by_hand = sum(parameter.square().sum().item() for parameter in penalised)
     assert flow.l2_penalty().item() == pytest.approx(by_hand, rel=1e-5)
     assert flow.l2_penalty().shape == ()
 
@@ -219,7 +230,7 @@ def test_points_of_three_coordinates_are_an_error():
         RealNVP2d((3,))
 
 
-# Two dimensions: what can be checked by looking at all of them
+# Two dimensions, where the whole density can be looked at
 
 
 def points_model(dtype=torch.float64):
@@ -229,33 +240,36 @@ def points_model(dtype=torch.float64):
 
 def test_realnvp2d_changes_one_coordinate_after_the_other():
     flow = RealNVP2d()
-    assert [c.mask(None).tolist() for c in flow.couplings.layers] == [[0.0, 1.0], [1.0, 0.0]] * 3
+    masks = [coupling.mask(None).tolist() for coupling in flow.couplings.layers]
+    assert masks == [[0.0, 1.0], [1.0, 0.0]] * 3
     assert n_parameters(flow) == 6 * (2 * (2 * 256 + 256 + 256 * 256 + 256 + 256 * 2 + 2) + 1)
 
 
 def test_a_density_in_two_dimensions_integrates_to_one():
-    flow, n = points_model(), 400
+    flow = points_model()
+    n = 400
     side = torch.linspace(-12, 12, n + 1, dtype=torch.float64)[:-1]
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
         density = flow.log_prob(grid).exp()
     assert float(density.sum() * (24 / n) ** 2) == pytest.approx(1, abs=0.01)
     normal = (-0.5 * grid.square().sum(1)).exp() / (2 * math.pi)
-    assert (density - normal).abs().sum() * (24 / n) ** 2 > 0.2  # the flow is far from the identity
+    # The flow is far from the identity.
+    assert (density - normal).abs().sum() * (24 / n) ** 2 > 0.2
 
 
 def test_the_notebook_s_log_det_is_wrong_and_ours_is_not():
-    """A widely copied two-moons notebook sums s over the kept coordinate too: not the Jacobian of any bijection."""
+    """A widely copied two-moons notebook sums s over the kept coordinate too."""
     flow = points_model()
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda point: flow(point[None])[0][0][0]))(x)
     true = torch.linalg.slogdet(jacobian).logabsdet
-    notebook, h = torch.zeros(50, dtype=torch.float64), x
+    notebook = torch.zeros(50, dtype=torch.float64)
+    h = x
     for coupling in flow.couplings.layers:
-        notebook += (
-            coupling.log_scale_factor * coupling.conditioner(h * coupling.mask(h))[1].tanh()
-        ).sum(1)
-        h = coupling(h)[0]
+        _, raw = coupling.conditioner(h * coupling.mask(h))
+        notebook += (coupling.log_scale_factor * raw.tanh()).sum(1)
+        h, _ = coupling(h)
     torch.testing.assert_close(flow(x)[1], true, rtol=0, atol=1e-6)
     assert (notebook - true).abs().mean() > 0.1
 
@@ -267,17 +281,18 @@ def smooth_images(n, shape, seed):
     """Random low frequencies, 8 bits, with uniform noise: float64 in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, shape[0], 4, 4, generator=generator)
-    images = torch.nn.functional.interpolate(
-        coarse, shape[1:], mode="bicubic", align_corners=True
-    ).clamp(0, 1)
-    return (
-        (255 * images).round().double() + torch.rand(images.shape, generator=generator).double()
-    ) / 256
+    images = torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)
+    q = (255 * images.clamp(0, 1)).round().double()
+    return (q + torch.rand(q.shape, generator=generator).double()) / 256
 
 
 def train(flow, steps, batch_size, lr=1e-3):
-    """The paper's optimisation in small: Adam, nats averaged over images, the L2 term. Returns the losses."""
-    optimizer, losses = torch.optim.Adam(flow.parameters(), lr=lr), []
+    """Train as in the paper, in small: Adam, nats averaged over images, the L2 term.
+
+    Returns the losses.
+    """
+    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
+    losses = []
     flow.train()
     for step in range(steps):
         x = smooth_images(batch_size, flow.shape, seed=step).to(next(flow.parameters()))
@@ -291,9 +306,9 @@ def train(flow, steps, batch_size, lr=1e-3):
 
 
 def check_exactness_after_training(flow):
-    """Round trips through the trained model, float32 to 1e-4 of the unit interval and float64 to 1e-9."""
+    """Check round trips after training: float32 to 1e-4 of the unit interval, float64 to 1e-9."""
     losses = train(flow, steps=50, batch_size=4)
-    assert losses[-1] < losses[0] - 100  # nats: it learned something
+    assert losses[-1] < losses[0] - 100  # nats
     x = smooth_images(4, flow.shape, seed=1000)
     for model, atol, log_det_atol in (
         (flow, 1e-4, 0.05),
@@ -323,10 +338,14 @@ GOLDEN = [49.029257949, 45.159734014, 41.639192052, 38.362768893, 35.408260786]
 
 
 def test_golden_losses():
-    """Five Adam steps of a small model. A change that moves these moves every number of the results page."""
+    """Five Adam steps of a small model.
+
+    A change of these losses changes every number of the results page.
+    """
     flow = tiny(n_blocks=2).double()
     x = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).random((8, 3, 8, 8)))
-    optimizer, losses = torch.optim.Adam(flow.parameters(), lr=1e-3), []
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    losses = []
     for _ in range(len(GOLDEN)):
         loss = -flow.log_prob(x).mean() + 5e-5 * flow.l2_penalty()
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
-"""The sketches of systems to come, trained: what is tested of flows alone stands in test_contract.py.
+"""The sketches of future systems, trained: a flow, a dequantiser, an objective of each kind.
 
-Each is handed to the house's own module, callbacks and trainer, through public seams alone.
+Each is given to the project's own module, callbacks and trainer, through public parts alone. As
+flows they are tested in test_contract.py.
 """
 
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ pytestmark = [
 
 
 class WithLowRes(torch.utils.data.Dataset):
-    """Images with what is left of them at a quarter of their size, as (image, index, low_res)."""
+    """Images and the same at a quarter of their size: (image, index, low_res)."""
 
     def __init__(self, images):
         self.images = images
@@ -57,7 +58,7 @@ class WithLowRes(torch.utils.data.Dataset):
 
 
 class LowRes(RandomImages):
-    """RandomImages for super-resolution."""
+    """Random images for super-resolution."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -66,7 +67,7 @@ class LowRes(RandomImages):
 
 
 def trained(flow, data, *callbacks, dequantizer=None, steps=6, **settings):
-    """The module after some steps, its losses, and what was tested."""
+    """The module after some steps, its losses, and the metrics of its test."""
     config = SimpleNamespace(seed=0, optim={"lr": 1e-2}, eval={"bn_images": 0})
     module = DensityModule.of(config, flow, data, dequantizer)
     recorder = fit(
@@ -82,9 +83,10 @@ def trained(flow, data, *callbacks, dequantizer=None, steps=6, **settings):
     return module, recorder.losses, tested
 
 
-def test_a_flow_given_an_image_trains_is_tested_and_draws_given_the_images_of_validation(tmp_path):
+def test_super_resolution_trains_and_draws_given_images_of_validation(tmp_path):
     torch.manual_seed(0)
-    flow, pictures = SuperResolution(), Samples(tmp_path, [0.0, 0.8], 8, 1)
+    flow = SuperResolution()
+    pictures = Samples(tmp_path, [0.0, 0.8], 8, 1)
     module, losses, tested = trained(flow, LowRes(), Initialization(), pictures)
     assert not uninitialized(flow)
     assert losses[-1] < losses[0] - 5
@@ -94,18 +96,20 @@ def test_a_flow_given_an_image_trains_is_tested_and_draws_given_the_images_of_va
         path.name for path in tmp_path.iterdir()
     }
     with Image.open(tmp_path / "reconstruction-0000006.png") as image:
-        pixels = torch.from_numpy(np.array(image)).float()[
-            ::8, ::8
-        ]  # 8x8 images are shown eight times as large
-    images, again = pixels[2:10], pixels[12:20]  # two rows of them, with borders of two pixels
+        # 8x8 images are shown eight times as large.
+        pixels = torch.from_numpy(np.array(image)).float()[::8, ::8]
+    # There are two rows of images, with borders of two pixels.
+    images = pixels[2:10]
+    again = pixels[12:20]
     assert images[:, 2:10].std() > 10
     assert (images - again).abs().max() <= 1
     batch = [part[:3] for part in LowRes().initialization_batch(3)]
-    one, other = (
-        module.draw(3, 0.5, 0, [*batch[:2], low_res]) for low_res in (batch[2], batch[2].flip(0))
-    )
-    assert one.shape == (3, *SHAPE)
-    assert (one - other).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [True, False, True]
+    samples = module.draw(3, 0.5, 0, batch)
+    assert samples.shape == (3, *SHAPE)
+    images, indices, low_res = batch
+    flipped = module.draw(3, 0.5, 0, [images, indices, low_res.flip(0)])
+    differences = (samples - flipped).abs().amax((1, 2, 3))
+    assert differences.gt(1e-4).tolist() == [True, False, True]
 
 
 def test_an_additive_flow_onto_a_logistic_base_trains():
@@ -116,19 +120,18 @@ def test_an_additive_flow_onto_a_logistic_base_trains():
     assert module.draw(4, 1.0, 0).shape == (4, *SHAPE)
 
 
-def test_an_estimate_trains_is_called_so_and_is_the_same_at_every_evaluation():
+def test_an_estimate_trains_and_is_the_same_at_every_evaluation():
     torch.manual_seed(0)
     data = TwoMoons(batch_size=64, n_train=256, n_val=64, n_test=200)
     module, losses, tested = trained(ResidualFlow((2,)), data, steps=8)
     assert losses[-1] < losses[0]
     assert set(tested) == {"test/nll_estimate"}
-    [again] = make_trainer(inference_mode=False).test(
-        module, TwoMoons(50, n_test=200), verbose=False
-    )
+    other_batches = TwoMoons(50, n_test=200)
+    [again] = make_trainer(inference_mode=False).test(module, other_batches, verbose=False)
     assert again["test/nll_estimate"] == pytest.approx(tested["test/nll_estimate"], abs=1e-5)
 
 
-def test_a_learned_dequantiser_trains_and_its_figure_is_a_bound():
+def test_a_learned_dequantiser_trains_and_its_metric_is_a_bound():
     torch.manual_seed(0)
     dequantizer = LogitNormal(8)
     before = dequantizer.mean.detach().clone()
@@ -138,13 +141,14 @@ def test_a_learned_dequantiser_trains_and_its_figure_is_a_bound():
     assert (module.dequantizer.mean != before).all()
 
 
-# ---------------------------------------------------------------------------------------------- what they share
+# ---------------------------------------------------------------------- what they share
 
 
 def parts_on(rank=0, ranks=1):
-    """Of three parts of each kind: losses, weights after training, what is tested."""
+    """Losses, weights after training and tested metrics of three modules, by name."""
     torch.manual_seed(0)
-    images, points = RandomImages(), TwoMoons(batch_size=16, n_train=64, n_val=8, n_test=23)
+    images = RandomImages()
+    points = TwoMoons(batch_size=16, n_train=64, n_val=8, n_test=23)
     modules = {
         "bound": (DensityModule(Nice(SHAPE), LogitNormal(8), 8, seed=0), images),
         "estimate": (DensityModule(ResidualFlow((2,)), None, None, seed=0), points),
@@ -180,20 +184,23 @@ def _parts_on(rank):
 def test_two_ranks_train_a_learned_dequantiser_an_estimate_and_a_denoiser_as_one_process_does(
     tmp_path,
 ):
-    one, (a, b) = parts_on(), on_two_ranks(tmp_path, _parts_on)
-    for name, alone in one.items():
-        assert ((a[name]["losses"] + b[name]["losses"]) / 2 - alone["losses"]).abs().max() < 1e-9
+    in_one_process = parts_on()
+    outcomes = on_two_ranks(tmp_path, _parts_on)
+    for name, alone in in_one_process.items():
+        first, second = (outcome[name] for outcome in outcomes)
+        losses = (first["losses"] + second["losses"]) / 2
+        torch.testing.assert_close(losses, alone["losses"], rtol=0, atol=1e-9)
         for key, value in alone["state"].items():
-            torch.testing.assert_close(a[name]["state"][key], value, rtol=0, atol=1e-8)
-            assert torch.equal(a[name]["state"][key], b[name]["state"][key])
-        assert a[name]["tested"] == b[name]["tested"] == pytest.approx(alone["tested"], abs=1e-6)
-    assert list(one["bound"]["tested"]) == ["test/bpd_bound"]
-    assert list(one["estimate"]["tested"]) == ["test/nll_estimate"]
-    assert list(one["denoiser"]["tested"]) == ["test/psnr"]
+            torch.testing.assert_close(first["state"][key], value, rtol=0, atol=1e-8)
+            assert torch.equal(first["state"][key], second["state"][key])
+        assert first["tested"] == second["tested"] == pytest.approx(alone["tested"], abs=1e-6)
+    assert list(in_one_process["bound"]["tested"]) == ["test/bpd_bound"]
+    assert list(in_one_process["estimate"]["tested"]) == ["test/nll_estimate"]
+    assert list(in_one_process["denoiser"]["tested"]) == ["test/psnr"]
 
 
 def test_a_density_in_the_plane_can_be_an_estimate(tmp_path):
-    """Its integral is 1 but for the estimate, whose noise is that of the grid's points."""
+    """Its integral is about 1; the noise of the estimate belongs to the points of the grid."""
     module = DensityModule(ResidualFlow((2,)), None, None, seed=0)
     plane = Density2d(tmp_path, 50, box=(-5, 5, -5, 5), cell=0.1)
     trainer = make_trainer(plane, inference_mode=False)
@@ -204,16 +211,15 @@ def test_a_density_in_the_plane_can_be_an_estimate(tmp_path):
 
 
 class AnySize(RandomImages):
-    """Images that are of one size here, by data that do not say so, as photographs are."""
+    """Images from data that name no size, as photographs do not; here all have one size."""
 
     shape = (3, None, None)
 
 
-def test_data_of_several_sizes_initialise_train_and_are_drawn_as_large_as_those_of_validation(
-    tmp_path,
-):
+def test_data_of_any_size_train_and_samples_are_as_large_as_images_of_validation(tmp_path):
     torch.manual_seed(0)
-    flow, pictures = Glow((3, None, None), 2, 1, 4), Samples(tmp_path, [0.7], 4, 1)
+    flow = Glow((3, None, None), 2, 1, 4)
+    pictures = Samples(tmp_path, [0.7], 4, 1)
     module, losses, tested = trained(flow, AnySize(), Initialization(), pictures)
     assert losses[-1] < losses[0]
     assert set(tested) == {"test/bpd"}
@@ -233,14 +239,17 @@ def test_data_of_several_sizes_initialise_train_and_are_drawn_as_large_as_those_
         (ResidualFlow, None, "nll_estimate"),
     ],
 )
-def test_a_figure_has_the_kinds_of_both_its_parts(flow, dequantizer, name):
-    noise, n_bits = (None, None) if dequantizer is None else (dequantizer(8), 8)
-    assert DensityModule(flow((4,)), noise, n_bits, seed=0).metric.name == name
+def test_a_metric_has_the_kinds_of_flow_and_dequantiser(flow, dequantizer, name):
+    if dequantizer is None:
+        module = DensityModule(flow((4,)), None, None, seed=0)
+    else:
+        module = DensityModule(flow((4,)), dequantizer(8), 8, seed=0)
+    assert module.metric.name == name
     assert kind_of(f"test/{name}_reestimated") == name.partition("_")[2]
 
 
 class Dropout(FlowModel):
-    """Points that are shifted by a network with dropout, the second coordinate by the first."""
+    """Points whose second coordinate is shifted by a network of the first, with dropout."""
 
     shape = (2,)
 
@@ -261,6 +270,8 @@ class Dropout(FlowModel):
 
 
 class WithoutContext(nn.Module):
+    """A network that ignores the context."""
+
     def __init__(self, net):
         super().__init__()
         self.net = net
@@ -270,17 +281,18 @@ class WithoutContext(nn.Module):
 
 
 def test_a_flow_with_dropout_goes_on_bit_for_bit(tmp_path):
-    """torch's own generator, from which dropout draws, is in no checkpoint."""
+    """Dropout draws from torch's own generator, whose state no checkpoint holds."""
 
-    def run(steps, checkpoint=None):
+    def run(steps, global_seed, checkpoint=None):
         torch.manual_seed(0)
         module = DensityModule(Dropout(), None, None, seed=0, lr=1e-2)
         saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
         trainer = make_trainer(saver, max_steps=steps, enable_checkpointing=True)
         data = TwoMoons(batch_size=16, n_train=128, n_val=8, n_test=8)
-        torch.manual_seed(7 if checkpoint is None else 8)
+        torch.manual_seed(global_seed)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return module.state_dict()
 
-    whole, resumed = run(6), run(6, tmp_path / "step=2.ckpt")
+    whole = run(6, global_seed=7)
+    resumed = run(6, global_seed=8, checkpoint=tmp_path / "step=2.ckpt")
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())

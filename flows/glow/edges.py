@@ -1,4 +1,7 @@
-"""Convolutions that know where the border is, and layers that start at zero: of Glow's networks and priors."""
+"""Convolutions that know where the border is, and layers that start at zero.
+
+Glow's networks and priors are made of them.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,18 +9,21 @@ from torch.nn import functional as F
 
 from flows.caching import once
 from flows.constants import constant
-from flows.glow.kernels import conv3x3, pixels, scaled, scaled_gradients
+from flows.glow.kernels import conv3x3, pixels, scaled, scaled_gradients, size_of
 from flows.normalization import scales_and_biases
 
 
 class EdgeConv2d(nn.Conv2d):
     """A 3x3 "same" convolution without bias that knows where the border is; weights N(0, .05).
 
-    The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside (`add_edge_padding`).
-    Its convolution does not depend on the image: here it is a map, (C_out, H, W), added to every one.
+    The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside
+    (`add_edge_padding`). Its convolution does not depend on the image. Here it is a map,
+    (C_out, H, W), that is added to every image.
 
     edges: whether the border is marked; public ports leave it out.
     """
+
+    edge: "Edge | None"
 
     def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
@@ -25,34 +31,40 @@ class EdgeConv2d(nn.Conv2d):
         self.reset()
 
     def reset(self) -> None:
+        """Draw the initial weights."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.05)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.weight, padding=1)
-        return y if self.edge is None else y + self.edge(x.shape[-2:])
+        if self.edge is None:
+            return y
+        return y + self.edge(size_of(x))
 
     @property
     def edge_weight(self) -> Tensor | None:
         """The border's weight, (C_out, 1, 3, 3), or None without edges."""
         return None if self.edge is None else self.edge.weight
 
-    def added_gradients(
+    def bias_gradients(
         self, grad: Tensor, edge: Tensor | None, scale: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Those of bias, edge and scale, from that of images, (B, C_out, H, W), to which `added` was added."""
+        """The gradients of bias, edge and scale of `scaled_bias`; those of an edge may be None.
+
+        grad: the gradient of images, (B, C_out, H, W), to which the scaled bias was added.
+        """
         if edge is None:
             return pixels(grad).sum(0, dtype=scale.dtype), None, None
-        # over the batch in rows: ten times faster than as autograd writes the sum of channels_last gradients
-        of_map = (
-            grad.permute(0, 2, 3, 1).flatten(1).sum(0, dtype=scale.dtype).view(-1, grad.shape[1])
-        )
-        of_weight = (of_map.T @ border(*grad.shape[-2:], like=scale)).view_as(edge)
-        return of_map.sum(0), *scaled_gradients(of_weight, edge, scale)
+        # The batch is summed in rows: much faster than autograd's sum of channels_last gradients.
+        rows = grad.permute(0, 2, 3, 1).flatten(1)
+        grad_map = rows.sum(0, dtype=scale.dtype).view(-1, grad.shape[1])
+        grad_weight = (grad_map.T @ border(*size_of(grad), like=scale)).view_as(edge)
+        grad_edge, grad_scale = scaled_gradients(grad_weight, edge, scale)
+        return grad_map.sum(0), grad_edge, grad_scale
 
 
 class Edge(nn.Module):
-    """What a 3x3 convolution of one channel makes of a padding of ones around zeros, (C_out, H, W), float32."""
+    """A 3x3 convolution of a padding of ones around zeros, (C_out, H, W), float32."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -64,7 +76,10 @@ class Edge(nn.Module):
 
 
 def border(height: int, width: int, like: Tensor) -> Tensor:
-    """The 3x3 patch of every pixel in a padding of ones around zeros, (H W, 9), as `like` in dtype and device."""
+    """The 3x3 patch of every pixel in a padding of ones around zeros, (H W, 9).
+
+    Its dtype and device are those of `like`.
+    """
     return constant(_border, height, width, like=like)
 
 
@@ -74,29 +89,32 @@ def _border(height: int, width: int) -> Tensor:
 
 
 def edge_map(weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """The border's convolution with a weight (C_out, 9), plus a bias (C_out,), for images of size (H, W)."""
+    """The border's convolution with a weight (C_out, 9), plus a bias (C_out,): (C_out, H, W)."""
     with torch.autocast(weight.device.type, enabled=False):
         return F.linear(border(*size, like=weight), weight, bias).view(*size, -1).permute(2, 0, 1)
 
 
-def added(bias: Tensor, edge: Tensor | None, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """What is left to add where the rows of an `EdgeConv2d`'s weight are scaled, (C_out, H, W) or (C_out, 1, 1).
+def scaled_bias(bias: Tensor, edge: Tensor | None, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """The bias that remains where the rows of an `EdgeConv2d`'s weight are scaled: e s + b.
 
         (W x + e) s + b = (W s) x + (e s + b)
 
-    bias b and scale s: (C_out,). edge: the border's weight, (C_out, 1, 3, 3), or None without edges. size: (H, W).
+    bias b and scale s: (C_out,). edge: the border's weight, (C_out, 1, 3, 3), or None without
+    edges. size: (H, W) of the images. Returns (C_out, H, W), or without edges (C_out, 1, 1).
     """
-    return (
-        bias[:, None, None]
-        if edge is None
-        else edge_map(edge.flatten(1) * scale[:, None], bias, size)
-    )
+    if edge is None:
+        return bias[:, None, None]
+    return edge_map(edge.flatten(1) * scale[:, None], bias, size)
 
 
 class ZeroConv2d(EdgeConv2d):
-    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first: what starts from it starts as the identity.
+    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first.
 
-    Authors' code, `conv2d_zeros`. The bias is added in float32: bfloat16 would round what the couplings rest on.
+    What starts from it starts as the identity (authors' code, `conv2d_zeros`). The bias is added in
+    float32: bfloat16 would round the numbers that couplings and priors are made of.
+
+    >>> ZeroConv2d(3, 2, edges=True)(torch.rand(1, 3, 4, 4)).abs().max().item()
+    0.0
     """
 
     def __init__(self, in_channels: int, out_channels: int, edges: bool) -> None:
@@ -109,16 +127,15 @@ class ZeroConv2d(EdgeConv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = tuple(x.shape[-2:])
+        size = size_of(x)
         weight, shift = once(self, "folded", lambda: self._folded(size), size)
         return conv3x3(x, weight).to(shift.dtype) + shift
 
     def _folded(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Weight and shift with the factor inside, for images of size (H, W)."""
+        """Weight and bias with the factor inside, for images of size (H, W)."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
-        return scaled(self.weight, scale, self.weight.dtype), added(
-            bias, self.edge_weight, scale, size
-        )
+        weight = scaled(self.weight, scale, self.weight.dtype)
+        return weight, scaled_bias(bias, self.edge_weight, scale, size)
 
 
 class ZeroLinear(nn.Linear):

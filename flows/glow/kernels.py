@@ -1,4 +1,4 @@
-"""The convolutions of Glow's networks, what surrounds them, and gradients by hand, in few passes over memory."""
+"""The convolutions of Glow's networks and their gradients by hand, in few passes over memory."""
 
 import torch
 from torch import Tensor
@@ -7,41 +7,45 @@ from torch.nn import functional as F
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """A "same" convolution without bias: x (B, C_in, H, W), weight (C_out, C_in, 3, 3)."""
-    if _for_tensor_cores(x):
-        return scattered(x, weight) if weight.shape[0] < weight.shape[1] else gathered(x, weight)
-    return F.conv2d(x, weight, padding=1)
+    if not _for_tensor_cores(x):
+        return F.conv2d(x, weight, padding=1)
+    c_out, c_in = weight.shape[:2]
+    if c_out < c_in:
+        return scattered(x, weight)
+    return gathered(x, weight)
 
 
 def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of x and weight.
+    """The gradients of x and weight, from that of the convolution's output.
 
-    For few channels out of many both are products with the 3x3 patches of the few: on a CPU in float32 a third faster
-    than oneDNN's at Glow's sizes.
+    For few channels out of many, both are products with the 3x3 patches of the few, which on a CPU
+    is faster than oneDNN at Glow's sizes.
     """
-    if (
-        weight.shape[0] < weight.shape[1]
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-    ):
+    few_of_many = weight.shape[0] < weight.shape[1]
+    if few_of_many and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return _products_with_patches(grad, x, weight)
-    same = (
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-    )  # stride, padding, dilation, transposed, its padding, groups
-    return torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, *same, (True, True, False)
-    )[:2]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad,
+        x,
+        weight,
+        None,  # sizes of the bias
+        (1, 1),  # stride
+        (1, 1),  # padding
+        (1, 1),  # dilation
+        False,  # transposed
+        (0, 0),  # output padding
+        1,  # groups
+        (True, True, False),  # which gradients are wanted
+    )
+    return grad_x, grad_weight
 
 
 def _for_tensor_cores(x: Tensor) -> bool:
-    """Whether to use matrix products, which should fill tensor cores better than cuDNN's convolutions of 6 channels.
+    """Whether to convolve by matrix products, which fill tensor cores better.
 
-    Those took a third of a step of Glow on an H200; the products have run there, but were not timed.
-    Compiled only: what surrounds a product is then one kernel.
+    cuDNN's convolutions of few channels took a third of a step of Glow on a GPU. The products have
+    run on one, but were not timed. They are used in compiled code only, where the operations around
+    a product become one kernel.
     """
     device = x.device.type
     return device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling()
@@ -50,7 +54,7 @@ def _for_tensor_cores(x: Tensor) -> bool:
 def gathered(x: Tensor, weight: Tensor) -> Tensor:
     """`conv3x3` for few channels in, as a matrix product with the 3x3 patches of x.
 
-    Channels are filled up to a multiple of 8 with zeros: rows are aligned then.
+    Zeros fill the channels up to a multiple of 8, so that rows are aligned.
     """
     height, width = x.shape[2:]
     fill = -x.shape[1] % 8
@@ -63,9 +67,10 @@ def gathered(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def scattered(x: Tensor, weight: Tensor) -> Tensor:
-    """`conv3x3` for few channels out: a matrix product with the weights of all nine places, summed where they fall.
+    """`conv3x3` for few channels out: a matrix product with the weights of all nine places.
 
-    Sums are float32 or better. Rows of weights are filled up to a multiple of 8 with zeros.
+    The products are summed where they fall, in float32 or better. Zeros fill the rows of weights up
+    to a multiple of 8.
     """
     height, width = x.shape[2:]
     c_out = len(weight)
@@ -73,13 +78,17 @@ def scattered(x: Tensor, weight: Tensor) -> Tensor:
     products = F.linear(x.movedim(1, -1), rows)[..., : 9 * c_out].unflatten(-1, (3, 3, c_out))
     padded = F.pad(products, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
     places = [padded[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3)]
-    total = torch.promote_types(products.dtype, torch.float32)
-    return sum(place.to(total) for place in places).movedim(-1, 1)
+    dtype = torch.promote_types(products.dtype, torch.float32)
+    total = places[0].to(dtype)
+    for place in places[1:]:
+        total = total + place.to(dtype)
+    return total.movedim(-1, 1)
 
 
 def _products_with_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients for x and weight."""
-    (n, _, height, width), (c_out, c_in) = x.shape, weight.shape[:2]
+    """The gradients of x and weight."""
+    n, _, height, width = x.shape
+    c_out, c_in = weight.shape[:2]
     padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
     row, column, pixel, _ = padded.stride()
     patches = padded.as_strided((n, height, width, 3, 3 * c_out), (row, column, pixel, column, 1))
@@ -88,6 +97,12 @@ def _products_with_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Ten
     grad_x = images(patches @ flipped, x)
     grad_weight = patches.T @ pixels(x)
     return grad_x, grad_weight.view(3, 3, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
+
+
+def size_of(x: Tensor) -> tuple[int, int]:
+    """(H, W) of images."""
+    height, width = x.shape[-2:]
+    return height, width
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -104,26 +119,32 @@ def add_relu(y: Tensor, bias: Tensor | None = None) -> Tensor:
     """ReLU(y + bias), in the memory of y where no graph is made."""
     if torch.is_grad_enabled():
         return (y if bias is None else y + bias).relu()
-    return (y if bias is None else y.add_(bias)).relu_()
+    if bias is not None:
+        y.add_(bias)
+    return y.relu_()
 
 
 def relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
-    """Of what a ReLU took, from that of its output y, in the memory of `grad`."""
+    """The gradient of a ReLU's input, from that of its output y, in the memory of `grad`."""
     return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
 
 
 def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a weight, (C_out, ...), times scale, (C_out,), in another dtype: one pass where no graph is made."""
+    """The rows of a weight, (C_out, ...), times scale, (C_out,), in the dtype that is named.
+
+    Where no graph is made this is one pass over the weight.
+    """
     scale = _column(scale, weight)
-    if torch.is_grad_enabled():
+    if weight.dtype == dtype or torch.is_grad_enabled():
         return (weight * scale).to(dtype)
     return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
 
 
 def scaled_gradients(grad: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of weight and scale."""
+    """The gradients of weight and scale, from that of what `scaled` returned."""
     return grad * _column(scale, weight), (grad * weight).sum(tuple(range(1, weight.dim())))
 
 
 def _column(scale: Tensor, weight: Tensor) -> Tensor:
+    """scale, (C_out,), so that it broadcasts to weight, (C_out, ...)."""
     return scale.view(-1, *[1] * (weight.dim() - 1))

@@ -1,70 +1,111 @@
-"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma, Dhariwal; NeurIPS 2018, arXiv 1807.03039)."""
+"""Glow: Generative Flow with Invertible 1x1 Convolutions.
+
+Kingma, Dhariwal; NeurIPS 2018, arXiv 1807.03039.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flows.base import Compose, Flow, FlowModel
-from flows.context import Classes
+from flows.base import Compose, Flow, FlowModel, module_list
+from flows.context import Classes, Context
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
 from flows.glow.conditioner import GlowConditioner
 from flows.glow.edges import ZeroLinear
 from flows.glow.priors import SplitPrior, TopPrior
-from flows.glow.steps import Steps
+from flows.glow.steps import Step, Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.multiscale import (
-    back_through,
+    ImageShape,
     channels_last,
     check_image_shape,
     halved,
-    initialize_through,
-    through,
+    levels_forward,
+    levels_initialize,
+    levels_inverse,
+    of_level,
 )
 from flows.normalization import ActNorm
 from flows.reshape import Squeeze
 
-PERMUTATIONS = {  # section 3.2; figure 3 compares the first three
-    "reverse": lambda channels: ChannelPermutation(torch.arange(channels).flip(0)),
-    "shuffle": lambda channels: ChannelPermutation(torch.randperm(channels)),
+
+def reverse(channels: int) -> ChannelPermutation:
+    """The channels in reverse order."""
+    return ChannelPermutation(torch.arange(channels).flip(0))
+
+
+def shuffle(channels: int) -> ChannelPermutation:
+    """The channels in a random order, which is fixed from then on."""
+    return ChannelPermutation(torch.randperm(channels))
+
+
+# Section 3.2; figure 3 compares the first three.
+PERMUTATIONS: dict[str, Callable[[int], ChannelPermutation | InvertibleConv1x1]] = {
+    "reverse": reverse,
+    "shuffle": shuffle,
     "invertible": InvertibleConv1x1LU,
-    "invertible_plain": InvertibleConv1x1,  # W itself is the parameter, the default of the authors' code
+    "invertible_plain": InvertibleConv1x1,  # the default of the authors' code
 }
 COUPLINGS = ("affine", "additive")
 
 
 class Glow(FlowModel):
-    """The multi-scale model (section 3, figure 2; authors' code where it says more or other).
+    """The multi-scale model (section 3, figure 2).
 
-    | data             | n_levels | depth | coupling | n_bits | batch | source                                        |
-    |------------------|----------|-------|----------|--------|-------|-----------------------------------------------|
-    | CIFAR-10         | 3        | 32    | affine   | 8      | 512   | authors' README and code                      |
-    | ImageNet 32x32   | 3        | 48    | affine   | 8      | 512   | authors' README and code                      |
-    | ImageNet 64x64   | 4        | 48    | affine   | 8      | 128   | authors' README and code                      |
-    | LSUN 64x64       | 4        | 48    | affine   | 8      | 128   | the paper's appendix; README: 3 levels        |
-    | CelebA-HQ 256    | 6        | 32    | additive | 5      | 40    | authors' README and code                      |
+    | data           | n_levels | depth | coupling | n_bits | batch | source                     |
+    |----------------|----------|-------|----------|--------|-------|----------------------------|
+    | CIFAR-10       | 3        | 32    | affine   | 8      | 512   | authors' README and code   |
+    | ImageNet 32x32 | 3        | 48    | affine   | 8      | 512   | authors' README and code   |
+    | ImageNet 64x64 | 4        | 48    | affine   | 8      | 128   | authors' README and code   |
+    | LSUN 64x64     | 4        | 48    | affine   | 8      | 128   | appendix; README: 3 levels |
+    | CelebA-HQ 256  | 6        | 32    | additive | 5      | 40    | authors' README and code   |
 
-    n_levels (L) times: squeeze, depth (K) steps, half of the channels factored out. A step is actnorm, a permutation of
-    the channels, a coupling. The priors of factored-out halves depend on the half that goes on, and that of the last
-    level is learned: all latents returned are standard normal, eps of the paper's samples. Where paper and code
-    differ the code made the numbers: scale sigmoid(. + 2) (`SigmoidCoupling`), actnorm inside the networks
-    (`GlowConditioner`), a channel that marks the border (`EdgeConv2d`; edges=False leaves it out as public ports do).
+    n_levels (L) times: squeeze, depth (K) steps, half of the channels factored out. A step is an
+    actnorm, a permutation of the channels, a coupling. The priors of factored-out halves depend on
+    the half that goes on, and the prior of the last level is learned. All latents returned are
+    standard normal: they are the eps of the paper's samples.
 
-    permutation: one of PERMUTATIONS. n_classes: the last level's prior also depends on the class (authors' code,
-    `ycond`), which is then the context, (B,) int64. alpha: of a logit in front (other papers); None: x - 1/2.
-    min_scale: of affine couplings (additive ones have no scales); the authors' is 0 (`SigmoidCoupling`).
+    Where the paper and the authors' code differ, the published numbers came from the code, which is
+    followed here: the scale sigmoid(. + 2) (`SigmoidCoupling`), actnorms inside of the networks
+    (`GlowConditioner`), a channel that marks the border (`EdgeConv2d`).
+
     shape: (C, H, W); H and W may be None, for images of any size that can be halved n_levels times.
-    x: (B, *shape) in [0, 1]. Latents: one a level.
+    coupling: "affine" or "additive". permutation: a key of PERMUTATIONS.
+    edges: whether the border is marked; public ports leave it out.
+    n_classes: the prior of the last level also depends on the class (authors' code, `ycond`), which
+        is then the context, (B,) int64.
+    alpha: of a logit in front, as in other papers; None: x - 1/2.
+    min_scale: of affine couplings, 0 in the authors' code (`SigmoidCoupling`).
+
+    x: (B, *shape) in [0, 1]. Latents: one for each level. ValueError, one line: an argument is not
+    known or out of range.
+
+    >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
+    >>> x = torch.rand(5, 3, 8, 8)
+    >>> with torch.no_grad():
+    ...     flow.initialize(x)  # the actnorms, before training
+    >>> latents, log_det = flow(x)
+    >>> [z.shape for z in latents]
+    [torch.Size([5, 6, 4, 4]), torch.Size([5, 24, 2, 2])]
+    >>> flow.log_prob(x).shape, flow.sample(2, temperature=0.7).shape
+    (torch.Size([5]), torch.Size([2, 3, 8, 8]))
     """
+
+    shape: ImageShape
+    levels: Sequence[Flow]
+    classifier: ZeroLinear | None
 
     def __init__(
         self,
-        shape=(3, 32, 32),
-        n_levels=3,
-        depth=32,
-        hidden_channels=512,
-        coupling="affine",
-        permutation="invertible",
-        edges=True,
+        shape: Sequence[int | None] = (3, 32, 32),
+        n_levels: int = 3,
+        depth: int = 32,
+        hidden_channels: int = 512,
+        coupling: str = "affine",
+        permutation: str = "invertible",
+        edges: bool = True,
         n_classes: int | None = None,
         alpha: float | None = None,
         min_scale: float = 0.0,
@@ -74,89 +115,95 @@ class Glow(FlowModel):
             raise ValueError(
                 "flow.n_levels, flow.depth and flow.hidden_channels must be at least 1"
             )
-        for key, value, choices in (
-            ("coupling", coupling, COUPLINGS),
-            ("permutation", permutation, PERMUTATIONS),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"flow.{key}={value} is not known: give one of {', '.join(choices)}"
-                )
-        self.shape, self.n_levels = tuple(shape), n_levels
-        self.check_image_shape(self.shape)
-        self.conditioned_on = None if n_classes is None else Classes(n_classes)
+        _check_choice("coupling", coupling, COUPLINGS)
+        _check_choice("permutation", permutation, PERMUTATIONS)
+        self.n_levels = n_levels
+        self.shape = self.check_image_shape(shape)
+        if n_classes is not None:
+            self.conditioned_on = Classes(n_classes)
 
-        def step(channels: int) -> tuple[Flow, Flow, Flow]:
-            out = channels if coupling == "affine" else channels // 2
-            conditioner = GlowConditioner(channels // 2, out, hidden_channels, edges)
-            affine = (
-                SigmoidCoupling(conditioner, min_scale)
-                if coupling == "affine"
-                else AdditiveCoupling(conditioner)
-            )
+        def step(channels: int) -> Step:
+            half = channels // 2
+            affine: AdditiveCoupling
+            if coupling == "affine":
+                conditioner = GlowConditioner(half, channels, hidden_channels, edges)
+                affine = SigmoidCoupling(conditioner, min_scale)
+            else:
+                conditioner = GlowConditioner(half, half, hidden_channels, edges)
+                affine = AdditiveCoupling(conditioner)
             return ActNorm(channels), PERMUTATIONS[permutation](channels), affine
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
-        self.levels = nn.ModuleList()
-        channels = self.shape[0]
-        for i in range(n_levels):
-            channels = 4 * channels
+        levels = []
+        channels = 4 * self.shape[0]
+        for _ in range(n_levels - 1):
             steps = Steps(step(channels) for _ in range(depth))
-            if i < n_levels - 1:
-                self.levels.append(Compose([Squeeze(), steps, SplitPrior(channels, edges)]))
-                channels //= 2
-            else:
-                self.levels.append(Compose([Squeeze(), steps]))
+            levels.append(Compose([Squeeze(), steps, SplitPrior(channels, edges)]))
+            channels *= 2  # half of them go on, and the next squeeze makes four of one
+        levels.append(Compose([Squeeze(), Steps(step(channels) for _ in range(depth))]))
+        self.levels = module_list(levels)
         self.prior = TopPrior(channels, edges, n_classes)
-        self.classifier = None if n_classes is None else ZeroLinear(channels, n_classes)
-        self.to(
-            memory_format=torch.channels_last
-        )  # as `forward` and `inverse` make the data: convolutions are faster
+        self.classifier = None
+        if n_classes is not None:
+            self.classifier = ZeroLinear(channels, n_classes)
+        # As `forward` and `inverse` make the images: convolutions are faster then.
+        self.to(memory_format=torch.channels_last)
 
-    def check_image_shape(self, shape: tuple[int | None, ...]) -> None:
-        """ValueError, one line: no (C, H, W), or of sizes that the levels halve to odd ones."""
-        check_image_shape("Glow", shape, self.n_levels, "flow.n_levels", self.n_levels)
+    def check_image_shape(self, shape: Sequence[int | None]) -> ImageShape:
+        """The shape as (C, H, W).
+
+        ValueError, one line: it is none, or the levels halve its sides to odd ones.
+        """
+        return check_image_shape("Glow", shape, self.n_levels, "flow.n_levels", self.n_levels)
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
-        channels, height, width = self.shape if shape is None else shape
-        self.check_image_shape((channels, height, width))
-        shapes = [
-            (channels * 2**i, halved(height, i), halved(width, i)) for i in range(1, self.n_levels)
-        ]
+        image = self.check_image_shape(shape or self.shape)
         last = self.n_levels
-        return (*shapes, (channels * 2 ** (last + 1), halved(height, last), halved(width, last)))
+        shapes = [halved(image[0] * 2**i, image, i) for i in range(1, last)]
+        return *shapes, halved(image[0] * 2 ** (last + 1), image, last)
 
-    def forward(self, x: Tensor, context=None) -> tuple[tuple[Tensor, ...], Tensor]:
-        context = self.encoded(context)
-        x, log_det = self.preprocess(channels_last(x), context)
-        (*latents, top), log_det = through(self.levels, x, log_det, context)
-        z, prior_log_det = self.prior(top, context)
+    def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        encoding = self.encoded(context)
+        x, log_det = self.preprocess(channels_last(x))
+        (*latents, top), log_det = levels_forward(self.levels, x, log_det, encoding)
+        z, prior_log_det = self.prior(top, of_level(encoding, -1))
         return (*latents, z), log_det + prior_log_det
 
-    def inverse(self, z: tuple[Tensor, ...], context=None) -> tuple[Tensor, Tensor]:
-        context = self.encoded(context)
+    def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
+        encoding = self.encoded(context)
         *latents, top = [channels_last(level) for level in z]
-        top, log_det = self.prior.inverse(top, context)
-        x, log_det = back_through(self.levels, [*latents, top], log_det, context)
-        x, preprocess_log_det = self.preprocess.inverse(x, context)
+        top, log_det = self.prior.inverse(top, of_level(encoding, -1))
+        x, log_det = levels_inverse(self.levels, [*latents, top], log_det, encoding)
+        x, preprocess_log_det = self.preprocess.inverse(x)
         return x, log_det + preprocess_log_det
 
-    def initialize(self, x: Tensor, context=None) -> None:
-        # The class enters the last prior alone, which data do not set: it may be left out.
-        context = None if context is None else self.encoded(context)
-        x, _ = self.preprocess(channels_last(x), context)
-        initialize_through(self.levels, x, context)
+    def initialize(self, x: Tensor, context: Context = None) -> None:
+        # The class enters the last prior alone, which data do not set, so it may be left out.
+        encoding = None
+        if context is not None:
+            encoding = self.encoded(context)
+        x, _ = self.preprocess(channels_last(x))
+        levels_initialize(self.levels, x, encoding)
 
-    def log_prob_and_class_logits(self, x: Tensor, context) -> tuple[Tensor, Tensor]:
-        """log p(x | class), (B,) nats, and what the last level says of the class, (B, n_classes), in one pass.
+    def log_prob_and_class_logits(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """log p(x | class), (B,) nats, and logits of the class, (B, n_classes), in one pass.
 
-        The logits are a `ZeroLinear` of that level's mean over space, before its prior, so they do not know the class
-        (authors' code, `classifier`).
+        The logits are a `ZeroLinear` of the last level's mean over space, before its prior, so they
+        do not know the class (authors' code, `classifier`).
+
+        ValueError, one line: x or the classes do not fit, or the model has no classes.
         """
         self.check_shape(x)
         encoding = self.encode_context(context)
-        latents, log_det = self(
-            x, encoding
-        )  # what may be compiled; the last level is taken back from its eps
-        top, _ = self.prior.inverse(latents[-1], encoding.value)
+        if encoding is None or self.classifier is None:
+            raise ValueError("this Glow is not class-conditional: build it with n_classes")
+        # The call may be compiled. The last level is taken back from its eps.
+        latents, log_det = self(x, encoding)
+        top, _ = self.prior.inverse(latents[-1], of_level(encoding.value, -1))
         return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))
+
+
+def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """ValueError, one line: the value of `flow.<key>` is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(choices)}")

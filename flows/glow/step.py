@@ -1,13 +1,33 @@
-"""A step of Glow with its backward pass by hand: fewer passes over memory, less of it kept, networks made again."""
+"""A step of Glow with its backward pass by hand: fewer passes over memory, and less of it kept."""
+
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from flows.coupling import AdditiveCoupling
-from flows.glow.conditioner import Folded
-from flows.glow.kernels import images, pixels
+from flows.base import Flow
+from flows.coupling import AdditiveCoupling, SigmoidCoupling
+from flows.glow.conditioner import Folded, GlowConditioner
+from flows.glow.kernels import images, pixels, size_of
+from flows.transforms import are_batched
+
+
+def network(coupling: AdditiveCoupling) -> GlowConditioner:
+    """The network of a coupling of which `has_gradients_by_hand` is true."""
+    return cast(GlowConditioner, coupling.conditioner)
+
+
+def has_gradients_by_hand(coupling: Flow) -> bool:
+    """Whether `GlowStep` computes what the coupling does.
+
+    The types are compared exactly, since a subclass may compute something else.
+    """
+    if type(coupling) not in (AdditiveCoupling, SigmoidCoupling):
+        return False
+    return type(cast(AdditiveCoupling, coupling).conditioner) is GlowConditioner
 
 
 def step(
@@ -18,82 +38,146 @@ def step(
     bias: Tensor,
     folded: Folded,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """The coupling of W x + b, its network's products in `dtype`: x (B, C, H, W), weight (C, C), bias (C,).
+    """The coupling of W x + b, whose network multiplies in `dtype`.
 
-    Returns y (B, C, H, W) and log_det (B,), what the coupling's gradients take beside y, the network's hidden layers.
+    x: (B, C, H, W). weight: W, (C, C). bias: b, (C,). Returns y (B, C, H, W) and log_det (B,); what
+    the coupling's gradients take beside y; the network's hidden layers.
     """
-    net = coupling.conditioner
+    net = network(coupling)
     kept, changed = images(F.linear(pixels(x), weight, bias), x).chunk(2, dim=1)
-    weights, biases = net.weights(folded, dtype), net.biases(folded, dtype, x.shape[-2:])
+    weights = net.weights(folded, dtype)
+    biases = net.biases(folded, dtype, size_of(x))
     hidden = net.hidden(kept, weights, biases)
     changed, log_det, state = coupling.change(changed, net.last(hidden[1], weights, biases))
     return (torch.cat([kept, changed], dim=1), log_det), state, hidden
 
 
-class GlowStep(Function):
-    """`step` with its gradients: GlowStep.apply(coupling, dtype, recompute, x, weight, bias, *folded) -> y, log_det.
+class StepContext(Protocol):
+    """What torch hands to a `Function`, with the attributes that `GlowStep` sets."""
 
-    Kept are x, y (the x of the next step), the scales, and the hidden layers unless `recompute`: those are made again
-    from y then, by the same operations, without the last convolution. y must not be changed in place, weights get
-    gradients also where they are frozen (autograd drops them), and the transforms of torch.func cannot take it apart.
+    coupling: AdditiveCoupling
+    dtype: torch.dtype
+    n_state: int
+    needs_input_grad: Sequence[bool]
+    saved_tensors: Sequence[Tensor]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the backward pass."""
+
+
+class GlowStep(Function):
+    """`step` with its gradients, for `GlowStep.apply`: y and log_det.
+
+    Its arguments are coupling, dtype, recompute, x, weight, bias, *folded. Kept are x, y (the x of
+    the next step), the scales, and the hidden layers unless `recompute`: those are then made again
+    from y, by the same operations and without the last convolution.
+
+    y must not be changed in place. Frozen weights get gradients too, which autograd drops. The
+    transforms of torch.func cannot take it apart, so `Steps` does not use it there.
     """
 
     @staticmethod
-    def forward(ctx, coupling, dtype, recompute, x, weight, bias, *folded):
+    def forward(
+        ctx: StepContext,
+        coupling: AdditiveCoupling,
+        dtype: torch.dtype,
+        recompute: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *folded: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         (y, log_det), state, hidden = step(coupling, dtype, x, weight, bias, Folded(*folded))
-        ctx.coupling, ctx.dtype, ctx.n_state = coupling, dtype, len(state)
-        ctx.save_for_backward(x, weight, bias, *folded, y, *state, *(() if recompute else hidden))
+        ctx.coupling = coupling
+        ctx.dtype = dtype
+        ctx.n_state = len(state)
+        if recompute:
+            ctx.save_for_backward(x, weight, bias, *folded, y, *state)
+        else:
+            ctx.save_for_backward(x, weight, bias, *folded, y, *state, *hidden)
         return y, log_det
 
     @staticmethod
-    def backward(ctx, grad, grad_log_det):
-        x, weight, bias, *rest = ctx.saved_tensors
+    def backward(ctx: StepContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *others = ctx.saved_tensors
         n = len(Folded._fields)
-        folded, y, state, hidden = (
-            Folded(*rest[:n]),
-            rest[n],
-            rest[n + 1 :][: ctx.n_state],
-            rest[n + 1 + ctx.n_state :],
-        )
+        folded = Folded(*others[:n])
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():  # these gradients will be differentiated
-                return (
-                    None,
-                    None,
-                    None,
-                    *_differentiable(ctx, (x, weight, bias, *folded), (grad, grad_log_det)),
-                )
-            net, weights = (
-                ctx.coupling.conditioner,
-                ctx.coupling.conditioner.weights(folded, ctx.dtype),
-            )
-            (kept, changed), (grad_kept, grad_changed) = y.chunk(2, dim=1), grad.chunk(2, dim=1)
-            if not hidden:  # recompute
-                hidden = net.hidden(kept, weights, net.biases(folded, ctx.dtype, x.shape[-2:]))
-            grad_changed, grad_h = ctx.coupling.gradients(
-                grad_changed, grad_log_det, changed, *state
-            )
-            grad_net, grad_folded = net.gradients(grad_h, kept, hidden, weights, folded)
-            grad = pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1))
-            grad_x = images(grad @ weight, x) if ctx.needs_input_grad[3] else None
+            if torch.is_grad_enabled() or are_batched(*grads):
+                by_autograd = _gradients_by_autograd(ctx, (x, weight, bias, *folded), grads)
+                return None, None, None, *by_autograd
+            y, *others = others[n:]
+            state = others[: ctx.n_state]
+            hidden = others[ctx.n_state :]
+            grad, grad_folded = _coupling_gradients(ctx, grads, y, folded, state, hidden)
+            grad_x = None
+            if ctx.needs_input_grad[3]:
+                grad_x = images(grad @ weight, x)
             return None, None, None, grad_x, grad.T @ pixels(x), grad.sum(0), *grad_folded
 
 
-def _differentiable(
-    ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, Tensor]
+def _coupling_gradients(
+    ctx: StepContext,
+    grads: Sequence[Tensor],
+    y: Tensor,
+    folded: Folded,
+    state: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+) -> tuple[Tensor, Folded]:
+    """The gradients of the coupling's input, (B H W, C), and of all in `folded`.
+
+    grads: those of y and log_det. hidden: the network's hidden layers; none are made again.
+    """
+    grad, grad_log_det = grads
+    net = network(ctx.coupling)
+    weights = net.weights(folded, ctx.dtype)
+    kept, changed = y.chunk(2, dim=1)
+    grad_kept, grad_changed = grad.chunk(2, dim=1)
+    if hidden:
+        first, second = hidden
+    else:
+        biases = net.biases(folded, ctx.dtype, size_of(y))
+        first, second = net.hidden(kept, weights, biases)
+    grad_changed, grad_h = ctx.coupling.gradients(grad_changed, grad_log_det, changed, *state)
+    grad_net, grad_folded = net.gradients(grad_h, kept, (first, second), weights, folded)
+    return pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1)), grad_folded
+
+
+def _gradients_by_autograd(
+    ctx: StepContext, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The same gradients as autograd makes them."""
-    x, weight, bias, *folded = inputs
-    outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
-    pairs = [
-        (output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad
+    """The same gradients as autograd makes them.
+
+    inputs: x, weight, bias, *folded. They serve where the gradients are differentiated again, or
+    hold a batch of gradients.
+    """
+    again = torch.is_grad_enabled()
+    if not again:
+        inputs = [_detached(tensor) for tensor in inputs]
+    with torch.enable_grad():
+        x, weight, bias, *folded = cast(Sequence[Tensor], inputs)
+        outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
+    # The log_det of an additive coupling is a constant.
+    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+    needed = [
+        (i, tensor)
+        for i, tensor in enumerate(inputs)
+        if tensor is not None and ctx.needs_input_grad[3 + i]
     ]
-    outputs, grads = zip(*pairs, strict=True)  # an additive coupling's log_det is a constant
-    needed = [i for i, is_needed in enumerate(ctx.needs_input_grad[3:]) if is_needed]
     needed_gradients = torch.autograd.grad(
-        outputs, [inputs[i] for i in needed], grads, create_graph=True
+        [output for output, _ in pairs],
+        [tensor for _, tensor in needed],
+        [grad for _, grad in pairs],
+        create_graph=again,
     )
-    gradients = [None] * len(inputs)
-    for i, gradient in zip(needed, needed_gradients, strict=True):
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for (i, _), gradient in zip(needed, needed_gradients, strict=True):
         gradients[i] = gradient
     return gradients
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without its history."""
+    if tensor is None:
+        return None
+    return tensor.detach().requires_grad_(tensor.requires_grad)
