@@ -52,17 +52,17 @@ class CIFAR10(StatelessDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         batch_size: int,
-        n_val=5000,
-        hflip=True,
-        download=True,
-        num_workers=0,
-        micro_batch=None,
-        seed=0,
-        n_bits=8,
-        shift=0.0,
-        labels=False,
+        n_val: int = 5000,
+        hflip: bool = True,
+        download: bool = True,
+        num_workers: int = 0,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        n_bits: int = 8,
+        shift: float = 0.0,
+        labels: bool = False,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
         if not 0 <= shift < 1:

@@ -91,16 +91,16 @@ class Photos(StatelessDataModule):
     def __init__(
         self,
         batch_size: int,
-        size=32,
-        n_train=10_000,
-        n_val=500,
-        n_test=1000,
-        hflip=True,
-        num_workers=0,
-        micro_batch=None,
-        seed=0,
-        n_bits=8,
-        labels=False,
+        size: int = 32,
+        n_train: int = 10_000,
+        n_val: int = 500,
+        n_test: int = 1000,
+        hflip: bool = True,
+        num_workers: int = 0,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        n_bits: int = 8,
+        labels: bool = False,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
         if min(n_val, n_test) < 0:

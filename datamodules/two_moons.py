@@ -31,13 +31,13 @@ class TwoMoons(StatelessDataModule):
     def __init__(
         self,
         batch_size: int,
-        noise=0.05,
-        n_train=50_000,
-        n_val=5000,
-        n_test=10_000,
-        num_workers=0,
-        micro_batch=None,
-        seed=0,
+        noise: float = 0.05,
+        n_train: int = 50_000,
+        n_val: int = 5000,
+        n_test: int = 10_000,
+        num_workers: int = 0,
+        micro_batch: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
         self.noise, self.sizes = noise, {"train": n_train, "val": n_val, "test": n_test}

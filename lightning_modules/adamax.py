@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 class Adamax(torch.optim.Adamax):
@@ -15,7 +16,14 @@ class Adamax(torch.optim.Adamax):
     out, in every step the same.
     """
 
-    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
         self._forget()
 

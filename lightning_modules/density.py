@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning.pytorch as L
 import torch
@@ -16,7 +16,7 @@ from lightning_modules.cuda_graph import CudaGraph
 from lightning_modules.metrics import image_mean
 from lightning_modules.noise import FLOW, Position, evaluation_input, image_noise
 from lightning_modules.objective import Input, context_of
-from lightning_modules.optimization import OptimizedModule
+from lightning_modules.optimization import OptimizedModule, OptimizerName, ScheduleName
 from lightning_modules.precision import evaluation
 from results.metrics import Metric
 
@@ -52,19 +52,19 @@ class DensityModule(OptimizedModule):
         dequantizer: nn.Module | None,
         n_bits: int | None,
         seed: int,
-        name="adam",
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        l2=0.0,
-        warmup_steps=0,
-        schedule="constant",
-        cooldown_steps=0,
+        name: OptimizerName = "adam",
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        l2: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: ScheduleName = "constant",
+        cooldown_steps: int = 0,
         clip_norm: float | None = None,
-        max_skipped=20,
-        noise_seed=0,
-        bn_images=10_000,
-        noise_samples=1,
+        max_skipped: int = 20,
+        noise_seed: int = 0,
+        bn_images: int = 10_000,
+        noise_samples: int = 1,
         shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(

@@ -1,5 +1,8 @@
 """How weights are updated: optimizer, warm-up, clipping, and what happens to a step that is not finite."""
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,7 +16,9 @@ from lightning_modules.schedule import Schedule, warm_up
 from lightning_modules.stopping import Diverged
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": Adamax, "adamw": torch.optim.AdamW}
-SCHEDULES = ("constant", "cosine")
+OptimizerName = Literal["adam", "adamax", "adamw"]  # the keys of OPTIMIZERS
+ScheduleName = Literal["constant", "cosine"]
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 class OptimizedModule(Objective):
@@ -33,17 +38,17 @@ class OptimizedModule(Objective):
 
     def __init__(
         self,
-        name="adam",
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        warmup_steps=0,
-        schedule="constant",
-        cooldown_steps=0,
+        name: OptimizerName = "adam",
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: ScheduleName = "constant",
+        cooldown_steps: int = 0,
         clip_norm: float | None = None,
-        max_skipped=20,
-        seed=0,
-        noise_seed=0,
+        max_skipped: int = 20,
+        seed: int = 0,
+        noise_seed: int = 0,
     ) -> None:
         super().__init__(seed, noise_seed)
         if name not in OPTIMIZERS:

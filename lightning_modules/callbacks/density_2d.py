@@ -20,7 +20,12 @@ class Density2d(L.Callback):
     """
 
     def __init__(
-        self, folder: Path, n: int, box=(-2.5, 3.5, -2.0, 2.5), cell=0.0125, seed: int = 0
+        self,
+        folder: str | Path,
+        n: int,
+        box: tuple[float, float, float, float] = (-2.5, 3.5, -2.0, 2.5),
+        cell: float = 0.0125,
+        seed: int = 0,
     ) -> None:
         self.folder, self.n, self.box, self.cell, self.seed = Path(folder), n, box, cell, seed
 

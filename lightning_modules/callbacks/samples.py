@@ -1,5 +1,6 @@
 """What a model draws, and what it makes of data: pictures a person can open."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -25,7 +26,7 @@ class Samples(L.Callback):
     """
 
     def __init__(
-        self, folder: Path, temperatures: list[float], n: int, every_n_steps: int, seed: int = 0
+        self, folder: Path, temperatures: Sequence[float], n: int, every_n_steps: int, seed: int = 0
     ) -> None:
         if n < 1 or not temperatures:
             raise ValueError(
