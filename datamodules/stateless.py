@@ -87,26 +87,6 @@ class StatelessDataModule(L.LightningDataModule):
         """The size of the training set, after `setup`."""
         return n_items(self.train)
 
-    def check_ready(self, limit_test_batches: int | float | None = None) -> None:
-        """Refuse data on which the test at the end of a run would fail.
-
-        Called after `setup`, on every rank, before the first step.
-
-        limit_test_batches: the trainer's, a number or a share of the batches; None: all of them.
-        ValueError, one line: there is nothing to test on.
-        """
-        if n_items(self.test) == 0:
-            raise ValueError(
-                f"{type(self).__name__} has no test data, and every run ends with a test: give some"
-            )
-        n_batches = len(self.test_dataloader())
-        is_share = isinstance(limit_test_batches, float)
-        if is_share and int(n_batches * cast(float, limit_test_batches)) == 0:
-            raise ValueError(
-                f"trainer.limit_test_batches={limit_test_batches} leaves none of {n_batches} test "
-                "batches: give a number of batches such as 1, a larger share, or null for all"
-            )
-
     def train_dataloader(self) -> TrainLoader:
         """The batches of this rank, in the order of the sampler's epoch."""
         rank, world_size = self._rank_and_world()

@@ -335,14 +335,14 @@ def by_all_of_the_training(data, module):
 
 def test_a_flow_without_classes_is_refused():
     with pytest.raises(
-        ValueError, match=r"this Glow knows no classes: give flow\.n_classes"
+        ValueError, match=r"this Glow has no classes: give flow\.n_classes"
     ) as error:
         conditional(fresh(n_classes=None))
     assert "\n" not in str(error.value)
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match=r"optim\.class_weight=-0\.1 is negative"):
+    with pytest.raises(ValueError, match=r"optim\.class_weight=-0\.1 is out of range"):
         conditional(fresh(), class_weight=-0.1)
 
 

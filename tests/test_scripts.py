@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "data.micro_batch=5"], "does not divide the 32 items that a process has"),
         (["preset=demo", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 are steps"),
         (["preset=demo", "checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0"),
-        (["preset=demo", "optim.max_skipped=-1"], "optim.max_skipped=-1: it must not be negative"),
+        (["preset=demo", "optim.max_skipped=-1"], "optim.max_skipped=-1 is out of range"),
         (["preset=demo", "eval.bn_images=-1"], "eval.bn_images=-1"),
         (["preset=demo", "logger.name=tensorboard"], "wandb, csv, none"),
     ],
