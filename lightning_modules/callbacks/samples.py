@@ -111,21 +111,27 @@ class Samples(L.Callback):
     def _pictures(self, objective: Objective) -> dict[str, Tensor]:
         """Pictures, (3, height, width) uint8, by name; those are left out that cannot be drawn."""
         rows: dict[str, list[Tensor]] = {}
+        failures: dict[str, BaseException] = {}
         with evaluating(objective), evaluation(objective.device.type), cached(objective.trained):
-            rows["samples"] = self._sample(objective)
-            rows["reconstruction"] = self._reconstruct(objective)
+            rows["samples"] = self._sample(objective, failures)
+            rows["reconstruction"] = self._reconstruct(objective, failures)
+        if failures:
+            say_failed(", ".join(failures), next(iter(failures.values())))
         n_bits = objective.n_bits or 8
         return {name: picture(images, n_bits) for name, images in rows.items() if images}
 
-    def _sample(self, objective: Objective) -> list[Tensor]:
-        """A row for each temperature, or one row; empty where the objective draws nothing."""
+    def _sample(self, objective: Objective, failures: dict[str, BaseException]) -> list[Tensor]:
+        """A row for each temperature, or one row; empty where the objective draws nothing.
+
+        failures: takes what the model's numbers did not allow.
+        """
         rows: list[Tensor] = []
         for temperature in self.temperatures if objective.has_temperature else (1.0,):
             suffix = f"_T{temperature:g}" if objective.has_temperature else ""
             try:
                 samples = objective.draw(self.n, temperature, self.seed, self.batch)
             except FAILURES as error:
-                say_failed(f"samples{suffix}", error)
+                failures[f"samples{suffix}"] = error
                 self.finite[f"samples/finite{suffix}"] = 0.0
                 continue
             if samples is None:
@@ -134,14 +140,16 @@ class Samples(L.Callback):
             self.finite[f"samples/finite{suffix}"] = finite_share(samples)
         return rows
 
-    def _reconstruct(self, objective: Objective) -> list[Tensor]:
+    def _reconstruct(
+        self, objective: Objective, failures: dict[str, BaseException]
+    ) -> list[Tensor]:
         """A row of validation data and one of their reconstructions, or nothing."""
         if self.batch is None:
             return []
         try:
             pair = objective.reconstruct(self.batch)
         except FAILURES as error:
-            say_failed("reconstructions", error)
+            failures["reconstructions"] = error
             return []
         return [] if pair is None else list(pair)
 
