@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import TypeGuard
 
 
 def check_count(key: str, value: int, least: int, most: int | None = None) -> None:
@@ -23,15 +24,20 @@ def check_count(key: str, value: int, least: int, most: int | None = None) -> No
     raise ValueError(f"{key}={value} is out of range: give a whole number {request}")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is an int or a float; a truth value is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_share(key: str, value: float) -> None:
     """Refuse a share of a side that is not in [0, 1). ValueError, one line."""
-    if isinstance(value, bool) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{key}={value} is a share of the side: give 0 to less than 1")
 
 
 def check_deviation(key: str, value: float) -> None:
     """Refuse a standard deviation that is negative or not finite. ValueError, one line."""
-    if isinstance(value, bool) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{key}={value} is a standard deviation: give 0 or a positive number")
 
 

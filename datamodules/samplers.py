@@ -113,7 +113,8 @@ class TrainLoader(DataLoader):
     batch_size: int
     yielded = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch wants its own iterator class
+    # torch declares an iterator class of its own.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.sampler.skip // self.batch_size
         for number, batch in enumerate(super().__iter__(), start=start + 1):
             self.sampler.skip = 0

@@ -1,6 +1,7 @@
 """What the callbacks show and write beside a run."""
 
 import errno
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from datamodules.two_moons import Points
 from lightning_modules.callbacks.curve import Curve, draw_curve
+from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
@@ -173,6 +176,31 @@ def test_a_model_that_cannot_be_inverted_gets_one_line_and_the_run_goes_on(tmp_p
     assert model.training
 
 
+class NoDensity(Singular):
+    """A density of points that is nowhere a number, and whose inverse does not exist."""
+
+    def log_prob(self, x):
+        return torch.full((len(x),), torch.nan)
+
+    def draw(self, n, temperature, seed):
+        torch.linalg.inv(torch.zeros(2, 2))
+
+    def log(self, name, value, **options):
+        self.logged = {name: value}
+
+
+def test_a_density_that_is_no_number_is_drawn_without_samples(tmp_path, caplog):
+    trainer = trainer_at(5)
+    points = Points(torch.zeros(3, 2))
+    trainer.datamodule = SimpleNamespace(test=points)
+    module = NoDensity()
+    Density2d(tmp_path, n=4, cell=0.5).on_test_epoch_end(trainer, module)
+    assert math.isnan(module.logged["density_integral"])
+    assert (tmp_path / "density.png").stat().st_size > 5000
+    [line] = caplog.messages
+    assert line.startswith("samples cannot be computed: linalg.inv: ")
+
+
 def without_space(monkeypatch):
     """No file can be written any more."""
 
@@ -183,15 +211,19 @@ def without_space(monkeypatch):
 
 
 def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monkeypatch):
-    """For the curve, its picture, and samples."""
+    """So do the curve, its picture, samples, and a density."""
     curve = Curve(tmp_path, 64, 10, [])
     curve.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
     samples = Samples(tmp_path / "samples", [0.7], n=2, every_n_steps=1)
+    density = Density2d(tmp_path, n=4, cell=0.5)
+    tested = trainer_at(5)
+    tested.datamodule = SimpleNamespace(test=Points(torch.zeros(3, 2)))
     without_space(monkeypatch)
     writers = {
         "curve.csv": lambda: curve.on_fit_start(trainer_at(5), None),
         "curve.png": lambda: curve.on_fit_end(trainer_at(5), None),
         "samples": lambda: samples.on_train_end(trainer_at(5), Singular()),
+        "density.png": lambda: density.on_test_epoch_end(tested, NoDensity()),
     }
     for name, write in writers.items():
         with pytest.raises(RunStopped) as stop:

@@ -88,12 +88,13 @@ class Density2d(L.Callback):
         self._draw_points(left, "data", data)
         self._draw_points(middle, "samples", samples)
         self._frame(right, "density")
+        finite = density[np.isfinite(density)]
         right.imshow(
             density,
             origin="lower",
             extent=self.box,
             cmap="viridis",
-            vmax=np.nanquantile(np.nan_to_num(density, posinf=np.nan), 0.999),
+            vmax=np.quantile(finite, 0.999) if finite.size else None,
         )
         write_png(self.path, lambda stream: figure.savefig(stream, dpi=100))
 
