@@ -21,9 +21,9 @@ class Dequantizer(nn.Module, ABC):
 
     noise: which noise `forward` takes, "uniform" on [0, 1) or "normal". The caller draws it.
     kind: what a flow's figure says about the integers. "exact": the noise is uniform, and the
-        figure is the density of dequantised data, as it is compared everywhere. "bound": q(u | q)
-        is learned, and the figure is a variational bound. "noisy": the noise leaves the bin, and
-        the figure bounds nothing (`KINDS` in results/metrics.py).
+        figure is the density of dequantised data, which papers compare. "bound": q(u | q) is
+        learned, and the figure is a variational bound. "noisy": the noise leaves the bin, and the
+        figure bounds nothing (`KINDS` in results/metrics.py).
 
     n_bits: the integers are 0 .. 2^n_bits - 1. ValueError: it is not 1 to 8.
     """

@@ -386,8 +386,8 @@ class DensityModule(OptimizedModule):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context), (B,) nats, of data that need no dequantisation.
 
-        The flow is taken as it is. An estimated log-determinant has the noise of the numbers
-        0 .. B - 1 of the data.
+        It is that of the flow itself, without re-estimated statistics. An estimated log-determinant
+        takes the noise of data whose indices are 0 .. B - 1.
         """
         noise: list[Tensor] = []
         if self.flow.noise_shape is not None:

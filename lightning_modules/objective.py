@@ -33,7 +33,7 @@ class Input(NamedTuple):
 
     @property
     def arguments(self) -> tuple:
-        """What a flow's methods take: x, the context and, where there is some, the noise."""
+        """What a flow's methods take: x, the context and, if it is not None, the noise."""
         if self.noise is None:
             return self.x, self.context
         return self.x, self.context, self.noise
@@ -86,7 +86,7 @@ class Objective(L.LightningModule, ABC):
                         for each metric.
         of              the constructor that a script calls.
 
-    A subclass may define or replace the following. The defaults mean that there is none:
+    A subclass may define or replace the following. The defaults mean "none":
         shape           of one datum; None among its entries is any size. Where it is (C, H, W), x
                         is an image in [0, 1] and pictures are drawn.
         n_bits          of the data's integers; None for real numbers.

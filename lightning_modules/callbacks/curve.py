@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,9 +16,6 @@ from lightning_modules.stopping import writing
 from results import is_number, printed
 from results.files import write
 from results.metrics import Metric
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Row = dict[str, Any]  # a row of curve.csv; None is an empty cell
 
@@ -195,7 +192,10 @@ def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> Non
     values = [row[key] for row in rows[1:] for key in keys if is_number(row[key])]
     paper = next((p for p in papers if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
     if paper is not None:
-        _draw_paper(axes, paper)
+        label = f"paper {printed(paper['value'], paper)}"
+        if not paper["comparable"]:
+            label += " (on other data)"
+        axes.axhline(paper["value"], linestyle="--", color="grey", label=label)
     if values:
         if paper is not None:
             values.append(paper["value"])
@@ -205,10 +205,3 @@ def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> Non
     axes.legend()
     axes.grid(alpha=0.3)
     write_png(path, lambda stream: figure.savefig(stream, dpi=110))
-
-
-def _draw_paper(axes: "Axes", paper: dict[str, Any]) -> None:
-    label = f"paper {printed(paper['value'], paper)}"
-    if not paper["comparable"]:
-        label += " (on other data)"
-    axes.axhline(paper["value"], linestyle="--", color="grey", label=label)

@@ -1,7 +1,7 @@
 """A density in the plane: whether it integrates to 1, and what it looks like."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -14,9 +14,6 @@ from lightning_modules.lightning_internals import datamodule_of
 from lightning_modules.numerics import FAILURES, say_failed
 from lightning_modules.precision import evaluation
 from lightning_modules.stopping import writing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class Density2d(L.Callback):
@@ -85,9 +82,10 @@ class Density2d(L.Callback):
         figure = Figure(figsize=(12, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         left, middle, right = figure.subplots(1, 3, sharex=True, sharey=True)
-        self._draw_points(left, "data", data)
-        self._draw_points(middle, "samples", samples)
-        self._frame(right, "density")
+        for axes, title in ((left, "data"), (middle, "samples"), (right, "density")):
+            axes.set(title=title, aspect="equal", xlim=self.box[:2], ylim=self.box[2:])
+        for axes, points in ((left, data), (middle, samples)):
+            axes.plot(*points.T, ",", color="#204080", alpha=0.5)
         finite = density[np.isfinite(density)]
         right.imshow(
             density,
@@ -97,10 +95,3 @@ class Density2d(L.Callback):
             vmax=np.quantile(finite, 0.999) if finite.size else None,
         )
         write_png(self.path, lambda stream: figure.savefig(stream, dpi=100))
-
-    def _draw_points(self, axes: "Axes", title: str, points: np.ndarray) -> None:
-        self._frame(axes, title)
-        axes.plot(*points.T, ",", color="#204080", alpha=0.5)
-
-    def _frame(self, axes: "Axes", title: str) -> None:
-        axes.set(title=title, aspect="equal", xlim=self.box[:2], ylim=self.box[2:])

@@ -188,8 +188,8 @@ def check_temperatures(temperatures: Sequence[float]) -> None:
     is_list = isinstance(temperatures, Sequence) and not isinstance(temperatures, str)
     if not is_list or not temperatures or not all(is_number(t) and t >= 0 for t in temperatures):
         raise ValueError(
-            f"samples.temperatures={temperatures} is no list of numbers of at least 0: "
-            "give for example samples.temperatures=[0.7,1.0]"
+            f"samples.temperatures={temperatures} is no list of numbers that are not negative: "
+            "give at least 1, for example samples.temperatures=[0.7]"
         )
 
 
