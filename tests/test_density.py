@@ -774,7 +774,7 @@ def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
     """`make_trainer` turns inference mode off, and the means of a test keep no graph."""
     data = RandomImages()
     module = density(ByAutograd())
-    config = compose("realnvp_cifar10", [*TINY, "logger.name=none", f"run_dir={tmp_path}"])
+    config = compose("realnvp_cifar10", [*TINY, f"run_dir={tmp_path}"])
     seen = Seen()
     trainer = experiment.make_trainer(config, module, seen)
     [tested] = trainer.test(module, data, verbose=False)

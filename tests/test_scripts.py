@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "trainer.devices=foo"], "foo"),
         (["preset=demo", "trainer.limit_test_batches=0"], "tests nothing"),
         (["preset=demo", "ema.decay=abc"], "ema.decay=abc"),
-        (["preset=demo", "optim.betas=[0.9]"], "two numbers"),
+        (["preset=demo", "optim.betas=[0.9]"], "optim.betas=[0.9]"),
         (["preset=demo", "optim.clip_norm=-1"], "optim.clip_norm=-1"),
         (["preset=demo", "data.n_val=-1"], "data.n_val=-1"),
         (["preset=cpu", "data.name=two_moons"], "images (C, H, W)"),
