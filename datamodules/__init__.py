@@ -1,4 +1,10 @@
-"""Datamodules: integers out, stateless order. They know n_bits, the shape of one datum and how to dequantise it."""
+"""Data sets as Lightning datamodules, whose order depends on the seed alone.
+
+Batches hold integers where the data are images. A datamodule knows the shape of one datum, the
+number of bits and how the integers are dequantised.
+"""
+
+from typing import Any
 
 from datamodules.cifar10 import CIFAR10
 from datamodules.photos import Photos
@@ -12,6 +18,16 @@ DATA: dict[str, type[StatelessDataModule]] = {
 }
 
 
-def make_data(name: str, seed: int, **arguments) -> StatelessDataModule:
-    """The datamodule called `name`, e.g. make_data("cifar10", seed=0, root="data", batch_size=64, ...)."""
+def make_data(name: str, seed: int, **arguments: Any) -> StatelessDataModule:
+    """Make the datamodule called `name`, one of the keys of `DATA`.
+
+    arguments: those of its constructor. ValueError, one line: one of them is out of its range.
+
+    >>> data = make_data("two_moons", seed=0, batch_size=100, n_train=1000)
+    >>> data.shape
+    (2,)
+    >>> data.setup()
+    >>> data.n_train
+    1000
+    """
     return DATA[name](seed=seed, **arguments)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.checks import check_count, check_share, expanded
 from datamodules.dequantization import UniformDequantizer
 from datamodules.images import ImageArray
+from datamodules.samplers import check_batch_size
 from datamodules.stateless import StatelessDataModule
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"
 TRAIN_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -21,21 +24,29 @@ TRAIN_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 TEST_MD5 = {"test_batch": "40351d587109b95175f43aff81a1287e"}
-SPLIT_SEED = 0  # the validation split is the same in every run, whatever its seed
+N_IMAGES = 50_000  # that are not for the test
+SPLIT_SEED = 0  # the validation split is the same in every run, whatever the run's seed
 
 
 class CIFAR10(StatelessDataModule):
-    """50,000 training and 10,000 test images, 3x32x32, uint8.
+    """50,000 training and 10,000 test images, (3, 32, 32), uint8, of ten classes.
 
-    root: the folder that holds cifar-10-batches-py/ (or the archive cifar-10-python.tar.gz, which is then unpacked).
-    n_val: images of the training set held out for validation, a split of our own (the authors publish none); 0 for
-    a final run on all 50,000. hflip: horizontal flips in training (Dinh et al. 2017, section 4.1).
-    download: fetch the official archive where the files are missing. n_bits: the most significant ones are kept.
-    shift: the largest shift along each axis in training, as a share of the side (openai/glow, --dal 1: 0.1).
-    labels: batches are (image, index, label), with the number of the class among `class_names`.
+    root: the folder that holds cifar-10-batches-py/, or the archive cifar-10-python.tar.gz, which
+        is then unpacked. `~` is the home folder.
+    n_val: training images that are held out for validation. This split is our own, since the
+        authors publish none; 0 for a final run on all 50,000.
+    hflip: whether half of the training images are mirrored (Dinh et al. 2017, section 4.1).
+    download: whether to fetch the official archive where the files are missing.
+    n_bits: how many bits of a pixel are kept, the most significant ones.
+    shift: the largest shift along each axis in training, as a share of the side (openai/glow,
+        --dal 1: 0.1).
+    labels: whether batches are (image, index, label), with the class's number in `class_names`.
+    The other arguments are those of `StatelessDataModule`. ValueError, one line: a value is out of
+    its range.
     """
 
     shape = (3, 32, 32)
+    n_bits: int
     n_classes = 10
     class_names = (
         "airplane",
@@ -52,84 +63,114 @@ class CIFAR10(StatelessDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         batch_size: int,
-        n_val=5000,
-        hflip=True,
-        download=True,
-        num_workers=0,
-        micro_batch=None,
-        seed=0,
-        n_bits=8,
-        shift=0.0,
-        labels=False,
+        n_val: int = 5000,
+        hflip: bool = True,
+        download: bool = True,
+        num_workers: int = 0,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        n_bits: int = 8,
+        shift: float = 0.0,
+        labels: bool = False,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
-        if not 0 <= shift < 1:
-            raise ValueError(f"data.shift={shift} is a share of the side: give 0 to less than 1")
-        self.root, self.n_val, self.hflip, self.download = Path(root), n_val, hflip, download
-        self.n_bits, self.dequantizer = n_bits, UniformDequantizer(n_bits)
-        self.shift, self.labels = shift, labels
+        self.dequantizer = UniformDequantizer(n_bits)
+        check_share("data.shift", shift)
+        check_batch_size(batch_size, N_IMAGES)
+        check_count("data.n_val", n_val, least=0, most=N_IMAGES - batch_size)
+        self.root = expanded("data.root", root)
+        self.n_val = n_val
+        self.hflip = hflip
+        self.download = download
+        self.n_bits = n_bits
+        self.shift = shift
+        self.labels = labels
 
     def prepare_data(self) -> None:
-        """Have the pickles under `root`: as they are, from the archive beside them, or from the official host."""
+        """Make sure that the pickles are under `root`.
+
+        They are taken as they are, from the archive beside them, or from the official host. Nothing
+        is looked for once the images are in memory: a test at the end of a run needs no files.
+        FileNotFoundError, one line: they are missing.
+        """
+        if hasattr(self, "test"):
+            return
         if all((self.root / FOLDER / name).is_file() for name in TRAIN_MD5 | TEST_MD5):
             return
-        from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+        from torchvision.datasets.utils import check_integrity, extract_archive
 
         archive = self.root / ARCHIVE
-        place = f"put {ARCHIVE} (md5 {ARCHIVE_MD5}, any mirror's copy) into {self.root}/"
         if not check_integrity(str(archive), ARCHIVE_MD5):
-            if not self.download:
-                other = "give another data.root, or data.download=true"
-                raise FileNotFoundError(
-                    f"CIFAR-10 is not in data.root={self.root}: {place}, {other}"
-                )
-            print(
-                f"Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). Faster: {place}",
-                flush=True,
-            )
-            try:
-                if archive.exists():  # broken off, or not the official one: kept aside
-                    archive.replace(archive.with_name(f"{ARCHIVE}.bad"))
-                download_url(URL, str(self.root), ARCHIVE, ARCHIVE_MD5)
-            except (OSError, RuntimeError) as error:
-                raise FileNotFoundError(
-                    f"CIFAR-10 could not be downloaded from {URL} ({error}): {place}"
-                ) from error
+            self._fetch(archive)
         extract_archive(str(archive), str(self.root))
 
-    def setup(self, stage: str | None = None) -> None:
-        if not 0 <= self.n_val <= 50_000 - self.batch_size:
-            raise ValueError(
-                f"data.n_val={self.n_val} leaves no training batch: give 0 to {50_000 - self.batch_size}"
+    def _fetch(self, archive: Path) -> None:
+        """Download the archive. FileNotFoundError, one line: it may not or could not be."""
+        from torchvision.datasets.utils import download_url
+
+        advice = f"put {ARCHIVE} (md5 {ARCHIVE_MD5}, any mirror's copy) into {self.root}/"
+        if not self.download:
+            raise FileNotFoundError(
+                f"CIFAR-10 is not in data.root={self.root}: {advice}, "
+                "give another data.root, or data.download=true"
             )
+        print(
+            "Downloading CIFAR-10 (170 MB; the official host is slow, about an hour). "
+            f"Faster: {advice}",
+            flush=True,
+        )
+        try:
+            if archive.exists():  # an incomplete download or another file, which is kept
+                archive.replace(archive.with_name(f"{ARCHIVE}.bad"))
+            download_url(URL, str(self.root), ARCHIVE, ARCHIVE_MD5)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"CIFAR-10 could not be downloaded from {URL} ({error}): {advice}"
+            ) from error
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all images into memory, once. ValueError or FileNotFoundError, one line."""
         if hasattr(self, "test"):
             return
         images, labels = self._read_all(TRAIN_MD5)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-        train, val = np.sort(order[self.n_val :]), np.sort(order[: self.n_val])
-        self.train = self._images(
-            images[train], labels[train], seed=self.seed, hflip=self.hflip, shift=self.shift
+        val = np.sort(order[: self.n_val])
+        train = np.sort(order[self.n_val :])
+        self.train = ImageArray(
+            images[train],
+            seed=self.seed,
+            hflip=self.hflip,
+            shift=self.shift,
+            n_bits=self.n_bits,
+            labels=self._kept(labels[train]),
         )
-        self.val = self._images(images[val], labels[val])
-        self.test = self._images(*self._read_all(TEST_MD5))
+        self.val = self._fixed(images[val], labels[val])
+        self.test = self._fixed(*self._read_all(TEST_MD5))
 
-    def _images(self, images: np.ndarray, labels: np.ndarray, **augmentation) -> ImageArray:
-        return ImageArray(
-            images, n_bits=self.n_bits, labels=labels if self.labels else None, **augmentation
-        )
+    def _fixed(self, images: np.ndarray, labels: np.ndarray) -> ImageArray:
+        """Images that are not augmented."""
+        return ImageArray(images, n_bits=self.n_bits, labels=self._kept(labels))
+
+    def _kept(self, labels: np.ndarray) -> np.ndarray | None:
+        return labels if self.labels else None
 
     def _read_all(self, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        """The images of several pickles, (N, 3, 32, 32) uint8, and their classes, (N,)."""
         images, labels = zip(*(self._read(name, md5) for name, md5 in files.items()), strict=True)
         return np.concatenate(images), np.concatenate(labels)
 
     def _read(self, name: str, md5: str) -> tuple[np.ndarray, list[int]]:
-        """One pickle's images, (N, 3, 32, 32) uint8, and their classes. The md5 also makes unpickling safe."""
+        """The images of one pickle, (N, 3, 32, 32) uint8, and their classes.
+
+        The md5 also makes unpickling safe: only the official content is unpickled.
+        """
         path = self.root / FOLDER / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"CIFAR-10 is not in {path.parent}: set data.root to the folder that holds {FOLDER}/"
+                f"CIFAR-10 is not in {path.parent}: "
+                f"set data.root to the folder that holds {FOLDER}/"
             )
         content = path.read_bytes()
         if hashlib.md5(content).hexdigest() != md5:

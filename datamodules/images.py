@@ -1,16 +1,36 @@
 """Images in memory, augmented as functions of (seed, epoch, index)."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+Item = tuple[Tensor, int] | tuple[Tensor, int, int]  # image, index and, with labels, the class
 
-class ImageArray(Dataset):
-    """8-bit images (N, C, H, W), uint8; item (epoch, index) is (image of n_bits, index) or (image, index, label).
 
-    hflip: half of the images are mirrored. shift: the largest shift along each axis, as a share of the side. n_bits:
-    the most significant ones are kept, after the shift, which interpolates 8 bits (openai/glow). labels: (N,) or None.
+class Draws(NamedTuple):
+    """The random numbers of one epoch, for N images.
+
+    flips: (N,) bool, whether an image is mirrored. shifts: (N, 2), in pixels down and to the right.
+    """
+
+    epoch: int
+    flips: np.ndarray
+    shifts: np.ndarray
+
+
+class ImageArray(Dataset[Item]):
+    """Images in memory; item (epoch, index) is (image, index), with labels (image, index, label).
+
+    images: (N, C, H, W), uint8. An item's image is (C, H, W), uint8, of n_bits.
+    seed: of flips and shifts. hflip: whether half of the images are mirrored.
+    shift: the largest shift along each axis, as a share of the side.
+    n_bits: how many bits are kept, the most significant ones. They are taken after the shift, which
+        interpolates 8 bits (openai/glow).
+    labels: the classes, (N,), or None.
     """
 
     def __init__(
@@ -18,51 +38,58 @@ class ImageArray(Dataset):
         images: np.ndarray,
         seed: int = 0,
         hflip: bool = False,
-        shift=0.0,
-        n_bits=8,
-        labels=None,
+        shift: float = 0.0,
+        n_bits: int = 8,
+        labels: np.ndarray | Sequence[int] | None = None,
     ) -> None:
-        self.images, self.seed, self.hflip, self.shift, self.n_bits = (
-            images,
-            seed,
-            hflip,
-            shift,
-            n_bits,
-        )
+        self.images = images
+        self.seed = seed
+        self.hflip = hflip
+        self.shift = shift
+        self.n_bits = n_bits
         self.labels = labels
-        self._draws: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
+        self._draws: Draws | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        flips, shifts = self._drawn(epoch)
-        image = shifted(self.images[index], shifts[index]) if self.shift else self.images[index]
-        image = torch.from_numpy(image >> (8 - self.n_bits))
-        image = image.flip(-1) if self.hflip and flips[index] else image
-        return (image, index) if self.labels is None else (image, index, int(self.labels[index]))
+        draws = self._draws_of(epoch)
+        pixels = self.images[index]
+        if self.shift:
+            pixels = shifted(pixels, draws.shifts[index])
+        image = torch.from_numpy(pixels >> (8 - self.n_bits))
+        if self.hflip and draws.flips[index]:
+            image = image.flip(-1)
+        if self.labels is None:
+            return image, index
+        return image, index, int(self.labels[index])
 
-    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whether to flip (N,) and how far to shift (N, 2) in pixels, from two streams: neither moves the other."""
-        if self._draws[0] != epoch:
+    def _draws_of(self, epoch: int) -> Draws:
+        """The draws of an epoch: flips and shifts, each from a stream of its own."""
+        if self._draws is None or self._draws.epoch != epoch:
             flips = np.random.default_rng([self.seed, epoch, 1]).random(len(self)) < 0.5
             shares = np.random.default_rng([self.seed, epoch, 2]).uniform(
                 -self.shift, self.shift, (len(self), 2)
             )
-            self._draws = (epoch, flips, shares * self.images.shape[-2:])
-        return self._draws[1:]
+            self._draws = Draws(epoch, flips, shares * self.images.shape[-2:])
+        return self._draws
 
 
-def shifted(image: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """An image (C, H, W) uint8, moved `by` pixels (down, right): linear interpolation, edges repeated, floor.
+def shifted(image: np.ndarray, by: np.ndarray | tuple[float, float]) -> np.ndarray:
+    """Move an image (C, H, W), uint8, by (down, right) pixels.
 
-    As openai/glow's --dal 1 (keras 2.2.0, then `x_to_uint8`). Interpolation returns float32, as theirs does: the
-    weights' sum may fall short of 1 by 1e-16, and floor would take a level off even areas in float64.
+    Linear interpolation, edges repeated, and the fraction cut off, as openai/glow's `--dal 1` does
+    (keras 2.2.0, then `x_to_uint8`). Like theirs, the interpolation returns float32: in float64 the
+    sum of the weights may fall short of 1 by 1e-16, and cutting the fraction off would then lower
+    even areas by one level.
+
+    >>> shifted(np.array([[[0, 100, 200]]], dtype=np.uint8), by=(0, 1)).tolist()
+    [[[0, 0, 100]]]
     """
     from scipy.ndimage import shift
 
-    planes = [
-        shift(plane, by, np.float32, order=1, mode="nearest") for plane in image
-    ]  # half the time of one 3-D call
-    return np.stack(planes).astype(np.uint8)  # floors what is not negative
+    # Plane by plane takes half the time of one three-dimensional call.
+    planes = [shift(plane, by, np.float32, order=1, mode="nearest") for plane in image]
+    return np.stack(planes).astype(np.uint8)

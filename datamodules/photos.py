@@ -1,139 +1,189 @@
-"""Crops of the colour photographs that ship inside scikit-image and scikit-learn: real images without a download."""
+"""Crops of the colour photographs inside scikit-image and scikit-learn.
+
+They are real images that need no download.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.checks import check_count, check_memory
 from datamodules.dequantization import UniformDequantizer
-from datamodules.images import ImageArray
+from datamodules.images import ImageArray, Item
+from datamodules.samplers import check_batch_size
 from datamodules.stateless import StatelessDataModule
 
 # Columns of every photograph, as fractions of its width: the splits share no pixel.
 REGIONS = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
+LARGEST_SIZE = 67  # columns of the narrowest region, that of the cat for validation
+DRAW_BYTES = 32  # of a training crop: its place in the order, its position and its flip
+NAMES = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 
 
 def photographs() -> list[np.ndarray]:
-    """Seven photographs, (H, W, 3) uint8, from 300x451 to 500x741."""
+    """Read the seven photographs of NAMES: (H, W, 3), uint8, from 300x451 to 500x741."""
     import skimage.data
     import sklearn.datasets
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
-    photos = [getattr(skimage.data, name)() for name in names] + [
-        skimage.data.stereo_motorcycle()[0]
-    ]
+    photos = [getattr(skimage.data, name)() for name in names]
+    photos.append(skimage.data.stereo_motorcycle()[0])
     return photos + sklearn.datasets.load_sample_images().images
 
 
 def region(photo: np.ndarray, split: str) -> np.ndarray:
-    """The columns of a photograph that belong to a split."""
-    start, stop = (round(f * photo.shape[1]) for f in REGIONS[split])
+    """The columns of a photograph (H, W, 3) that belong to a split, a key of REGIONS.
+
+    >>> region(np.zeros((300, 100, 3)), "val").shape
+    (300, 15, 3)
+    """
+    start, stop = (round(fraction * photo.shape[1]) for fraction in REGIONS[split])
     return photo[:, start:stop]
 
 
-class Crops(Dataset):
-    """n crops an epoch, size x size, uniform over all positions; each is a function of (seed, epoch, index).
+class Draws(NamedTuple):
+    """The random numbers of one epoch, for n crops.
 
-    Items are (crop, index), with `labels` (crop, index, number of the photograph).
+    positions: (n,), numbers of positions, counted through all photographs. flips: (n,) bool.
+    """
+
+    epoch: int
+    positions: np.ndarray
+    flips: np.ndarray
+
+
+class Crops(Dataset[Item]):
+    """n crops an epoch, size x size, uniform over all positions in the photographs.
+
+    Item (epoch, index) is (crop, index), or with `labels` (crop, index, number of the photograph).
+    A crop, (3, size, size), uint8, is a function of (seed, epoch, index).
+
+    photos: arrays (H, W, 3), uint8. hflip: whether half of the crops are mirrored.
     """
 
     def __init__(
         self, photos: list[np.ndarray], n: int, size: int, seed: int, hflip: bool, labels: bool
     ) -> None:
-        self.photos, self.n, self.size, self.seed, self.hflip, self.labels = (
-            photos,
-            n,
-            size,
-            seed,
-            hflip,
-            labels,
-        )
+        self.photos = photos
+        self.n = n
+        self.size = size
+        self.seed = seed
+        self.hflip = hflip
+        self.labels = labels
         self.positions = np.array(
             [(p.shape[0] - size + 1) * (p.shape[1] - size + 1) for p in photos]
         )
-        self._epoch: tuple[int, np.ndarray | None, np.ndarray | None] = (-1, None, None)
+        self._draws: Draws | None = None
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        if self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, 1])
-            self._epoch = (
-                epoch,
-                rng.integers(self.positions.sum(), size=self.n),
-                rng.random(self.n) < 0.5,
-            )
-        position = self._epoch[1][index]
-        number = int(np.searchsorted(self.positions.cumsum(), position, side="right"))
-        photo = self.photos[number]
-        row, column = divmod(
-            int(position - self.positions[:number].sum()), photo.shape[1] - self.size + 1
-        )
-        crop = photo[row : row + self.size, column : column + self.size]
-        if self.hflip and self._epoch[2][index]:
+        draws = self._draws_of(epoch)
+        number, row, column = self._place(int(draws.positions[index]))
+        crop = self.photos[number][row : row + self.size, column : column + self.size]
+        if self.hflip and draws.flips[index]:
             crop = crop[:, ::-1]
         image = torch.from_numpy(crop.transpose(2, 0, 1).copy())
-        return (image, index, number) if self.labels else (image, index)
+        if self.labels:
+            return image, index, number
+        return image, index
+
+    def _draws_of(self, epoch: int) -> Draws:
+        if self._draws is None or self._draws.epoch != epoch:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            positions = rng.integers(self.positions.sum(), size=self.n)
+            self._draws = Draws(epoch, positions, rng.random(self.n) < 0.5)
+        return self._draws
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """The number of the photograph, the row and the column of a position."""
+        number = int(np.searchsorted(self.positions.cumsum(), position, side="right"))
+        columns = self.photos[number].shape[1] - self.size + 1
+        row, column = divmod(position - int(self.positions[:number].sum()), columns)
+        return number, row, column
 
 
 class Photos(StatelessDataModule):
-    """The embedded default: no download, no network; splits are disjoint regions of the same photographs.
+    """Random crops of seven photographs; the splits are disjoint regions of the same photographs.
 
-    size: of a crop in pixels. n_train, n_val, n_test: crops an epoch; those for val and test are always the same.
-    n_bits: the most significant ones are kept. labels: batches also hold which photograph a crop is of.
+    size: the side of a crop, in pixels.
+    n_train, n_val, n_test: crops an epoch; those of validation and test are always the same.
+    hflip: whether half of the training crops are mirrored.
+    n_bits: how many bits of a pixel are kept, the most significant ones.
+    labels: whether batches also hold the number of the photograph that a crop is of.
+    The other arguments are those of `StatelessDataModule`. ValueError, one line: a value is out of
+    its range.
     """
 
-    n_classes = 7
-    class_names = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
+    n_bits: int
+    n_classes = len(NAMES)
+    class_names = NAMES
 
     def __init__(
         self,
         batch_size: int,
-        size=32,
-        n_train=10_000,
-        n_val=500,
-        n_test=1000,
-        hflip=True,
-        num_workers=0,
-        micro_batch=None,
-        seed=0,
-        n_bits=8,
-        labels=False,
+        size: int = 32,
+        n_train: int = 10_000,
+        n_val: int = 500,
+        n_test: int = 1000,
+        hflip: bool = True,
+        num_workers: int = 0,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        n_bits: int = 8,
+        labels: bool = False,
     ) -> None:
         super().__init__(batch_size, micro_batch, num_workers, seed)
-        if min(n_val, n_test) < 0:
-            raise ValueError(
-                f"data.n_val={n_val}, data.n_test={n_test}: numbers of crops are not negative"
-            )
-        self.shape, self.n_bits, self.dequantizer = (
-            (3, size, size),
-            n_bits,
-            UniformDequantizer(n_bits),
+        self.dequantizer = UniformDequantizer(n_bits)
+        check_size(size, LARGEST_SIZE)
+        check_count("data.n_train", n_train, least=1)
+        check_count("data.n_val", n_val, least=0)
+        check_count("data.n_test", n_test, least=1)
+        crop_bytes = 3 * size**2
+        check_memory(
+            f"data.n_train={n_train} data.n_val={n_val} data.n_test={n_test}",
+            DRAW_BYTES * n_train + 2 * crop_bytes * (n_val + n_test),
         )
+        check_batch_size(batch_size, n_train)
+        self.shape = (3, size, size)
+        self.n_bits = n_bits
         self.sizes = {"train": n_train, "val": n_val, "test": n_test}
-        self.size, self.hflip, self.labels = size, hflip, labels
+        self.size = size
+        self.hflip = hflip
+        self.labels = labels
 
     def setup(self, stage: str | None = None) -> None:
-        photos = [
-            photo >> (8 - self.n_bits) for photo in photographs()
-        ]  # crops and flips move pixels only
-        widest = min(region(p, split).shape[1] for p in photos for split in REGIONS)
-        if not 1 <= self.size <= widest:
-            raise ValueError(
-                f"data.size={self.size} does not fit the photographs' regions: give 1 to {widest}"
-            )
-        parts = {split: [region(p, split) for p in photos] for split in REGIONS}
+        """Read the photographs, and cut out the crops of validation and test."""
+        # Bits can be taken here, since crops and flips move pixels only.
+        photos = [photo >> (8 - self.n_bits) for photo in photographs()]
+        parts = {split: [region(photo, split) for photo in photos] for split in REGIONS}
+        check_size(self.size, min(part.shape[1] for split in REGIONS for part in parts[split]))
         self.train = Crops(
             parts["train"], self.sizes["train"], self.size, self.seed, self.hflip, self.labels
         )
-        self.val, self.test = (
-            self._fixed(parts[split], self.sizes[split]) for split in ("val", "test")
-        )
+        self.val = self._fixed(parts["val"], self.sizes["val"])
+        self.test = self._fixed(parts["test"], self.sizes["test"])
 
     def _fixed(self, photos: list[np.ndarray], n: int) -> ImageArray:
+        """n crops of the regions in memory, the same for every seed."""
         crops = Crops(photos, n, self.size, seed=0, hflip=False, labels=True)
-        items = [crops[0, i] for i in range(n)]
-        images = np.array([image.numpy() for image, *_ in items], np.uint8).reshape(n, *self.shape)
-        return ImageArray(images, labels=[number for *_, number in items] if self.labels else None)
+        images = np.empty((n, *self.shape), np.uint8)
+        numbers = np.empty(n, int)
+        for index in range(n):
+            image, _, *labels = crops[0, index]
+            images[index] = image.numpy()
+            numbers[index] = labels[0]
+        return ImageArray(images, labels=numbers if self.labels else None)
+
+
+def check_size(size: int, largest: int) -> None:
+    """Refuse a size of crops that does not fit the photographs' regions. ValueError, one line."""
+    is_whole = isinstance(size, int) and not isinstance(size, bool)
+    if not is_whole or not 1 <= size <= largest:
+        raise ValueError(
+            f"data.size={size} does not fit the photographs' regions: give 1 to {largest}"
+        )

@@ -1,29 +1,58 @@
-"""Order as a function of (seed, epoch), so that a killed run goes on with exactly the batches it lacks."""
+"""The order of data as a function of (seed, epoch).
+
+A run that was killed therefore goes on with exactly the batches that it lacks.
+"""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+Key = tuple[int, int]  # (epoch, index), what a data set is asked for
+
 
 def n_micro_batches(batch_size: int, micro_batch: int | None, world_size: int) -> int:
-    """Batches that a process accumulates in an optimizer step. ValueError: they would be uneven."""
+    """The number of batches that a process accumulates in an optimizer step.
+
+    batch_size: of a step, over all `world_size` processes. micro_batch: data that a process holds
+    at once; None: all of its share. ValueError, one line: the micro-batches would be uneven.
+
+    >>> n_micro_batches(batch_size=64, micro_batch=8, world_size=2)
+    4
+    """
     local = batch_size // world_size
     if micro_batch is None or micro_batch >= local:
         return 1
     if micro_batch < 1 or local % micro_batch:
         raise ValueError(
-            f"data.micro_batch={micro_batch} does not divide the {local} items that a process has a step"
+            f"data.micro_batch={micro_batch} does not divide the {local} items "
+            "that a process has in a step"
         )
     return local // micro_batch
 
 
-class TrainSampler(Sampler):
-    """Yields this rank's (epoch, index) pairs in an order that is a function of (seed, epoch).
+def check_batch_size(batch_size: int, n: int) -> None:
+    """Refuse a batch size that does not fit n training items. ValueError, one line."""
+    is_whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not is_whole or not 1 <= batch_size <= n:
+        raise ValueError(
+            f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}"
+        )
 
-    The order is cut into global batches of `batch_size` (the incomplete last one is dropped); of each, a rank takes
-    its contiguous slice. So one process with 64 and two with 32, whole or in micro-batches, see the same images in the
-    same steps.
+
+class TrainSampler(Sampler[Key]):
+    """Yields the (epoch, index) pairs of this rank, in an order given by seed and epoch alone.
+
+    The order is cut into global batches of `batch_size`; an incomplete last one is dropped. Each
+    rank takes its contiguous slice of every batch. So one process with batches of 64 and two with
+    32, whole or in micro-batches, see the same images in the same steps.
+
+    n: the number of training items. ValueError, one line: the batch size does not fit.
+
+    >>> sampler = TrainSampler(n=10, batch_size=4, seed=0)
+    >>> len(list(sampler))
+    8
     """
 
     def __init__(
@@ -31,32 +60,37 @@ class TrainSampler(Sampler):
     ) -> None:
         if batch_size % world_size:
             raise ValueError(
-                f"data.batch_size={batch_size} is the global batch: give a multiple of {world_size} processes"
+                f"data.batch_size={batch_size} is the global batch: "
+                f"give a multiple of {world_size} processes"
             )
-        if not 1 <= batch_size <= n:
-            raise ValueError(
-                f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}"
-            )
-        self.n, self.batch_size, self.seed, self.rank = n, batch_size, seed, rank
+        check_batch_size(batch_size, n)
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
         self.local = batch_size // world_size
-        self.epoch, self.skip = 0, 0  # skip: items of the epoch that a resumed run has seen
+        self.epoch = 0
+        self.skip = 0  # items of the epoch that a resumed run has already seen
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
+        """Choose the epoch whose order is yielded. Lightning calls it before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.n // self.batch_size * self.local
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         batches = order[: self.n // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
         mine = batches[:, self.rank * self.local : (self.rank + 1) * self.local].reshape(-1)
         return ((self.epoch, int(index)) for index in mine[self.skip :])
 
 
-class EvalSampler(Sampler):
-    """Yields (0, index) for every world_size-th index: shards without padding, so that no image counts twice."""
+class EvalSampler(Sampler[Key]):
+    """Yields (0, index) for every world_size-th index.
+
+    The shards of the ranks are not padded to equal size, so no image counts twice.
+    """
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, n, world_size)
@@ -64,19 +98,23 @@ class EvalSampler(Sampler):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         return ((0, index) for index in self.indices)
 
 
 class TrainLoader(DataLoader):
-    """A DataLoader that Lightning can checkpoint: its whole state is the number of batches yielded in this epoch.
+    """A DataLoader that Lightning can checkpoint.
 
-    Rank-independent on purpose, since Lightning stores rank 0's state for all.
+    Its whole state is the number of batches that it has yielded in this epoch. That number is equal
+    on all ranks, as it has to be: Lightning stores the state of rank 0 for all of them.
     """
 
+    sampler: TrainSampler
+    batch_size: int
     yielded = 0
 
-    def __iter__(self):
+    # torch declares an iterator class of its own.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.sampler.skip // self.batch_size
         for number, batch in enumerate(super().__iter__(), start=start + 1):
             self.sampler.skip = 0
@@ -84,7 +122,10 @@ class TrainLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
+        """The number of batches that were yielded in this epoch; 0 at its end."""
         return {"batch": self.yielded % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.yielded, self.sampler.skip = state["batch"], state["batch"] * self.batch_size
+        """Go on behind the batches that the state counts."""
+        self.yielded = state["batch"]
+        self.sampler.skip = state["batch"] * self.batch_size

@@ -1,46 +1,75 @@
 """Adamax over all weights at once."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 class Adamax(torch.optim.Adamax):
-    """torch.optim.Adamax (Kingma & Ba 2015, algorithm 2) on one vector of all weights: a dozen operations a step.
+    """torch.optim.Adamax (Kingma & Ba 2015, algorithm 2) on one vector of all weights.
 
-        m = m + (1 - beta1) (g - m),   u = max(beta2 u, |g| + eps),   w = w - lr / (1 - beta1^t) m / u
+        m = m + (1 - beta1) (g - m)
+        u = max(beta2 u, |g| + eps)
+        w = w - lr / (1 - beta1^t) m / u
 
-    torch's own makes ten operations for every weight, and knows no `found_inf`: a tensor that tells a step on the
-    device, as in torch's fused optimizers, to leave weights and moments as they are (u is at least eps then).
-    Checkpoints are torch's. One group of weights, of one dtype and on one device; those without a gradient are left
-    out, in every step the same.
+    A step takes a dozen operations. torch's own takes ten for every weight, and it knows no
+    `found_inf`: a tensor by which, as in torch's fused optimizers, a step can be told on the device
+    to leave weights and moments as they are. (u is then at least eps.)
+
+    Checkpoints are torch's. There is one group of weights, of one dtype and on one device. Weights
+    without a gradient are left out; they have to be the same ones in every step.
+
+    params: the weights. lr: the learning rate. betas, eps: as above. weight_decay: this times the
+    weights is added to the gradient.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = Adamax([weight], lr=0.1)
+    >>> weight.grad = torch.tensor([3.0, -5.0])
+    >>> _ = optimizer.step()
+    >>> weight.detach()
+    tensor([ 0.9000, -1.9000])
     """
 
-    def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
         self._forget()
 
     def _forget(self) -> None:
-        """What lies beside torch's state, and follows from it."""
+        """Empty what is kept beside torch's state; the first step makes it again."""
         self.found_inf: Tensor | None = None
         self._weights: list[Tensor] = []  # those with gradients
-        self._moments: dict[str, Tensor] = {}  # of them, vectors; the entries of `state` are views
-        self._grad, self._grads = torch.empty(0), []  # a vector and its views
+        self._moments: dict[str, Tensor] = {}  # their moments as vectors; `state` holds views
+        self._grad = torch.empty(0)  # their gradients as one vector
+        self._grads: list[Tensor] = []  # views of it, one a weight
 
-    def __setstate__(self, state: dict) -> None:
-        """A copy, or a checkpoint that is loaded."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a checkpoint that is loaded."""
         super().__setstate__(state)
         self._forget()
 
-    def state_dict(self) -> dict:
-        """torch's counts in place, weight by weight: each gets a count of its own."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's Adamax has it.
+
+        Every weight gets a count of steps of its own, since torch adds to each of them in place.
+        """
         state = super().state_dict()
         state["state"] = {
             i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()
         }
         return state
 
-    def add_param_group(self, param_group: dict) -> None:
-        """ValueError: there is one."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group of weights. ValueError, one line: there is one already."""
         if self.param_groups:
             raise ValueError(
                 "Adamax takes one group of weights: use torch.optim.Adamax for several"
@@ -48,12 +77,16 @@ class Adamax(torch.optim.Adamax):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights; return what `closure` returns, the loss, or None.
+
+        ValueError, one line: other weights than in the first step have a gradient.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        (group,) = self.param_groups  # `add_param_group` refuses more
+        (group,) = self.param_groups
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return loss
@@ -61,21 +94,26 @@ class Adamax(torch.optim.Adamax):
             self._flatten(weights)
         if [id(p) for p in weights] != [id(p) for p in self._weights]:
             raise ValueError(
-                "Adamax: other weights than in the first step have a gradient now; use torch.optim.Adamax"
+                "Adamax: other weights than in the first step have a gradient now; "
+                "use torch.optim.Adamax"
             )
         torch._foreach_copy_(self._grads, [p.grad for p in weights])
         if group["weight_decay"]:
             torch._foreach_add_(self._grads, weights, alpha=group["weight_decay"])
-        self._update(self._grad, *group["betas"], group["lr"], group["eps"])
+        beta1, beta2 = group["betas"]
+        self._update(self._grad, beta1, beta2, group["lr"], group["eps"])
         torch._foreach_sub_(weights, self._grads)
         return loss
 
     def _update(self, grad: Tensor, beta1: float, beta2: float, lr: float, eps: float) -> None:
-        """Move the moments, and put into `grad` what is to be taken from the weights."""
-        step, exp_avg, exp_inf = (self._moments[name] for name in ("step", "exp_avg", "exp_inf"))
-        taken = torch.ones_like(step) if self.found_inf is None else (self.found_inf == 0).to(step)
+        """Update the moments, and put into `grad` what is to be subtracted from the weights."""
+        step = self._moments["step"]
+        exp_avg = self._moments["exp_avg"]
+        exp_inf = self._moments["exp_inf"]
+        taken = torch.ones_like(step)
         if self.found_inf is not None:
-            grad.masked_fill_(taken == 0, 0)  # 0 times NaN is NaN
+            taken = (self.found_inf == 0).to(step)
+            grad.masked_fill_(taken == 0, 0)  # a factor of 0 would not do: 0 times NaN is NaN
         step += taken
         rate = taken * lr / (1 - beta1 ** step.clamp(min=1))
         exp_avg.lerp_(grad, ((1 - beta1) * taken).to(grad.dtype))
@@ -84,10 +122,11 @@ class Adamax(torch.optim.Adamax):
         torch.div(exp_avg, exp_inf, out=grad).mul_(rate.to(grad.dtype))
 
     def _flatten(self, weights: list[Tensor]) -> None:
-        """Gather in vectors what `state` holds: a checkpoint's moments, or nothing yet."""
+        """Gather in vectors what `state` holds: the moments of a checkpoint, or nothing yet."""
         self._grad = weights[0].new_empty(sum(p.numel() for p in weights))
         self._grads = _views(self._grad, weights)
-        stored = next((self.state[p] for p in weights if self.state[p]), {})
+        no_state: dict[str, Tensor] = {}
+        stored = next((self.state[p] for p in weights if self.state[p]), no_state)
         step = stored.get("step", torch.zeros(()))
         moments = {"step": step.to(self._grad.device, torch.float64, copy=True)}
         views = {}
@@ -103,7 +142,8 @@ class Adamax(torch.optim.Adamax):
                 "exp_avg": views["exp_avg"][i],
                 "exp_inf": views["exp_inf"][i],
             }
-        self._weights, self._moments = weights, moments
+        self._weights = weights
+        self._moments = moments
 
 
 def _views(vector: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -1,48 +1,55 @@
-"""Checkpoints on disk: whole or not there at all."""
+"""Checkpoints on disk: a file is whole or is not there at all."""
 
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+PART = ".part"  # ends the name of a file that is being written
+
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, forces it to the disk, then renames.
+    """Writes a checkpoint beside its target, forces it to the disk, and renames it.
 
-    A kill, a crash of the machine or a full disk at any moment leaves the target as it was. Lightning's own writer
-    stages in $TMPDIR, and where that is another file system a kill during the move leaves a broken file.
+    A kill, a crash of the machine or a full disk at any moment leaves the target as it was.
+    Lightning's own writer makes its file in $TMPDIR. Where that is another file system, a kill
+    during the move leaves a broken file.
     """
 
     def save_checkpoint(
-        self, checkpoint: dict, path: str | os.PathLike, storage_options=None
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
-        """OSError, one line, where it cannot be written; what was there before is then still there."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}{PART}")
+        """Write `checkpoint` to `path`, whose folder is made.
+
+        OSError, one line: it cannot be written; the file that was there before is still there.
+        """
+        target = Path(path)
+        part = target.with_name(f"{target.name}{PART}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
-            flush_folder(path.parent)
+            part.replace(target)
+            flush_folder(target.parent)
         except (
             OSError,
             RuntimeError,
-        ) as error:  # RuntimeError: how torch.save ends when a write fails
+        ) as error:  # torch.save raises RuntimeError for a failed write
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written: {reason(error)}") from error
-
-
-PART = ".part"  # of a file that is being written
+            raise OSError(f"{target} could not be written: {reason(error)}") from error
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename in it survive a crash of the machine; nothing where a folder cannot be opened, on Windows."""
+    """Force the names in a folder to the disk, so that a rename survives a crash of the machine.
+
+    Does nothing on Windows, where a folder cannot be opened.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -53,9 +60,16 @@ def flush_folder(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The operating system's word for it, e.g. 'No space left on device', wherever in the chain it is."""
-    chain = [error]
-    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(earlier)
-    named = [e.strerror for e in chain if isinstance(e, OSError) and e.strerror]
-    return named[0] if named else " ".join(str(error).split())
+    """The operating system's words for an error, or the error's own in one line.
+
+    They are taken from the first error of the chain of causes that has some.
+
+    >>> reason(OSError(28, "No space left on device"))
+    'No space left on device'
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())

@@ -3,48 +3,72 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol, Self, TypeVar, cast
 
-import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from omegaconf import DictConfig
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from flows.base import FlowModel
 from flows.likelihood import bits_per_dim
 from flows.normalization import uninitialized
 from lightning_modules.batch_norm import has_batch_norm, reestimated
+from lightning_modules.checks import check_count, check_not_negative
 from lightning_modules.cuda_graph import CudaGraph
+from lightning_modules.lightning_internals import callbacks_of
 from lightning_modules.metrics import image_mean
-from lightning_modules.noise import FLOW, Position, evaluation_input, image_noise
-from lightning_modules.objective import Input, context_of
-from lightning_modules.optimization import OptimizedModule
+from lightning_modules.noise import FLOW, Dequantization, Position, evaluation_input, image_noise
+from lightning_modules.objective import Data, Input, context_of, data_of
+from lightning_modules.optimization import OptimizedModule, OptimizerName, ScheduleName
 from lightning_modules.precision import evaluation
 from results.metrics import Metric
+
+REESTIMATED = "_reestimated"  # ends the names of metrics under re-estimated batch-norm statistics
+T = TypeVar("T")
+
+
+class Penalized(Protocol):
+    """A flow whose weights have a penalty, a scalar."""
+
+    def l2_penalty(self) -> Tensor: ...
 
 
 class DensityModule(OptimizedModule):
     """Minimises the mean of -log p(x) in nats per datum, plus l2 * flow.l2_penalty() where l2 > 0.
 
-    With n_bits (images) it logs `train/bpd`, `val/bpd`, `test/bpd` in bits/dim; without (points) `train/nll` etc. in
-    nats. What kind of figure that is stands in its name: `bpd_bound` with a learned dequantiser, whose log_weight is
-    added to log p(x), in training too; `bpd_noisy` with one whose noise leaves the bin; `bpd_estimate` with a flow
-    whose log-determinant is an estimate. Evaluation runs in float32.
+    With n_bits (images) it logs `train/bpd`, `val/bpd` and `test/bpd` in bits/dim; without (points)
+    `train/nll` and so on, in nats. The name says what kind of figure it is: `bpd_bound` with a
+    learned dequantiser, whose log_weight is added to log p(x), in training too; `bpd_noisy` with
+    one whose noise leaves the bin; `bpd_estimate` with a flow whose log-determinant is an estimate.
+    Evaluation runs in float32.
 
-    A flow with batch norm is tested twice in one pass: `test/bpd` with its running statistics, `test/bpd_reestimated`
-    after estimating them on `bn_images` training images; averaged weights (EMA) have no running statistics of their
-    own, so for them every evaluation uses re-estimated ones. bn_images=0: never.
+    A flow with batch norm is tested twice in one pass: `test/bpd` with its running statistics, and
+    `test/bpd_reestimated` after estimating them on `bn_images` training images. Averaged weights
+    (EMA) have no running statistics of their own, so for them every evaluation uses re-estimated
+    ones.
 
-    noise_samples: k > 1 adds the bound of k noise samples an image, `bpd_iw<k>` (Burda et al. 2016),
-
-        log 1/k sum_i p(x_i) / q(x_i | q),
-
-    to evaluation; `bpd` stays that of the first sample.
-    dequantizer: a `Dequantizer`, whose parameters, if any, are trained with the flow's; None for real numbers. seed: of
-    the training noise. noise_seed: of the evaluation noise. shape: of one datum; None: the flow's.
-    The optimizer's arguments are those of `OptimizedModule`. A subclass that adds to the likelihood replaces
-    `objective`, `evaluate` and `extra_metrics`.
+    flow: the model. A subclass that adds to the likelihood replaces `objective`, `evaluate` and
+        `extra_metrics`.
+    dequantizer: a `Dequantizer`, whose parameters, if any, are trained with the flow's; None for
+        real numbers.
+    n_bits: of the data's integers; None for real numbers.
+    seed: of the training noise. noise_seed: of the evaluation noise.
+    l2: the weight of the flow's own penalty.
+    bn_images: see above; 0: statistics are never estimated again.
+    noise_samples: k > 1 adds the bound of k noise samples an image to evaluation, `bpd_iw<k>`
+        (Burda et al. 2016), log 1/k sum_i p(x_i) / q(x_i | q). `bpd` stays that of the first
+        sample.
+    shape: of one datum; None: the flow's.
+    The other arguments are those of `OptimizedModule`. ValueError, one line: one of them is out of
+    its range, or does not fit the others.
     """
 
     extra_metrics: tuple[Metric, ...] = ()  # what `evaluate` measures beside the likelihood
+    flow: FlowModel
+    dequantizer: nn.Module | None
+    shape: tuple[int | None, ...]
 
     def __init__(
         self,
@@ -52,19 +76,19 @@ class DensityModule(OptimizedModule):
         dequantizer: nn.Module | None,
         n_bits: int | None,
         seed: int,
-        name="adam",
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        l2=0.0,
-        warmup_steps=0,
-        schedule="constant",
-        cooldown_steps=0,
+        name: OptimizerName = "adam",
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        l2: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: ScheduleName = "constant",
+        cooldown_steps: int = 0,
         clip_norm: float | None = None,
-        max_skipped=20,
-        noise_seed=0,
-        bn_images=10_000,
-        noise_samples=1,
+        max_skipped: int = 20,
+        noise_seed: int = 0,
+        bn_images: int = 10_000,
+        noise_samples: int = 1,
         shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(
@@ -80,71 +104,80 @@ class DensityModule(OptimizedModule):
             seed=seed,
             noise_seed=noise_seed,
         )
+        check_not_negative("optim.l2", l2)
         if l2 and not hasattr(flow, "l2_penalty"):
             raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
-        if bn_images < 0:
-            raise ValueError(
-                f"eval.bn_images={bn_images} is negative: give a number of images, or 0 for none"
-            )
+        check_count("eval.bn_images", bn_images)
+        check_count("eval.noise_samples", noise_samples, least=1)
         if dequantizer is not None and has_batch_norm(dequantizer):
             raise ValueError(
-                f"{type(dequantizer).__name__} has batch norms, whose statistics nobody re-estimates"
+                f"{type(dequantizer).__name__} has batch norms, "
+                "whose statistics would not be re-estimated"
             )
-        self.flow, self.dequantizer, self.n_bits = flow, dequantizer, n_bits
+        self.flow = flow
+        self.dequantizer = dequantizer
+        self.n_bits = n_bits
         self.shape = tuple(flow.shape if shape is None else shape)
-        self.l2, self.bn_images, self.noise_samples = l2, bn_images, noise_samples
+        self.l2 = l2
+        self.bn_images = bn_images
+        self.noise_samples = noise_samples
         self.cuda_graph: CudaGraph | None = None  # of training steps; `capture` sets it
         self.metrics = (*self._likelihoods(), *self.extra_metrics)
-        names = [
-            f"{metric.name}{suffix}" for metric in self.metrics for suffix in ("", REESTIMATED)
-        ]
-        self.eval_means = nn.ModuleDict({name: image_mean() for name in names})
-        self._evaluated: dict[str, nn.Module] = {}  # suffix of the metrics -> flow
+        self.eval_means = nn.ModuleDict()
+        for metric in self.metrics:
+            for suffix in ("", REESTIMATED):
+                self.eval_means[f"{metric.name}{suffix}"] = image_mean()
+        self._evaluated: dict[str, FlowModel] = {}  # suffix of the metrics -> flow
 
     @classmethod
     def of(
         cls,
-        config,
-        flow: FlowModel,
-        data: L.LightningDataModule,
+        config: DictConfig,
+        model: nn.Module,
+        data: Data,
         dequantizer: nn.Module | None = None,
-    ):
-        """The module of a recipe. dequantizer: a learned one, in the place of the data's."""
-        dequantizer = data.dequantizer if dequantizer is None else dequantizer
+    ) -> Self:
+        """The module of a recipe. model: a `FlowModel`. dequantizer: in the place of the data's."""
+        if dequantizer is None:
+            dequantizer = data.dequantizer
         settings = {**config.optim, **config.eval}
+        flow = cast(FlowModel, model)
         return cls(flow, dequantizer, data.n_bits, config.seed, shape=data.shape, **settings)
 
     def _likelihoods(self) -> list[Metric]:
-        """The metric of one noise sample and, where more are taken, that of all of them. ValueError: there is none."""
-        kind = "exact" if self.dequantizer is None else self.dequantizer.kind
+        """The metric of one noise sample and, where more are taken, that of all of them.
+
+        ValueError, one line: several samples give no bound.
+        """
+        kind = "exact" if self.dequantizer is None else self._dequantization.kind
         if self.flow.noise_shape is not None:
             kind = "estimate" if kind == "exact" else f"{kind}_estimate"
-        quantity, unit = ("nll", "nats") if self.n_bits is None else ("bpd", "bits/dim")
+        quantity = "bpd"
+        unit = "bits/dim"
+        if self.n_bits is None:
+            quantity = "nll"
+            unit = "nats"
         single = Metric(quantity, "lower", unit, kind)
         k = self.noise_samples
         if k == 1:
             return [single]
-        if k < 1:
-            raise ValueError(f"eval.noise_samples={k}: give at least 1")
-        if (
-            self.dequantizer is None
-            or self.flow.noise_shape is not None
-            or kind.startswith("noisy")
-        ):
-            reason = (
-                "no noise is drawn"
-                if self.dequantizer is None
-                else f"{single.name} is no bound to tighten"
-            )
+        reason = None
+        if self.dequantizer is None:
+            reason = "no noise is drawn"
+        elif self.flow.noise_shape is not None or kind.startswith("noisy"):
+            reason = f"{single.name} is no bound to tighten"
+        if reason is not None:
             raise ValueError(f"eval.noise_samples={k}, but {reason}: give 1")
         return [single, Metric(quantity, "lower", unit, "iw", k)]
 
-    # ------------------------------------------------------------------------------------------ what it declares
+    # ----------------------------------------------------------------------------- declarations
 
     @property
     def trained(self) -> nn.Module:
         """The flow; with a dequantiser that has parameters both, the flow first."""
-        return nn.ModuleList([self.flow, self.dequantizer]) if self._learns_noise else self.flow
+        if self.dequantizer is None or next(self.dequantizer.parameters(), None) is None:
+            return self.flow
+        return nn.ModuleList([self.flow, self.dequantizer])
 
     @property
     def model_name(self) -> str:
@@ -158,21 +191,27 @@ class DensityModule(OptimizedModule):
         return {**super().constructors(), "flow": type(self.flow)}
 
     @property
-    def _learns_noise(self) -> bool:
-        return (
-            self.dequantizer is not None and next(self.dequantizer.parameters(), None) is not None
-        )
+    def _dequantization(self) -> Dequantization:
+        """The dequantiser, of data that have one."""
+        return cast(Dequantization, self.dequantizer)
 
-    def check_data(self, data: L.LightningDataModule) -> None:
-        """ValueError, one line: the flow is conditioned on what the data have not."""
+    @property
+    def _noise_shape(self) -> tuple[int, ...]:
+        """The shape of one datum's noise, for a flow whose log-determinant is an estimate."""
+        return cast(tuple[int, ...], self.flow.noise_shape)
+
+    def check_data(self, data: Data) -> None:
+        """Refuse data without the classes that the flow is conditioned on. ValueError, one line.
+
+        A context of another kind is checked by the flow, in the first batch.
+        """
         n_classes = self.flow.n_classes
-        if (
-            n_classes is None
-        ):  # a context of another kind is looked at by the flow, in the first batch
+        if n_classes is None:
             return
         if not data.labels:
             raise ValueError(
-                f"flow.n_classes={n_classes} needs classes: give data.labels=true, where the data have them"
+                f"flow.n_classes={n_classes} needs classes: "
+                "give data.labels=true, where the data have them"
             )
         if n_classes != data.n_classes:
             raise ValueError(
@@ -181,52 +220,63 @@ class DensityModule(OptimizedModule):
             )
 
     def needs_initialization(self) -> bool:
-        parts = [self.flow] if self.dequantizer is None else [self.flow, self.dequantizer]
-        return any(uninitialized(part) for part in parts)
+        parts = [self.flow, self.dequantizer]
+        return any(uninitialized(part) for part in parts if part is not None)
 
     @torch.no_grad()
     def initialize(self, batch: list[Tensor]) -> None:
-        """Set the ActNorms of the dequantiser, then the flow's, with the noise of a first step; float32."""
+        """Set the ActNorms of the dequantiser, then the flow's, with the noise of a first step.
+
+        It computes in float32.
+        """
+        first = Position(epoch=0, step=0)
         with evaluation(self.device.type):
             if self.dequantizer is not None:
-                noise = self._dequantization_noise(batch[0], Position(epoch=0, step=0))
-                self.dequantizer.initialize(batch[0], noise, self.context(batch))
-            x, context, *_ = self.training_input(batch, Position(epoch=0, step=0))
+                noise = self._dequantization_noise(batch[0], first)
+                self._dequantization.initialize(batch[0], noise, self.context(batch))
+            x, context, *_ = self.training_input(batch, first)
             self.flow.initialize(x, context)
 
     def trial(self, n: int) -> Tensor | None:
+        """The loss of n random images; None for points, and where no context can be made up."""
         if len(self.shape) != 3 or None in self.shape:
             return None
-        datum = torch.rand(n, *self.shape)
-        if self.dequantizer is not None:
+        datum = torch.rand(n, *cast(tuple[int, ...], self.shape))
+        if self.dequantizer is not None and self.n_bits is not None:
             datum = (datum * 2**self.n_bits).to(torch.uint8)
-        context = []
+        batch = [datum, torch.arange(n)]
         if self.flow.conditioned_on is not None:
-            context = [self.flow.conditioned_on.examples(n, torch.device("cpu"))]
-            if context == [None]:
+            context = self.flow.conditioned_on.examples(n, torch.device("cpu"))
+            if context is None:
                 return None
-        made_up = self.training_input([datum, torch.arange(n), *context], Position(epoch=0, step=0))
-        return -(self.flow.log_prob(*made_up.arguments) + made_up.log_weight).mean()
+            batch.append(context)
+        sample = self.training_input(batch, Position(epoch=0, step=0))
+        return -(self.flow.log_prob(*sample.arguments) + sample.log_weight).mean()
 
     def capture(self) -> None:
-        """The flow's passes; a dequantiser stays outside of the graph."""
+        """Capture the passes of the flow; a dequantiser stays outside of the graph."""
         self.cuda_graph = CudaGraph(self.flow)
 
     def draw(
         self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None
     ) -> Tensor | None:
+        """n samples, (n, *shape); of data of several sizes as large as the validation data.
+
+        None where the size, or the context, is missing.
+        """
         context = None if batch is None else self.context(batch)
         shape = self.shape
-        if None in shape:  # data of several sizes: as large as the validation data
+        if None in shape:
             if batch is None:
                 return None
             shape = tuple(batch[0].shape[1:])
+        whole = cast(tuple[int, ...], shape)
         with self._gradients():
-            samples = drawn(self.flow, n, temperature, seed, shape, context)
+            samples = drawn(self.flow, n, temperature, seed, whole, context)
         return None if samples is None else samples.detach()
 
     def reconstruct(self, batch: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The data and f^-1(f(x)); None for data that are not dequantised."""
+        """The data and f^-1(f(x)), (B, *shape) each; None for data that are not dequantised."""
         if self.dequantizer is None:
             return None
         with self._gradients():
@@ -235,45 +285,54 @@ class DensityModule(OptimizedModule):
             again, _ = self.flow.inverse(latents, *rest)
         return x.detach(), again.detach()
 
-    # ------------------------------------------------------------------------------------------ inputs
+    # ----------------------------------------------------------------------------- inputs
 
     def context(self, batch: list[Tensor]) -> Tensor | None:
-        """What the flow is conditioned on; None, whatever the batch holds, where it is conditioned on nothing."""
-        return None if self.flow.conditioned_on is None else context_of(batch)
+        """What the flow is conditioned on.
+
+        None for a flow that is conditioned on nothing, whatever the batch holds.
+        """
+        if self.flow.conditioned_on is None:
+            return None
+        return context_of(batch)
 
     def training_input(self, batch: list[Tensor], at: Position) -> Input:
         """A micro-batch, dequantised with the noise of its place in training."""
-        q, context = batch[0], self.context(batch)
-        shape = None if self.flow.noise_shape is None else (len(q), *self.flow.noise_shape)
-        noise = (
-            None if shape is None else self.training_noise(shape, at, stream=FLOW, device=q.device)
-        )
+        q = batch[0]
+        context = self.context(batch)
+        noise = None
+        if self.flow.noise_shape is not None:
+            shape = (len(q), *self.flow.noise_shape)
+            noise = self.training_noise(shape, at, stream=FLOW, device=q.device)
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
-        x, log_weight = self.dequantizer(q, self._dequantization_noise(q, at), context)
+        dequantization_noise = self._dequantization_noise(q, at)
+        x, log_weight = self._dequantization(q, dequantization_noise, context)
         return Input(x, context, log_weight, noise)
 
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
         """A batch with each datum's own noise, keyed (noise_seed, index, k)."""
-        q, indices, context = batch[0], batch[1], self.context(batch)
-        noise = (
-            None if self.flow.noise_shape is None else self._estimation_noise(indices, k, q.device)
-        )
+        q, indices, *_ = batch
+        context = self.context(batch)
+        noise = None
+        if self.flow.noise_shape is not None:
+            noise = self._estimation_noise(indices, k, q.device)
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
-        sample = evaluation_input(
-            self.dequantizer, q, indices, self.noise_seed, self.dtype, k, context
+        x, log_weight = evaluation_input(
+            self._dequantization, q, indices, self.noise_seed, self.float_dtype, k, context
         )
-        return Input(sample[0], context, sample[1], noise)
+        return Input(x, context, log_weight, noise)
 
     def _estimation_noise(self, indices: Tensor, k: int, device: torch.device) -> Tensor:
-        noise = image_noise(indices, self.flow.noise_shape, self.noise_seed, k, stream=FLOW)
-        return noise.to(device, self.dtype)
+        noise = image_noise(indices, self._noise_shape, self.noise_seed, k, stream=FLOW)
+        return noise.to(device, self.float_dtype)
 
     def _dequantization_noise(self, q: Tensor, at: Position) -> Tensor:
-        return self.training_noise(tuple(q.shape), at, self.dequantizer.noise, device=q.device)
+        kind = self._dequantization.noise
+        return self.training_noise(tuple(q.shape), at, kind, device=q.device)
 
-    # ------------------------------------------------------------------------------------------ training
+    # ----------------------------------------------------------------------------- training
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         sample = self.training_input(batch, self.position(batch_idx))
@@ -282,49 +341,59 @@ class DensityModule(OptimizedModule):
         loss = penalty - integrand.mean()
         per_datum = self.loss_per_datum(integrand.detach(), sample.x[0].numel())
         self.train_mean.update(per_datum)
-        self.log(
-            f"train/{self.metric.name}", per_datum.mean(), prog_bar=True
-        )  # of this rank; the curve's is of all
-        return self.finite_or_nan(loss + self.l2 * self.flow.l2_penalty() if self.l2 else loss)
+        # The progress bar shows the mean of this rank; the curve has that of all ranks.
+        self.log(f"train/{self.metric.name}", per_datum.mean(), prog_bar=True)
+        if self.l2:
+            loss = loss + self.l2 * cast(Penalized, self.flow).l2_penalty()
+        return self.finite_or_nan(loss)
 
-    def objective(self, x: Tensor, context=None, *noise: Tensor) -> tuple[Tensor, Tensor | float]:
-        """log p(x | context), (B,) nats, and what is added to the mean of -log p(x | context), a scalar.
+    def objective(
+        self, x: Tensor, context: Tensor | None = None, *noise: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """log p(x | context), (B,) nats, and a scalar that is added to the mean of its negative.
 
         A subclass calls the flow by way of `run`.
         """
         return self.run(self.flow.log_prob, x, context, *noise), 0.0
 
-    def run(self, method: Callable, *inputs: Tensor | None):
-        """method(*inputs) of the flow in training, replayed as a CUDA graph where that is wanted."""
-        return method(*inputs) if self.cuda_graph is None else self.cuda_graph(method, *inputs)
+    def run(self, method: Callable[..., T], *inputs: Tensor | None) -> T:
+        """method(*inputs) of the flow in training, as a CUDA graph where that is wanted."""
+        if self.cuda_graph is None:
+            return method(*inputs)
+        return self.cuda_graph(method, *inputs)
 
     def loss_per_datum(self, log_prob: Tensor, n_dims: int | None = None) -> Tensor:
-        """Bits/dim for images, nats for points: what is logged, (B,). n_dims: D of a datum; None: that of `shape`."""
+        """What is logged of log p(x), (B,) nats: bits/dim of images, nats of points, (B,).
+
+        n_dims: the number of dimensions of a datum; None: that of `shape`.
+        """
         if self.n_bits is None:
             return -log_prob
-        return bits_per_dim(
-            log_prob, math.prod(self.shape) if n_dims is None else n_dims, self.n_bits
-        )
+        if n_dims is None:
+            n_dims = math.prod(cast(tuple[int, ...], self.shape))
+        return bits_per_dim(log_prob, n_dims, self.n_bits)
 
-    # ------------------------------------------------------------------------------------------ evaluation
+    # ----------------------------------------------------------------------------- evaluation
 
     def evaluate(
-        self, flow: FlowModel, x: Tensor, context=None, *noise: Tensor
+        self, flow: FlowModel, x: Tensor, context: Tensor | None = None, *noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(x | context) under `flow`, (B,) nats, and `extra_metrics` of every datum by name, (B,) each.
+        """log p(x | context) under `flow`, (B,) nats, and by name `extra_metrics`, (B,) each.
 
-        flow: this module's, or a copy with other batch-norm statistics, for which every metric is logged apart.
+        flow: this module's, or a copy with other batch-norm statistics, whose metrics are logged
+        under names of their own.
         """
         return flow.log_prob(x, context, *noise), {}
 
-    def log_prob(self, x: Tensor, context=None) -> Tensor:
-        """log p(x | context), (B,) nats, of data that need no dequantisation, by the flow as it is.
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x | context), (B,) nats, of data that need no dequantisation.
 
-        An estimated log-determinant has the noise of the data's numbers in x.
+        It is that of the flow itself, without re-estimated statistics. An estimated log-determinant
+        takes the noise of data whose indices are 0 .. B - 1.
         """
-        noise = ()
+        noise: list[Tensor] = []
         if self.flow.noise_shape is not None:
-            noise = (self._estimation_noise(torch.arange(len(x)), 0, x.device),)
+            noise.append(self._estimation_noise(torch.arange(len(x)), 0, x.device))
         with evaluation(self.device.type), self._gradients():
             return self.flow.log_prob(x, context, *noise).detach()
 
@@ -341,6 +410,7 @@ class DensityModule(OptimizedModule):
         self._prepare_evaluation(both=True)
 
     def _measure(self, batch: list[Tensor], split: str) -> None:
+        """Log every metric of a batch, under each flow that is evaluated."""
         integrands: dict[str, list[Tensor]] = {suffix: [] for suffix in self._evaluated}
         with evaluation(self.device.type), self._gradients():
             for k in range(self.noise_samples):
@@ -358,32 +428,38 @@ class DensityModule(OptimizedModule):
                 self._log(split, suffix, {name: self.loss_per_datum(log_mean_exp(samples), n_dims)})
 
     def _log(self, split: str, suffix: str, measures: dict[str, Tensor]) -> None:
-        """Means over all data of an evaluation. measures: name -> (B,)."""
+        """Log means over all data of an evaluation. measures: name -> (B,)."""
         for name, values in measures.items():
-            mean = self.eval_means[f"{name}{suffix}"]
+            mean = cast(MeanMetric, self.eval_means[f"{name}{suffix}"])
             mean.update(values.detach())
             in_bar = name == self.metric.name and not suffix
             self.log(f"{split}/{name}{suffix}", mean, on_step=False, on_epoch=True, prog_bar=in_bar)
 
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[None]:
-        """With gradients where the flow's evaluation takes some, else without."""
+        """Compute with gradients if the flow's evaluation takes some, and else without."""
         with torch.set_grad_enabled(self.needs_autograd):
             yield
 
     def _prepare_evaluation(self, both: bool) -> None:
+        """Decide which flows are evaluated, and estimate batch-norm statistics where they are due.
+
+        both: whether also weights that are not averaged are evaluated with estimated statistics.
+        """
         self._evaluated = {"": self.flow}
-        averaged = any(isinstance(c, L.callbacks.WeightAveraging) for c in self.trainer.callbacks)
-        asked = self.bn_images > 0 and (both or averaged)
-        if not asked or self.trainer.sanity_checking or not has_batch_norm(self.flow):
+        averaged = any(isinstance(c, WeightAveraging) for c in callbacks_of(self.trainer))
+        due = self.bn_images > 0 and (both or averaged)
+        if not due or self.trainer.sanity_checking or not has_batch_norm(self.flow):
             return
         with evaluation(self.device.type), self._gradients():
-            batches = enumerate(self.trainer.datamodule.train_batches(self.bn_images))
+            batches = enumerate(data_of(self.trainer).train_batches(self.bn_images))
             inputs = (
                 self._reestimation_input(batch, number).arguments for number, batch in batches
             )
             fresh = reestimated(self.flow, inputs)
-        self._evaluated = {"": fresh} if averaged else {"": self.flow, REESTIMATED: fresh}
+        self._evaluated = {"": self.flow, REESTIMATED: fresh}
+        if averaged:
+            self._evaluated = {"": fresh}
 
     def _reestimation_input(self, batch: list[Tensor], number: int) -> Input:
         """A batch of the first epoch, with the noise that it has there."""
@@ -391,11 +467,12 @@ class DensityModule(OptimizedModule):
         return self.training_input([part.to(self.device) for part in batch], at)
 
 
-REESTIMATED = "_reestimated"  # ends the names of metrics under re-estimated batch-norm statistics
-
-
 def log_mean_exp(samples: list[Tensor]) -> Tensor:
-    """log of the mean of exp over samples of (B,) each, in float64, (B,)."""
+    """log of the mean of exp over samples of (B,) each, in float64, (B,).
+
+    >>> log_mean_exp([torch.tensor([0.0]), torch.tensor([0.0])]).tolist()
+    [0.0]
+    """
     return torch.stack(samples).double().logsumexp(0) - math.log(len(samples))
 
 
@@ -407,14 +484,17 @@ def drawn(
     shape: tuple[int, ...] | None = None,
     context: Tensor | None = None,
 ) -> Tensor | None:
-    """n samples, (n, *shape), of the same eps at every temperature.
+    """n samples, (n, *shape), of the same base sample at every temperature.
 
-    A class-conditional flow has its classes in turn. A flow whose contexts cannot be made up takes those of `context`,
-    (B, ...), in turn; None where there are none. shape: of one datum, for a flow of any size.
+    A class-conditional flow draws its classes in turn. A flow whose contexts cannot be made up
+    takes those of `context`, (B, ...), in turn; None where there are none.
+
+    shape: of one datum, for a flow of any size.
     """
     generator = torch.Generator().manual_seed(seed)
     decides_itself = type(flow).sample_shape is not FlowModel.sample_shape
-    shape = None if decides_itself or None not in flow.shape else shape
+    if decides_itself or None not in flow.shape:
+        shape = None
     if flow.conditioned_on is None:
         return flow.sample(n, temperature, shape=shape, generator=generator)
     device = next(flow.parameters()).device

@@ -6,14 +6,29 @@ from torchmetrics import MeanMetric, Metric
 
 
 def image_mean() -> MeanMetric:
-    """A mean over images, exact with uneven ranks (Lightning's `sync_dist` is not); never waits for the device."""
+    """A mean over images that never waits for the device.
+
+    It is exact also where ranks have unequal numbers of images; Lightning's `sync_dist` is not.
+
+    >>> mean = image_mean()
+    >>> mean.update(torch.tensor([1.0, 2.0]))
+    >>> mean.update(torch.tensor([6.0]))
+    >>> mean.compute().item()
+    3.0
+    """
     return MeanMetric(nan_strategy="disable")
 
 
 class FiniteMean(Metric):
-    """A mean over those images whose value is finite; never waits for the device. NaN where there was none.
+    """A mean over those images whose value is finite; NaN where there was none.
 
-    torchmetrics' MeanMetric leaves NaN out only after asking the device, and without asking it ignores weights.
+    It never waits for the device. torchmetrics' MeanMetric leaves NaN out only after asking the
+    device, and when it does not ask it ignores weights.
+
+    >>> mean = FiniteMean()
+    >>> mean.update(torch.tensor([1.0, float("nan"), 3.0]))
+    >>> mean.compute().item()
+    2.0
     """
 
     total: Tensor
@@ -25,10 +40,11 @@ class FiniteMean(Metric):
         self.add_state("n", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
-        """values: (B,), one an image."""
+        """Count values, (B,), one an image."""
         finite = values.isfinite()
         self.total += values.where(finite, 0).sum()
         self.n += finite.sum()
 
     def compute(self) -> Tensor:
+        """The mean over all ranks, a scalar."""
         return self.total / self.n

@@ -1,49 +1,70 @@
-"""How weights are updated: optimizer, warm-up, clipping, and what happens to a step that is not finite."""
+"""How weights are updated: optimizer, warm-up, clipping, and steps that are not finite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flows.recompute import is_random
 from lightning_modules.adamax import Adamax
+from lightning_modules.checks import check_count, check_not_negative, check_number
+from lightning_modules.lightning_internals import steps_between_logs
 from lightning_modules.noise import network_seed
 from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step
 from lightning_modules.schedule import Schedule, warm_up
 from lightning_modules.stopping import Diverged
+from results import is_number
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": Adamax, "adamw": torch.optim.AdamW}
-SCHEDULES = ("constant", "cosine")
+OptimizerName = Literal["adam", "adamax", "adamw"]
+ScheduleName = Literal["constant", "cosine"]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamax": Adamax,
+    "adamw": torch.optim.AdamW,
+}
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 class OptimizedModule(Objective):
-    """An objective that updates what is `trained`, and leaves it alone in steps whose loss or gradient is not finite.
+    """An objective that updates what is `trained`, and skips steps that are not finite.
 
-    Such a step changes neither weights nor moments nor running statistics; it is counted in the buffer `skipped`. The
-    gradient norm decides, on the device: no step waits for it, but in fp16 for the scaler. A loss that is not finite
-    makes its gradient NaN (`finite_or_nan`), and DDP's mean over ranks carries a NaN to all of them, so ranks agree
-    without another message.
-    The count is read every `trainer.log_every_n_steps`; above `max_skipped` the run ends. In fp16 (16-mixed) it is the
-    gradient scaler that skips, and is meant to when it tries a larger scale: there the first in a row does not count.
+    A step whose loss or gradient is not finite changes neither weights nor moments nor running
+    statistics. It is counted in the buffer `skipped`, which is read every
+    `trainer.log_every_n_steps`; above `max_skipped` the run ends.
 
-    name, lr, betas, weight_decay: the optimizer's. warmup_steps: linear from 0, per optimizer step. schedule: after
-    the warm-up, `constant` or a `cosine` to 0 at the last step. cooldown_steps: a constant rate falls linearly to 0 in
-    the last so many. clip_norm: of the global gradient norm, in the loss's unit. seed, noise_seed: of an `Objective`.
+    The gradient norm decides, on the device, so that no step waits for it (in fp16 the scaler
+    waits). A loss that is not finite makes its gradient NaN (`finite_or_nan`), and DDP's mean over
+    ranks carries a NaN to all of them, so ranks agree without another message. In fp16 (16-mixed)
+    the gradient scaler skips steps itself, and does so on purpose when it tries a larger scale;
+    there the first skipped step in a row does not count.
+
+    name, lr, betas, weight_decay: the optimizer and its arguments.
+    warmup_steps: optimizer steps in which the rate rises linearly from 0.
+    schedule: after the warm-up, `constant`, or a `cosine` to 0 at the last step.
+    cooldown_steps: the last steps, in which a constant rate falls linearly to 0.
+    clip_norm: the largest global gradient norm, in the unit of the loss; None: it is not clipped.
+    max_skipped: how many steps may be skipped.
+    seed, noise_seed: of an `Objective`.
+    ValueError, one line: one of them is out of its range.
     """
 
     def __init__(
         self,
-        name="adam",
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        warmup_steps=0,
-        schedule="constant",
-        cooldown_steps=0,
+        name: OptimizerName = "adam",
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: ScheduleName = "constant",
+        cooldown_steps: int = 0,
         clip_norm: float | None = None,
-        max_skipped=20,
-        seed=0,
-        noise_seed=0,
+        max_skipped: int = 20,
+        seed: int = 0,
+        noise_seed: int = 0,
     ) -> None:
         super().__init__(seed, noise_seed)
         if name not in OPTIMIZERS:
@@ -52,60 +73,74 @@ class OptimizedModule(Objective):
             raise ValueError(
                 f"optim.schedule={schedule} is not known: give one of {', '.join(SCHEDULES)}"
             )
-        if len(betas) != 2:
-            raise ValueError(f"optim.betas={list(betas)} are not two numbers")
-        counts = {
-            "warmup_steps": warmup_steps,
-            "cooldown_steps": cooldown_steps,
-            "max_skipped": max_skipped,
-        }
-        for key, value in counts.items():
-            if value < 0:
-                raise ValueError(f"optim.{key}={value}: it must not be negative")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm={clip_norm}: it must not be negative")
+        check_not_negative("optim.lr", lr)
+        check_betas(betas)
+        check_not_negative("optim.weight_decay", weight_decay)
+        check_count("optim.warmup_steps", warmup_steps)
+        check_count("optim.cooldown_steps", cooldown_steps)
+        check_count("optim.max_skipped", max_skipped)
+        if clip_norm is not None:
+            check_number(
+                "optim.clip_norm",
+                clip_norm,
+                "a positive number, or null for no clipping",
+                lambda norm: norm > 0,
+            )
         if cooldown_steps and schedule == "cosine":
             raise ValueError(
                 f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0"
             )
-        self.name, self.lr, self.betas, self.weight_decay = name, lr, tuple(betas), weight_decay
-        self.warmup_steps, self.schedule, self.cooldown_steps = (
-            warmup_steps,
-            schedule,
-            cooldown_steps,
-        )
-        self.clip_norm, self.max_skipped = clip_norm, max_skipped
+        self.name = name
+        self.lr = lr
+        self.betas = tuple(betas)
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.cooldown_steps = cooldown_steps
+        self.clip_norm = clip_norm
+        self.max_skipped = max_skipped
+        self._statistics: list[Tensor] = []  # running means and variances, in training
+        self._before = torch.empty(0)  # their values before the step
+        self._is_random = False
 
-    def configure_optimizers(self) -> dict:
-        # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled gradients.
-        fused = {"fused": True} if self.name != "adamax" and not self._scaled() else {}
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer, and the schedule of its rate. ValueError, one line: see `_last_step`."""
+        options: dict[str, Any] = {}
+        # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled
+        # gradients.
+        if self.name != "adamax" and not self._scaled():
+            options["fused"] = True
         optimizer = OPTIMIZERS[self.name](
             self.trained.parameters(),
             self.lr,
             betas=self.betas,
             weight_decay=self.weight_decay,
-            **fused,
+            **options,
         )
-        scheduler = Schedule(
-            optimizer, warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps)
-        )
+        factor = warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            "lr_scheduler": {"scheduler": Schedule(optimizer, factor), "interval": "step"},
         }
 
     def _last_step(self) -> int | None:
-        """At which the rate is 0; None where it stays. ValueError, one line: there is none, or it comes too early."""
+        """The step at which the rate is 0; None where it stays.
+
+        ValueError, one line: no step ends the run, or it comes before warm-up and cooldown are
+        over.
+        """
         if self.schedule != "cosine" and not self.cooldown_steps:
             return None
-        last, warmup, cooldown = self.trainer.max_steps, self.warmup_steps, self.cooldown_steps
+        last = self.trainer.max_steps
+        warmup = self.warmup_steps
+        cooldown = self.cooldown_steps
         if last < 1:
             setting = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
             raise ValueError(f"optim.{setting} ends at the last step: set trainer.max_steps")
         if warmup + cooldown > last:
-            advice = f"optim.warmup_steps={last // 10}" + (
-                f" optim.cooldown_steps={last // 10}" if cooldown else ""
-            )
+            advice = f"optim.warmup_steps={last // 10}"
+            if cooldown:
+                advice += f" optim.cooldown_steps={last // 10}"
             raise ValueError(
                 f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} are more than "
                 f"trainer.max_steps={last}: give these as well, for example {advice}"
@@ -113,61 +148,86 @@ class OptimizedModule(Objective):
         return last
 
     def on_train_start(self) -> None:
-        norms = (m for m in self.trained.modules() if isinstance(m, _BatchNorm))
-        self._statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
+        """Collect the running statistics, and see whether the networks draw random numbers."""
+        norms = [m for m in self.trained.modules() if isinstance(m, _BatchNorm)]
+        buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+        self._statistics = [b for b in buffers if b is not None]
         self._is_random = is_random(self.trained)
 
-    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed networks that draw, and keep the running statistics of before the step."""
         if self._is_random:
-            # Dropout draws from torch's own generator, which no checkpoint holds. Seeded by the place in training, it
-            # is the same in a run that goes on; each rank and micro-batch has numbers of its own.
+            # Dropout draws from torch's own generator, which no checkpoint holds. Seeded by the
+            # place in training, it draws the same in a run that goes on; each rank and each
+            # micro-batch has numbers of its own.
             torch.manual_seed(network_seed(self.seed, self.position(batch_idx)))
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0 and self._statistics:
             self._before = flattened(self._statistics)
 
     def finite_or_nan(self, loss: Tensor) -> Tensor:
-        """The same loss; its gradient is NaN where it is not finite. To be returned by training_step."""
+        """The same loss, a scalar, whose gradient is NaN where the loss is not finite.
+
+        `training_step` has to return it.
+        """
         finite = loss.detach().isfinite()
         loss.register_hook(lambda grad: torch.where(finite, grad, torch.nan))
         return loss
 
     def configure_gradient_clipping(
-        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm here (Lightning refuses to where a fused optimizer meets mixed precision); skip."""
+        """Clip the global gradient norm, and have the step skipped where it is not finite.
+
+        Lightning's own clipping refuses a fused optimizer with mixed precision.
+        """
         parameters = [p for p in self.trained.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         finite = norm.isfinite()
         self._restore_statistics(finite)
-        if not self._scaled():
-            optimizer.found_inf = (
-                ~finite
-            ).float()  # read on the device, where others would have to be asked here
-        self.skipped += ~finite & self.skipped_last if self._scaled() else ~finite
+        counted = ~finite
+        if self._scaled():
+            counted = counted & self.skipped_last
+        else:
+            # Fused optimizers and our Adamax read it on the device; others would wait for it here.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.skipped += counted
         self.skipped_last.copy_(~finite)
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped.float()})
 
-    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        read = self.trainer.global_step % self.trainer.log_every_n_steps == 0
-        if read and ends_step(self.trainer, batch_idx):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the count of skipped steps, every `trainer.log_every_n_steps`."""
+        due = self.trainer.global_step % steps_between_logs(self.trainer) == 0
+        if due and ends_step(self.trainer, batch_idx):
             self.check_skipped()
 
     def check_skipped(self) -> None:
-        """Diverged where more than `max_skipped` steps were not finite; waits for the device."""
-        if (n := self.skipped.item()) > self.max_skipped:
+        """Raise `Diverged` where more than `max_skipped` steps were skipped.
+
+        It waits for the device.
+        """
+        n = self.skipped.item()
+        if n > self.max_skipped:
             raise Diverged(
-                f"stopped at step {self.trainer.global_step}: the loss or its gradient was not finite in {n} steps, "
-                f"which were skipped; optim.max_skipped={self.max_skipped}. Lower optim.lr, lengthen "
-                "optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+                f"stopped at step {self.trainer.global_step}: the loss or its gradient was not "
+                f"finite in {n} steps, which were skipped; optim.max_skipped={self.max_skipped}. "
+                "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, "
+                "in a new run_dir"
             )
 
     def _scaled(self) -> bool:
+        """Whether gradients are scaled, as in fp16."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _restore_statistics(self, finite: Tensor) -> None:
-        """Take back the running statistics of a step that is skipped, without asking the host whether it is."""
+        """Restore the running statistics where the step is not finite.
+
+        finite: a scalar on the device, where it stays: the host does not wait for it.
+        """
         if self._statistics:
             statistics = torch.where(finite, flattened(self._statistics), self._before)
             parts = statistics.split([b.numel() for b in self._statistics])
@@ -177,6 +237,20 @@ class OptimizedModule(Objective):
             )
 
 
-def flattened(tensors: list[Tensor]) -> Tensor | None:
-    """One vector of all of them, a copy; None where there are none."""
-    return torch.cat([t.flatten() for t in tensors]) if tensors else None
+def check_betas(betas: Sequence[float]) -> None:
+    """Refuse what are not two numbers in [0, 1). ValueError, one line."""
+    values = list(betas) if isinstance(betas, Sequence) and not isinstance(betas, str) else []
+    if len(values) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in values):
+        raise ValueError(
+            f"optim.betas={values or betas} are not two numbers from 0 to less than 1: "
+            "give for example optim.betas=[0.9,0.999]"
+        )
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """One vector with the elements of all tensors, a copy.
+
+    >>> flattened([torch.ones(2, 1), torch.zeros(1)])
+    tensor([1., 1., 0.])
+    """
+    return torch.cat([tensor.flatten() for tensor in tensors])

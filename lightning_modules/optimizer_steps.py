@@ -1,25 +1,33 @@
-"""Where a run stands, in optimizer steps: Lightning's hooks count batches, and a step may accumulate several."""
+"""Where a run stands, in optimizer steps.
+
+Lightning's hooks count batches, and an optimizer step may accumulate several of them.
+"""
+
+from typing import cast
 
 import lightning.pytorch as L
 
 
 def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the weights were updated after this batch. Global batches are whole, so no epoch ends inside a step."""
+    """Whether the weights were updated after this batch.
+
+    Global batches are whole, so no epoch ends in the middle of a step.
+    """
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def last_step(trainer: L.Trainer) -> int | None:
-    """The optimizer step that ends the run: trainer.max_steps, or max_epochs' if that comes first; None: neither."""
-    by_epochs = (
-        int((trainer.max_epochs or -1) * trainer.num_training_batches)
-        // trainer.accumulate_grad_batches
-    )
-    candidates = [n for n in (trainer.max_steps, by_epochs) if n > 0]
-    return min(candidates, default=None)
+    """The optimizer step that ends the run; None where neither steps nor epochs do.
+
+    It is trainer.max_steps, or the end of trainer.max_epochs if that comes first.
+    """
+    batches = int((trainer.max_epochs or -1) * trainer.num_training_batches)
+    by_epochs = batches // trainer.accumulate_grad_batches
+    return min((n for n in (trainer.max_steps, by_epochs) if n > 0), default=None)
 
 
 def validates_now(trainer: L.Trainer) -> bool:
     """Whether a validation follows the step that has just ended."""
-    interval = trainer.val_check_batch // trainer.accumulate_grad_batches
+    interval = cast(float, trainer.val_check_batch) // trainer.accumulate_grad_batches
     due = trainer.global_step % interval == 0 or trainer.should_stop
     return due and sum(trainer.num_val_batches) > 0

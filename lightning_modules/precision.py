@@ -8,18 +8,26 @@ import torch
 
 @contextlib.contextmanager
 def evaluation(device_type: str) -> Iterator[None]:
-    """Float32 whatever the training precision, and nothing compiled: further graphs would take a minute."""
+    """Compute in float32, whatever the training precision is, and without compiled graphs.
+
+    Evaluation would need further graphs, and compiling them would take a minute.
+
+    device_type: "cpu" or "cuda".
+    """
     with full_float32(device_type), torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextlib.contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Compute without autocast and without TF32."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    cudnn = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = cudnn

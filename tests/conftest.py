@@ -1,10 +1,12 @@
-"""One thread: the tests' tensors are tiny, and threads that wait for one another cost three times the work."""
+"""All tests run with one thread, and leave no process behind.
+
+Their tensors are tiny: several threads would wait for one another three times as long as they work.
+"""
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch, and for the processes that tests start
+# Before torch is imported, and also for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 
@@ -13,7 +15,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_process_is_left():
-    """pytest would wait for ever for the processes that a failed test leaves behind."""
+    """Kill the processes that a failed test leaves behind: pytest would wait for them forever."""
     yield
     if "processes" in sys.modules:
         started = sys.modules["processes"].STARTED

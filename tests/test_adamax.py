@@ -11,16 +11,17 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95)}
 
 
 def weights(dtype=torch.float64):
-    """A scalar, vectors, and convolutions in two memory formats, of which that with one channel is both at once."""
+    """A scalar, a vector, a matrix and two convolutions in channels_last.
+
+    With one channel the two memory formats are the same.
+    """
     generator = torch.Generator().manual_seed(0)
     drawn = [
         torch.randn(s, generator=generator, dtype=dtype)
         for s in ((), (3,), (4, 2), (5, 3, 3, 3), (5, 1, 3, 3))
     ]
-    return [
-        torch.nn.Parameter(w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w)
-        for w in drawn
-    ]
+    drawn[3:] = [w.contiguous(memory_format=torch.channels_last) for w in drawn[3:]]
+    return [torch.nn.Parameter(w) for w in drawn]
 
 
 def give_gradients(*lists, seed, scale=1.0):
@@ -39,7 +40,8 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_it_is_torch_s_adamax(weight_decay):
-    ours, theirs = weights(), weights()
+    ours = weights()
+    theirs = weights()
     one = Adamax(ours, weight_decay=weight_decay, **SETTINGS)
     other = torch.optim.Adamax(theirs, weight_decay=weight_decay, **SETTINGS)
     for step in range(6):
@@ -52,16 +54,20 @@ def test_it_is_torch_s_adamax(weight_decay):
 
 
 def test_checkpoints_are_torch_s_and_each_goes_on_with_the_other_s():
-    ours, theirs = weights(), weights()
-    one, other = Adamax(ours, **SETTINGS), torch.optim.Adamax(theirs, **SETTINGS)
+    ours = weights()
+    theirs = weights()
+    one = Adamax(ours, **SETTINGS)
+    other = torch.optim.Adamax(theirs, **SETTINGS)
     for step in range(6):
         if step == 3:
-            mine, its = copy.deepcopy(one.state_dict()), copy.deepcopy(other.state_dict())
+            mine = copy.deepcopy(one.state_dict())
+            its = copy.deepcopy(other.state_dict())
             assert mine["state"].keys() == its["state"].keys() == set(range(5))
             assert {name: tuple(v.shape) for name, v in mine["state"][3].items()} == {
                 name: tuple(v.shape) for name, v in its["state"][3].items()
             }
-            one, other = Adamax(ours, **SETTINGS), torch.optim.Adamax(theirs, **SETTINGS)
+            one = Adamax(ours, **SETTINGS)
+            other = torch.optim.Adamax(theirs, **SETTINGS)
             one.load_state_dict(its)
             other.load_state_dict(mine)
         give_gradients(ours, theirs, seed=step)
@@ -71,9 +77,11 @@ def test_checkpoints_are_torch_s_and_each_goes_on_with_the_other_s():
 
 
 def test_a_weight_without_a_gradient_stays_and_cannot_get_one_later():
-    """Its count of steps would be another."""
-    ours, theirs = weights(), weights()
-    one, other = Adamax(ours, **SETTINGS), torch.optim.Adamax(theirs, **SETTINGS)
+    """Its count of steps would differ from that of the others."""
+    ours = weights()
+    theirs = weights()
+    one = Adamax(ours, **SETTINGS)
+    other = torch.optim.Adamax(theirs, **SETTINGS)
     one.step()
     for step in range(3):
         give_gradients(ours, theirs, seed=step)
@@ -88,14 +96,17 @@ def test_a_weight_without_a_gradient_stays_and_cannot_get_one_later():
 
 
 def test_a_copy_goes_on_by_itself():
-    ours, theirs = weights(), weights()
-    one, other = Adamax(ours, **SETTINGS), torch.optim.Adamax(theirs, **SETTINGS)
+    ours = weights()
+    theirs = weights()
+    one = Adamax(ours, **SETTINGS)
+    other = torch.optim.Adamax(theirs, **SETTINGS)
     for step in range(4):
         if step == 2:
             before = copy.deepcopy([w.detach() for w in ours])
             both = copy.deepcopy({"weights": ours, "optimizer": one})
             assert_same(before, ours)
-            ours, one = both["weights"], both["optimizer"]
+            ours = both["weights"]
+            one = both["optimizer"]
         give_gradients(ours, theirs, seed=step)
         one.step()
         other.step()
@@ -103,7 +114,8 @@ def test_a_copy_goes_on_by_itself():
 
 
 def test_one_group_only():
-    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    a = torch.nn.Parameter(torch.ones(2))
+    b = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="one group"):
         Adamax([{"params": [a]}, {"params": [b], "lr": 1.0}])
 
@@ -111,9 +123,11 @@ def test_one_group_only():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_step_with_found_inf_changes_nothing(bad, at):
-    """As if it had not been: the steps after it are those of an optimizer that never saw it."""
-    ours, theirs = weights(), weights()
-    one, other = Adamax(ours, **SETTINGS), torch.optim.Adamax(theirs, **SETTINGS)
+    """The steps after it are those of an optimizer that never took it."""
+    ours = weights()
+    theirs = weights()
+    one = Adamax(ours, **SETTINGS)
+    other = torch.optim.Adamax(theirs, **SETTINGS)
     for step in range(4):
         give_gradients(ours, theirs, seed=step)
         if step == at:

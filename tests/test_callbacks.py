@@ -1,21 +1,29 @@
-"""What is shown and written beside a run, in values."""
+"""What the callbacks show and write beside a run."""
 
+import errno
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_density import RandomImages, density
+from torch import nn
 
+from datamodules.two_moons import Points
 from flows.glow import Glow
 from lightning_modules.callbacks.curve import Curve, draw_curve
+from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
 from lightning_modules.optimizer_steps import last_step
+from lightning_modules.stopping import RunStopped
 from results.metrics import Metric
 
-BPD, PSNR = Metric("bpd", "lower", "bits/dim"), Metric("psnr", "higher", "dB")
+BPD = Metric("bpd", "lower", "bits/dim")
+PSNR = Metric("psnr", "higher", "dB")
 
 
 @pytest.mark.parametrize(
@@ -31,15 +39,14 @@ def test_last_step_is_whichever_limit_comes_first(max_steps, max_epochs, expecte
         accumulate_grad_batches=1,
     )
     assert last_step(trainer) == expected
-    trainer.num_training_batches, trainer.accumulate_grad_batches = (
-        40,
-        4,
-    )  # the same steps, in micro-batches
+    # the same steps, in micro-batches
+    trainer.num_training_batches = 40
+    trainer.accumulate_grad_batches = 4
     assert last_step(trainer) == expected
 
 
 def test_the_first_batch_stays_where_the_weights_are():
-    """In `setup` Lightning calls the GPU the module's device already, but the weights are not there yet."""
+    """In `setup` Lightning already calls the GPU the module's device; the weights move later."""
 
     def initialized(device):
         torch.manual_seed(0)
@@ -54,7 +61,8 @@ def test_the_first_batch_stays_where_the_weights_are():
 
 def test_progress_shows_images_per_second_and_time_left(monkeypatch):
     bar = Progress(batch_size=64, enabled=False)
-    bar.started, bar.first_step = 100.0, 10
+    bar.started = 100.0
+    bar.first_step = 10
     monkeypatch.setattr("lightning_modules.callbacks.progress.time.monotonic", lambda: 110.0)
     shown = {"train/bpd": 4.0, "v_num": 3}
     trainer = SimpleNamespace(
@@ -91,7 +99,7 @@ def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
 
 
 def test_a_picture_of_5_bits_has_their_grey_levels():
-    """The lower end of each of the 32 bins (authors' code), and 255 for what lies above them."""
+    """A pixel has the lower end of its bin (authors' code), and 255 above the last bin."""
     q = torch.arange(33).repeat_interleave(3)
     images = (
         ((q + torch.tensor([0, 0.5, 0.999]).repeat(33)) / 32).view(1, 1, 1, 99).expand(1, 3, 64, 99)
@@ -110,8 +118,149 @@ def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
             return samples
 
     samples = Samples(tmp_path, [0.7, 1.0], n=4, every_n_steps=1)
-    samples._sample(Broken())
+    samples._sample(Broken(), {})
     assert samples.finite == {"samples/finite_T0.7": 1.0, "samples/finite_T1": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperatures": [-1]}, r"samples\.temperatures=\[-1\] is no list of numbers"),
+        ({"temperatures": [0.7, float("nan")]}, r"samples\.temperatures=\[0\.7, nan\] is no list"),
+        ({"temperatures": []}, r"samples\.temperatures=\[\] is no list"),
+        ({"temperatures": {}}, r"samples\.temperatures=\{\} is no list"),
+        ({"temperatures": 1.0}, r"samples\.temperatures=1\.0 is no list"),
+        ({"n": 0}, r"samples\.n=0 is out of range: give a whole number from 1 to 100000"),
+        ({"n": 10**9}, r"samples\.n=1000000000 is out of range: give a whole number from 1"),
+        ({"every_n_steps": -1}, r"samples\.every_n_steps=-1 is out of range: .* at least 1"),
+        ({"every_n_steps": 0}, r"samples\.every_n_steps=0 is out of range: .* at least 1"),
+        ({"every_n_steps": True}, r"samples\.every_n_steps=True is out of range"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused_in_one_line(tmp_path, arguments, message):
+    usual = {"temperatures": [1.0], "n": 4, "every_n_steps": 10}
+    with pytest.raises(ValueError, match=message) as error:
+        Samples(tmp_path, **(usual | arguments))
+    assert "\n" not in str(error.value)
+
+
+class Singular(nn.Module):
+    """An objective of images whose inverse is a matrix's, which is singular above T = 0.8."""
+
+    device = torch.device("cpu")
+    shape = (3, 4, 4)
+    n_bits = 8
+    has_temperature = True
+    trained = nn.Identity()
+
+    def draw(self, n, temperature, seed, batch):
+        if temperature > 0.8:
+            torch.linalg.inv(torch.zeros(2, 2))
+        return torch.zeros(n, *self.shape)
+
+    def reconstruct(self, batch):
+        raise FloatingPointError("division by zero")
+
+
+def trainer_at(step, logged=None):
+    """As much of a Trainer as a callback that writes needs; it logs into a dict."""
+    logger = None
+    if logged is not None:
+        logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values))
+    return SimpleNamespace(
+        global_step=step,
+        is_global_zero=True,
+        logger=logger,
+        strategy=SimpleNamespace(broadcast=lambda problem: problem),
+    )
+
+
+def test_a_model_that_cannot_be_inverted_gets_one_line_and_the_run_goes_on(tmp_path, caplog):
+    """As a 1x1 whose matrix is singular after optim.lr=1e30."""
+    logged = {}
+    samples = Samples(tmp_path, [0.7, 0.9, 1.0], n=2, every_n_steps=1)
+    samples.batch = [torch.zeros(2, 3, 4, 4)]
+    model = Singular().train()
+    samples.on_train_end(trainer_at(5, logged), model)
+    shares = {"samples/finite_T0.7": 1.0, "samples/finite_T0.9": 0.0, "samples/finite_T1": 0.0}
+    assert samples.finite == logged == shares
+    assert [path.name for path in tmp_path.iterdir()] == ["samples-0000005.png"]
+    [line] = caplog.messages
+    assert line.startswith(
+        "samples_T0.9, samples_T1, reconstructions cannot be computed: linalg.inv: "
+    )
+    assert "\n" not in line
+    assert model.training
+
+
+class NoDensity(Singular):
+    """A density of points that is nowhere a number, and whose inverse does not exist."""
+
+    def log_prob(self, x):
+        return torch.full((len(x),), torch.nan)
+
+    def draw(self, n, temperature, seed):
+        torch.linalg.inv(torch.zeros(2, 2))
+
+    def log(self, name, value, **options):
+        self.logged = {name: value}
+
+
+def test_a_density_that_is_no_number_is_drawn_without_samples(tmp_path, caplog):
+    trainer = trainer_at(5)
+    points = Points(torch.zeros(3, 2))
+    trainer.datamodule = SimpleNamespace(test=points)
+    module = NoDensity()
+    Density2d(tmp_path, n=4, cell=0.5).on_test_epoch_end(trainer, module)
+    assert math.isnan(module.logged["density_integral"])
+    assert (tmp_path / "density.png").stat().st_size > 5000
+    [line] = caplog.messages
+    assert line.startswith("samples cannot be computed: linalg.inv: ")
+
+
+def without_space(monkeypatch):
+    """No file can be written any more."""
+
+    def write_bytes(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monkeypatch):
+    """So do the curve, its picture, samples, and a density."""
+    curve = Curve(tmp_path, 64, 10, [])
+    curve.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
+    samples = Samples(tmp_path / "samples", [0.7], n=2, every_n_steps=1)
+    density = Density2d(tmp_path, n=4, cell=0.5)
+    tested = trainer_at(5)
+    tested.datamodule = SimpleNamespace(test=Points(torch.zeros(3, 2)))
+    without_space(monkeypatch)
+    writers = {
+        "curve.csv": lambda: curve.on_fit_start(trainer_at(5), None),
+        "curve.png": lambda: curve.on_fit_end(trainer_at(5), None),
+        "samples": lambda: samples.on_train_end(trainer_at(5), Singular()),
+        "density.png": lambda: density.on_test_epoch_end(tested, NoDensity()),
+    }
+    for name, write in writers.items():
+        with pytest.raises(RunStopped) as stop:
+            write()
+        assert stop.value.code == 1
+        assert stop.value.message == (
+            f"stopped at step 5: {tmp_path / name} could not be written: "
+            "No space left on device. The older checkpoints are intact"
+        )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_ranks_stop_because_of_what_rank_0_could_not_write(tmp_path):
+    """They wait for its word, and write nothing themselves."""
+    trainer = trainer_at(5)
+    trainer.is_global_zero = False
+    trainer.strategy.broadcast = lambda problem: "curve.csv could not be written: No space left"
+    with pytest.raises(RunStopped) as stop:
+        Curve(tmp_path, 64, 10, []).on_fit_start(trainer, None)
+    assert stop.value.message.startswith("stopped at step 5: curve.csv could not be written")
 
 
 @pytest.mark.parametrize(
@@ -140,12 +289,13 @@ def test_each_claim_is_logged_under_its_own_name():
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics=seen)
     papers = [
         {"claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "comparable": True},
+        # Validations do not measure the next one.
         {
             "claim": "f.ssim",
             "metric": "test/ssim",
             "value": 0.76,
             "comparable": True,
-        },  # not measured at validations
+        },
         {"claim": "f.lpips", "metric": "test/lpips", "value": 0.12, "comparable": False},
     ]
     module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
@@ -219,8 +369,9 @@ def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
 
 @pytest.mark.parametrize(("metric", "best"), [(BPD, 20.0), (PSNR, 30.0)])
 def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
-    """Of rows after step 0; a value that is not finite is not the best."""
-    curve, key = Curve(tmp_path, 64, 10, None), f"val/{metric.name}"
+    """Rows after step 0 count, and of these the finite values."""
+    curve = Curve(tmp_path, 64, 10, None)
+    key = f"val/{metric.name}"
     curve.rows = [
         {"step": i, key: value}
         for i, value in enumerate((10.0, 20.0, 30.0, float("nan"), None, 25.0))

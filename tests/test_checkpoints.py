@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there at all, the newest that loads, and never what is not finite."""
+"""Checkpoints are whole or absent; the newest that loads is taken; all are finite."""
 
 import os
 import resource
@@ -34,13 +34,13 @@ def load(path):
 
 
 def alone(function, *arguments, log):
-    """The exit code of `function` in a process of its own."""
+    """The exit code of a process that calls `function`."""
     [process] = start(1, lambda rank, *rest: function(*rest), *arguments, log=log)
     process.join(60)
     return process.exitcode
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------- writing
 
 
 def test_a_checkpoint_is_replaced_whole(tmp_path):
@@ -80,28 +80,29 @@ def _without_space(path):
         save(BIG, path)
 
 
-def _as_nobody(path):
-    os.setuid(65534)
+def _without_permission(path):
+    if os.getuid() == 0:  # who may write everywhere
+        os.setuid(65534)
     with pytest.raises(OSError, match=r"a\.ckpt could not be written: Permission denied$"):
         save(BIG, path)
 
 
-@pytest.mark.parametrize("harm", [_without_space, _as_nobody])
+@pytest.mark.parametrize("harm", [_without_space, _without_permission])
 def test_what_cannot_be_written_is_one_line_and_the_old_one_stays(harm):
-    if harm is _as_nobody and os.getuid():
-        pytest.skip("only root can become another user")
     folder = Path(tempfile.mkdtemp())  # not under tmp_path, into which nobody may look
     try:
         path = folder / "a.ckpt"
         save(OLD, path)
-        folder.chmod(0o555)
-        path.chmod(0o444)
         log = folder / "log"
         log.touch()
+        path.chmod(0o444)
+        if harm is _without_permission:
+            folder.chmod(0o555)
         assert alone(harm, path, log=log) == 0, log.read_text()
         assert torch.equal(load(path)["state_dict"]["w"], torch.ones(3))
         assert sorted(p.name for p in folder.iterdir()) == ["a.ckpt", "log"]
     finally:
+        folder.chmod(0o755)
         shutil.rmtree(folder)
 
 
@@ -120,7 +121,7 @@ def test_the_disk_fills_up_on_rank_0_and_both_ranks_stop_with_one_line(tmp_path)
     assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------- reading
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def six_steps(tmp_path_factory):
 
 @pytest.fixture
 def unfinished(six_steps, tmp_path):
-    """As if killed after step 6, before its test."""
+    """A copy of the run as if it had been killed after step 6, before its test."""
     shutil.copytree(six_steps, tmp_path / "run")
     shutil.copy(f"{six_steps}.trace0", tmp_path / "run.trace0")
     (tmp_path / "run" / "result.json").unlink()
@@ -156,25 +157,25 @@ def truncate(path):
 
 
 def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
-    """As those of Glow from before its steps had modules of their own."""
+    """As runs of Glow are that were made before its steps had modules of their own."""
     config = compose("realnvp_moons", ["flow.n_couplings=1", "flow.hidden_channels=2"])
     weights = {
         f"flow.{key}": value
         for key, value in realnvp_moons.make_flow(config, (2,)).state_dict().items()
     }
-    there = {
+    origin = {
         "experiment": "realnvp_moons",
         "config": OmegaConf.to_container(config),
         "shape": [2],
         "commit": "0123abc",
     }
-    torch.save({"paperflows": there, "state_dict": weights}, tmp_path / "same.ckpt")
+    torch.save({"paperflows": origin, "state_dict": weights}, tmp_path / "same.ckpt")
     assert set(load_flow(tmp_path / "same.ckpt").state_dict()) == {
         key.removeprefix("flow.") for key in weights
     }
     key = next(iter(weights))
     torch.save(
-        {"paperflows": there, "state_dict": weights | {key: torch.zeros(7)}},
+        {"paperflows": origin, "state_dict": weights | {key: torch.zeros(7)}},
         tmp_path / "other.ckpt",
     )
     with pytest.raises(
@@ -185,8 +186,9 @@ def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
 
 
 def flip_a_bit(path):
-    """Of a weight: torch.load would not notice."""
-    content, weights = bytearray(path.read_bytes()), load(path)["state_dict"]
+    """Flip a bit of a weight, which torch.load would not notice."""
+    content = bytearray(path.read_bytes())
+    weights = load(path)["state_dict"]
     largest = max((v for v in weights.values() if v.is_floating_point()), key=torch.Tensor.numel)
     place = content.index(bytes(largest.untyped_storage()))  # as it lies in memory, channels_last
     content[place + 1] ^= 16
@@ -199,7 +201,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty])
-def test_the_newest_that_loads_is_taken_and_said(unfinished, harm, caplog):
+def test_the_newest_that_loads_is_taken_and_named(unfinished, harm, caplog):
     harm(unfinished / "checkpoints" / "step-00000006.ckpt")
     path, checkpoint = newest_checkpoint(unfinished)
     assert (path.name, checkpoint["global_step"]) == ("step-00000004.ckpt", 4)
@@ -216,7 +218,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(unfinished, six_steps):
     assert all(torch.equal(whole[k], v) for k, v in resumed.final()["state_dict"].items())
 
 
-def test_where_none_loads_nothing_is_begun_anew(unfinished):
+def test_a_run_whose_checkpoints_all_fail_to_load_is_refused(unfinished):
     for path in step_checkpoints(unfinished):
         truncate(path)
     before = (unfinished / "curve.csv").read_bytes()
@@ -227,20 +229,20 @@ def test_where_none_loads_nothing_is_begun_anew(unfinished):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["data.size=16"], "was trained with data.size=8: say the same"),
         (["optim.lr=0.5"], "was trained with optim.lr=0.001: say the same"),
     ],
 )
-def test_another_recipe_is_refused_by_name(unfinished, change, said):
+def test_another_recipe_is_refused_by_name(unfinished, change, message):
     run = Run(unfinished, "trainer.max_steps=8", "resume=auto", *change)
     assert run.wait() == [1]
-    assert said in run.output()
+    assert message in run.output()
 
 
 def test_weights_of_another_shape_are_refused_by_name(unfinished):
-    """The same recipe, but the code has changed."""
+    """The recipe is the same, but the code has changed."""
     run = Run(unfinished, "trainer.max_steps=8", "resume=auto", plain=True)
     assert run.wait() == [1]
     assert "does not fit this flow: flow." in run.output()
@@ -259,7 +261,7 @@ def test_another_number_of_micro_batches_is_refused(tmp_path):
 
 
 def test_a_strangers_hpc_checkpoint_is_refused(tmp_path):
-    """Lightning takes the newest hpc_ckpt in the folder of any job, silently."""
+    """Lightning would silently take the newest hpc_ckpt in the folder of any job."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hpc_ckpt_3.ckpt").write_bytes(b"")
     run = Run(tmp_path / "run", "trainer.max_steps=2")
@@ -277,32 +279,34 @@ def test_where_the_best_is_damaged_the_newest_is_tested(unfinished):
     )
 
 
-# ---------------------------------------------------------------------------------------------- finite
+# ----------------------------------------------------------------------------- finite
 
 
 class Trainer:
-    """As much of one as a validation's end needs; notes what is saved."""
+    """As much of a Trainer as the end of a validation needs; notes what is saved."""
 
-    sanity_checking, is_global_zero, global_step = False, True, 3
+    sanity_checking = False
+    is_global_zero = True
+    global_step = 3
     state = SimpleNamespace(fn="fit")
     strategy = SimpleNamespace(broadcast=lambda problem: problem)
 
     def __init__(self, module, value, metric="bpd"):
-        self.lightning_module, self.callback_metrics, self.saved = (
-            module,
-            {f"val/{metric}": torch.tensor(value)},
-            [],
-        )
+        self.lightning_module = module
+        self.callback_metrics = {f"val/{metric}": torch.tensor(value)}
+        self.saved = []
 
     def save_checkpoint(self, path):
         self.saved.append(path.name)
 
 
 def test_the_best_score_is_that_of_the_best_file(tmp_path):
-    """A score whose weights cannot be kept, or that is no number, does not count."""
-    good, bad = density(tiny_flow()), density(tiny_flow())
+    """A score does not count if it is not finite, or if its weights cannot be saved."""
+    good = density(tiny_flow())
+    bad = density(tiny_flow())
     bad.skipped_last.fill_(True)
-    callback, written = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim")), []
+    callback = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim"))
+    written = []
     scores = [
         (8.0, good),
         (7.0, bad),
@@ -325,18 +329,64 @@ def test_the_best_score_is_that_of_the_best_file(tmp_path):
     ]
 
 
-def test_of_a_metric_that_is_better_when_higher_the_highest_is_the_best(tmp_path):
-    """A PSNR of 20 and then 30; the score goes through a checkpoint."""
-    psnr, module, written = Metric("psnr", "higher", "dB"), density(tiny_flow()), []
+def test_the_best_is_the_highest_where_higher_is_better(tmp_path):
+    """A PSNR of 20 and then 30, with the score taken over from a checkpoint each time."""
+    psnr = Metric("psnr", "higher", "dB")
+    module = density(tiny_flow())
+    written = []
     callback = Checkpoints(tmp_path, 100, psnr)
     for value in (20.0, 30.0, torch.inf, 25.0, 31.0):
         trainer = Trainer(module, value, "psnr")
         callback.on_validation_end(trainer, module)
         written.append((trainer.saved, callback.best))
-        state, callback = callback.state_dict(), Checkpoints(tmp_path, 100, psnr)
+        state = callback.state_dict()
+        callback = Checkpoints(tmp_path, 100, psnr)
         callback.load_state_dict(state)
-    yes, no = ["best.ckpt"], []
+    yes = ["best.ckpt"]
+    no = []
     assert written == [(yes, 20.0), (yes, 30.0), (no, 30.0), (no, 30.0), (yes, 31.0)]
+
+
+def test_what_is_no_checkpoint_neither_counts_nor_ends_the_run(tmp_path):
+    """A folder, and links to nothing and to themselves, with names of checkpoints."""
+    for step in (1, 2, 3):
+        (tmp_path / f"step-{step:08d}.ckpt").write_bytes(b"")
+    (tmp_path / "step-00000004.ckpt").mkdir()
+    (tmp_path / "step-00000005.ckpt").symlink_to("nowhere")
+    (tmp_path / "step-00000006.ckpt").symlink_to("step-00000006.ckpt")
+    module = density(tiny_flow())
+    trainer = Trainer(module, 8.0)
+    trainer.global_step = 7
+    trainer.save_checkpoint = lambda path: path.write_bytes(b"")
+    assert Checkpoints(tmp_path, 1, None).save_step(trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:08d}.ckpt" for step in (3, 4, 5, 6, 7)
+    ]
+
+
+@pytest.mark.parametrize("harm", ["folder", "link to nothing", "link to itself"])
+def test_a_checkpoint_in_the_place_of_something_else_is_one_line_or_replaces_it(tmp_path, harm):
+    """A link is replaced; a folder stays, and the message names it."""
+    path = tmp_path / "step-00000001.ckpt"
+    if harm == "folder":
+        path.mkdir()
+        with pytest.raises(OSError, match=r"step-00000001\.ckpt could not be written: Is a dir"):
+            save(OLD, path)
+        assert list(tmp_path.iterdir()) == [path]
+        return
+    path.symlink_to(path if harm == "link to itself" else "nowhere")
+    save(OLD, path)
+    assert torch.equal(load(path)["state_dict"]["w"], torch.ones(3))
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("every_n_steps", [0, -1, 1.5, True])
+def test_steps_between_checkpoints_are_at_least_one(tmp_path, every_n_steps):
+    with pytest.raises(
+        ValueError,
+        match=rf"checkpoint\.every_n_steps={every_n_steps} is out of range: .* at least 1",
+    ):
+        Checkpoints(tmp_path, every_n_steps, None)
 
 
 def test_a_run_that_goes_on_with_validations_has_no_score_before_them(tmp_path):
@@ -344,7 +394,8 @@ def test_a_run_that_goes_on_with_validations_has_no_score_before_them(tmp_path):
     without.on_validation_end(Trainer(density(tiny_flow()), 8.0), None)
     after = Checkpoints(tmp_path, 100, Metric("bpd", "lower", "bits/dim"))
     after.load_state_dict(without.state_dict())
-    trainer = Trainer(module := density(tiny_flow()), 9.0)
+    module = density(tiny_flow())
+    trainer = Trainer(module, 9.0)
     after.on_validation_end(trainer, module)
     assert (trainer.saved, after.best) == (["best.ckpt"], 9.0)
 

@@ -1,4 +1,7 @@
-"""Data as pure functions of (seed, epoch, index): dequantisation, samplers, loaders, and the three data sets."""
+"""Data are pure functions of (seed, epoch, index).
+
+Dequantisation, samplers, loaders, and the three data sets.
+"""
 
 import hashlib
 import pickle
@@ -16,7 +19,7 @@ from datamodules import DATA, cifar10, make_data, photos
 from datamodules.cifar10 import CIFAR10
 from datamodules.dequantization import UniformDequantizer
 from datamodules.images import ImageArray, shifted
-from datamodules.photos import REGIONS, Crops, Photos, photographs, region
+from datamodules.photos import LARGEST_SIZE, REGIONS, Crops, Photos, photographs, region
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
 from datamodules.two_moons import TwoMoons
 from flows.realnvp import RealNVP2d
@@ -42,11 +45,12 @@ def one_line(error):
     return message
 
 
-# ---------------------------------------------------------------------------------------------- dequantisation
+# ----------------------------------------------------------------------------- dequantisation
 
 
 def test_dequantizer_is_the_formula():
-    q, u = torch.tensor([0, 1, 128, 255], dtype=torch.uint8), torch.tensor([0.0, 0.5, 0.25, 0.75])
+    q = torch.tensor([0, 1, 128, 255], dtype=torch.uint8)
+    u = torch.tensor([0.0, 0.5, 0.25, 0.75])
     x, log_weight = UniformDequantizer(8)(q, u)
     assert x.tolist() == [0.0, 1.5 / 256, 128.25 / 256, 255.75 / 256]
     assert log_weight.tolist() == [0.0] * 4
@@ -56,10 +60,8 @@ def test_dequantizer_is_the_formula():
 @pytest.mark.parametrize("n_bits", [5, 8])
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_dequantizer_stays_below_one(n_bits, dtype):
-    q, u = (
-        torch.tensor([2**n_bits - 1], dtype=torch.uint8),
-        torch.tensor([LARGEST[dtype]], dtype=dtype),
-    )
+    q = torch.tensor([2**n_bits - 1], dtype=torch.uint8)
+    u = torch.tensor([LARGEST[dtype]], dtype=dtype)
     x, log_weight = UniformDequantizer(n_bits)(q, u)
     assert x.dtype == log_weight.dtype == dtype
     assert x.item() == LARGEST[dtype]
@@ -67,7 +69,10 @@ def test_dequantizer_stays_below_one(n_bits, dtype):
 
 @pytest.mark.parametrize("n_bits", [5, 8])
 def test_dequantizer_keeps_the_integers(n_bits):
-    """floor(2^n x) is q, but for sums that float32 rounds up to q + 1: with 8 bits about 5 in a million."""
+    """floor(2^n x) is q.
+
+    The exceptions are sums that float32 rounds up to q + 1: of 8 bits about 5 in a million.
+    """
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(2**n_bits, (1_000_000,), generator=generator, dtype=torch.uint8)
     x, _ = UniformDequantizer(n_bits)(q, torch.rand(len(q), generator=generator))
@@ -89,7 +94,7 @@ def test_bits_that_uint8_does_not_have(n_bits):
         one_line(error)
 
 
-# ---------------------------------------------------------------------------------------------- samplers
+# ----------------------------------------------------------------------------- samplers
 
 
 def order(n=23, batch_size=4, seed=0, epoch=0, **ranks):
@@ -115,14 +120,15 @@ def test_train_order_has_no_repeats_and_drops_the_incomplete_batch():
     assert sorted(i for _, i in order(n=24, batch_size=4)) == list(range(24))
 
 
-def test_every_item_is_dropped_at_times_only():
+def test_no_item_is_dropped_in_every_epoch():
     assert {i for epoch in range(20) for _, i in order(epoch=epoch)} == set(range(23))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_ranks_slice_the_batches_of_a_single_process(world_size, epoch):
-    batch_size, local = 8, 8 // world_size
+    batch_size = 8
+    local = 8 // world_size
     alone = order(n=50, batch_size=batch_size, epoch=epoch)
     ranks = [
         order(n=50, batch_size=batch_size, epoch=epoch, rank=r, world_size=world_size)
@@ -164,11 +170,11 @@ def test_eval_shards_are_disjoint_and_complete(n, world_size):
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-# ---------------------------------------------------------------------------------------------- loaders
+# ----------------------------------------------------------------------------- loaders
 
 
 def loader(num_workers, images, epoch=1):
-    """As StatelessDataModule.train_dataloader builds it: 5 batches of 4, one image left over."""
+    """A loader as StatelessDataModule builds it: 5 batches of 4, and one image left over."""
     sampler = TrainSampler(len(images), 4, seed=0)
     sampler.set_epoch(epoch)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
@@ -188,7 +194,8 @@ def test_loader_goes_on_where_it_stopped(num_workers):
     images = random_images(21)
     whole = loader(num_workers, images)
     assert whole.state_dict() == {"batch": 0}
-    batches, states = [], []
+    batches = []
+    states = []
     for batch in whole:
         batches.append(batch)
         states.append(whole.state_dict())
@@ -229,11 +236,14 @@ def test_workers_change_nothing():
     assert same(list(loader(0, images)), list(loader(2, images)))
 
 
-# ---------------------------------------------------------------------------------------------- flips
+# ----------------------------------------------------------------------------- flips
 
 
 def flipped(data, epoch):
-    """Which items come out mirrored; fails where an item is neither the image nor its mirror image."""
+    """Whether each item comes out mirrored.
+
+    It fails where an item is neither the image nor its mirror image.
+    """
     out = []
     for i, image in enumerate(data.images):
         item, index = data[epoch, i]
@@ -254,14 +264,13 @@ def test_flips_are_a_function_of_seed_epoch_and_index():
     assert flipped(data, 0) == first  # after another epoch
     assert flipped(ImageArray(images, seed=3, hflip=True), 1) == second
     assert flipped(ImageArray(images, seed=4, hflip=True), 0) != first
-    assert np.array_equal(
-        data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0]
-    )  # in any order
+    # Items may be asked for in any order.
+    assert np.array_equal(data[0, 250][0], ImageArray(images, seed=3, hflip=True)[0, 250][0])
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_the_stream_of_flips_never_changes(epoch):
-    """Golden results hang on it."""
+    """Recorded results depend on it."""
     expected = (np.random.default_rng([3, epoch, 1]).random(400) < 0.5).tolist()
     images = random_images(400)
     assert flipped(ImageArray(images, seed=3, hflip=True), epoch) == expected
@@ -275,13 +284,14 @@ def test_no_flips_unless_asked_for():
     assert not any(flipped(ImageArray(random_images(50), seed=3), 1))
 
 
-# ---------------------------------------------------------------------------------------------- shifts and bits
+# ----------------------------------------------------------------------------- shifts and bits
 
 
 def test_shift_by_whole_pixels_moves_and_repeats_the_edges():
     image = random_images(1)[0]
     moved = np.roll(image, (2, -1), axis=(1, 2))  # two down, one to the left
-    moved[:, :2], moved[:, :, -1] = moved[:, 2:3], moved[:, :, -2]
+    moved[:, :2] = moved[:, 2:3]
+    moved[:, :, -1] = moved[:, :, -2]
     assert np.array_equal(shifted(image, (2, -1)), moved)
     assert shifted(image, (2, -1)).dtype == np.uint8
     assert np.array_equal(shifted(image, (0, 5))[:, :, :6], image[:, :, :1].repeat(6, 2))
@@ -301,13 +311,15 @@ def test_shift_by_half_a_pixel_is_the_mean_of_two():
 def test_shift_is_bilinear_and_floors():
     image = np.array([[[0, 100, 200], [10, 111, 255]]], dtype=np.uint8)
     assert shifted(image, (0, 0.25)).tolist() == [[[0, 75, 175], [10, 85, 219]]]  # 85.75, 219.0
-    assert shifted(image, (-0.25, 0.5)).tolist() == [
-        [[2, 52, 158], [10, 60, 183]]
-    ]  # 2.5, 52.625, 158.25
+    # The first row is 2.5, 52.625, 158.25 before it is rounded down.
+    assert shifted(image, (-0.25, 0.5)).tolist() == [[[2, 52, 158], [10, 60, 183]]]
 
 
 def test_shift_leaves_even_areas_alone():
-    """Weights that sum to 1 - 1e-16 and a floor would take off a level: in float64 of 6 % of the pixels."""
+    """No level is lost where all pixels are equal.
+
+    In float64, weights that sum to 1 - 1e-16 and the floor take a level off 6 % of the pixels.
+    """
     for value, by in zip(
         range(0, 256, 5), np.random.default_rng(0).uniform(-3.2, 3.2, (52, 2)), strict=True
     ):
@@ -355,26 +367,30 @@ def test_bits_are_taken_from_augmented_images():
     images = random_images(30)
     eight, five = (ImageArray(images, hflip=True, shift=0.1, n_bits=n_bits) for n_bits in (8, 5))
     assert all(torch.equal(five[1, i][0], eight[1, i][0] // 8) for i in range(30))
-    coarse = ImageArray(images // 8, hflip=True, shift=0.1)  # the other order of things
+    coarse = ImageArray(images // 8, hflip=True, shift=0.1)  # bits before shifts
     assert not any(torch.equal(five[1, i][0], coarse[1, i][0]) for i in range(30))
 
 
-# ---------------------------------------------------------------------------------------------- CIFAR-10
+# ----------------------------------------------------------------------------- CIFAR-10
 
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """Six pickles of 40 images each in the official format; .train (200, 3, 32, 32), .test (40, 3, 32, 32).
+    """Six pickles of 40 images each in the official format.
 
-    .train_labels, .test_labels: their classes.
+    root, folder: where they are. train, test: the images, (200, 3, 32, 32) and (40, 3, 32, 32).
+    train_labels, test_labels: their classes.
     """
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    images, labels = {}, {}
+    images = {}
+    labels = {}
     for number, table in enumerate(
         ["TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TRAIN_MD5", "TEST_MD5"]
     ):
-        name = "test_batch" if table == "TEST_MD5" else f"data_batch_{number + 1}"
+        name = f"data_batch_{number + 1}"
+        if table == "TEST_MD5":
+            name = "test_batch"
         images[name] = random_images(40, 32, seed=number)
         labels[name] = np.random.default_rng(number).integers(0, 10, 40).tolist()
         batch = {b"data": images[name].reshape(40, 3072), b"labels": labels[name]}
@@ -412,7 +428,8 @@ def test_cifar_pixels_arrive_where_they_belong(cifar):
 
 def test_cifar_split_is_disjoint_complete_and_the_same_for_every_seed(cifar):
     data = ready(cifar.root)
-    train, val = contents(data.train.images), contents(data.val.images)
+    train = contents(data.train.images)
+    val = contents(data.val.images)
     assert (len(train), len(val), data.n_train) == (170, 30, 170)
     assert set(train).isdisjoint(val)
     assert sorted(train + val) == sorted(contents(cifar.train))
@@ -447,9 +464,8 @@ def test_cifar_shifts_in_training_only(cifar):
         for i in range(170)
     )
     assert not any(np.array_equal(data.train[1, i][0], data.train.images[i]) for i in range(170))
-    assert not any(
-        flipped(data.val, 1) + flipped(data.test, 1)
-    )  # fails where an item is not the image
+    # `flipped` fails where an item is not the image.
+    assert not any(flipped(data.val, 1) + flipped(data.test, 1))
     plain = ready(cifar.root, hflip=False)
     assert all(np.array_equal(plain.train[1, i][0], plain.train.images[i]) for i in range(170))
 
@@ -462,7 +478,8 @@ def test_cifar_shift_is_a_share(shift):
 
 
 def test_cifar_of_five_bits(cifar):
-    data, eight = ready(cifar.root, n_bits=5), ready(cifar.root)
+    data = ready(cifar.root, n_bits=5)
+    eight = ready(cifar.root)
     assert (data.n_bits, data.dequantizer.n_bits, type(data.dequantizer)) == (
         5,
         5,
@@ -499,9 +516,8 @@ def test_cifar_labels_belong_to_their_images(cifar):
     assert next(iter(data.test_dataloader()))[2].tolist() == cifar.test_labels[:8]
     assert [len(batch) for batch in data.train_batches(16)] == [3, 3]
     assert same(list(data.train_batches(16)), list(data.train_dataloader())[:2])
-    assert (
-        data.train[0, 5][2] == ready(cifar.root, labels=True, seed=1).train[7, 5][2]
-    )  # whatever the augmentation
+    other = ready(cifar.root, labels=True, seed=1)  # with another augmentation
+    assert data.train[0, 5][2] == other.train[7, 5][2]
 
 
 def test_class_names(cifar):
@@ -532,9 +548,28 @@ def test_labels_of_photographs_say_which_one_a_crop_is_of():
             image, i, label = getattr(data, split)[3, index]
             assert (i, type(label)) == (index, int)
             assert torch.equal(image, getattr(without, split)[3, index][0])
-            wanted = image.permute(1, 2, 0).numpy()
-            assert any(is_crop(w, parts[label]) for w in (wanted, wanted[:, ::-1]))
+            crop = image.permute(1, 2, 0).numpy()
+            assert any(is_crop(pixels, parts[label]) for pixels in (crop, crop[:, ::-1]))
     assert len({data.train[0, i][2] for i in range(40)}) == 7
+
+
+def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CIFAR10("~/data", 8).root == tmp_path / "data"
+    assert CIFAR10("~", 8).root == tmp_path
+    assert CIFAR10(tmp_path / "~" / "data", 8).root == tmp_path / "~" / "data"
+    with pytest.raises(ValueError, match=r"^data\.root=~nobody17/data: ~nobody17 is no") as error:
+        CIFAR10("~nobody17/data", 8)
+    one_line(error)
+
+
+def test_cifar_in_memory_needs_no_files_for_the_test(cifar):
+    data = ready(cifar.root)
+    shutil.rmtree(cifar.folder)
+    data.prepare_data()  # Lightning calls it again before the test
+    data.setup("test")
+    images, _ = next(iter(data.test_dataloader()))
+    assert np.array_equal(images, cifar.test[:8])
 
 
 @pytest.mark.parametrize("n_val", [-1, 50_000, 60_000])
@@ -571,7 +606,7 @@ def test_cifar_missing_in_setup(tmp_path):
 
 @pytest.fixture
 def archive(cifar, tmp_path_factory, monkeypatch):
-    """The official archive's twin; the unpacked folder is gone."""
+    """An archive like the official one; the unpacked folder is removed."""
     path = tmp_path_factory.mktemp("archive") / "cifar-10-python.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(cifar.folder, "cifar-10-batches-py")
@@ -614,14 +649,15 @@ def test_cifar_broken_download_does_not_block_the_next(cifar, archive, monkeypat
     assert "Downloading CIFAR-10" in capsys.readouterr().out
 
 
-def test_cifar_files_that_are_there_need_no_network(cifar, monkeypatch):
+def test_complete_cifar_files_need_no_network(cifar, monkeypatch):
     monkeypatch.setattr(
         "torchvision.datasets.utils.download_url", lambda *a: pytest.fail("downloads")
     )
     assert len(ready(cifar.root, download=True).test) == 40
 
 
-# of the images in the official order, split by default_rng(0).permutation(50_000); taken from the pickles with numpy
+# Of the images in the official order, split by default_rng(0).permutation(50_000). They were
+# computed from the pickles with numpy.
 CIFAR_MD5 = [
     "56c1e3fc28a7391bdfc129c338486f81",
     "1b7735cfcf47af8bb24b18417d68c41f",
@@ -663,20 +699,20 @@ def test_cifar_real_labels():
     if meta.is_file():
         names = pickle.loads(meta.read_bytes(), encoding="bytes")[b"label_names"]
         assert tuple(name.decode() for name in names) == data.class_names
-    part = ready(REAL, n_val=5000, labels=True)  # what is held out takes its labels along
+    part = ready(REAL, n_val=5000, labels=True)  # images that are held out keep their labels
     whole = dict(
         zip(contents(data.train.images[::97]), data.train.labels[::97].tolist(), strict=True)
     )
     for split in (part.train, part.val):
-        found = [
+        pairs = [
             (whole[c], split.labels[i]) for i, c in enumerate(contents(split.images)) if c in whole
         ]
-        assert len(found) > 30
-        assert all(a == b for a, b in found)
+        assert len(pairs) > 30
+        assert all(a == b for a, b in pairs)
     assert data.test[0, 0][0][:, 0, 0].tolist() == [158 // 8, 112 // 8, 49 // 8]
 
 
-# ---------------------------------------------------------------------------------------------- photographs
+# ----------------------------------------------------------------------------- photographs
 
 
 def made_photos(**arguments):
@@ -695,11 +731,11 @@ def test_regions_are_disjoint_and_complete(width):
 
 
 def test_photographs():
-    found = photographs()
-    assert len(found) == 7
-    assert {p.dtype for p in found} == {np.dtype(np.uint8)}
-    assert all(p.ndim == 3 and p.shape[2] == 3 and min(p.shape[:2]) >= 300 for p in found)
-    assert len({p.tobytes() for p in found}) == 7
+    photos_read = photographs()
+    assert len(photos_read) == 7
+    assert {p.dtype for p in photos_read} == {np.dtype(np.uint8)}
+    assert all(p.ndim == 3 and p.shape[2] == 3 and min(p.shape[:2]) >= 300 for p in photos_read)
+    assert len({p.tobytes() for p in photos_read}) == 7
 
 
 def test_splits_share_no_pixel(monkeypatch):
@@ -710,7 +746,8 @@ def test_splits_share_no_pixel(monkeypatch):
     train = {
         int(v) for epoch in range(3) for i in range(300) for v in data.train[epoch, i][0].unique()
     }
-    val, test = set(np.unique(data.val.images)), set(np.unique(data.test.images))
+    val = set(np.unique(data.val.images))
+    test = set(np.unique(data.test.images))
     assert (train, val, test) == (set(range(175)), set(range(175, 212)), set(range(212, 250)))
 
 
@@ -720,9 +757,8 @@ def test_every_photograph_is_used(monkeypatch):
     data = made_photos(n_train=1000, n_val=500, n_test=500)
     assert {int(data.train[0, i][0][0, 0, 0]) for i in range(1000)} == set(range(7))
     assert set(data.val.images.flat) == set(data.test.images.flat) == set(range(7))
-    assert all(
-        len(np.unique(image)) == 1 for image in data.val.images
-    )  # no crop spans two photographs
+    # No crop spans two photographs.
+    assert all(len(np.unique(image)) == 1 for image in data.val.images)
 
 
 def test_crops_are_uniform_over_all_positions():
@@ -733,9 +769,8 @@ def test_crops_are_uniform_over_all_positions():
     corners = [int(crops[0, i][0][0, 0, 0]) for i in range(len(crops))]
     values, counts = np.unique(corners, return_counts=True)
     assert values.tolist() == [6 * row + column for row in range(4) for column in range(5)] + [99]
-    assert (
-        850 < counts.min() < counts.max() < 1150
-    )  # 1000 each, give or take five standard deviations
+    # 1000 each, within five standard deviations.
+    assert 850 < counts.min() < counts.max() < 1150
     for i in range(50):
         crop = crops[0, i][0][0]
         assert crop[0, 0] == 99 or (crop - crop[0, 0]).tolist() == [[0, 1], [6, 7]]
@@ -752,21 +787,21 @@ def test_train_crops_are_a_function_of_seed_epoch_and_index():
     assert set(crops(0)).isdisjoint(crops(0, seed=1))
     one = made_photos()
     later = one.train[1, 3][0]
-    assert contents([one.train[0, 7][0], later]) == [
-        crops(0)[7],
-        crops(1)[3],
-    ]  # in any order of epochs
+    # Epochs may be asked for in any order.
+    assert contents([one.train[0, 7][0], later]) == [crops(0)[7], crops(1)[3]]
 
 
 def test_train_crops_are_flipped_half_of_the_time():
-    flips, plain = made_photos(n_train=400).train, made_photos(n_train=400, hflip=False).train
+    flips = made_photos(n_train=400).train
+    plain = made_photos(n_train=400, hflip=False).train
     mirrored = [torch.equal(flips[2, i][0], plain[2, i][0].flip(-1)) for i in range(400)]
     assert all(m or torch.equal(flips[2, i][0], plain[2, i][0]) for i, m in enumerate(mirrored))
     assert 160 < sum(mirrored) < 240
 
 
 def test_evaluation_crops_do_not_depend_on_the_seed():
-    one, other = made_photos(), made_photos(seed=7, hflip=False)
+    one = made_photos()
+    other = made_photos(seed=7, hflip=False)
     assert contents(one.val.images) == contents(other.val.images)
     assert contents(one.test.images) == contents(other.test.images)
     assert len(set(contents(one.val.images))) == len(one.val) == 20
@@ -785,7 +820,8 @@ def test_photos_of_another_size(size):
 
 
 def test_photos_of_five_bits():
-    five, eight = made_photos(n_bits=5), made_photos()
+    five = made_photos(n_bits=5)
+    eight = made_photos()
     assert (five.n_bits, five.dequantizer.n_bits, type(five.dequantizer)) == (
         5,
         5,
@@ -799,16 +835,21 @@ def test_photos_of_five_bits():
     assert max(int(five.train[0, i][0].max()) for i in range(40)) == 31
 
 
-@pytest.mark.parametrize("size", [0, 300])
+@pytest.mark.parametrize("size", [0, -1, 68, 100_000, 2.5])
 def test_photos_of_an_impossible_size(size):
-    widest = min(region(p, split).shape[1] for p in photographs() for split in REGIONS)
-    with pytest.raises(ValueError, match=f"data.size={size} .* give 1 to {widest}") as error:
-        made_photos(size=size)
+    """The constructor refuses it: a model of that size would be built before the data are read."""
+    with pytest.raises(ValueError, match=f"data.size={size} .* give 1 to {LARGEST_SIZE}") as error:
+        Photos(8, size=size)
     one_line(error)
-    assert made_photos(size=widest).shape == (3, widest, widest)
 
 
-# ---------------------------------------------------------------------------------------------- two moons
+def test_the_largest_crop_is_as_wide_as_the_narrowest_region():
+    widths = [region(p, split).shape[1] for p in photographs() for split in REGIONS]
+    assert min(widths) == LARGEST_SIZE
+    assert made_photos(size=LARGEST_SIZE).shape == (3, LARGEST_SIZE, LARGEST_SIZE)
+
+
+# ----------------------------------------------------------------------------- two moons
 
 
 def made_moons(**arguments):
@@ -820,7 +861,7 @@ def made_moons(**arguments):
 
 
 def test_moons_lie_around_their_arcs():
-    """The distance to the nearest arc is |N(0, .05)|, but for the few points beyond an arc's end."""
+    """The distance to the nearest arc is |N(0, .05)|, except beyond the ends of the arcs."""
     angle = np.linspace(0, np.pi, 2000)
     arcs = np.concatenate(
         [[np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]], axis=1
@@ -848,7 +889,7 @@ def test_moons_splits_and_types():
     assert indices.tolist() == list(range(100))
 
 
-# ---------------------------------------------------------------------------------------------- every datamodule
+# ----------------------------------------------------------------------------- every datamodule
 
 SMALL = {
     "cifar10": {},
@@ -858,11 +899,70 @@ SMALL = {
 
 
 def small(name, cifar, **arguments):
-    root = {"root": cifar.root, "download": False} if name == "cifar10" else {}
+    root = {}
+    if name == "cifar10":
+        root = {"root": cifar.root, "download": False}
     data = make_data(name, **({"seed": 0, "batch_size": 8, **SMALL[name], **root} | arguments))
     data.prepare_data()
     data.setup()
     return data
+
+
+RANGES = [
+    ("batch_size", (0, -1, 1.5, True), "of at least 1"),
+    ("micro_batch", (0, -2, True), "of at least 1"),
+    ("num_workers", (-1, 1.5, 10**6), "from 0 to"),
+    ("seed", (-1, 0.5), "of at least 0"),
+]
+COUNTS = [
+    ("n_train", (0, -1), "of at least 1"),
+    ("n_val", (-1, 2.5, True), "of at least 0"),
+    ("n_test", (0, -1), "of at least 1"),
+]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_values_out_of_their_range_are_one_line(name):
+    """The constructor refuses them, before any data are read."""
+    required = {"root": "nowhere"} if name == "cifar10" else {}
+    counts = COUNTS if name != "cifar10" else []
+    for key, values, request in RANGES + counts:
+        for value in values:
+            arguments = {"batch_size": 8, "seed": 0, **required, key: value}
+            with pytest.raises(ValueError, match=rf"{key}={value} is out of range") as error:
+                make_data(name, **arguments)
+            assert (
+                one_line(error).endswith(f"give a whole number {request}") or key == "num_workers"
+            )
+            assert request in one_line(error)
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), True])
+def test_a_deviation_that_is_none_is_refused(noise):
+    with pytest.raises(ValueError, match=rf"data\.noise={noise} is a standard deviation") as error:
+        TwoMoons(8, noise=noise)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["photos", "two_moons"])
+@pytest.mark.parametrize("key", ["n_train", "n_val", "n_test"])
+def test_more_data_than_fit_into_memory_are_refused(name, key):
+    with pytest.raises(ValueError, match=rf"data\.{key}={10**13} .* GiB of memory: give less") as e:
+        make_data(name, seed=0, batch_size=8, **{key: 10**13})
+    one_line(e)
+
+
+@pytest.mark.parametrize("name", ["photos", "two_moons"])
+def test_a_batch_that_is_larger_than_the_training_set_is_refused(name):
+    with pytest.raises(ValueError, match=r"data\.batch_size=65 does not fit the 64 training items"):
+        make_data(name, seed=0, batch_size=65, n_train=64)
+    assert make_data(name, seed=0, batch_size=64, n_train=64).batch_size == 64
+
+
+def test_moons_take_any_seed():
+    """scikit-learn takes none above 2^32 - 1."""
+    points = made_moons(seed=2**40, n_train=100).train.points
+    assert torch.equal(points, made_moons(seed=2**40, n_train=100).train.points)
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -901,7 +1001,7 @@ def test_loaders_of_two_ranks(name, cifar):
 
 @pytest.mark.parametrize("name", DATA)
 def test_no_validation_set(name, cifar):
-    """data.n_val=0 is what load_config points to for a final run, whatever the data set."""
+    """data.n_val=0 is for a final run, whatever the data set."""
     data = small(name, cifar, n_val=0)
     assert data.val_dataloader() == []
     assert data.n_train == 200
@@ -912,9 +1012,9 @@ def test_no_validation_set(name, cifar):
 )
 def test_train_batches(cifar, n, batches, size):
     data = small("cifar10", cifar, n_val=0)
-    found = list(data.train_batches(n))
-    assert [len(x) for x, _ in found] == [size] * batches
-    assert same(found, list(data.train_batches(n)))
+    batches_read = list(data.train_batches(n))
+    assert [len(x) for x, _ in batches_read] == [size] * batches
+    assert same(batches_read, list(data.train_batches(n)))
     shares = []
     for rank in range(2):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
@@ -926,28 +1026,30 @@ def test_train_batches(cifar, n, batches, size):
     if size == 5:  # does not share evenly
         assert [len(x) for x, _ in together] == [4, 4]
     else:
-        assert same(found, together)
-        assert same(found, list(small("cifar10", cifar, n_val=0).train_dataloader())[:batches])
+        assert same(batches_read, together)
+        assert same(
+            batches_read, list(small("cifar10", cifar, n_val=0).train_dataloader())[:batches]
+        )
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_initialization_batch_is_the_start_of_the_first_epoch(name, cifar):
     data = small(name, cifar, seed=4, n_val=31)
     state = torch.get_rng_state()
-    found = data.initialization_batch(20)
+    batch = data.initialization_batch(20)
     assert torch.equal(torch.get_rng_state(), state)
     order = np.random.default_rng([4, 0]).permutation(data.n_train)
-    assert found[1].tolist() == order[:20].tolist()
-    assert torch.equal(found[0], torch.stack([data.train[0, i][0] for i in found[1].tolist()]))
+    assert batch[1].tolist() == order[:20].tolist()
+    assert torch.equal(batch[0], torch.stack([data.train[0, i][0] for i in batch[1].tolist()]))
     batches = list(data.train_dataloader())[:2]
     assert same(
-        [[part[:16] for part in found]],
+        [[part[:16] for part in batch]],
         [[torch.cat(parts) for parts in zip(*batches, strict=True)]],
     )
     for rank in range(4):
         other = small(name, cifar, seed=4, n_val=31, batch_size=16, micro_batch=2)
         other.trainer = SimpleNamespace(global_rank=rank, world_size=4)
-        assert same([other.initialization_batch(20)], [found])
+        assert same([other.initialization_batch(20)], [batch])
     assert data.initialization_batch(10**6)[1].tolist() == order.tolist()  # all there are
 
 
@@ -959,7 +1061,7 @@ def test_initialization_batch_with_labels(cifar):
     assert same([[images, indices]], [small("cifar10", cifar, n_val=0).initialization_batch(20)])
 
 
-# ---------------------------------------------------------------------------------------------- noise
+# ----------------------------------------------------------------------------- noise
 
 
 def test_evaluation_noise_depends_on_the_image_alone():
@@ -1006,7 +1108,8 @@ def test_training_noise_is_the_same_for_ranks_and_micro_batches():
     alone = training_inputs(1, 0, data, epoch=3, batch_idx=7)
     halves = [training_inputs(2, rank, data[32 * rank : 32 * rank + 32], 3, 7) for rank in range(2)]
     assert torch.equal(torch.cat(halves), alone)
-    quarters = [  # two ranks that accumulate two micro-batches each: batches 14 and 15 are of step 7
+    # Two ranks accumulate two micro-batches each: batches 14 and 15 belong to step 7.
+    quarters = [
         training_inputs(2, rank, data[32 * rank + 16 * part :][:16], 3, 14 + part, n_micro=2)
         for rank in range(2)
         for part in range(2)

@@ -1,4 +1,7 @@
-"""DensityModule under a real Trainer: optimisation, evaluation, re-estimated statistics, averaged weights, resuming."""
+"""DensityModule under a real Trainer.
+
+Optimisation, evaluation, re-estimated statistics, averaged weights, and resuming.
+"""
 
 import contextlib
 import copy
@@ -12,6 +15,7 @@ import pytest
 import torch
 from cases import TINY
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,7 +46,10 @@ SHAPE = (3, 8, 8)
 
 
 class RandomImages(StatelessDataModule):
-    """64 training, 23 validation and 23 test images; not full-range noise, so that there is something to learn."""
+    """64 training, 23 validation and 23 test images.
+
+    Their values do not fill the whole range, so that a flow has something to learn.
+    """
 
     n_bits = 8
     dequantizer = UniformDequantizer(8)
@@ -54,10 +61,8 @@ class RandomImages(StatelessDataModule):
             60, 180, (n_train + n_val + 23, *SHAPE), dtype=np.uint8
         )
         self.train = ImageArray(images[:n_train], seed, hflip=True)
-        self.val, self.test = (
-            ImageArray(images[n_train:][:n_val]),
-            ImageArray(images[n_train + n_val :]),
-        )
+        self.val = ImageArray(images[n_train:][:n_val])
+        self.test = ImageArray(images[n_train + n_val :])
 
 
 def tiny_flow():
@@ -91,10 +96,11 @@ def make_trainer(*callbacks, **arguments):
 
 
 class Recorder(L.Callback):
-    """Per training step: its loss, and the learning rate that its update used."""
+    """Records the loss of every training step, and the learning rate of its update."""
 
     def __init__(self):
-        self.losses, self.rates = [], []
+        self.losses = []
+        self.rates = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.rates.append(optimizer.param_groups[0]["lr"])
@@ -104,7 +110,7 @@ class Recorder(L.Callback):
 
 
 def fit(module, data=None, callbacks=(), **arguments):
-    """Trains; returns the recorder."""
+    """Train a module; returns the recorder."""
     recorder = Recorder()
     make_trainer(recorder, *callbacks, **arguments).fit(module, datamodule=data or RandomImages())
     return recorder
@@ -112,7 +118,10 @@ def fit(module, data=None, callbacks=(), **arguments):
 
 @pytest.fixture(scope="module")
 def trained_state():
-    """Weights and statistics of a flow after six steps: no longer the identity, running statistics far behind."""
+    """Weights and statistics of a flow after six steps.
+
+    It is no longer the identity, and its running statistics lag far behind.
+    """
     module = density(lr=3e-3)
     fit(module, max_steps=6)
     return module.flow.state_dict()
@@ -126,7 +135,7 @@ def trained(trained_state):
 
 
 def bits_by_hand(flow, images, noise_seed=0):
-    """Bits/dim of each image: noise keyed (noise seed, index, 0), the formula written out."""
+    """Bits/dim of each image, (N,), by the formula, with noise keyed (noise seed, index, 0)."""
     u = [
         np.random.default_rng([noise_seed, i, 0]).random(SHAPE, dtype=np.float32)
         for i in range(len(images))
@@ -137,7 +146,10 @@ def bits_by_hand(flow, images, noise_seed=0):
 
 
 def reestimated_by_hand(flow, data, n_batches):
-    """Plain means over the first training batches of epoch 0 with the noise of that epoch, in training mode."""
+    """A flow whose statistics are plain means over the first training batches of epoch 0.
+
+    They are taken in training mode, with the noise of that epoch.
+    """
     flow = copy.deepcopy(flow).train()
     layers = [m for m in flow.modules() if isinstance(m, _BatchNorm)]
     for layer in layers:
@@ -154,7 +166,7 @@ def reestimated_by_hand(flow, data, n_batches):
     return flow.eval()
 
 
-# ---------------------------------------------------------------------------------------------- optimisation
+# ----------------------------------------------------------------------------- optimisation
 
 
 def test_warm_up_is_linear_from_zero_per_iteration():
@@ -164,7 +176,8 @@ def test_warm_up_is_linear_from_zero_per_iteration():
 
 def test_cosine_after_the_warm_up_ends_at_zero():
     module = density(lr=2e-3, warmup_steps=2, schedule="cosine")
-    trainer = make_trainer(recorder := Recorder(), max_steps=10)
+    recorder = Recorder()
+    trainer = make_trainer(recorder, max_steps=10)
     trainer.fit(module, datamodule=RandomImages())
     cosine = [2e-3 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
     assert recorder.rates == pytest.approx([0.0, 1e-3, *cosine], rel=1e-12)
@@ -176,9 +189,10 @@ def test_cosine_after_the_warm_up_ends_at_zero():
     [(4, [1, 1, 1, 1, 0.75, 0.5, 0.25]), (1, [1] * 7), (7, [1 - i / 7 for i in range(7)])],
 )
 def test_cooldown_is_linear_to_zero_in_the_last_steps(cooldown, expected):
-    """At most from the end of the warm-up on."""
+    """The longest cooldown begins at the end of the warm-up."""
     module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=cooldown)
-    trainer = make_trainer(recorder := Recorder(), max_steps=9)
+    recorder = Recorder()
+    trainer = make_trainer(recorder, max_steps=9)
     trainer.fit(module, datamodule=RandomImages())
     assert recorder.rates == pytest.approx(
         [2e-3 * factor for factor in (0, 0.5, *expected)], rel=1e-12
@@ -208,7 +222,7 @@ def test_a_cooldown_is_of_a_constant_rate():
     "settings", [{"cooldown_steps": 7}, {"schedule": "cosine", "warmup_steps": 10}]
 )
 def test_a_rate_that_cannot_fall_in_the_steps_there_are_is_refused(settings):
-    """What `trainer.max_steps=` alone makes of a recipe with a cooldown."""
+    """A recipe with a cooldown becomes such a run when only `trainer.max_steps=` is given."""
     module = density(**({"warmup_steps": 3} | settings))
     module.trainer = SimpleNamespace(max_steps=9, precision_plugin=None)
     with pytest.raises(
@@ -219,7 +233,7 @@ def test_a_rate_that_cannot_fall_in_the_steps_there_are_is_refused(settings):
 
 
 def scheduled(max_steps):
-    """Optimizer and scheduler of a run of so many steps, of which the last five are a cooldown."""
+    """Optimizer and scheduler of a run of `max_steps`, whose last five steps are a cooldown."""
     module = density(Uniform(), lr=2e-3, warmup_steps=2, cooldown_steps=5)
     module.trainer = SimpleNamespace(max_steps=max_steps, precision_plugin=None)
     made = module.configure_optimizers()
@@ -227,22 +241,23 @@ def scheduled(max_steps):
 
 
 def rates(optimizer, scheduler, n):
-    """Of the next n steps."""
-    found = []
+    """The learning rates of the next n steps."""
+    values = []
     for _ in range(n):
-        found.append(optimizer.param_groups[0]["lr"])
+        values.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return values
 
 
 @pytest.mark.parametrize("at", [3, 7, 10])
 def test_a_resumed_run_falls_towards_the_end_that_is_given_now(at):
-    """Also from a checkpoint that was written when the old end lay in it."""
+    """Checkpoints written before schedules became functions hold the old end; it is ignored."""
     whole = rates(*scheduled(40), 40)
     optimizer, scheduler = scheduled(10)
     begun = rates(optimizer, scheduler, at)
-    assert begun == [whole[i] if i <= 5 else 2e-3 * ((10 - i) / 5) for i in range(at)]
+    falling = [2e-3 * ((10 - i) / 5) for i in range(6, 10)]
+    assert begun == [*whole[:6], *falling][:at]
     for lambdas in (
         scheduler.state_dict()["lr_lambdas"],
         [{"steps": 2, "total": 10, "cooldown": 5}],
@@ -280,8 +295,43 @@ def test_unknown_names(argument):
     assert "\n" not in str(error.value)
 
 
+NOT_NEGATIVE = (-1.0, float("nan"), float("inf"), True)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "request_"),
+    [
+        ("lr", NOT_NEGATIVE, "give 0 or a positive number"),
+        ("weight_decay", NOT_NEGATIVE, "give 0 or a positive number"),
+        ("l2", NOT_NEGATIVE, "give 0 or a positive number"),
+        ("clip_norm", (0, *NOT_NEGATIVE), "give a positive number, or null for no clipping"),
+        ("warmup_steps", (-1, 1.5, True), "give a whole number of at least 0"),
+        ("max_skipped", (-1, 1.5), "give a whole number of at least 0"),
+        ("bn_images", (-1, 1.5), "give a whole number of at least 0"),
+        ("noise_samples", (0, 1.5), "give a whole number of at least 1"),
+        ("noise_seed", (-1,), "give a whole number of at least 0"),
+        ("seed", (-1,), "give a whole number of at least 0"),
+    ],
+)
+def test_values_out_of_their_range_are_one_line_that_says_what_is_allowed(key, values, request_):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{key}={value} is out of range: ") as error:
+            density(**{key: value})
+        assert str(error.value).endswith(request_)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "betas", [{}, [], [0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, float("nan")], "ab", [0.9, True], 0.9]
+)
+def test_betas_that_are_not_two_shares_are_refused(betas):
+    with pytest.raises(ValueError, match=r"^optim\.betas=.* are not two numbers from 0") as error:
+        density(betas=OmegaConf.create(betas) if isinstance(betas, dict) else betas)
+    assert "\n" not in str(error.value)
+
+
 class Clipped(DensityModule):
-    """Notes the gradients before and after the clipping, whose hook Lightning calls once a step."""
+    """Notes the gradients before and after clipping; Lightning calls its hook once a step."""
 
     def configure_gradient_clipping(self, *arguments, **more):
         before = gradients(self.flow)
@@ -323,8 +373,9 @@ def test_l2_is_added_to_the_nats():
 
 
 def test_a_trial_is_a_loss_of_made_up_images_without_a_trainer():
-    """By which a run's duration is told; there is none for points."""
-    module, point = density(), density(RealNVP2d(hidden_channels=4), TwoMoons)
+    """The duration of a run is estimated by it; points have none."""
+    module = density()
+    point = density(RealNVP2d(hidden_channels=4), TwoMoons)
     loss = module.trial(4)
     loss.backward()
     assert 0 < loss.item() < 192 * 8
@@ -333,12 +384,14 @@ def test_a_trial_is_a_loss_of_made_up_images_without_a_trainer():
 
 
 def test_the_loss_is_the_mean_of_minus_log_p():
-    data, flow = RandomImages(), tiny_flow().train()
+    data = RandomImages()
+    flow = tiny_flow().train()
     q = torch.stack([data.train[key][0] for key in list(TrainSampler(64, 16, 0))[:16]])
     x = (q.float() + batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"))) / 256
     expected = -flow.log_prob(x).mean().item()
     module = density()
-    trainer = make_trainer(recorder := Recorder(), max_steps=1)
+    recorder = Recorder()
+    trainer = make_trainer(recorder, max_steps=1)
     trainer.fit(module, datamodule=data)
     assert recorder.losses[0] == pytest.approx(expected, rel=1e-6)
     bits = 8 + expected / (192 * math.log(2))
@@ -346,26 +399,27 @@ def test_the_loss_is_the_mean_of_minus_log_p():
     assert module.train_mean.compute().item() == pytest.approx(bits, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("batch_size", [7, 16, 23])
 def test_validation_is_a_mean_over_images(trained, batch_size):
-    """23 images in batches of 7 and 16 leave 2 and 7: a mean over batches would differ."""
+    """23 images leave an incomplete batch of 2 or 7: a mean over batches would differ."""
     data = RandomImages(batch_size)
     by_hand = bits_by_hand(trained, data.val.images, noise_seed=3)
-    [found] = make_trainer(limit_val_batches=None).validate(
+    [validated] = make_trainer(limit_val_batches=None).validate(
         density(trained, noise_seed=3), data, verbose=False
     )
-    assert list(found) == ["val/bpd"]
-    assert found["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=2e-6)
+    assert list(validated) == ["val/bpd"]
+    assert validated["val/bpd"] == pytest.approx(by_hand.mean().item(), abs=2e-6)
     batch_means = [part.mean() for part in by_hand.split(batch_size)]
     if batch_size < 23:
         assert abs(torch.stack(batch_means).mean() - by_hand.mean()) > 1e-5
 
 
 def test_evaluation_noise_seed_matters(trained):
-    trainer, data = make_trainer(limit_val_batches=None), RandomImages()
+    trainer = make_trainer(limit_val_batches=None)
+    data = RandomImages()
     zero, again, one = (
         trainer.validate(density(trained, noise_seed=k), data, verbose=False)[0] for k in (0, 0, 1)
     )
@@ -376,13 +430,13 @@ def test_evaluation_noise_seed_matters(trained):
 def test_the_test_reports_running_and_reestimated_statistics(trained):
     data = RandomImages()
     before = copy.deepcopy(trained.state_dict())
-    [found] = make_trainer().test(density(trained), data, verbose=False)
-    assert set(found) == {"test/bpd", "test/bpd_reestimated"}
+    [tested] = make_trainer().test(density(trained), data, verbose=False)
+    assert set(tested) == {"test/bpd", "test/bpd_reestimated"}
     running = bits_by_hand(trained, data.test.images).mean().item()
     fresh = reestimated_by_hand(trained, data, n_batches=3)  # 40 images: three batches of 16
     reestimated = bits_by_hand(fresh, data.test.images).mean().item()
-    assert found["test/bpd"] == pytest.approx(running, abs=2e-6)
-    assert found["test/bpd_reestimated"] == pytest.approx(reestimated, abs=2e-6)
+    assert tested["test/bpd"] == pytest.approx(running, abs=2e-6)
+    assert tested["test/bpd_reestimated"] == pytest.approx(reestimated, abs=2e-6)
     assert abs(running - reestimated) > 0.01
     assert before.keys() == trained.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
@@ -391,9 +445,9 @@ def test_the_test_reports_running_and_reestimated_statistics(trained):
 
 def test_bn_images_zero_reports_running_statistics_only(trained):
     data = RandomImages()
-    [found] = make_trainer().test(density(trained, bn_images=0), data, verbose=False)
-    assert list(found) == ["test/bpd"]
-    assert found["test/bpd"] == pytest.approx(
+    [tested] = make_trainer().test(density(trained, bn_images=0), data, verbose=False)
+    assert list(tested) == ["test/bpd"]
+    assert tested["test/bpd"] == pytest.approx(
         bits_by_hand(trained, data.test.images).mean().item(), abs=2e-6
     )
 
@@ -406,7 +460,7 @@ def test_no_validation_set():
 
 
 class Spied(RealNVP):
-    """Notes for every pass, also of its copies: in training mode?, under autocast?, in which types."""
+    """Notes of every pass, also of its copies, whether it trains, its autocast and its types."""
 
     seen: ClassVar[list] = []
 
@@ -423,8 +477,10 @@ class Spied(RealNVP):
 
 
 def test_evaluation_is_float32_whatever_the_training_precision():
-    data, flow = RandomImages(), Spied(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
-    module, seen = density(flow), Spied.seen
+    data = RandomImages()
+    flow = Spied(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
+    module = density(flow)
+    seen = Spied.seen
     seen.clear()
     trainer = make_trainer(precision="bf16-mixed", limit_val_batches=None)
     trainer.fit(module, datamodule=data)
@@ -432,7 +488,7 @@ def test_evaluation_is_float32_whatever_the_training_precision():
     seen.clear()
     [validated] = trainer.validate(module, data, verbose=False)
     [tested] = trainer.test(module, data, verbose=False)
-    # two batches to validate on, three to re-estimate on, two to test on, twice
+    # Two batches of validation, three of re-estimation, and two of the test for each of two flows.
     assert [modes[0] for modes in seen] == [False] * 2 + [True] * 3 + [False] * 4
     assert not any(autocast for _, autocast, _ in seen)
     assert all(dtypes == {torch.float32} for _, _, dtypes in seen)
@@ -469,13 +525,14 @@ class Zero:
 
 
 class Uniform(FlowModel):
-    """p(x) = 1 on the unit cube, with a parameter that changes nothing, for the optimizer."""
+    """p(x) = 1 on the unit cube; its parameter changes nothing, and is for the optimizer."""
 
     base = Zero()
 
     def __init__(self):
         super().__init__()
-        self.shape, self.nothing = SHAPE, nn.Parameter(torch.ones(()))
+        self.shape = SHAPE
+        self.nothing = nn.Parameter(torch.ones(()))
 
     def latent_shapes(self, shape=None):
         return (SHAPE,)
@@ -489,7 +546,8 @@ class Uniform(FlowModel):
 
 
 def test_a_uniform_density_has_exactly_n_bits_per_dim():
-    module, data = density(Uniform()), RandomImages()
+    module = density(Uniform())
+    data = RandomImages()
     trainer = make_trainer(limit_val_batches=None)
     trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["train/bpd"].item() == 8.0
@@ -499,8 +557,9 @@ def test_a_uniform_density_has_exactly_n_bits_per_dim():
 
 
 def test_training_noise_is_that_of_the_epoch_and_batch():
-    """Black images: what the flow sees is the noise."""
-    data, seen = RandomImages(), []
+    """The images are black, so the flow sees the noise alone."""
+    data = RandomImages()
+    seen = []
     data.train.images = np.zeros_like(data.train.images)
     flow = Uniform()
     flow.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0] * 256))
@@ -531,25 +590,33 @@ def test_points_are_reported_in_nats():
     ]
 
 
-# ---------------------------------------------------------------------------------------------- averaged weights
+# ----------------------------------------------------------------------------- averaged weights
 
 
 class ByHand(L.Callback):
-    """EMA beside Lightning's: averages after every step, decay .5, the first step copies the weights."""
+    """Averages weights after every step with decay .5; the first step copies the weights."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         now = {k: p.detach().clone() for k, p in pl_module.flow.named_parameters()}
         first = not hasattr(self, "average")
-        self.average = now if first else {k: 0.5 * (self.average[k] + v) for k, v in now.items()}
+        if not first:
+            now = {k: 0.5 * (self.average[k] + v) for k, v in now.items()}
+        self.average = now
         self.buffers = {k: b.clone() for k, b in pl_module.flow.named_buffers()}
 
 
 def test_averaged_weights_are_evaluated_with_reestimated_statistics():
-    data, average = RandomImages(), ByHand()
+    data = RandomImages()
+    average = ByHand()
     module = density(lr=3e-3)
     callbacks = average, EMAWeightAveraging(use_buffers=False, decay=0.5)
-    trainer = make_trainer(*callbacks, max_steps=4, limit_val_batches=None, check_val_every_n_epoch=None,
-                           val_check_interval=4)  # fmt: skip
+    trainer = make_trainer(
+        *callbacks,
+        max_steps=4,
+        limit_val_batches=None,
+        check_val_every_n_epoch=None,
+        val_check_interval=4,
+    )
     trainer.fit(module, datamodule=data)
     validated = trainer.callback_metrics["val/bpd"].item()
     [tested] = trainer.test(module, data, verbose=False)
@@ -572,22 +639,32 @@ def test_averaged_weights_are_evaluated_with_reestimated_statistics():
 
 
 def test_averaging_does_not_touch_the_training():
-    averaged = fit(density(), callbacks=[EMAWeightAveraging(use_buffers=False, decay=0.5)],
-                   max_steps=6, limit_val_batches=None, check_val_every_n_epoch=None, val_check_interval=2)  # fmt: skip
+    averaged = fit(
+        density(),
+        callbacks=[EMAWeightAveraging(use_buffers=False, decay=0.5)],
+        max_steps=6,
+        limit_val_batches=None,
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+    )
     assert averaged.losses == fit(density(), max_steps=6).losses
 
 
-# ---------------------------------------------------------------------------------------------- estimated, by autograd
+# ----------------------------------------------------------------------------- estimates, autograd
 
 
 class Estimated(FlowModel):
-    """x + a, whose log-determinant is 0 and estimated as 10 (mean of the noise - 1/2); notes the noise."""
+    """x + a, whose log-determinant of 0 is estimated as 10 (mean of the noise - 1/2).
+
+    It keeps the noises that it was handed.
+    """
 
     noise_shape = (2, 5)
 
     def __init__(self):
         super().__init__()
-        self.shape, self.a = SHAPE, nn.Parameter(torch.zeros(()))
+        self.shape = SHAPE
+        self.a = nn.Parameter(torch.zeros(()))
         self.noises = []
 
     def latent_shapes(self, shape=None):
@@ -607,7 +684,8 @@ class Estimated(FlowModel):
 
 def test_an_estimate_is_called_one_and_depends_on_the_image_alone():
     data = RandomImages(batch_size=7)
-    [tested] = make_trainer().test(density(flow := Estimated(), noise_seed=3), data, verbose=False)
+    flow = Estimated()
+    [tested] = make_trainer().test(density(flow, noise_seed=3), data, verbose=False)
     assert list(tested) == ["test/bpd_estimate"]
     noise = [
         np.random.default_rng([3, i, 0, 1]).random((2, 5), dtype=np.float32) for i in range(23)
@@ -623,10 +701,12 @@ def test_an_estimate_is_called_one_and_depends_on_the_image_alone():
 
 @pytest.mark.parametrize(("ranks", "n_micro"), [(1, 1), (2, 1), (2, 2)])
 def test_the_noise_of_an_estimate_is_a_function_of_the_global_batch(ranks, n_micro):
-    """Ranks and micro-batches take slices; the dequantisation noise is what it is without an estimate."""
-    module, plain, parts = density(Estimated(), seed=5), density(seed=5), ranks * n_micro
+    """Ranks and micro-batches take slices of it, and dequantisation has the noise as without it."""
+    module = density(Estimated(), seed=5)
+    plain = density(seed=5)
+    parts = ranks * n_micro
     q = torch.from_numpy(RandomImages().train.images[:16])
-    found = []
+    inputs = []
     for rank in range(ranks):
         for micro in range(n_micro):
             trainer = SimpleNamespace(
@@ -635,16 +715,16 @@ def test_the_noise_of_an_estimate_is_a_function_of_the_global_batch(ranks, n_mic
             module.trainer = plain.trainer = trainer
             at = module.position(3 * n_micro + micro)
             piece = [q[(rank * n_micro + micro) * 16 // parts :][: 16 // parts]]
-            found.append(module.training_input(piece, at))
-            assert torch.equal(found[-1].x, plain.training_input(piece, at).x)
-            assert found[-1].arguments[2] is found[-1].noise
+            inputs.append(module.training_input(piece, at))
+            assert torch.equal(inputs[-1].x, plain.training_input(piece, at).x)
+            assert inputs[-1].arguments[2] is inputs[-1].noise
     key = np.random.SeedSequence([5, 2, 3, 1]).generate_state(1)[0]
     whole = torch.rand((16, 2, 5), generator=torch.Generator().manual_seed(int(key)))
-    assert torch.equal(torch.cat([part.noise for part in found]), whole)
+    assert torch.equal(torch.cat([part.noise for part in inputs]), whole)
 
 
 def test_several_samples_of_an_estimate_are_no_bound():
-    """exp of an estimate is on average too large."""
+    """The mean of exp of an estimate is too large."""
     with pytest.raises(
         ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is no bound to tighten"
     ):
@@ -658,13 +738,15 @@ class ByAutograd(FlowModel):
 
     def __init__(self):
         super().__init__()
-        self.shape, self.a = SHAPE, nn.Parameter(torch.ones(()))
+        self.shape = SHAPE
+        self.a = nn.Parameter(torch.ones(()))
 
     def latent_shapes(self, shape=None):
         return (SHAPE,)
 
     def forward(self, x, context=None):
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
         z = x + self.a * x**3
         (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
         return (z,), slope.log().flatten(1).sum(1)
@@ -677,7 +759,7 @@ class ByAutograd(FlowModel):
 
 
 class Seen(L.Callback):
-    """What evaluation keeps."""
+    """Notes whether the means of a test have a graph, and in which modes they are taken."""
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         mean = pl_module.eval_means["bpd"]
@@ -689,10 +771,12 @@ class Seen(L.Callback):
 
 
 def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
-    """The glue turns inference mode off; what is kept has no graph."""
-    data, module = RandomImages(), density(ByAutograd())
-    config = compose("realnvp_cifar10", [*TINY, "logger.name=none", f"run_dir={tmp_path}"])
-    trainer = experiment.make_trainer(config, module, seen := Seen())
+    """`make_trainer` turns inference mode off, and the means of a test keep no graph."""
+    data = RandomImages()
+    module = density(ByAutograd())
+    config = compose("realnvp_cifar10", [*TINY, f"run_dir={tmp_path}"])
+    seen = Seen()
+    trainer = experiment.make_trainer(config, module, seen)
     [tested] = trainer.test(module, data, verbose=False)
     assert seen.kept == (False, False, False)
     u = [np.random.default_rng([0, i, 0]).random(SHAPE, dtype=np.float32) for i in range(23)]
@@ -707,21 +791,34 @@ def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
         samples = module.draw(3, 0.7, 0)
     torch.testing.assert_close(original, again, atol=1e-5, rtol=0)
     assert not any(t.requires_grad for t in (original, again, samples))
-    exact = experiment.make_trainer(config, density(tiny_flow()), other := Seen())
+    other = Seen()
+    exact = experiment.make_trainer(config, density(tiny_flow()), other)
     exact.test(density(tiny_flow(), bn_images=0), data, verbose=False)
     assert other.kept == (False, True, False)
 
 
-# ---------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------- resuming
 
 
 def run(folder, ema, checkpoint=None):
-    """Ten steps, six an epoch, validated every three, saved after every one; (losses, final weights, last val/bpd)."""
-    recorder, module = Recorder(), density(lr=3e-3, warmup_steps=5, schedule="cosine")
+    """Ten steps in epochs of six, validated every three steps, and saved after every step.
+
+    Returns the losses, the final weights and the last val/bpd.
+    """
+    recorder = Recorder()
+    module = density(lr=3e-3, warmup_steps=5, schedule="cosine")
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    average = [EMAWeightAveraging(use_buffers=False, decay=0.9)] if ema else []
-    trainer = make_trainer(recorder, *average, saver, max_steps=10, enable_checkpointing=True, limit_val_batches=None,
-                           check_val_every_n_epoch=None, val_check_interval=3)  # fmt: skip
+    callbacks = [recorder, saver]
+    if ema:
+        callbacks.insert(1, EMAWeightAveraging(use_buffers=False, decay=0.9))
+    trainer = make_trainer(
+        *callbacks,
+        max_steps=10,
+        enable_checkpointing=True,
+        limit_val_batches=None,
+        check_val_every_n_epoch=None,
+        val_check_interval=3,
+    )
     trainer.fit(
         module, datamodule=RandomImages(n_train=100), ckpt_path=checkpoint, weights_only=True
     )
@@ -736,7 +833,10 @@ def uninterrupted(request, tmp_path_factory):
 
 @pytest.mark.parametrize("step", [4, 6, 7, 9])
 def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path, step):
-    """From mid-epoch, from the end of an epoch (6), and with a validation due right after the checkpoint (6, 9)."""
+    """From the middle and the end (6) of an epoch.
+
+    After the checkpoints of steps 6 and 9 a validation is due at once.
+    """
     folder, ema, losses, weights, validated = uninterrupted
     assert len(set(losses)) == 10
     later, resumed, validated_later = run(tmp_path, ema, folder / f"step={step}.ckpt")

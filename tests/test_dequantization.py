@@ -1,4 +1,7 @@
-"""Dequantisers as parts: their weights are right, and a learned one belongs to the objective like the flow."""
+"""Dequantisers as parts.
+
+Their weights are right, and a learned one belongs to the objective as the flow does.
+"""
 
 import math
 
@@ -37,32 +40,35 @@ D = math.prod(SHAPE)
 
 
 class Gaussian(Dequantizer):
-    """x = (q + 1/2 + eps) / 2^n_bits: noise that leaves the bin."""
+    """Noise that leaves the bin: x = (q + 1/2 + eps) / 2^n_bits."""
 
-    noise, kind = "normal", "noisy"
+    noise = "normal"
+    kind = "noisy"
 
     def forward(self, q, noise, context=None):
         return (q.to(noise.dtype) + 0.5 + noise) / 2**self.n_bits, noise.new_zeros(len(q))
 
 
 def drawn(dequantizer, n, shape, seed=0):
-    """float64 noise of the kind that a dequantiser wants, (n, *shape)."""
+    """Noise of the kind that a dequantiser takes, (n, *shape), float64."""
     generator = torch.Generator().manual_seed(seed)
     draw = {"uniform": torch.rand, "normal": torch.randn}[dequantizer.noise]
     return draw(n, *shape, generator=generator, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------- weights
+# ----------------------------------------------------------------------------- weights
 
 
 @pytest.mark.parametrize("make", [UniformDequantizer, LogitNormal])
 @pytest.mark.parametrize("levels", [(5,), (0, 7), (3, 6, 1)])
 def test_importance_weights_average_to_the_volume_and_to_a_known_mass(make, levels):
-    """E[1/q(u)] is the bin's volume, 1; E[p(x) / q(u)] the integral over the bin of p, here of prod 2 x_i on [0, 1]^D.
+    """E[1/q(u)] is the volume of the bin, 1, and E[p(x) / q(u)] the integral of p over the bin.
 
-    3 bits, 1 to 3 dimensions, 400,000 samples, within five standard errors.
+    Here p is prod 2 x_i on [0, 1]^D, in 1 to 3 dimensions and 3 bits, with 400,000 samples, to
+    within five standard errors.
     """
-    n, dequantizer = 400_000, make(3).double()
+    n = 400_000
+    dequantizer = make(3).double()
     q = torch.tensor(levels, dtype=torch.uint8).expand(n, -1)
     with torch.no_grad():
         x, log_weight = dequantizer(q, drawn(dequantizer, n, q.shape[1:]))
@@ -76,7 +82,7 @@ def test_importance_weights_average_to_the_volume_and_to_a_known_mass(make, leve
 
 
 def test_log_weight_is_minus_the_log_density_of_what_was_added():
-    """In one dimension, over a grid of the noise: dP = q(u) du."""
+    """By dP = q(u) du in one dimension, over a grid of the noise."""
     dequantizer = LogitNormal(8).double()
     eps = torch.linspace(-3, 3, 20_001, dtype=torch.float64)[:, None]
     q = torch.full(eps.shape, 200, dtype=torch.uint8)
@@ -88,11 +94,12 @@ def test_log_weight_is_minus_the_log_density_of_what_was_added():
     torch.testing.assert_close(-log_weight[1:-1], log_normal[1:-1] - slope.log(), atol=1e-4, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------- the objective's part
+# ----------------------------------------------------------------------------- in an objective
 
 
 def learned(flow=None, cls=DensityModule, data=RandomImages, **arguments):
-    dequantizer = LogitNormal(8, N_CLASSES if data.labels else None)
+    n_classes = N_CLASSES if data.labels else None
+    dequantizer = LogitNormal(8, n_classes)
     return cls(
         flow or tiny_flow(), dequantizer, data.n_bits, **({"seed": 0, "bn_images": 0} | arguments)
     )
@@ -114,10 +121,8 @@ def test_what_a_figure_is_stands_in_its_name(dequantizer, name):
 
 
 def test_a_noisy_figure_is_that_of_the_noisy_data():
-    data, module = (
-        RandomImages(),
-        DensityModule(tiny_flow(), Gaussian(8), 8, seed=0, noise_seed=2, bn_images=0),
-    )
+    data = RandomImages()
+    module = DensityModule(tiny_flow(), Gaussian(8), 8, seed=0, noise_seed=2, bn_images=0)
     eps = [
         np.random.default_rng([2, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)
     ]
@@ -129,7 +134,8 @@ def test_a_noisy_figure_is_that_of_the_noisy_data():
 
 
 def test_the_weight_enters_loss_and_evaluation():
-    data, module = RandomImages(), learned(l2=0.0, noise_seed=3)
+    data = RandomImages()
+    module = learned(l2=0.0, noise_seed=3)
     q = torch.from_numpy(data.test.images)
     eps = [
         np.random.default_rng([3, i, 0]).standard_normal(SHAPE, dtype=np.float32) for i in range(23)
@@ -139,7 +145,8 @@ def test_the_weight_enters_loss_and_evaluation():
         expected = 8 - (module.flow.eval().log_prob(x) + log_weight) / (D * math.log(2))
     [tested] = make_trainer().test(module, data, verbose=False)
     assert tested["test/bpd_bound"] == pytest.approx(expected.mean().item(), abs=2e-6)
-    module, losses = learned(), []
+    module = learned()
+    losses = []
     batch = data.initialization_batch(16)
     eps = batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"), "normal")
     x, log_weight = module.dequantizer(batch[0], eps)
@@ -152,7 +159,7 @@ def test_the_weight_enters_loss_and_evaluation():
 
 
 def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
-    """Behind the flow's, whose place and keys do not change."""
+    """They come after the flow's, whose place and keys do not change."""
 
     class Clipped(DensityModule):
         def configure_gradient_clipping(self, *arguments, **more):
@@ -166,8 +173,8 @@ def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
     more = [f"dequantizer.{key}" for key in ("mean", "log_std")]
     assert list(before) == ["skipped", "skipped_last", *flow, *more]
     average = EMAWeightAveraging(use_buffers=False, decay=0.5)
-    trainer = make_trainer(average, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2), max_steps=3,
-                           enable_checkpointing=True)  # fmt: skip
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2)
+    trainer = make_trainer(average, saver, max_steps=3, enable_checkpointing=True)
     trainer.fit(module, datamodule=RandomImages())
     parameters = trainer.optimizers[0].param_groups[0]["params"]
     assert [id(p) for p in parameters[-2:]] == [id(p) for p in module.dequantizer.parameters()]
@@ -175,7 +182,8 @@ def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
     assert module.norm == pytest.approx(0.5, rel=1e-4)
     assert (module.noise_gradient != 0).all()
     saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    raw, averaged = saved["current_model_state"], saved["state_dict"]
+    raw = saved["current_model_state"]
+    averaged = saved["state_dict"]
     for key in ("dequantizer.mean", "dequantizer.log_std"):
         assert (averaged[key] != before[key]).all()
         assert (averaged[key] != raw[key]).any()
@@ -187,7 +195,8 @@ def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
 def test_it_gets_the_context_too():
     torch.manual_seed(0)
     flow = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4, n_classes=N_CLASSES)
-    module, data = learned(flow, data=LabelledImages), LabelledImages()
+    module = learned(flow, data=LabelledImages)
+    data = LabelledImages()
     batch = data.initialization_batch(16)
     noises = {
         "training": batch_noise((16, *SHAPE), 0, 0, 0, torch.device("cpu"), "normal"),
@@ -205,7 +214,7 @@ def test_it_gets_the_context_too():
 
 
 class Initialised(LogitNormal):
-    """With an ActNorm of the noise, set from data."""
+    """A dequantiser with an ActNorm of the noise, which is set from data."""
 
     def __init__(self, n_bits):
         super().__init__(n_bits)
@@ -239,10 +248,11 @@ def test_it_is_initialised_before_the_flow():
     assert not uninitialized(module.dequantizer)
 
 
-def test_of_takes_a_learned_one_in_the_place_of_the_datas():
+def test_of_takes_a_learned_dequantizer_instead_of_the_one_of_the_data():
     config = compose("realnvp_cifar10", ["preset=demo", "eval.noise_seed=4", "optim.lr=0.5"])
     data = RandomImages()
-    usual, other = DensityModule.of(config, tiny_flow(), data), LogitNormal(8)
+    usual = DensityModule.of(config, tiny_flow(), data)
+    other = LogitNormal(8)
     assert usual.dequantizer is data.dequantizer
     assert (usual.n_bits, usual.shape, usual.seed, usual.noise_seed, usual.lr) == (
         8,
@@ -265,11 +275,11 @@ def test_one_with_batch_norms_is_refused():
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- several samples
+# ----------------------------------------------------------------------------- several samples
 
 
 class Slope(FlowModel):
-    """x to its logit plus a bias a pixel: a density that is far from flat in a bin."""
+    """The logit of x plus a bias for each pixel: its density is far from flat in a bin."""
 
     def __init__(self):
         super().__init__()
@@ -289,9 +299,10 @@ class Slope(FlowModel):
 
 
 class FewBits(RandomImages):
-    """The same images in 2 bits: wide bins."""
+    """The same images in 2 bits, whose bins are wide."""
 
-    n_bits, dequantizer = 2, UniformDequantizer(2)
+    n_bits = 2
+    dequantizer = UniformDequantizer(2)
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -301,8 +312,12 @@ class FewBits(RandomImages):
 
 @pytest.mark.parametrize("make", [UniformDequantizer, LogitNormal])
 def test_several_samples_are_importance_weighted(make):
-    """log 1/k sum p(x_i) / q(x_i) of every image in float64, by hand; the first sample's figure stays."""
-    data, k = FewBits(), 16
+    """The figure is log 1/k sum p(x_i) / q(x_i) of every image, in float64.
+
+    The figure of the first sample stays what it is without the others.
+    """
+    data = FewBits()
+    k = 16
     module = DensityModule(Slope(), make(2), 2, seed=0, noise_seed=1, noise_samples=k)
     one = DensityModule(Slope(), make(2), 2, seed=0, noise_seed=1)
     q = torch.from_numpy(data.test.images) >> 6
@@ -338,17 +353,20 @@ def test_reestimated_statistics_have_weighted_figures_of_their_own():
 
 def test_log_mean_exp_neither_overflows_nor_loses_digits():
     samples = [torch.tensor([2000.0, -3000.0]), torch.tensor([2000.0, -3000.0 + math.log(3)])]
-    found = log_mean_exp(samples)
-    assert found.dtype == torch.float64
+    mean = log_mean_exp(samples)
+    assert mean.dtype == torch.float64
     torch.testing.assert_close(
-        found, torch.tensor([2000.0, -3000.0 + math.log(2)]).double(), atol=1e-4, rtol=0
+        mean, torch.tensor([2000.0, -3000.0 + math.log(2)]).double(), atol=1e-4, rtol=0
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((UniformDequantizer(8), 8, 0), r"eval\.noise_samples=0: give at least 1"),
+        (
+            (UniformDequantizer(8), 8, 0),
+            r"eval\.noise_samples=0 is out of range: give .* at least 1",
+        ),
         (
             (Gaussian(8), 8, 4),
             r"eval\.noise_samples=4, but bpd_noisy is no bound to tighten: give 1",

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def on_two_ranks(tmp_path, function, *arguments):
-    """What `function(rank, *arguments)` returns on either rank, as two processes in one gloo group."""
+    """What `function(rank, *arguments)` returns on each of two processes in one gloo group."""
     processes = start(2, _saved, function, arguments, tmp_path, log=tmp_path / "log.txt")
     for process in processes:
         process.join(120)
@@ -32,7 +32,7 @@ def _saved(rank, function, arguments, folder):
     torch.save(function(rank, *arguments), folder / f"{rank}.pt")
 
 
-# ---------------------------------------------------------------------------------------------- batch norm
+# ----------------------------------------------------------------------------- batch norm
 
 NORMS = {
     "conditioner": lambda: BiasOnlyBatchNorm2d(3),
@@ -45,7 +45,9 @@ def normalised(norm, x, weights):
     """Output, input gradient, parameter gradients and running statistics of one training pass."""
     x = x.clone().requires_grad_()
     out = norm.train()(x)
-    y, log_det = out if isinstance(out, tuple) else (out, torch.zeros(len(x)))
+    if not isinstance(out, tuple):
+        out = (out, torch.zeros(len(x)))
+    y, log_det = out
     loss = (y * weights).sum() + (log_det * weights[:, 0, 0, 0]).sum()
     loss.backward()
     state = {k: v for k, v in norm.state_dict().items() if k.startswith("running")}
@@ -94,8 +96,8 @@ def test_batch_norms_reduce_their_moments_over_ranks_with_gradients(
 
 def test_moments_of_ranks_far_apart_do_not_cancel(tmp_path):
     """E[x^2] - E[x]^2 would lose a variance of 1 around a mean of 10,000 in float32."""
-    [found, _] = on_two_ranks(tmp_path, _far_apart)
-    assert found["var"] == pytest.approx(found["expected"], rel=1e-5)
+    [moments, _] = on_two_ranks(tmp_path, _far_apart)
+    assert moments["var"] == pytest.approx(moments["expected"], rel=1e-5)
 
 
 def _far_apart(rank):
@@ -106,12 +108,14 @@ def _far_apart(rank):
     return {"var": var.item(), "expected": x.double().var(correction=0).item()}
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 
 
 def make_flow(plain):
     torch.manual_seed(0)
-    return Plain(SHAPE) if plain else RealNVP(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
+    if plain:
+        return Plain(SHAPE)
+    return RealNVP(SHAPE, n_scales=1, hidden_channels=4, n_blocks=1)
 
 
 def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None, steps=25):
@@ -120,13 +124,14 @@ def trained(rank=0, ranks=1, plain=False, precision="64-true", micro_batch=None,
     module = density(make_flow(plain), lr=1e-3, warmup_steps=10, clip_norm=100.0, l2=5e-5)
     losses = Recorder()
     trainer = make_trainer(losses, max_steps=steps, precision=precision, devices=ranks, num_nodes=1)
-    n_micro = 16 // ranks // micro_batch if micro_batch else 1
+    share = 16 // ranks
+    n_micro = share // (micro_batch or share)
     trainer.accumulate_grad_batches = n_micro
     trainer.fit(module, datamodule=data)
     state = {k: v.clone() for k, v in module.state_dict().items()}
     [tested] = trainer.test(module, data, verbose=False)
-    sums = torch.tensor(losses.losses, dtype=torch.float64).view(-1, n_micro)
-    return {"losses": sums.sum(1) if n_micro > 1 else sums[:, 0], "state": state, "tested": tested}
+    parts = torch.tensor(losses.losses, dtype=torch.float64).view(-1, n_micro)
+    return {"losses": parts.sum(1), "state": state, "tested": tested}
 
 
 def _trained(rank, arguments):
@@ -148,12 +153,12 @@ def alone(plain):
     ids=["RealNVP", "plain", "plain-accumulating"],
 )
 def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
-    """64 in one process, 2 x 32, 2 x 2 x 16 (here 16, 8 and 4): float64, 25 steps, to 1e-10."""
+    """With batches of 16, 2 x 8 and 2 x 2 x 4: in float64, after 25 steps, to 1e-10."""
     one = alone(plain)
     a, b = on_two_ranks(tmp_path, _trained, {"plain": plain, "micro_batch": micro_batch})
     assert ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs().max() < 1e-10
-    # The biases before a batch norm change nothing but its running mean. Their gradients are rounding, which Adam
-    # divides by itself.
+    # The biases before a batch norm change nothing but its running mean. Their gradients are
+    # rounding errors, which Adam divides by their own size.
     free = {k for k in one["state"] if not plain and k.endswith((".bias", ".running_mean"))}
     assert largest(a["state"], one["state"]) < 1e-7
     assert largest({k: v for k, v in a["state"].items() if k not in free}, one["state"]) < 1e-10
@@ -162,24 +167,29 @@ def test_two_ranks_train_as_one_process_does(tmp_path, plain, micro_batch):
 
 
 class Begun(Recorder):
-    """The weights that training begins with, too."""
+    """Also keeps the weights with which training begins."""
 
     def on_train_start(self, trainer, pl_module):
         self.state = {k: v.clone() for k, v in pl_module.flow.state_dict().items()}
 
 
 def trained_glow(rank=0, ranks=1):
-    """Of a class-conditional Glow: losses, weights that the data have set, weights after five steps, what is tested."""
+    """Losses and weights of a class-conditional Glow, and what is tested.
+
+    The weights are those that the data have set, and those after five steps.
+    """
     module = conditional(fresh(), name="adamax", lr=1e-3, warmup_steps=2)
+    begun = Begun()
+    data = LabelledImages()
     trainer = make_trainer(
-        begun := Begun(),
+        begun,
         Initialization(),
         max_steps=5,
         precision="64-true",
         devices=ranks,
         num_nodes=1,
     )
-    trainer.fit(module, datamodule=(data := LabelledImages()))
+    trainer.fit(module, datamodule=data)
     [tested] = trainer.test(module, data, verbose=False)
     losses = torch.tensor(begun.losses, dtype=torch.float64)
     return {
@@ -195,8 +205,9 @@ def _trained_glow(rank):
 
 
 def test_two_ranks_initialise_and_train_a_glow_as_one_process_does(tmp_path):
-    """Actnorms of a batch that both take whole, then halves of it; classes; Adamax."""
-    one, (a, b) = trained_glow(), on_two_ranks(tmp_path, _trained_glow)
+    """Both ranks set ActNorms from the whole first batch, and then train with halves of it."""
+    one = trained_glow()
+    a, b = on_two_ranks(tmp_path, _trained_glow)
     assert ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs().max() < 1e-10
     assert all(torch.equal(a["begun"][k], v) for k, v in one["begun"].items())
     assert largest(a["begun"], fresh().state_dict()) > 0.1
@@ -208,16 +219,21 @@ def test_two_ranks_initialise_and_train_a_glow_as_one_process_does(tmp_path):
 
 
 def test_one_process_accumulating_trains_as_with_whole_batches():
-    one, parts = alone(True), trained(plain=True, micro_batch=4)
+    one = alone(True)
+    parts = trained(plain=True, micro_batch=4)
     assert (one["losses"] - parts["losses"]).abs().max() < 1e-10
     assert largest(one["state"], parts["state"]) < 1e-10
     assert parts["tested"] == pytest.approx(one["tested"], abs=1e-6)
 
 
 def test_two_ranks_train_in_bf16_as_one_process_does(tmp_path):
-    """Networks in bfloat16, to its 8 bits; state and log-determinants in float32, the same on both ranks."""
+    """Networks agree to the 8 bits of bfloat16.
+
+    Weights and log-determinants are in float32, and the same on both ranks.
+    """
     settings = {"precision": "bf16-mixed", "steps": 3}
-    one, (a, b) = trained(**settings), on_two_ranks(tmp_path, _trained, settings)
+    one = trained(**settings)
+    a, b = on_two_ranks(tmp_path, _trained, settings)
     difference = ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs() / one["losses"].abs()
     assert difference.max() < 0.02
     assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
@@ -226,12 +242,13 @@ def test_two_ranks_train_in_bf16_as_one_process_does(tmp_path):
 
 @pytest.mark.parametrize("plain", [False, True], ids=["RealNVP", "plain"])
 def test_the_first_step_agrees_in_float32(tmp_path, plain):
-    """The loss before it to 1e-6. Afterwards rounding grows, since Adam divides a gradient by its own size.
+    """The loss of the first step agrees to 1e-6.
 
-    Over 50 steps the losses were seen to differ by up to 5e-7 (RealNVP) and 9e-6 (plain) of themselves.
+    Afterwards rounding errors grow, since Adam divides a gradient by its own size.
     """
     settings = {"plain": plain, "precision": "32-true", "steps": 3}
-    one, (a, b) = trained(**settings), on_two_ranks(tmp_path, _trained, settings)
+    one = trained(**settings)
+    a, b = on_two_ranks(tmp_path, _trained, settings)
     difference = ((a["losses"] + b["losses"]) / 2 - one["losses"]).abs() / one["losses"].abs()
     assert difference[0] < 1e-6
     assert difference[-1] < 1e-3

@@ -285,7 +285,7 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
         (
             "glow_cifar10_conditional",
             ["optim.class_weight=-1"],
-            "optim.class_weight=-1.0 is negative",
+            "optim.class_weight=-1.0 is out of range",
         ),
         (
             "glow_cifar10_modern",

@@ -1,7 +1,7 @@
-"""Lightning's private attributes that are touched are there, and touching them has the effect that is wanted.
+"""Lightning's private attributes that we change exist, and changing them has its effect.
 
-Where one of these fails with a new release of Lightning, read lightning_modules/lightning_internals.py: the function
-has to be adapted, or is needed no more.
+If one of these tests fails with a new release of Lightning, read
+lightning_modules/lightning_internals.py: the function has to be adapted, or is no longer needed.
 """
 
 import signal
@@ -27,7 +27,8 @@ pytestmark = [
 
 
 def test_handlers_are_set_by_our_function_at_every_start():
-    before, calls = signal.getsignal(signal.SIGTERM), []
+    before = signal.getsignal(signal.SIGTERM)
+    calls = []
     trainer = make_trainer(max_steps=1)
     assert callable(type(trainer._signal_connector).register_signal_handlers)
     internals.set_signal_handlers_with(
@@ -44,7 +45,8 @@ class Broadcasts(L.Callback):
     """Counts Lightning's broadcasts, and notes whether DDP sends buffers around."""
 
     def __init__(self):
-        self.calls, self.sends_buffers = 0, None
+        self.calls = 0
+        self.sends_buffers = None
         original = _TrainingEpochLoop._broadcast_sigterm_tensor
 
         def counted(loop):
@@ -60,9 +62,8 @@ class Broadcasts(L.Callback):
 def _two_ranks(rank, folder):
     seen = []
     for ours in (False, True):
-        trainer = make_trainer(
-            spy := Broadcasts(), max_steps=2, devices=2, num_nodes=1, strategy="ddp"
-        )
+        spy = Broadcasts()
+        trainer = make_trainer(spy, max_steps=2, devices=2, num_nodes=1, strategy="ddp")
         if ours:
             internals.broadcast_no_signals(trainer)
             internals.send_no_buffers(trainer)
@@ -104,10 +105,14 @@ def test_without_a_launcher_nobody_is_killed():
 
 
 class Saved(L.Callback):
-    """The progress of epochs as Lightning has it in a checkpoint of every step, before and after."""
+    """Saves a checkpoint after every step.
+
+    It notes Lightning's progress of epochs in it, before and after `count_running_epoch`.
+    """
 
     def __init__(self):
-        self.before, self.after = [], []
+        self.before = []
+        self.after = []
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
@@ -120,8 +125,9 @@ class Saved(L.Callback):
 
 
 def test_a_resume_from_the_last_batch_of_an_epoch_counts_the_next_as_begun(tmp_path):
-    """Epochs of four batches: the checkpoint of batch 4, resumed, and the one of batch 5."""
-    first, second = Saved(), Saved()
+    """In epochs of four batches: the checkpoint of batch 4, and after a resume that of batch 5."""
+    first = Saved()
+    second = Saved()
     make_trainer(first, max_steps=4, default_root_dir=tmp_path).fit(
         density(tiny_flow()), datamodule=RandomImages()
     )

@@ -1,6 +1,7 @@
-"""The contract of an objective, kept by one that has no flow: a denoiser, whose metric is better when higher.
+"""The contract of an objective, for one that has no flow.
 
-It passes what every objective has to pass: the glue, all callbacks, a resume and W&B.
+It is a denoiser, whose metric is better when it is higher. It passes what every objective has to
+pass: the trainer's parts, all callbacks, a resume and W&B.
 """
 
 import csv
@@ -37,18 +38,21 @@ def settings(folder, *words):
     config = OmegaConf.merge(
         config, {"experiment": "denoiser", "run_dir": str(folder), "overrides": []}
     )
-    config.optim, config.flow, config.paper = optim, {}, None
+    config.optim = optim
+    config.flow = {}
+    config.paper = None
     OmegaConf.set_readonly(config, True)
     return config
 
 
 def run(folder, *words, model=None, extra=()):
-    """Train and test, as a script's main does. The result, and the module that was tested."""
+    """Train and test as a script's main does; returns the result and the tested module."""
     config = settings(folder, *words)
     data = make_data(seed=config.seed, **config.data)
     torch.manual_seed(0)
-    net = nn.Conv2d(3, 3, 3, padding=1) if model is None else model
-    module = Denoiser.of(config, net, data)
+    if model is None:
+        model = nn.Conv2d(3, 3, 3, padding=1)
+    module = Denoiser.of(config, model, data)
     trainer = experiment.make_trainer(config, module, *extra)
     experiment.fit(config, trainer, module, data)
     return experiment.record(config, trainer, module, data), module
@@ -61,7 +65,7 @@ def curve(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of twelve steps, logged to W&B: the folder, the result, the module."""
+    """The folder, the result and the module of a run of twelve steps, logged to W&B."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with nobody_logged_in(folder.parent):
         result, module = run(
@@ -122,7 +126,7 @@ def test_wandb_has_the_metric_over_steps(finished):
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(tmp_path):
-    """Killed after step 5, in an epoch of 4 batches; averaged weights, and micro-batches."""
+    """It is killed after step 5, in epochs of 4 batches, with averages and micro-batches."""
     words = ["checkpoint.every_n_steps=2", "ema.decay=0.9", "data.micro_batch=8"]
     whole, _ = run(tmp_path / "whole", "trainer.max_steps=7", *words)
     run(tmp_path / "parts", "trainer.max_steps=5", *words)
@@ -142,7 +146,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
 
         def forward(self, x):
             self.calls += self.training
-            return super().forward(x) * (torch.inf if self.training and self.calls == 2 else 1)
+            y = super().forward(x)
+            if self.training and self.calls == 2:
+                y = y * torch.inf
+            return y
 
     result, module = run(tmp_path, "trainer.max_steps=3", model=Poisoned(3, 3, 3, padding=1))
     assert result["skipped_steps"] == module.skipped.item() == 1
@@ -150,7 +157,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
 
 
 class Bare(Objective):
-    """What has to be declared, and nothing else."""
+    """An objective that declares what it has to, and nothing else."""
 
     @classmethod
     def of(cls, config, model, data):
@@ -161,8 +168,7 @@ class Bare(Objective):
         return nn.Linear(1, 1)
 
 
-def test_what_is_not_declared_is_not_there():
-    """The defaults of the contract, which an objective may leave as they are."""
+def test_the_defaults_of_an_objective_mean_that_there_is_none():
     plain = Bare()
     assert (plain.shape, plain.n_bits, plain.needs_autograd, plain.has_temperature) == (
         None,
@@ -211,7 +217,8 @@ def test_parts_of_what_is_trained_are_compiled_one_by_one():
     class Two(Bare):
         def __init__(self):
             super().__init__()
-            self.first, self.second = Part(1, 2), Part(2, 3)
+            self.first = Part(1, 2)
+            self.second = Part(2, 3)
 
         @property
         def trained(self):

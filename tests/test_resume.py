@@ -1,4 +1,7 @@
-"""Killed at any moment, a run goes on bit for bit; asked to stop, it stops at one step on all ranks."""
+"""A run that was killed at any moment goes on bit for bit.
+
+One that is asked to stop does so at the same step on all ranks.
+"""
 
 import csv
 import random
@@ -41,7 +44,8 @@ def assert_same_end(run, whole, ranks=1, timeout=180):
     assert run.wait(timeout) == whole.wait(timeout) == [0] * ranks, run.output() + whole.output()
     for rank in range(ranks):
         assert run.losses(rank) == whole.losses(rank)
-    a, b = run.final(), whole.final()
+    a = run.final()
+    b = whole.final()
     for part in (
         "state_dict",
         "current_model_state",
@@ -56,11 +60,8 @@ def assert_same_end(run, whole, ranks=1, timeout=180):
     ("arguments", "options", "kill"),
     [
         ([WORKERS], {}, (7, 3)),
-        (
-            ["data.micro_batch=4"],
-            {"plain": True},
-            (5, 6),
-        ),  # the third of the four micro-batches of a step
+        # the third of the four micro-batches of a step
+        (["data.micro_batch=4"], {"plain": True}, (5, 6)),
         (["data.micro_batch=2"], {"plain": True, "ranks": 2}, (6, 9)),
         ([WORKERS], {"ranks": 2}, (3, 3)),
     ],
@@ -75,19 +76,20 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, options, kill):
     resumed = Run(tmp_path / "run", *arguments, "resume=auto", **options)
     assert_same_end(resumed, whole, options.get("ranks", 1))
     assert "going on from" in resumed.output()
-    a, b = curve(resumed.folder), curve(whole.folder)
+    a = curve(resumed.folder)
+    b = curve(whole.folder)
     assert [row["step"] for row in a] == ["0", "6", "10"]
     for key in ("step", "images", "lr", "val/bpd"):
         assert [row[key] for row in a] == [row[key] for row in b]
-    for row, other in zip(
-        a[1:], b[1:], strict=True
-    ):  # over ranks the sum is taken in another order
+    # After a resume, sums over ranks are taken in another order.
+    for row, other in zip(a[1:], b[1:], strict=True):
         assert float(row["train/bpd"]) == pytest.approx(float(other["train/bpd"]), rel=1e-6)
 
 
 def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
-    """At the ends of epochs of four steps, which Lightning alone miscounts after the second; in a step after which it
-    validates; in the last step.
+    """It is stopped at the ends of two epochs of four steps, before a validation, and at the end.
+
+    Lightning by itself miscounts epochs after the second stop.
     """
     whole = Run(tmp_path / "whole", *EVERYTHING)
     for stop in (4, 6, 8, 10):
@@ -101,11 +103,11 @@ def test_a_run_that_was_stopped_again_and_again_goes_on_bit_for_bit(tmp_path):
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
 )
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
-    """Rank 1 is slower and the signal comes to either: Lightning's own handlers deadlock here."""
+    """Rank 1 is slower, and either rank gets the signal: Lightning's handlers deadlock here."""
     options = {"ranks": 2, "slow": 0.02}
     run = Run(tmp_path / "run", "trainer.max_steps=2000", **options)
     run.wait_for(lambda: (tmp_path / "run" / "checkpoints").is_dir() and len(run.losses()) > 3)
-    run.signal(number, rank=1 if number == signal.SIGTERM else 0)
+    run.signal(number, rank=int(number == signal.SIGTERM))
     assert run.wait() == [75, 0]
     steps = [max(run.losses(rank))[0] + 1 for rank in range(2)]
     saved = run.final()["global_step"]
@@ -125,7 +127,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, number):
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
 )
 def test_a_signal_to_a_run_and_its_workers_stops_it_in_order(tmp_path, number):
-    """As Ctrl-C in a terminal and Slurm do: the workers are not to answer it."""
+    """Ctrl-C in a terminal and Slurm signal all processes; workers must not react."""
     run = Run(tmp_path / "run", "trainer.max_steps=2000", WORKERS)
     run.wait_for(lambda: (tmp_path / "run.trace0").exists() and len(run.losses()) > 3)
     run.signal(number, group=True)
@@ -162,7 +164,10 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_two_ranks_that_were_stopped_before_their_test_go_on_to_it(tmp_path):
-    """By epochs, with steps after the last validation: the last row of the curve is made once, by all ranks."""
+    """The last row of the curve is made once, by all ranks.
+
+    The run ends by epochs, with steps after the last validation.
+    """
     arguments = ["trainer.max_epochs=2", "trainer.max_steps=-1", "trainer.val_check_interval=5"]
     whole = Run(tmp_path / "run", *arguments, ranks=2)
     assert whole.wait() == [0, 0], whole.output()
@@ -188,8 +193,8 @@ def test_a_run_that_only_time_ends_saves_when_it_is_due_and_at_the_end(tmp_path)
     assert [int(row["step"]) for row in curve(tmp_path / "run")] == [*range(0, last, 6), last]
 
 
-def test_a_stopped_run_is_nobody_elses(tmp_path):
-    """Two processes cannot share a folder, and the lock goes with a killed one."""
+def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path):
+    """Two processes cannot share a folder; a killed process no longer locks it."""
     first = Run(tmp_path / "run", "trainer.max_steps=2000")
     first.wait_for(lambda: len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 2)
     second = Run(tmp_path / "run", "trainer.max_steps=2000", "resume=auto")
@@ -204,7 +209,10 @@ def test_a_stopped_run_is_nobody_elses(tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_soak_twenty_random_kills(tmp_path, ranks):
-    """While it starts, trains, saves or validates: at the end the weights are those of a run that was never killed."""
+    """Kills come while a run starts, trains, saves or validates.
+
+    At the end its weights are those of a run that was never killed.
+    """
     arguments = [
         *EVERYTHING,
         f"trainer.max_steps={800 // ranks}",
@@ -214,16 +222,19 @@ def test_soak_twenty_random_kills(tmp_path, ranks):
     arguments += [WORKERS, "checkpoint.select=last", "samples.n=1", "samples.every_n_steps=10000"]
     whole = Run(tmp_path / "whole", *arguments, ranks=ranks)
     assert whole.wait(600) == [0] * ranks, whole.output()
-    chance, moments = random.Random(ranks), []
+    chance = random.Random(ranks)
+    moments = []
     for _ in range(20):
-        run = Run(
-            tmp_path / "run", *arguments, "resume=auto", ranks=ranks, slow=0.1 / ranks
-        )  # not done too early
+        # Slow steps keep the run from ending too early.
+        run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks, slow=0.1 / ranks)
         time.sleep(chance.uniform(0.5, 8))
         run.kill()
         assert all(p.exitcode == -signal.SIGKILL for p in run.processes), run.output()
         trace = tmp_path / "run.trace0"
-        moments.append(max(run.losses())[0] if trace.exists() and trace.stat().st_size else 0)
+        step = 0
+        if trace.exists() and trace.stat().st_size:
+            step, _ = max(run.losses())
+        moments.append(step)
     assert moments == sorted(moments)
     assert moments[-1] > moments[0]
     run = Run(tmp_path / "run", *arguments, "resume=auto", ranks=ranks)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out, counted, agreed on, bounded."""
+"""Steps whose loss or gradient is not finite are skipped, counted and limited, on all ranks."""
 
 import copy
 import itertools
@@ -18,11 +18,16 @@ pytestmark = [
 
 
 class Harm(Recorder):
-    """Makes the likelihood of one step infinite or NaN, or its gradient NaN; notes the state around every step."""
+    """Makes the likelihood of one step infinite or NaN, or its gradient NaN.
+
+    It notes the state before the first step and after every step.
+    """
 
     def __init__(self, how, at=(2,)):
         super().__init__()
-        self.how, self.at, self.states = how, at, []
+        self.how = how
+        self.at = at
+        self.states = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         flow = pl_module.flow
@@ -30,7 +35,7 @@ class Harm(Recorder):
         vars(flow).pop("log_prob", None)
         original = flow.log_prob
         if trainer.global_step in self.at:
-            flow.log_prob = lambda *given: self.how(original(*given))
+            flow.log_prob = lambda *inputs: self.how(original(*inputs))
 
     def on_train_end(self, trainer, pl_module):
         self.states.append(self.state(trainer, pl_module))
@@ -47,7 +52,9 @@ def tensors(nested):
         return [nested]
     if isinstance(nested, dict):
         return [t for v in nested.values() for t in tensors(v)]
-    return [t for v in nested for t in tensors(v)] if isinstance(nested, list) else []
+    if isinstance(nested, list):
+        return [t for v in nested for t in tensors(v)]
+    return []
 
 
 def unchanged(before, after):
@@ -68,10 +75,8 @@ HARMS = {
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_step_that_is_not_finite_changes_nothing(harm, name):
-    spy, module = (
-        Harm(HARMS[harm]),
-        density(tiny_flow(), name=name, weight_decay=0.1, clip_norm=10.0),
-    )
+    spy = Harm(HARMS[harm])
+    module = density(tiny_flow(), name=name, weight_decay=0.1, clip_norm=10.0)
     make_trainer(spy, max_steps=5).fit(module, datamodule=RandomImages())
     changed = [not unchanged(a, b) for a, b in itertools.pairwise(spy.states)]
     assert changed == [True, True, False, True, True]
@@ -88,7 +93,8 @@ def test_one_bad_micro_batch_skips_the_whole_step():
             if batch_idx % 2 == 0:
                 vars(pl_module.flow).pop("log_prob", None)
 
-    spy, module = Second(HARMS["loss-inf"]), density(Plain(SHAPE))
+    spy = Second(HARMS["loss-inf"])
+    module = density(Plain(SHAPE))
     trainer = make_trainer(spy, max_steps=4)
     trainer.accumulate_grad_batches = 2
     trainer.fit(module, datamodule=RandomImages(micro_batch=8))
@@ -98,10 +104,12 @@ def test_one_bad_micro_batch_skips_the_whole_step():
 
 
 def test_without_harm_nothing_is_skipped_and_the_losses_are_those_of_a_plain_loop():
-    """The guard is neutral: the same weights, to the bit, as torch's own loop gives."""
-    module, data = density(tiny_flow(), lr=1e-3), RandomImages()
+    """The weights are the same to the bit as those that a loop of torch's gives."""
+    module = density(tiny_flow(), lr=1e-3)
+    data = RandomImages()
     make_trainer(max_steps=4).fit(module, datamodule=data)
-    flow, other = tiny_flow().train(), density(tiny_flow())
+    flow = tiny_flow().train()
+    other = density(tiny_flow())
     other.trainer = make_trainer(max_steps=4)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
     for number, (q, _) in enumerate(list(RandomImages().train_dataloader())):
@@ -138,9 +146,9 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     assert final["global_step"] == 4
     assert all(v.isfinite().all() for v in final["state_dict"].values())
     assert "step 6 is not finite: step-00000006.ckpt is not written" in run.output()
-    found = read_json(run.folder / "diverged.json")
-    assert (found["metrics"], found["skipped_steps"], found["images"]) == ({}, 7, 12 * 16)
-    assert (found["config"]["optim"]["max_skipped"], found["parameters"] > 0) == (5, True)
+    outcome = read_json(run.folder / "diverged.json")
+    assert (outcome["metrics"], outcome["skipped_steps"], outcome["images"]) == ({}, 7, 12 * 16)
+    assert (outcome["config"]["optim"]["max_skipped"], outcome["parameters"] > 0) == (5, True)
     assert not (run.folder / "result.json").exists()
 
 

@@ -1,53 +1,71 @@
-"""When to save: periodically, when better, before the end; never what is not finite."""
+"""When checkpoints are saved: periodically, when a validation is the best, and before the end.
 
+What is not finite is never saved.
+"""
+
+import contextlib
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_modules.checks import check_count
 from lightning_modules.lightning_internals import count_running_epoch
-from lightning_modules.objective import Objective
+from lightning_modules.objective import Objective, as_objective
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
-from lightning_modules.stopping import RunStopped
+from lightning_modules.stopping import stop_all_ranks
 from results.metrics import Metric
 
-KEPT = 2  # step checkpoints: should the newest not load, there is another
+KEPT = 2  # step checkpoints: if the newest does not load, there is another
 
 
 class Checkpoints(Checkpoint):
-    """step-<step>.ckpt every `every_n_steps` and at the last step, the newest two kept; best.ckpt by `metric`.
+    """Saves step-<step>.ckpt every `every_n_steps` and at the last step, and best.ckpt by `metric`.
 
-    Where a validation is due at the same step it saves after it, so that a resumed run has that row of the curve and
-    knows that score. A state whose weights, or whose newest step, are not finite is not saved. Where a checkpoint
-    cannot be written, all ranks stop at the same step.
+    The two newest step checkpoints are kept. Where a validation is due at the same step, the
+    checkpoint is saved after it, so that a resumed run has that row of the curve and knows that
+    score. A state is not saved if its weights are not finite, or its newest step was not. If a
+    checkpoint cannot be written, all ranks stop at the same step.
 
-    metric: the one by which, in validation, weights are the best; None: nothing is validated. A `Checkpoint` to
-    Lightning, which therefore calls it last.
+    It is a `Checkpoint` to Lightning, which therefore calls it last.
+
+    folder: of the checkpoints.
+    metric: by which weights are the best in validation; None: nothing is validated.
+    ValueError, one line: every_n_steps is less than 1.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int, metric: Metric | None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps={every_n_steps} are steps: give at least 1")
-        self.folder, self.every_n_steps, self.metric = Path(folder), every_n_steps, metric
-        self.best: float | None = None
-        self.waiting, self.saved = False, -1
+    def __init__(self, folder: str | Path, every_n_steps: int, metric: Metric | None) -> None:
+        check_count("checkpoint.every_n_steps", every_n_steps, least=1)
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.metric = metric
+        self.best: float | None = None  # value of the metric in best.ckpt
+        self.waiting = False  # for the validation after this step
+        self.saved = -1  # the newest step that was saved
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """The best value of the metric so far."""
         return {"best": self.best}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         count_running_epoch(checkpoint)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Objective, outputs, batch, batch_idx
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return
@@ -57,26 +75,29 @@ class Checkpoints(Checkpoint):
         if due and not self.waiting:
             self.save_step(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Objective) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.metric is not None:
-            self._save_if_better(
-                trainer, float(trainer.callback_metrics[f"val/{self.metric.name}"])
-            )
+            value = trainer.callback_metrics[f"val/{self.metric.name}"]
+            self._save_if_better(trainer, self.metric, float(value))
         if self.waiting:
             self.waiting = False
             self.save_step(trainer)
 
-    def _save_if_better(self, trainer: L.Trainer, value: float) -> None:
-        if not self.metric.better(value, self.metric.worst if self.best is None else self.best):
+    def _save_if_better(self, trainer: L.Trainer, metric: Metric, value: float) -> None:
+        before = self.best
+        if not metric.better(value, metric.worst if before is None else before):
             return
-        before, self.best = self.best, value  # the checkpoint holds its own score
+        self.best = value  # before it is saved, since the checkpoint holds its own score
         if not self._save(trainer, "best.ckpt"):
             self.best = before
 
     def save_step(self, trainer: L.Trainer) -> bool:
-        """Save the state after this step, and remove all but the newest two before it. False: it is not finite."""
+        """Save the state after this step, and remove all but the two newest step checkpoints.
+
+        False: the state is not finite, and is not saved.
+        """
         if self.saved == trainer.global_step:
             return True
         name = f"step-{trainer.global_step:08d}.ckpt"
@@ -84,14 +105,22 @@ class Checkpoints(Checkpoint):
             return False
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[
-                :-KEPT
-            ]:
-                path.unlink(missing_ok=True)
+            self._remove_older(name)
         return True
 
+    def _remove_older(self, newest: str) -> None:
+        """Remove all but the newest step checkpoints, of those up to the file named `newest`.
+
+        A folder or a broken link of such a name is no checkpoint: it neither counts nor is removed.
+        """
+        paths = (path for path in self.folder.glob("step-*.ckpt") if path.is_file())
+        for path in sorted(path for path in paths if path.name <= newest)[:-KEPT]:
+            with contextlib.suppress(OSError):  # an older file that stays does no harm
+                path.unlink()
+
     def _save(self, trainer: L.Trainer, name: str) -> bool:
-        if not finite(trainer.lightning_module):
+        """Save under a name; False: the state is not finite. RunStopped, one line: it failed."""
+        if not finite(as_objective(trainer.lightning_module)):
             rank_zero_info(f"step {trainer.global_step} is not finite: {name} is not written")
             return False
         problem = None
@@ -100,16 +129,15 @@ class Checkpoints(Checkpoint):
         except OSError as error:
             trainer.strategy.barrier()  # the other ranks wait at the one that ends save_checkpoint
             problem = str(error)
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise RunStopped(
-                f"stopped at step {trainer.global_step}: {problem}. The older checkpoints are intact"
-            )
+        stop_all_ranks(trainer, problem)
         return True
 
 
 def finite(module: Objective) -> bool:
-    """Whether weights and statistics are finite, and the newest step was not skipped. Waits for the device."""
+    """Whether weights and statistics are finite, and the newest step was not skipped.
+
+    It waits for the device.
+    """
     values = [v for v in module.state_dict().values() if v.is_floating_point() and v.numel()]
     largest = nn.utils.get_total_norm(values, norm_type=math.inf)
     return bool(largest.isfinite()) and not bool(module.skipped_last)

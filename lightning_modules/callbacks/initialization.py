@@ -4,30 +4,45 @@ import math
 
 import lightning.pytorch as L
 
-from lightning_modules.objective import Objective
+from lightning_modules.objective import as_objective, data_of
 
-PIXELS = (
-    256 * 32**2
-)  # of the first batch: 256 images of 32x32 (Glow's authors' code, `n_batch_init`), 11 of 160x160
+# Pixels of the first batch: 256 images of 32x32, as `n_batch_init` in the code of Glow's authors,
+# or 11 of 160x160.
+PIXELS = 256 * 32**2
 
 
 class Initialization(L.Callback):
-    """Sets what depends on data from a first batch, which depends on the seed alone and so is the same on every rank.
+    """Sets what depends on data from a first batch, before training.
 
-    Nothing to do where a run goes on: `fit` has loaded its weights by then. Has to stand before the callback that
-    averages weights, which copies them in the same hook.
+    The batch depends on the seed alone, and is therefore the same on every rank. Nothing is done
+    where a run goes on, since `fit` has loaded its weights by then. The callback has to stand
+    before the one that averages weights, which copies them in the same hook.
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: Objective, stage: str) -> None:
-        if stage == "fit" and pl_module.needs_initialization():
-            # The weights are still on the CPU, and so is this batch: Lightning moves them after `setup`.
-            pl_module.initialize(trainer.datamodule.initialization_batch(n_data(pl_module.shape)))
-            if pl_module.needs_initialization():
-                raise RuntimeError(
-                    f"{pl_module.model_name}: a layer does not hand `initialize` on to its parts"
-                )
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """RuntimeError: a layer of the model does not hand `initialize` on to its parts."""
+        objective = as_objective(pl_module)
+        if stage != "fit" or not objective.needs_initialization():
+            return
+        # The weights are still on the CPU, and so is this batch: Lightning moves them after `setup`.
+        objective.initialize(data_of(trainer).initialization_batch(n_data(objective.shape)))
+        if objective.needs_initialization():
+            raise RuntimeError(
+                f"{objective.model_name}: a layer does not hand `initialize` on to its parts"
+            )
 
 
-def n_data(shape: tuple[int, ...] | None) -> int:
-    """How many data of a shape the first batch has: PIXELS, whatever an image's size; 256 where it is not fixed."""
-    return 256 if shape is None or None in shape else math.ceil(PIXELS / math.prod(shape[1:]))
+def n_data(shape: tuple[int | None, ...] | None) -> int:
+    """How many data of a shape (C, H, W) the first batch has: those of PIXELS, at least one.
+
+    It is 256 where the size is not fixed.
+
+    >>> n_data((3, 32, 32)), n_data((3, 160, 160)), n_data((3, None, None))
+    (256, 11, 256)
+    """
+    if shape is None:
+        return 256
+    sides = [side for side in shape[1:] if side is not None]
+    if None in shape:
+        return 256
+    return math.ceil(PIXELS / math.prod(sides))

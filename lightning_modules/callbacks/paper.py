@@ -1,5 +1,8 @@
 """The papers' numbers beside ours."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import lightning.pytorch as L
 
 from results import own_decimals, printed
@@ -8,13 +11,16 @@ COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status")
 
 
 class PaperComparison(L.Callback):
-    """Logs for each claim `paper/<metric>` at validations and, on its own data, `gap/<metric>` = ours - paper.
+    """Logs `paper/<metric>` for each claim at validations, and `gap/<metric>` = ours - paper.
 
-    During training ours is the validation value; the rows that are reported use the claims' own split.
-    papers: the claims beside which the run is shown, each {"claim", "metric", "value", "comparable"}.
+    The gap is logged only for claims on the run's own data. During training "ours" is the
+    validation value; the rows that are reported at the end use the claims' own split.
+
+    papers: the claims beside which the run is shown, each {"claim", "metric", "value",
+        "comparable"}.
     """
 
-    def __init__(self, papers: list[dict]) -> None:
+    def __init__(self, papers: list[dict[str, Any]]) -> None:
         self.papers = papers
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -28,47 +34,46 @@ class PaperComparison(L.Callback):
                 pl_module.log(f"gap/{name}", ours - paper["value"])
 
 
-def comparison_rows(result: dict) -> list[tuple]:
-    """COLUMNS for each test metric and each claim, by metric.
+def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
+    """COLUMNS for each test metric and each claim, ordered by metric.
 
-    paper is None where a metric has no claim, ours where the run did not measure a claim's metric, and gap where the
-    two cannot be compared. A claim on other data whose metric was not measured either has no row.
+    paper is None where a metric has no claim, ours where the run did not measure a claim's metric,
+    and gap where the two cannot be compared. A claim on other data has no row unless its metric was
+    measured.
+
+    result: as in result.json (the schema is in results/runs.py).
     """
+    metrics = result["metrics"]
     claims = {
         comparison["metric"]: comparison
         for comparison in result["comparisons"]
-        if comparison["metric"] in result["metrics"] or comparison["status"] != "-"
+        if comparison["metric"] in metrics or comparison["status"] != "-"
     }
-    tested = {
-        key for key in result["metrics"] if key.startswith("test/") or key == "density_integral"
-    }
+    tested = {key for key in metrics if key.startswith("test/") or key == "density_integral"}
     rows = []
     for metric in sorted(tested | claims.keys()):
         claim = claims.get(metric, {"value": None, "gap": None, "status": "-"})
-        ours = result["metrics"].get(metric)
-        rows.append(
-            (result["experiment"], metric, claim["value"], ours, claim["gap"], claim["status"])
-        )
+        row = (metric, claim["value"], metrics.get(metric), claim["gap"], claim["status"])
+        rows.append((result["experiment"], *row))
     return rows
 
 
-def comparison_table(result: dict) -> str:
-    """The last lines of a run: COLUMNS, a row a test metric or claim."""
-    claims, rows = (
-        {comparison["metric"]: comparison for comparison in result["comparisons"]},
-        [COLUMNS],
-    )
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """The last lines of a run: COLUMNS, with a row for each test metric and each claim."""
+    claims = {comparison["metric"]: comparison for comparison in result["comparisons"]}
+    rows = [COLUMNS]
     for experiment, metric, value, ours, gap, status in comparison_rows(result):
         claim = claims.get(metric, {})
-        shown = (
+        numbers = (
             "-" if value is None else printed(value, claim),
             "-" if ours is None else f"{ours:.{own_decimals(claim, 4)}f}",
             "-" if gap is None else f"{gap:+.{own_decimals(claim)}f}",
         )
-        rows.append((experiment, metric, *shown, status))
+        rows.append((experiment, metric, *numbers, status))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    header, *body = lines
+    return "\n".join([header, "-" * len(header), *body])

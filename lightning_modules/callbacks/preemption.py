@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -16,47 +18,55 @@ from lightning_modules.lightning_internals import broadcast_no_signals
 from lightning_modules.optimizer_steps import ends_step, validates_now
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 
-NOTHING, STOP, REQUEUE = 0, 1, 2
+NOTHING = 0
+STOP = 1
+REQUEUE = 2
 MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP}
-if hasattr(signal, "SIGUSR1"):  # not on Windows
+if hasattr(signal, "SIGUSR1"):  # Windows has none
     MEANING[signal.SIGUSR1] = REQUEUE
 
 
 class Preemption(Checkpoint):
-    """On SIGUSR1 (the end of a job's time), SIGTERM or Ctrl-C: save, and leave with exit code 75.
+    """On SIGUSR1 (the end of a job's time), SIGTERM or Ctrl-C saves and leaves with exit code 75.
 
-    The handler only sets a flag. After each optimizer step the ranks exchange their flags (over gloo, so that no GPU
-    is waited for); when one of them is set all save at this step and leave before the next one. Where a validation is
-    due it is finished first, since it decides which weights are the best. Outside of training nothing can be lost,
-    and the signal ends the process at once, as a second Ctrl-C always does.
+    The handler only sets a flag. After each optimizer step the ranks exchange their flags, over
+    gloo, so that no GPU is waited for. If one of them is set, all ranks save at this step and leave
+    before the next one. A validation that is due is finished first, since it decides which weights
+    are the best. Outside of training nothing can be lost, and the signal ends the process at once.
+    A second Ctrl-C always does.
 
-    make_trainer has it take the place of Lightning's own handlers (lightning_internals.py says why).
+    `make_trainer` puts the handlers in the place of Lightning's own (lightning_internals.py says
+    why).
 
-    SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that were cancelled;
-    those that were preempted reproduce/slurm.sh queues again.
+    SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that
+    were cancelled; those that were preempted are queued again by reproduce/slurm.sh.
+
+    checkpoints: the callback that saves.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.received, self.in_training, self.leaving, self.group = NOTHING, False, NOTHING, None
+        self.process = os.getpid()
+        self.received = NOTHING  # by this process
+        self.leaving = NOTHING  # what the ranks have agreed on
+        self.in_training = False
+        self.group: Any = None  # of the ranks, over gloo
         self.message = "stopped"
 
     def listen(self) -> None:
-        """Set the handlers, of this process."""
+        """Set the signal handlers of this process."""
         self.process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in MEANING:
                 signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             return  # a worker that has just been forked
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.received = (
-            not self.received,
-            max(self.received, MEANING[signal.Signals(number)]),
-        )
+        first = not self.received
+        self.received = max(self.received, MEANING[signal.Signals(number)])
         if first and self.in_training:
             say(f"{signal.Signals(number).name}: stopping after this step")
         elif first:
@@ -75,13 +85,19 @@ class Preemption(Checkpoint):
         self.in_training = True
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.leaving:  # here, so that the loggers have had the step that was saved
+        """Leave here, after the loggers have had the step that was saved."""
+        if self.leaving:
             self._leave()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if ends_step(trainer, batch_idx) and not validates_now(trainer):
             self._agree(trainer)
@@ -97,18 +113,17 @@ class Preemption(Checkpoint):
             self._leave()
 
     def _agree(self, trainer: L.Trainer) -> None:
+        """Exchange the flags of the ranks, and save where one of them is set."""
         flag = torch.tensor(self.received)
         if self.group is not None:
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group)
         self.leaving = int(flag)
-        if self.leaving:
-            saved = self.checkpoints.save_step(trainer)
-            which = (
-                "which is saved"
-                if saved
-                else "which is not finite: the newest checkpoint is of an earlier one"
-            )
-            self.message = f"stopped at step {trainer.global_step}, {which}"
+        if not self.leaving:
+            return
+        outcome = "which is not finite: the newest checkpoint is of an earlier one"
+        if self.checkpoints.save_step(trainer):
+            outcome = "which is saved"
+        self.message = f"stopped at step {trainer.global_step}, {outcome}"
 
 
 def say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""A progress bar in the units of this house."""
+"""A progress bar in images a second and time left."""
 
 import time
 from datetime import timedelta
@@ -12,25 +12,33 @@ from lightning_modules.optimizer_steps import last_step
 class Progress(TQDMProgressBar):
     """Lightning's bar with images/s and the time left until the last step of the run.
 
-    batch_size: the global one. Draws nothing where the output is no terminal; the curve's rows are printed there.
+    batch_size: the global one. enabled: whether the bar is drawn; where the output is no terminal
+    it is not, and the rows of the curve are printed instead.
     """
 
     def __init__(self, batch_size: int, enabled: bool) -> None:
         super().__init__(refresh_rate=1 if enabled else 0)
         self.batch_size = batch_size
-        self.started, self.first_step = time.monotonic(), 0
+        self.started = time.monotonic()
+        self.first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started, self.first_step = time.monotonic(), trainer.global_step
+        self.started = time.monotonic()
+        self.first_step = trainer.global_step
         super().on_train_start(trainer, pl_module)
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict:
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Lightning's metrics, and from the second step on images/s and the time left."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         steps = trainer.global_step - self.first_step
-        if trainer.training and steps > 0:
-            rate = steps / (time.monotonic() - self.started)
-            metrics["images/s"] = f"{rate * self.batch_size:.0f}"
-            if (last := last_step(trainer)) is not None:
-                metrics["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
+        if not trainer.training or steps <= 0:
+            return metrics
+        rate = steps / (time.monotonic() - self.started)
+        metrics["images/s"] = f"{rate * self.batch_size:.0f}"
+        last = last_step(trainer)
+        if last is not None:
+            metrics["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
         return metrics
