@@ -4,17 +4,20 @@ python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml        # how m
 python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3      # the key=value words of row 3, one a line
 """
 
-import json
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from reproduce.config import ConfigError, arguments, read
+from reproduce.kinds import one_text
 
 
-def rows(path: Path) -> list[dict]:
-    """Every combination of the values, parameters sorted by name, the last varying fastest. ConfigError: no grid."""
+def rows(path: Path) -> list[dict[str, object]]:
+    """Every combination of the values, parameters sorted by name, the last varying fastest.
+
+    Values are texts as the file writes them, or lists of texts. ConfigError: the file is no grid.
+    """
     from sklearn.model_selection import ParameterGrid
 
     if not path.is_file():
@@ -22,7 +25,8 @@ def rows(path: Path) -> list[dict]:
     sweep = read(path)
     if not isinstance(sweep, DictConfig) or sweep.get("method") != "grid":
         raise ConfigError(f"{path} is no grid: an array needs a sweep file with method: grid")
-    if not isinstance(parameters := sweep.get("parameters"), DictConfig) or not parameters:
+    parameters = sweep.get("parameters")
+    if not isinstance(parameters, DictConfig) or not parameters:
         raise ConfigError(
             f"{path} has no parameters: give parameters: {{optim.lr: {{values: [...]}}}}"
         )
@@ -31,27 +35,24 @@ def rows(path: Path) -> list[dict]:
     )
 
 
-def _values(path: Path, key: str, parameter) -> list:
-    """The values of one parameter of a W&B sweep, as plain Python objects."""
-    if isinstance(parameter, DictConfig) and "value" in parameter:
-        return [OmegaConf.to_container(parameter)["value"]]
-    if (
-        isinstance(parameter, DictConfig)
-        and isinstance(parameter.get("values"), ListConfig)
-        and parameter["values"]
-    ):
-        return OmegaConf.to_container(parameter)["values"]
-    raise ConfigError(
-        f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
-    )
+def _values(path: Path, key: str, parameter: object) -> list:
+    """The values of one parameter of a W&B sweep. ConfigError: it has no list of them."""
+    content = parameter
+    if isinstance(parameter, DictConfig):
+        content = OmegaConf.to_container(parameter, resolve=False)
+    values: object = None
+    if isinstance(content, dict):
+        values = [content["value"]] if "value" in content else content.get("values")
+    if not isinstance(values, list) or not values or any(isinstance(v, dict) for v in values):
+        raise ConfigError(
+            f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
+        )
+    return values
 
 
-def words(row: dict) -> list[str]:
+def words(row: dict[str, object]) -> list[str]:
     """A row as key=value, the way the scripts read it."""
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in row.items()
-    ]
+    return [f"{key}={one_text(value)}" for key, value in row.items()]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,8 @@
 python reproduce/realnvp_moons.py
 """
 
+from omegaconf import DictConfig
+
 from datamodules import make_data
 from flows.realnvp import RealNVP2d
 from lightning_modules.callbacks.density_2d import Density2d
@@ -10,12 +12,12 @@ from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> RealNVP2d:
     return RealNVP2d(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)
