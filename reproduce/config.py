@@ -7,13 +7,14 @@ import copy
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from reproduce.kinds import UNKNOWN, WrongValue, as_text, kind_of_value, one_text
+from reproduce.kinds import UNKNOWN, WrongValue, as_text, choices, kind_of_value, one_text
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -65,6 +66,7 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     overrides.pop("preset", None)  # which the config has already
     config = merge(config, overrides, schema)
     _check_interpolations(config, schema)
+    OmegaConf.set_struct(config, True)
     return config
 
 
@@ -97,16 +99,21 @@ class _Texts(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path) -> DictConfig | ListConfig:
-    """A YAML file with all its values as texts. ConfigError: it is none."""
+def read(path: Path) -> object:
+    """A YAML file: dicts and lists whose values are all texts. ConfigError: it is none."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Texts)
-        return OmegaConf.create(content or {})
-    except Exception as error:  # YAML's and OmegaConf's errors alike
+        return yaml.load(path.read_text(encoding="utf-8"), _Texts)
+    except Exception as error:  # whatever YAML finds: it raises many kinds
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
+def _section(path: Path) -> dict[str, Any]:
+    """The content of a file that holds sections; empty where it holds none."""
+    content = read(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """A file of configs/ and all that it extends, by name: each once, and behind its own bases.
 
     extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends
@@ -121,58 +128,64 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
             cause = f"it is among the bases of {extending[-1]}"
         raise ConfigError(f"{path} is missing: {cause}")
     content = read(path)
-    bases = content.get("bases", []) if isinstance(content, DictConfig) else None
-    is_list = isinstance(bases, Sequence) and not isinstance(bases, str)
-    if not is_list or not all(str(base).endswith(".yaml") for base in bases):
+    bases: object = None
+    if isinstance(content, dict):
+        bases = content.get("bases", [])
+    is_list = isinstance(bases, list) and all(str(base).endswith(".yaml") for base in bases)
+    if not isinstance(content, dict) or not isinstance(bases, list) or not is_list:
         raise ConfigError(f"{path} needs its bases as a list of files: bases: [base.yaml, ...]")
-    files: dict[str, DictConfig] = {}
+    files: dict[str, dict[str, Any]] = {}
     for base in bases:
         files = files | _files(base, (*extending, name))
     return files | {name: content}
 
 
-def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
-    """The `presets:` section of a recipe, over those of the recipes that it extends, preset by preset.
+def _recipe_presets(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, object]]:
+    """Preset -> key -> text, of the `presets:` of a recipe over those of the recipes that it extends.
 
     ConfigError: it is no mapping, or one of its presets is none.
     """
     choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
-    sections = []
+    presets: dict[str, dict[str, object]] = {}
     for name, content in files.items():
         section = content.get("presets")
         if section is None:
             continue
-        if not isinstance(section, DictConfig) or not _holds_sections(section):
+        if not _holds_sections(section):
             example = "presets: {cpu: {flow: ...}, gpu: {}}"
             raise ConfigError(f"{CONFIGS / name}: presets are sections: {example}")
-        for preset in section:
+        for preset, part in section.items():
             if preset not in choices:
-                hint = nearest(str(preset), choices)
+                hint = nearest(preset, choices)
                 raise ConfigError(
                     f"{CONFIGS / name}: presets.{preset} has no file presets/{preset}.yaml{hint}"
                 )
-        sections.append(section)
-    return OmegaConf.merge({}, *sections)
+            presets[preset] = presets.get(preset, {}) | _texts(part)
+    return presets
 
 
-def _holds_sections(section: DictConfig) -> bool:
-    return bool(section) and all(isinstance(part, DictConfig) for part in section.values())
+def _holds_sections(section: object) -> bool:
+    if not isinstance(section, dict) or not section:
+        return False
+    return all(isinstance(part, dict) for part in section.values())
 
 
-def _extend(config: DictConfig, name: str, content: DictConfig, schema: Schema) -> DictConfig:
+def _extend(
+    config: DictConfig, name: str, content: dict[str, Any], schema: Schema
+) -> DictConfig:
     """A file's content over what it extends. Keys may be new; another data.name brings its section."""
     config = copy.deepcopy(config)
-    data_name = OmegaConf.select(content, "data.name")
-    if data_name is not None and data_name != OmegaConf.select(config, "data.name"):
-        config.data = _data_section(data_name, schema)
     own = {
         key: text
         for key, text in _texts(content).items()
         if key.partition(".")[0] not in ("bases", "presets")
     }
-    known = dict(_leaves(config, resolve=False))
+    data_name = own.get("data.name")
+    if data_name is not None and data_name != OmegaConf.select(config, "data.name"):
+        config.data = _data_section(one_text(data_name), schema)
+    known = list(dict(_leaves(config, resolve=False)))
     for key, text in own.items():
-        _check_key(CONFIGS / name, key, list(known), is_recipe="bases" in content)
+        _check_key(CONFIGS / name, key, known, is_recipe="bases" in content)
         if _is_interpolation(text):  # it has a value when all is composed
             OmegaConf.update(config, key, text, force_add=True)
         else:
@@ -220,13 +233,13 @@ def _data_section(name: str, schema: Schema) -> DictConfig:
         raise ConfigError(f"data.name={name} is not known{hint}: give one of {', '.join(known)}")
     schema.use_data(name)
     config = OmegaConf.create({})
-    for key, text in _texts(read(path)).items():
+    for key, text in _texts(_section(path)).items():
         set_value(config, key, text, schema, f"{path}: ")
     return config.data
 
 
 def _preset(
-    experiment: str, preset: str | None, recipe_presets: DictConfig
+    experiment: str, preset: str | None, recipe_presets: dict[str, dict[str, object]]
 ) -> list[dict[str, object]]:
     """The shared part of a preset (trainer, data, logger), then the recipe's own: key -> text."""
     if preset is None:
@@ -235,8 +248,8 @@ def _preset(
         names = list(recipe_presets)
         choice = f"give one of {', '.join(names)}" if names else f"{experiment} has none"
         raise ConfigError(f"preset={preset} is not known{nearest(preset, names)}: {choice}")
-    shared = read(CONFIGS / "presets" / f"{preset}.yaml")
-    return [_texts(shared), _texts(recipe_presets[preset])]
+    shared = _section(CONFIGS / "presets" / f"{preset}.yaml")
+    return [_texts(shared), recipe_presets[preset]]
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
@@ -289,7 +302,7 @@ def set_value(
             advice += f", for example {key}={example}"
         hint = ""
         if str(error) == UNKNOWN:
-            hint = nearest(one_text(text), kind.names)
+            hint = nearest(one_text(text), choices(kind))
         shown = one_text(text)
         if len(shown) > LONGEST_SHOWN:
             shown = f"{shown[:LONGEST_SHOWN]}..."
@@ -345,37 +358,43 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
 
 
-def _texts(content: DictConfig, prefix: str = "") -> dict[str, object]:
+def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Dotted key -> text, or list of texts, of a file; an empty section inside another is {}."""
     texts: dict[str, object] = {}
-    for key, part in OmegaConf.to_container(content, resolve=False).items():
+    for key, part in content.items():
         if isinstance(part, dict) and (part or not prefix):
-            texts |= _texts(OmegaConf.create(part), f"{prefix}{key}.")
+            texts |= _texts(part, f"{prefix}{key}.")
         else:
             texts[f"{prefix}{key}"] = part
     return texts
 
 
-def _leaves(config: DictConfig, prefix: str = "", resolve: bool = True) -> list[tuple[str, object]]:
-    """Dotted keys and values. resolve: whether ${...} is looked up, for which the config has to be whole."""
-    leaves: list[tuple[str, object]] = []
-    for key in config:
-        if not resolve and OmegaConf.is_interpolation(config, key):
-            leaves.append((f"{prefix}{key}", OmegaConf.to_container(config, resolve=False)[key]))
+def _leaves(config: DictConfig, prefix: str = "", resolve: bool = True) -> list[tuple[str, Any]]:
+    """Dotted keys and values. resolve: whether ${...} is looked up, which needs the whole config."""
+    leaves: list[tuple[str, Any]] = []
+    for name in config:
+        key = f"{prefix}{name!s}"
+        if not resolve and OmegaConf.is_interpolation(config, str(name)):
+            leaves.append((key, plain(config, resolve=False)[str(name)]))
             continue
-        value = config[key]
+        value = config[name]
         if isinstance(value, DictConfig):
-            leaves += _leaves(value, f"{prefix}{key}.", resolve)
+            leaves += _leaves(value, f"{key}.", resolve)
         else:
-            leaves.append((f"{prefix}{key}", value))
+            leaves.append((key, value))
     return leaves
+
+
+def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A config as a dict. resolve: whether ${...} is looked up."""
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
 def _comments(experiment: str) -> dict[str, str]:
     """Dotted key -> the comment that --help shows.
 
-    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value comes from, which
-    no longer holds where a recipe that extends it gives another.
+    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value
+    comes from, which no longer holds where a recipe that extends it gives another.
     """
     of_keys: dict[str, str] = {}
     of_values: dict[str, str] = {}
@@ -384,9 +403,8 @@ def _comments(experiment: str) -> dict[str, str]:
         comments = _comments_of(text)
         written = {key: comment for key, comment in comments.items() if comment}
         if re.search(r"^bases:", text, re.MULTILINE):
-            of_values = {
-                key: comment for key, comment in of_values.items() if key not in comments
-            } | written
+            older = {key: comment for key, comment in of_values.items() if key not in comments}
+            of_values = older | written
         else:
             of_keys |= written
     return of_keys | of_values
@@ -394,13 +412,14 @@ def _comments(experiment: str) -> dict[str, str]:
 
 def _comments_of(text: str) -> dict[str, str | None]:
     """Dotted key -> the comment at the end of its line, or None."""
-    comments, stack = {}, []
+    comments: dict[str, str | None] = {}
+    sections: list[str] = []
     for line in text.splitlines():
         match = re.match(r"( *)(\w+):[^#]*(?:# (.*))?$", line)
         if match:
-            indent, key = len(match[1]) // 2, match[2]
-            stack = [*stack[:indent], key]
-            comments[".".join(stack)] = match[3]
+            depth = len(match[1]) // 2
+            sections = [*sections[:depth], match[2]]
+            comments[".".join(sections)] = match[3]
     return comments
 
 

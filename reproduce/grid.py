@@ -7,8 +7,6 @@ python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3      # the k
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from reproduce.config import ConfigError, arguments, read
 from reproduce.kinds import one_text
 
@@ -23,10 +21,10 @@ def rows(path: Path) -> list[dict[str, object]]:
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give a sweep file with method: grid")
     sweep = read(path)
-    if not isinstance(sweep, DictConfig) or sweep.get("method") != "grid":
+    if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         raise ConfigError(f"{path} is no grid: an array needs a sweep file with method: grid")
     parameters = sweep.get("parameters")
-    if not isinstance(parameters, DictConfig) or not parameters:
+    if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(
             f"{path} has no parameters: give parameters: {{optim.lr: {{values: [...]}}}}"
         )
@@ -37,12 +35,9 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def _values(path: Path, key: str, parameter: object) -> list:
     """The values of one parameter of a W&B sweep. ConfigError: it has no list of them."""
-    content = parameter
-    if isinstance(parameter, DictConfig):
-        content = OmegaConf.to_container(parameter, resolve=False)
     values: object = None
-    if isinstance(content, dict):
-        values = [content["value"]] if "value" in content else content.get("values")
+    if isinstance(parameter, dict):
+        values = [parameter["value"]] if "value" in parameter else parameter.get("values")
     if not isinstance(values, list) or not values or any(isinstance(v, dict) for v in values):
         raise ConfigError(
             f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
@@ -59,19 +54,24 @@ def main(argv: list[str] | None = None) -> None:
     """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
     file, *numbers = arguments(argv) or [""]
     try:
-        if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
-            raise ConfigError("give the sweep file, and for one of its rows a number from 0")
-        table = rows(Path(file))
-        if not numbers:
-            print(len(table))
-        elif (index := int(numbers[0])) < len(table):
-            print("\n".join(words(table[index])))
-        else:
-            raise ConfigError(
-                f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}"
-            )
+        print(printed(file, numbers))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+
+
+def printed(file: str, numbers: list[str]) -> str:
+    """What `main` prints for a sweep file and, where one is given, the number of a row."""
+    if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+        raise ConfigError("give the sweep file, and for one of its rows a number from 0")
+    table = rows(Path(file))
+    if not numbers:
+        return str(len(table))
+    index = int(numbers[0])
+    if index >= len(table):
+        raise ConfigError(
+            f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}"
+        )
+    return "\n".join(words(table[index]))
 
 
 if __name__ == "__main__":

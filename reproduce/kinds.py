@@ -25,12 +25,7 @@ class WrongValue(ValueError):
 
 
 class Kind(ABC):
-    """The kind of a setting.
-
-    names: the words that it takes, where it takes nothing else; they are told after a wrong one.
-    """
-
-    names: tuple[str, ...] = ()
+    """The kind of a setting."""
 
     @property
     @abstractmethod
@@ -152,7 +147,7 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of a list of names. aliases: other spellings, each with the name that it stands for."""
+    """One of `names`. aliases: other spellings, each with the name that it stands for."""
 
     names: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -284,10 +279,6 @@ class Nullable(Kind):
     kind: Kind
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return self.kind.names
-
-    @property
     def name(self) -> str:
         return f"{self.kind.name}, or null"
 
@@ -378,6 +369,13 @@ def as_text(value: object) -> object:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [as_text(part) for part in value]
     return str(value)
+
+
+def choices(kind: Kind) -> tuple[str, ...]:
+    """The names among which a kind lets one choose; none where it takes other values."""
+    if isinstance(kind, Nullable):
+        return choices(kind.kind)
+    return kind.names if isinstance(kind, Choice) else ()
 
 
 def one_text(value: object) -> str:

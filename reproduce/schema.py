@@ -72,7 +72,8 @@ OWN: dict[str, Kind] = {
     "logger.project": Text("a name", r"[^/\\#?%:]+", longest=128, example="paperflows"),
     "budget.images": Nullable(Integer(low=1, example="1000000")),
 }
-ANNOTATED: dict[object, Kind] = {**SIMPLE, Path: PATH}
+ANNOTATED: dict[object, Kind] = {Path: PATH}
+ANNOTATED.update(SIMPLE.items())
 
 
 class Schema:
@@ -135,9 +136,14 @@ def constructors(experiment: str) -> dict[str, object]:
 def _of_section(section: str, constructor: object) -> dict[str, Kind]:
     """Dotted key -> kind, of every argument of a constructor and of those that it hands on."""
     constructor = getattr(constructor, "func", constructor)  # of functools.partial
+    if not isinstance(constructor, type):
+        return {}
     kinds: dict[str, Kind] = {}
-    for base in reversed(inspect.getmro(constructor)):  # type: ignore[arg-type]
-        for name, parameter in inspect.signature(base.__init__).parameters.items():
+    for base in reversed(inspect.getmro(constructor)):
+        initializer = vars(base).get("__init__")
+        if not callable(initializer):
+            continue
+        for name, parameter in inspect.signature(initializer).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 kinds[f"{section}.{name}"] = _of_parameter(parameter)
     return kinds
