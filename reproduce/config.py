@@ -3,8 +3,8 @@
 What a value may be says `reproduce.schema`; OmegaConf merges the files. Nothing here knows a model.
 """
 
-import copy
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from reproduce.kinds import UNKNOWN, WrongValue, as_text, choices, kind_of_value, one_text
+from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -25,6 +25,9 @@ DECIDED_ELSEWHERE = {
     "experiment": "it is the name of the recipe",
     "preset": "it is given on the command line",
 }
+
+
+Values = dict[str, Any]  # dotted key -> value
 
 
 class ConfigError(Exception):
@@ -38,34 +41,33 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     may be new. What a value may be is decided by its key (`Schema`).
     """
     overrides = parse(arguments)
-    preset = overrides.get("preset") or None
-    if preset == "null":
+    preset: str | None = overrides.pop("preset", "")
+    if preset in ("", "null"):
         preset = None
     schema = Schema(experiment)
     files = _files(f"{experiment}.yaml")
     recipe_presets = _recipe_presets(files)
-    config = OmegaConf.create({"experiment": experiment, "preset": preset})
+    values: Values = {"experiment": experiment, "preset": preset}
     for name, content in files.items():
-        config = _extend(config, name, content, schema)
-    if OmegaConf.select(config, "data.name") is None:
+        values = _extend(values, name, content, schema)
+    if values.get("data.name") is None:
         raise ConfigError(
             f"{CONFIGS / experiment}.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]"
         )
 
-    _check_sections(config, overrides)
+    _check_sections(values, overrides)
     layers = _preset(experiment, preset, recipe_presets)
-    names = [config.data.name, *(layer.get("data.name") for layer in layers)]
-    names.append(overrides.get("data.name"))
+    names = [layer.get("data.name") for layer in (values, *layers, overrides)]
     data_name = [name for name in names if name is not None][-1]
-    if data_name != config.data.name:
-        config.data = _data_section(data_name, schema)
+    if data_name != values["data.name"]:
+        values = _with_data(values, data_name, schema)
     for layer in layers:
         if layer.get("data.name") not in (None, data_name):  # the command line has replaced it
             layer = {key: text for key, text in layer.items() if not key.startswith("data.")}
-        config = merge(config, layer, schema)
-    overrides.pop("preset", None)  # which the config has already
-    config = merge(config, overrides, schema)
-    _check_interpolations(config, schema)
+        _update(values, layer, schema)
+    _update(values, overrides, schema)
+    config = OmegaConf.create(_nested(values))
+    _check_interpolations(config, values, schema)
     OmegaConf.set_struct(config, True)
     return config
 
@@ -99,10 +101,15 @@ class _Texts(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> object:
+    return yaml.load(text, _Texts)
+
+
 def read(path: Path) -> object:
     """A YAML file: dicts and lists whose values are all texts. ConfigError: it is none."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Texts)
+        return _parsed(path.read_text(encoding="utf-8"))
     except Exception as error:  # whatever YAML finds: it raises many kinds
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
@@ -170,27 +177,28 @@ def _holds_sections(section: object) -> bool:
     return all(isinstance(part, dict) for part in section.values())
 
 
-def _extend(
-    config: DictConfig, name: str, content: dict[str, Any], schema: Schema
-) -> DictConfig:
+def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) -> Values:
     """A file's content over what it extends. Keys may be new; another data.name brings its section."""
-    config = copy.deepcopy(config)
+    values = dict(values)
     own = {
         key: text
         for key, text in _texts(content).items()
         if key.partition(".")[0] not in ("bases", "presets")
     }
     data_name = own.get("data.name")
-    if data_name is not None and data_name != OmegaConf.select(config, "data.name"):
-        config.data = _data_section(one_text(data_name), schema)
-    known = list(dict(_leaves(config, resolve=False)))
+    if data_name is not None and data_name != values.get("data.name"):
+        values = _with_data(values, one_text(data_name), schema)
+    known = [key for key, value in values.items() if value != {}]
     for key, text in own.items():
+        if text == {} and key not in known:  # a section in which nothing changes
+            values.setdefault(key, {})
+            continue
         _check_key(CONFIGS / name, key, known, is_recipe="bases" in content)
         if _is_interpolation(text):  # it has a value when all is composed
-            OmegaConf.update(config, key, text, force_add=True)
+            values[key] = text
         else:
-            set_value(config, key, text, schema, f"{CONFIGS / name}: ")
-    return config
+            _set(values, key, text, schema, f"{CONFIGS / name}: ")
+    return values
 
 
 def _is_interpolation(text: object) -> bool:
@@ -224,18 +232,24 @@ def _is_typo(key: str, known: list[str]) -> bool:
     return section not in OPEN and key not in known
 
 
-def _data_section(name: str, schema: Schema) -> DictConfig:
-    """The whole `data` section of a data set."""
+def _with_data(values: Values, name: str, schema: Schema) -> Values:
+    """The values with the whole `data` section of a data set, in the place of the one that they have."""
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
         hint = nearest(str(name), known)
         raise ConfigError(f"data.name={name} is not known{hint}: give one of {', '.join(known)}")
     schema.use_data(name)
-    config = OmegaConf.create({})
+    section: Values = {}
     for key, text in _texts(_section(path)).items():
-        set_value(config, key, text, schema, f"{path}: ")
-    return config.data
+        _set(section, key, text, schema, f"{path}: ")
+    replaced: Values = {}
+    for key, value in values.items():
+        if key.startswith("data."):
+            replaced |= section
+        else:
+            replaced[key] = value
+    return replaced | section
 
 
 def _preset(
@@ -269,6 +283,16 @@ def parse(arguments: list[str]) -> dict[str, str]:
     return texts
 
 
+def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
+    """key=value words in which `changes` take the place of those with the same key.
+
+    For a command with settings of its own, over which a user's stand.
+    """
+    changes = list(changes)
+    keys = {word.partition("=")[0] for word in changes}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
+
+
 def merge(
     config: DictConfig, texts: Mapping[str, object], schema: Schema | None = None
 ) -> DictConfig:
@@ -276,51 +300,62 @@ def merge(
 
     schema: what the keys take; None: what their values are in `config`.
     """
-    config = copy.deepcopy(config)
-    known = [key for key, _ in _leaves(config, resolve=False)]
+    values = dict(_leaves(config))
+    _update(values, texts, schema)
+    return OmegaConf.create(_nested(values))
+
+
+def _update(values: Values, texts: Mapping[str, object], schema: Schema | None) -> None:
+    """Read texts into the values of their keys. ConfigError: there is no such key."""
+    known = list(values)
     for key, text in texts.items():
+        if text == {} and key not in known:  # a section in which nothing changes
+            continue
         _check_known(key, known)
-        set_value(config, key, text, schema)
-    return config
+        _set(values, key, text, schema)
 
 
-def set_value(
-    config: DictConfig, key: str, text: object, schema: Schema | None, where: str = ""
-) -> None:
-    """Read a text as its key demands, into the config. ConfigError: it is none of that kind.
+def _set(values: Values, key: str, text: object, schema: Schema | None, where: str = "") -> None:
+    """Read a text as its key demands. ConfigError: it is none of that kind.
 
     where: what a message begins with.
     """
-    before = OmegaConf.select(config, key)
+    before = values.get(key)
     kind = kind_of_value(before) if schema is None else schema.kind(key)
     try:
-        value = kind.read(text)
+        values[key] = kind.read(text)
     except WrongValue as error:
-        example = kind.example if before is None else one_text(before)
-        advice = f"give {kind.name}"
-        if f" {example}" not in advice:
-            advice += f", for example {key}={example}"
-        hint = ""
-        if str(error) == UNKNOWN:
-            hint = nearest(one_text(text), choices(kind))
-        shown = one_text(text)
-        if len(shown) > LONGEST_SHOWN:
-            shown = f"{shown[:LONGEST_SHOWN]}..."
-        message = f"{where}{key}={shown} {error}{hint}: {advice}"
+        example = kind.example
+        if before is not None and not _is_interpolation(before):
+            example = one_text(before)
+        message = f"{where}{key}={_shown(text)} {_advice(key, text, kind, str(error), example)}"
         raise ConfigError(" ".join(message.split())) from error
-    OmegaConf.update(config, key, value, force_add=True)
     if schema is not None:
-        schema.learn(key, value)
+        schema.learn(key, values[key])
 
 
-def _check_sections(config: DictConfig, overrides: Mapping[str, object]) -> None:
+def _advice(key: str, text: object, kind: Kind, problem: str, example: str) -> str:
+    """What is wrong with a text, and what to give in its place."""
+    hint = nearest(one_text(text), choices(kind)) if problem == UNKNOWN else ""
+    advice = f"{problem}{hint}: give {kind.name}"
+    if f" {example}" not in advice:
+        advice += f", for example {key}={example}"
+    return advice
+
+
+def _shown(text: object) -> str:
+    shown = one_text(text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+
+
+def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
     """ConfigError: a value is given for a whole section."""
     for key in overrides:
-        section = OmegaConf.select(config, key)
-        if isinstance(section, DictConfig):
+        inside = [k.removeprefix(f"{key}.") for k in values if k.startswith(f"{key}.")]
+        if inside or values.get(key) == {}:
             raise ConfigError(
                 f"{key} is a section, not a value: give {key}.KEY=..., "
-                f"with KEY one of {', '.join(section)}"
+                f"with KEY one of {', '.join(inside)}"
             )
 
 
@@ -335,11 +370,11 @@ def _check_known(key: str, known: list[str]) -> None:
     raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
 
 
-def _check_interpolations(config: DictConfig, schema: Schema) -> None:
+def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:
     """Read what a file gives as ${another.key}, now that every key has its value."""
-    for key, text in _leaves(config, resolve=False):
+    for key, text in values.items():
         if _is_interpolation(text):
-            set_value(copy.deepcopy(config), key, as_text(OmegaConf.select(config, key)), schema)
+            _set(dict(values), key, as_text(OmegaConf.select(config, key)), schema)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -359,27 +394,36 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> text, or list of texts, of a file; an empty section inside another is {}."""
+    """Dotted key -> text, or list of texts, of a file; an empty section is {}."""
     texts: dict[str, object] = {}
     for key, part in content.items():
-        if isinstance(part, dict) and (part or not prefix):
+        if isinstance(part, dict) and part:
             texts |= _texts(part, f"{prefix}{key}.")
         else:
             texts[f"{prefix}{key}"] = part
     return texts
 
 
-def _leaves(config: DictConfig, prefix: str = "", resolve: bool = True) -> list[tuple[str, Any]]:
-    """Dotted keys and values. resolve: whether ${...} is looked up, which needs the whole config."""
+def _nested(values: Values) -> dict[str, Any]:
+    """Dotted keys and values as sections within sections."""
+    root: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        part = root
+        for section in sections:
+            part = part.setdefault(section, {})
+        if value != {} or name not in part:
+            part[name] = value
+    return root
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values."""
     leaves: list[tuple[str, Any]] = []
-    for name in config:
+    for name, value in config.items():
         key = f"{prefix}{name!s}"
-        if not resolve and OmegaConf.is_interpolation(config, str(name)):
-            leaves.append((key, plain(config, resolve=False)[str(name)]))
-            continue
-        value = config[name]
         if isinstance(value, DictConfig):
-            leaves += _leaves(value, f"{key}.", resolve)
+            leaves += _leaves(value, f"{key}.")
         else:
             leaves.append((key, value))
     return leaves

@@ -36,7 +36,9 @@ def check_settings(config: DictConfig) -> None:
     trainer = config.trainer
     for key in ("max_steps", "max_epochs"):
         if trainer[key] == 0:
-            raise ConfigError(f"trainer.{key}=0 trains nothing: give at least 1, or -1 for no limit")
+            raise ConfigError(
+                f"trainer.{key}=0 trains nothing: give at least 1, or -1 for no limit"
+            )
     if config.checkpoint.select == "best" and not validates(config):
         keys = ("data.n_val", "trainer.limit_val_batches")
         settings = " ".join(f"{key}=0" for key in keys if OmegaConf.select(config, key) == 0)

@@ -6,6 +6,7 @@ is no constructor's argument stands in OWN. A key that is in neither has the kin
 which a recipe first gives it.
 """
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -134,10 +135,16 @@ def constructors(experiment: str) -> dict[str, object]:
 
 
 def _of_section(section: str, constructor: object) -> dict[str, Kind]:
-    """Dotted key -> kind, of every argument of a constructor and of those that it hands on."""
+    """Dotted key -> kind, of every argument of a constructor."""
     constructor = getattr(constructor, "func", constructor)  # of functools.partial
     if not isinstance(constructor, type):
         return {}
+    return {f"{section}.{name}": kind for name, kind in _arguments(constructor).items()}
+
+
+@functools.cache
+def _arguments(constructor: type) -> Mapping[str, Kind]:
+    """Name -> kind, of the arguments of a class and of those that it hands on to its bases."""
     kinds: dict[str, Kind] = {}
     for base in reversed(inspect.getmro(constructor)):
         initializer = vars(base).get("__init__")
@@ -145,7 +152,7 @@ def _of_section(section: str, constructor: object) -> dict[str, Kind]:
             continue
         for name, parameter in inspect.signature(initializer).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                kinds[f"{section}.{name}"] = _of_parameter(parameter)
+                kinds[name] = _of_parameter(parameter)
     return kinds
 
 

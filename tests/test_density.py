@@ -691,7 +691,7 @@ class Seen(L.Callback):
 def test_a_flow_whose_evaluation_takes_gradients_gets_them(tmp_path):
     """The glue turns inference mode off; what is kept has no graph."""
     data, module = RandomImages(), density(ByAutograd())
-    config = compose("realnvp_cifar10", [*TINY, "logger.name=none", f"run_dir={tmp_path}"])
+    config = compose("realnvp_cifar10", [*TINY, f"run_dir={tmp_path}"])
     trainer = experiment.make_trainer(config, module, seen := Seen())
     [tested] = trainer.test(module, data, verbose=False)
     assert seen.kept == (False, False, False)

@@ -21,7 +21,7 @@ from flows.likelihood import bits_per_dim
 from flows.normalization import uninitialized
 from lightning_modules.noise import image_noise
 from reproduce import experiment, load
-from reproduce.config import compose
+from reproduce.config import compose, override
 from reproduce.run_folder import newest_checkpoint
 
 TINY = [  # four steps an epoch, validated after every third
@@ -64,7 +64,9 @@ def run(name, folder, *arguments):
     """What the script returns."""
     own = ["flow.n_blocks=1"] if name.startswith("realnvp") else ["flow.depth=1"]
     own += ["optim.cooldown_steps=1"] if name == "glow_cifar10_modern" else []
-    return import_module(f"reproduce.{name}").main([*TINY, *own, *arguments, f"run_dir={folder}"])
+    return import_module(f"reproduce.{name}").main(
+        override([*TINY, *own], [*arguments, f"run_dir={folder}"])
+    )
 
 
 def mistake(name, folder, *arguments):

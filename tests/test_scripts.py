@@ -23,13 +23,14 @@ from datamodules.two_moons import TwoMoons
 from flows.recompute import recompute
 from reproduce import config as config_module
 from reproduce import load, realnvp_cifar10, realnvp_moons
+from reproduce.config import override
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(folder, *arguments):
-    return realnvp_cifar10.main([*TINY, f"run_dir={folder}", *arguments])
+    return realnvp_cifar10.main(override([*TINY, f"run_dir={folder}"], arguments))
 
 
 def pixels(path):
@@ -205,17 +206,11 @@ def test_a_folder_with_a_run_is_refused(finished, capsys):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     run(tmp_path, "trainer.max_steps=2")
     (tmp_path / "result.json").unlink()
-    line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "flow.hidden_channels=5")
+    going_on = [*TINY, f"run_dir={tmp_path}", "resume=auto"]
+    line = mistake(capsys, *override(going_on, ["flow.hidden_channels=5"]))
     assert "trained with flow.hidden_channels=4: say the same" in line
-    line = mistake(
-        capsys,
-        *TINY,
-        f"run_dir={tmp_path}",
-        "resume=auto",
-        "seed=3",
-        "optim.name=adamax",
-        "data.batch_size=8",
-    )
+    changes = ["seed=3", "optim.name=adamax", "data.batch_size=8"]
+    line = mistake(capsys, *override(going_on, changes))
     assert "data.batch_size=16 optim.name=adam seed=0: say the same" in line
     assert "is of realnvp_cifar10, not of realnvp_moons" in mistake(
         capsys, f"run_dir={tmp_path}", "resume=auto", main=realnvp_moons.main
@@ -235,8 +230,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "flow.n_scales=9"], "flow.n_scales=9"),
         (["preset=demo", "flow.n_blocks=0"], "at least 1"),
         (["preset=demo", "samples.n=0"], "samples.n=0"),
-        (["preset=demo", "trainer.val_check_interval=0"], "give at least 1"),
-        (["preset=demo", "samples.temperatures=[]"], "give at least 1"),
+        (["preset=demo", "trainer.val_check_interval=0"], "give an int from 1"),
+        (["preset=demo", "samples.temperatures=[]"], "give a list of at least 1"),
         (["preset=demo", "trainer.max_epochs=abc"], "trainer.max_epochs=abc"),
         (["preset=demo", "trainer.devices=foo"], "foo"),
         (["preset=demo", "trainer.limit_test_batches=0"], "tests nothing"),
@@ -255,7 +250,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "trainer.precision=16-mixed"], "16-mixed needs a GPU: give bf16-mixed"),
         (["preset=demo", "data.micro_batch=8"], "data.micro_batch=8: RealNVP has batch norms"),
         (["preset=demo", "data.micro_batch=5"], "does not divide the 32 items that a process has"),
-        (["preset=demo", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 are steps"),
+        (
+            ["preset=demo", "trainer.log_every_n_steps=0"],
+            "trainer.log_every_n_steps=0 is out of range",
+        ),
         (["preset=demo", "checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0"),
         (["preset=demo", "optim.max_skipped=-1"], "optim.max_skipped=-1: it must not be negative"),
         (["preset=demo", "eval.bn_images=-1"], "eval.bn_images=-1"),
