@@ -127,6 +127,8 @@ class RealNVP2d(FlowModel):
     def __init__(self, shape=(2,), n_couplings=6, hidden_channels=256) -> None:
         super().__init__()
         self.shape = tuple(shape)
+        if min(n_couplings, hidden_channels) < 1:
+            raise ValueError("flow.n_couplings and flow.hidden_channels must be at least 1")
         if self.shape != (2,):
             raise ValueError(
                 f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"

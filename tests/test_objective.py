@@ -30,8 +30,9 @@ pytestmark = [
 
 def settings(folder, *words):
     """A config as load_config gives it, of an experiment that has neither a recipe nor a flow."""
-    keys = [word for word in TINY if not word.startswith("flow.")]
-    config = compose("realnvp_cifar10", override(keys, ["checkpoint.every_n_steps=100", *words]))
+    own = override(TINY, ["checkpoint.every_n_steps=100"])
+    keys = [word for word in own if not word.startswith("flow.")]
+    config = compose("realnvp_cifar10", override(keys, words))
     OmegaConf.set_struct(config, False)
     optim = {"name": "adam", "lr": 0.02, "clip_norm": 5.0}
     config = OmegaConf.merge(
