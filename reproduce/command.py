@@ -1,4 +1,4 @@
-"""How a command ends: well, by a mistake, or because it was asked to."""
+"""How a command ends: at its end, by a user's mistake, or since somebody asked it to stop."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
+    """Turn a user's mistake into one line and exit code 1, and a request to stop into exit code 75.
 
     Mistakes are a ConfigError, a setting that Lightning refuses, an OSError (a missing file, a full
     disk), a ValueError (an impossible value, whoever notices it), a key of a recipe that a
@@ -80,7 +80,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def mistake(error: Exception) -> str | None:
-    """The one line that a user's mistake gets; None: the error is none, but a fault of the program."""
+    """The one line with which a user's mistake is answered; None: the fault is the program's."""
     line = " ".join(str(error).split())
     if isinstance(error, ConfigError | MisconfigurationException | OSError | ValueError):
         return line
@@ -94,7 +94,7 @@ def mistake(error: Exception) -> str | None:
 
 
 def exit_code(stop: RunStopped) -> int:
-    """The code with which a run that was stopped ends. (Python allows texts and None in its place.)"""
+    """The code with which a stopped run ends; Python's SystemExit could hold a text as well."""
     return cast("int", stop.code)
 
 
@@ -106,8 +106,8 @@ def _rank() -> int:
 def _leave(stop: RunStopped) -> NoReturn:
     """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
 
-    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any
-    other code. That is what they are to do where one rank alone knows.
+    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for
+    any other code. Where one rank alone knows of the end, it is meant to have the others killed.
     """
     code = exit_code(stop)
     if code == TRY_AGAIN:

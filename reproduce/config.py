@@ -35,7 +35,7 @@ class ConfigError(Exception):
 
 
 def compose(experiment: str, arguments: list[str]) -> DictConfig:
-    """The recipe `experiment` over its bases, then its data set and preset, then `key=value` arguments.
+    """The recipe `experiment` over its bases, then its data set, preset and key=value arguments.
 
     data.name and preset are read first, since they bring sections of their own; from then on no key
     may be new. What a value may be is decided by its key (`Schema`).
@@ -78,15 +78,17 @@ def presets(experiment: str) -> list[str]:
 
 
 def describe(experiment: str, doc: str) -> str:
-    """The text of --help: what is reproduced, the presets, every key with its default and comment."""
+    """The text of --help: what is reproduced, the presets, each key with default and comment."""
     comments = _comments(experiment)
     lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
     lines.append("keys, with the value of the recipe without a preset:")
     for key, value in _leaves(compose(experiment, [])):
         if key == "experiment":  # the script's name, not a key to give
             continue
-        comment = f"  # {comments[key]}" if key in comments else ""
-        lines.append(f"  {key}={'null' if value is None else value}{comment}")
+        line = f"  {key}={one_text(value)}"
+        if key in comments:
+            line += f"  # {comments[key]}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -148,7 +150,7 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, An
 
 
 def _recipe_presets(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, object]]:
-    """Preset -> key -> text, of the `presets:` of a recipe over those of the recipes that it extends.
+    """Preset -> key -> text: the `presets:` of a recipe over those of the recipes that it extends.
 
     ConfigError: it is no mapping, or one of its presets is none.
     """
@@ -178,7 +180,10 @@ def _holds_sections(section: object) -> bool:
 
 
 def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) -> Values:
-    """A file's content over what it extends. Keys may be new; another data.name brings its section."""
+    """A file's content over what it extends.
+
+    Keys may be new. Another data.name brings the whole section of that data set.
+    """
     values = dict(values)
     own = {
         key: text
@@ -224,7 +229,10 @@ def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
 
 
 def _is_typo(key: str, known: list[str]) -> bool:
-    """Whether a recipe's new key is more likely a slip: in no open section, or like another section."""
+    """Whether a recipe's new key is more likely a slip.
+
+    It is one in a section to which recipes add no keys, and in a section of almost another's name.
+    """
     section = key.split(".")[0]
     names = {k.split(".")[0] for k in known} - set(DECIDED_ELSEWHERE)
     if section not in names and section != key:
@@ -233,7 +241,7 @@ def _is_typo(key: str, known: list[str]) -> bool:
 
 
 def _with_data(values: Values, name: str, schema: Schema) -> Values:
-    """The values with the whole `data` section of a data set, in the place of the one that they have."""
+    """The values with the `data` section of another data set in the place of theirs."""
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
@@ -260,7 +268,9 @@ def _preset(
         return []
     if preset not in recipe_presets:
         names = list(recipe_presets)
-        choice = f"give one of {', '.join(names)}" if names else f"{experiment} has none"
+        choice = f"{experiment} has none"
+        if names:
+            choice = f"give one of {', '.join(names)}"
         raise ConfigError(f"preset={preset} is not known{nearest(preset, names)}: {choice}")
     shared = _section(CONFIGS / "presets" / f"{preset}.yaml")
     return [_texts(shared), recipe_presets[preset]]
@@ -336,16 +346,20 @@ def _set(values: Values, key: str, text: object, schema: Schema | None, where: s
 
 def _advice(key: str, text: object, kind: Kind, problem: str, example: str) -> str:
     """What is wrong with a text, and what to give in its place."""
-    hint = nearest(one_text(text), choices(kind)) if problem == UNKNOWN else ""
-    advice = f"{problem}{hint}: give {kind.name}"
+    if problem == UNKNOWN:
+        problem += nearest(one_text(text), choices(kind))
+    advice = f"{problem}: give {kind.name}"
     if f" {example}" not in advice:
         advice += f", for example {key}={example}"
     return advice
 
 
 def _shown(text: object) -> str:
+    """A text for a message, cut where it is long."""
     shown = one_text(text)
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    if len(shown) > LONGEST_SHOWN:
+        return f"{shown[:LONGEST_SHOWN]}..."
+    return shown
 
 
 def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
@@ -378,9 +392,10 @@ def _check_interpolations(config: DictConfig, values: Values, schema: Schema) ->
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts.
+    """` (did you mean X?)` for the name that is most like a word; empty where none is like it.
 
-    What Lightning and others call a setting leads to the key here.
+    Upper and lower case count as the same. Whole keys are compared first, then their last parts.
+    What Lightning and others call a setting leads to the key here (`ALIASES`).
     """
     names = list(known)
     last = word.lower().split(".")[-1]
@@ -390,7 +405,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     by_lower |= {name.lower().split(".")[-1]: name for name in reversed(names)}
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     matches = matches or difflib.get_close_matches(last, by_lower, n=1, cutoff=0.6)
-    return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
+    if not matches:
+        return ""
+    return f" (did you mean {by_lower[matches[0]]}?)"
 
 
 def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -60,8 +60,9 @@ C = TypeVar("C", bound=L.Callback)
 def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     """The resolved, read-only config of a script; the random generators are seeded.
 
-    The run folder is decided. Answers --help and --print-config itself, and ends with 0 where the run
-    is already finished. ConfigError, one line: a mistake in the settings, before anything starts.
+    The run folder is decided. Answers --help and --print-config itself, and ends with 0 where the
+    run is already finished. ConfigError, one line: a mistake in the settings, before anything
+    starts.
     """
     experiment = Path(script).stem
     words = agent_arguments(arguments(argv), experiment)
@@ -286,7 +287,7 @@ def _speed_up(config: DictConfig, trainer: L.Trainer, module: Objective) -> None
 
 
 def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | None:
-    """The newest checkpoint of the run folder, whose weights the module then has; None where there is none."""
+    """Load the weights of the newest checkpoint of the run folder; None where there is none."""
     newest = newest_checkpoint(Path(config.run_dir))
     if newest is None:
         return None
@@ -294,8 +295,10 @@ def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | 
     check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
     module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
     origin = checkpoint["paperflows"]
-    job_number = f", job {origin['job']}" if origin.get("job") else ""
-    rank_zero_info(f"going on from {path} (commit {origin['commit']}{job_number})")
+    place = f"commit {origin['commit']}"
+    if origin.get("job"):
+        place += f", job {origin['job']}"
+    rank_zero_info(f"going on from {path} ({place})")
     return path
 
 
@@ -399,7 +402,9 @@ def _tested_weights(config: DictConfig) -> str:
 def _wandb_url(trainer: L.Trainer) -> str | None:
     """The address of the run at W&B; None offline, and with another logger."""
     run = getattr(trainer.logger, "experiment", None)
-    return getattr(run, "url", None) if not getattr(run, "offline", True) else None
+    if getattr(run, "offline", True):
+        return None
+    return getattr(run, "url", None)
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -464,7 +469,7 @@ def _outcome(
 
 
 def _budget(images: int, full: int | None) -> dict | None:
-    """How much of the training of a recipe a run had; None where the recipe does not say how much."""
+    """The share of a recipe's training that a run had; None where the recipe gives no budget."""
     if full is None:
         return None
     return {"images": images, "of": full, "fraction": images / full, "source": "ours"}

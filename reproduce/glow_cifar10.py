@@ -1,4 +1,4 @@
-"""Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039), Table 2: 3.35 bits/dim on the test set.
+"""Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039), Table 2: 3.35 bits/dim.
 
 python reproduce/glow_cifar10.py                # the paper's recipe
 python reproduce/glow_cifar10.py preset=cpu     # a smaller model for two cores

@@ -1,4 +1,4 @@
-"""Glow for pictures: CIFAR-10 in 5 bits, additive couplings (arXiv 1807.03039), Table 3: 1.67 bits/dim.
+"""Glow for pictures: 5-bit CIFAR-10, additive couplings (arXiv 1807.03039), Table 3: 1.67 bits/dim.
 
 python reproduce/glow_cifar10_additive5bit.py                # the paper's recipe
 python reproduce/glow_cifar10_additive5bit.py preset=cpu     # a smaller model for two cores

@@ -1,4 +1,6 @@
-"""Class-conditional Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039): samples of a chosen class.
+"""Class-conditional Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039).
+
+It draws samples of a chosen class.
 
 python reproduce/glow_cifar10_conditional.py                # the authors' recipe
 python reproduce/glow_cifar10_conditional.py preset=cpu     # a smaller model for two cores

@@ -1,4 +1,6 @@
-"""Glow on CIFAR-10 with logit data, flips, averaged weights and a cool-down: its own row, not the paper's.
+"""Glow on CIFAR-10 with a logit, flips, averaged weights and a cool-down.
+
+Its result has a row of its own beside the paper's.
 
 python reproduce/glow_cifar10_modern.py                # paper size
 python reproduce/glow_cifar10_modern.py preset=cpu     # a smaller model for two cores

@@ -1,7 +1,11 @@
-"""Rows of a sweep file with `method: grid`, for SLURM arrays: reproduce/slurm.sh hands row INDEX to the script.
+"""Rows of a sweep file with `method: grid`, for SLURM arrays.
 
-python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml        # how many rows, for sbatch --array=0-N
-python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3      # the key=value words of row 3, one a line
+reproduce/slurm.sh hands the row of a task's index to the script.
+
+# how many rows, for sbatch --array=0-N
+python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml
+# the key=value words of row 3, one on each line
+python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3
 """
 
 import sys

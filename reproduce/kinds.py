@@ -21,7 +21,7 @@ UNKNOWN = "is not known"
 
 
 class WrongValue(ValueError):
-    """A value that a kind does not take; `str` of it is what is wrong, in words behind `key=value`."""
+    """A value that a kind does not take. Its text says what is wrong, to stand behind key=value."""
 
 
 class Kind(ABC):
@@ -61,10 +61,12 @@ class Integer(Kind):
         return f"an int{_bounds(self.low, self.high)}"
 
     def of_text(self, text: str) -> int:
-        if DECIMAL.fullmatch(text) is None or not float(text).is_integer():
-            raise WrongValue(OUT_OF_RANGE if _is_huge(text) else WRONG_TYPE)
+        if DECIMAL.fullmatch(text) is None:
+            raise WrongValue(WRONG_TYPE)
         if abs(float(text)) > LARGEST:
             raise WrongValue(OUT_OF_RANGE)
+        if not float(text).is_integer():
+            raise WrongValue(WRONG_TYPE)
         value = int(Decimal(text))
         _check_bounds(value, self.low, self.high)
         return value
@@ -133,8 +135,9 @@ class Text(Kind):
 
     @property
     def name(self) -> str:
-        limit = "" if self.longest == LONGEST else f" of at most {self.longest} characters"
-        return f"{self.what}{limit}"
+        if self.longest == LONGEST:
+            return self.what
+        return f"{self.what} of at most {self.longest} characters"
 
     def of_text(self, text: str) -> str:
         if len(text) > self.longest:
@@ -154,7 +157,9 @@ class Choice(Kind):
 
     @property
     def name(self) -> str:
-        return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]
+        if len(self.names) == 1:
+            return self.names[0]
+        return f"one of {', '.join(self.names)}"
 
     @property
     def example(self) -> str:
@@ -210,7 +215,10 @@ class Share(Kind):
 
 @dataclass(frozen=True)
 class Several(Kind):
-    """A list of one kind, as [a, b]. n: how many; None: any number of them. least: at least so many."""
+    """A list of values of one kind, as [a, b].
+
+    n: how many there are; None for any number. least: the least number.
+    """
 
     kind: Kind
     n: int | None = None
@@ -313,9 +321,14 @@ class Anything(Kind):
 
 
 def guess(raw: object) -> object:
-    """The value of a text without a kind: null, true, false and decimal numbers are what they say."""
+    """The value of a text whose key has no kind.
+
+    null, true, false, decimal numbers and lists of them are what they say; all else is a text.
+    """
+    if isinstance(raw, Sequence) and not isinstance(raw, str):
+        return [guess(part) for part in raw]
     if not isinstance(raw, str):
-        return [guess(part) for part in raw] if isinstance(raw, Sequence) else raw
+        return raw
     if raw.startswith("[") and raw.endswith("]"):
         return [guess(part) for part in elements(raw)]
     for kind in (Nullable(Switch()), _Digits(), Number()):
@@ -375,7 +388,9 @@ def choices(kind: Kind) -> tuple[str, ...]:
     """The names among which a kind lets one choose; none where it takes other values."""
     if isinstance(kind, Nullable):
         return choices(kind.kind)
-    return kind.names if isinstance(kind, Choice) else ()
+    if isinstance(kind, Choice):
+        return kind.names
+    return ()
 
 
 def one_text(value: object) -> str:

@@ -1,14 +1,19 @@
-"""What a run needs to its end, looked at before anything starts: a mistake must not cost the run."""
+"""What a run needs up to its end, looked at before it starts.
+
+A mistake that shows only at the end would cost the whole run.
+"""
 
 import os
 import shutil
+from collections.abc import Sized
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.stateless import StatelessDataModule
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.launch import processes
@@ -22,7 +27,7 @@ class NeededAtTheEnd(Protocol):
     """A callback or an objective that needs something for its test, such as a metric's weights."""
 
     def prepare_test(self) -> None:
-        """Get it, on every rank, before the first step. ValueError or OSError, one line: it cannot."""
+        """Get it, on every rank, before the first step. ValueError, OSError: it is not there."""
 
 
 def check_settings(config: DictConfig) -> None:
@@ -52,7 +57,10 @@ def check_settings(config: DictConfig) -> None:
 
 
 def validates(config: DictConfig) -> bool:
-    """Whether there is a validation. A data set with a split of its own for it has no data.n_val."""
+    """Whether there is a validation.
+
+    A data set with a validation split of its own has no key data.n_val.
+    """
     return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
 
 
@@ -75,7 +83,7 @@ def _check_device(config: DictConfig) -> None:
 
 
 def _check_processes(config: DictConfig) -> None:
-    """More processes than can be started here would wait for one another, or for a machine, for ever."""
+    """Refuse processes that nobody starts: the others would wait for them for ever."""
     if processes() or {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
         return  # somebody has started them, on machines of their own
     if config.trainer.num_nodes > 1:
@@ -131,7 +139,10 @@ def _size(n_bytes: int) -> str:
 
 
 class Readiness(L.Callback):
-    """Before the first step: whether there are data to validate and to test on, and what a test needs."""
+    """Looks, before the first step, whether there are data to validate and to test on.
+
+    Callbacks and objectives that need something else for the test get it then (`NeededAtTheEnd`).
+    """
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -139,8 +150,8 @@ class Readiness(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it outside __init__
-        if not len(data.test):
+        data: StatelessDataModule = vars(trainer)["datamodule"]
+        if not len(cast("Sized", data.test)):
             raise ConfigError(
                 f"{self.config.data.name} has no test data, on which a run is tested at its end: "
                 "give data.n_test of at least 1"
@@ -148,7 +159,8 @@ class Readiness(L.Callback):
         self._check_share("limit_test_batches", len(data.test_dataloader()))
         if validates(self.config):
             self._check_share("limit_val_batches", len(data.val_dataloader()))
-        for part in (pl_module, *trainer.callbacks):  # type: ignore[attr-defined]  # the same
+        callbacks: list[L.Callback] = vars(trainer)["callbacks"]
+        for part in (pl_module, *callbacks):
             if isinstance(part, NeededAtTheEnd):
                 part.prepare_test()
 

@@ -1,4 +1,6 @@
-"""RealNVP in the plane: two moons with noise .05; the entropy of the data, about 0.26 nats, is the best possible NLL.
+"""RealNVP in the plane: two moons with noise .05.
+
+The best possible NLL is the entropy of the data, about 0.26 nats.
 
 python reproduce/realnvp_moons.py
 """

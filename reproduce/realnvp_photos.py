@@ -1,4 +1,6 @@
-"""RealNVP on crops of the photographs inside scikit-image and scikit-learn: no download, no paper's number.
+"""RealNVP on crops of the photographs inside scikit-image and scikit-learn.
+
+There is nothing to download, and no paper's number to compare with.
 
 python reproduce/realnvp_photos.py                # wants a GPU
 python reproduce/realnvp_photos.py preset=cpu     # a smaller model for two cores

@@ -1,9 +1,9 @@
 """The table of keys: which kind of value each setting of a recipe takes.
 
 A section of a recipe holds the arguments of a constructor, so the constructor's signature says what
-its keys take: `flow` the model's, `data` the data module's, `optim` and `eval` the objective's. What
-is no constructor's argument stands in OWN. A key that is in neither has the kind of the value by
-which a recipe first gives it.
+its keys take: `flow` those of the model, `data` those of the data module, `optim` and `eval` those
+of the objective. The other keys stand in OWN. A key that is in neither has the kind of the first
+value that a recipe gives it.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Runs that a W&B sweep agent starts: what it writes on the command line, as key=value arguments."""
+"""Runs that a W&B sweep agent starts: what it writes on the command line, as key=value words."""
 
 import ast
 import os
@@ -22,8 +22,8 @@ def agent_arguments(words: list[str], experiment: str) -> list[str]:
 
     An agent writes Python values; 8.0 becomes 8 where the recipe has an int, as a sweep's q_uniform
     means it. It writes a key of its command again where a parameter has that key: the last one
-    counts. Where it starts a preempted run again it sends that run's whole config, sections
-    as dicts: of these values the ones that differ from the recipe (with the same preset and data set)
+    counts. Where it starts a preempted run again it sends that run's whole config, sections as
+    dicts. Of these values the ones that differ from the recipe (with the same preset and data set)
     come back, under dotted keys.
     ConfigError: the old run was of another experiment.
     """
@@ -44,7 +44,8 @@ def agent_arguments(words: list[str], experiment: str) -> list[str]:
     if "experiment" in values:
         if values["experiment"] != experiment:
             raise ConfigError(
-                f"this sweep's runs are of {values['experiment']}: its program is not {experiment}'s"
+                f"this sweep's runs are of {values['experiment']}: its program is not "
+                f"{experiment}'s"
             )
         texts = {key: text for key, text in texts.items() if _differs(key, values[key], recipe)}
     return [

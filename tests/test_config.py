@@ -1,4 +1,4 @@
-"""Recipes: every one composes and binds to its constructors; every mistake on the command line is one line."""
+"""Recipes: each one composes and binds to its constructors, and each mistake is one line."""
 
 import inspect
 import re
@@ -52,7 +52,7 @@ def leaves(config):
     return flat(OmegaConf.to_container(config))
 
 
-# ---------------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------- recipes
 
 
 def test_there_are_recipes():
@@ -83,7 +83,10 @@ def constructors(recipe):
 
 @pytest.mark.parametrize(("recipe", "preset"), VARIANTS)
 def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
-    """Constructors are replaced by their signatures: a key too many or too few is a TypeError that names it."""
+    """Constructors are replaced by their signatures.
+
+    A key too many, or one too few, is then a TypeError that names it.
+    """
     config = composed(recipe, preset)
     script, flow, module = constructors(recipe)
     bound = []
@@ -156,9 +159,13 @@ def test_several_claims_come_in_their_order_and_each_is_comparable_by_itself(mon
     monkeypatch.setattr(results, "load_claim", claims.__getitem__)
     psnr, lpips = papers_of(compose(CIFAR, ["paper=[f.psnr,f.lpips]"]))
     assert psnr == {
-        "claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "decimals": 2, "direction": "higher",
+        "claim": "f.psnr",
+        "metric": "test/psnr",
+        "value": 27.75,
+        "decimals": 2,
+        "direction": "higher",
         "comparable": True,
-    }  # fmt: skip
+    }
     assert (lpips["claim"], lpips["decimals"], lpips["comparable"]) == ("f.lpips", 3, False)
 
 
@@ -268,7 +275,7 @@ def test_every_data_file_is_a_datamodule():
         inspect.signature(DATA[name]).bind(seed=0, **content["data"])
 
 
-# ---------------------------------------------------------------------------------------------- overrides
+# ---------------------------------------------------------------------- overrides
 
 
 @pytest.mark.parametrize(
@@ -402,7 +409,7 @@ def test_a_path_stays_as_it_is_written(path):
     "argument", ["run_dir=${oops}", "optim.lr=${seed", "optim.lr=???", "run_dir=???"]
 )
 def test_omegaconfs_own_syntax_in_a_value(argument):
-    """Interpolations and missing values mean something to OmegaConf; on the command line they are a mistake."""
+    """Interpolations and missing values mean something to OmegaConf alone."""
     assert argument.split("=")[0] in mistake(argument)
 
 
@@ -447,7 +454,7 @@ def test_a_recipe_without_presets():
         assert f"preset=cpu is not known: {recipe} has none" in mistake("preset=cpu", recipe=recipe)
 
 
-# ---------------------------------------------------------------------------------------------- other data, presets
+# ---------------------------------------------------------------------- other data, presets
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -484,7 +491,7 @@ def test_the_demo_brings_its_data():
 
 
 def test_the_demo_on_its_recipes_own_data():
-    """The demo's data keys (n_test) are no keys of CIFAR-10: compose without them, or say that these two clash."""
+    """The demo's data have a key (n_test) that CIFAR-10 has not, so it is left out, or refused."""
     given = ["preset=demo", "data.name=cifar10"]
     try:
         name, message = compose(CIFAR, given).data.name, None
@@ -515,7 +522,7 @@ def test_auto_stays_possible_under_a_preset():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of the small configs/ folder."""
+    """A function that writes a file of the small configs/ folder."""
 
     def write(name, text):
         path = tmp_path / name
@@ -527,7 +534,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def house(tmp_path, write, monkeypatch):
-    """A small configs/ folder: two bases, a recipe with two presets, one shared part of a preset each, two data."""
+    """A small configs/ folder: two bases, a recipe with two presets, and two data sets."""
     tail = "logger: {name: csv}\ncheckpoint: {select: last}\nresume: null"
     write("one.yaml", f"only_one: 1\na: 1\nb: 1\nc: 1\nd: 1\ne: 1\n{tail}")
     write("two.yaml", "a: 2\nb: 2\nc: 2\nd: 2\ne: 2\ndata: {name: x, n: 2, m: 2}")
@@ -554,7 +561,7 @@ def house(tmp_path, write, monkeypatch):
 
 
 def test_order_of_merging(house):
-    """Bases in their order, the recipe, the shared part of the preset, the recipe's own, the command line."""
+    """Bases, the recipe, the shared part of a preset, the recipe's part of it, the command line."""
     order = {"only_one": 1, "a": 2, "b": 3, "c": 3, "d": 3, "e": 3, "data.n": 2, "data.m": 3}
     assert house().items() >= order.items()
     assert house("preset=small").items() >= (order | {"c": 4, "d": 5, "e": 5, "data.n": 4}).items()
@@ -581,7 +588,7 @@ def test_order_of_merging_with_other_data(house):
     assert data("preset=other", "data.name=x") == {"data.name": "x", "data.n": 2, "data.m": 3}
 
 
-# ---------------------------------------------------------------------------------------------- recipes that extend
+# ---------------------------------------------------------------------- recipes that extend
 
 
 @pytest.fixture
@@ -760,10 +767,21 @@ def test_a_script_without_a_recipe_is_one_line(house):
 
 
 def test_help_follows_bases_of_bases(house, write):
-    """A base says what a key is; a recipe where its value is from, which is no longer so where that is replaced."""
+    """A base says what a key is, and a recipe where its value is from.
+
+    The second no longer holds where another recipe replaces the value.
+    """
     write(
         "one.yaml",
-        "a: 1  # a key\nb: 1  # another key\nc: 1\nd: 1\ndata: {name: x}\nlogger: {name: csv}\nresume: null",
+        """
+        a: 1  # a key
+        b: 1  # another key
+        c: 1
+        d: 1
+        data: {name: x}
+        logger: {name: csv}
+        resume: null
+        """,
     )
     write("two.yaml", "checkpoint: {select: last}\nd: 1  # of two")
     write("flow_x.yaml", "bases: [one.yaml, two.yaml]\na: 2\nb: 2  # from x\nc: 2  # from x")
@@ -776,7 +794,7 @@ def test_help_follows_bases_of_bases(house, write):
     assert "  c=3" in describe("flow_z", "").splitlines()
 
 
-# ---------------------------------------------------------------------------------------------- help
+# ---------------------------------------------------------------------- help
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -839,7 +857,7 @@ def test_null_where_the_base_has_it():
     assert compose(CIFAR, ["optim.betas=[0,0.99]"]).optim.betas == [0, 0.99]
 
 
-# ---------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------- arguments
 
 
 class Takes:

@@ -110,16 +110,24 @@ def run_script(
     scontrol="exit 1",
     **variables,
 ):
-    """What reproduce/slurm.sh hands to srun, one argument a line: an srun that prints stands in for Slurm's."""
+    """What reproduce/slurm.sh hands to srun, one argument on each line.
+
+    Programs that print their arguments stand in for Slurm's srun and scontrol.
+    """
     for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN"))}
     path = f"{tmp_path}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", ROOT / "reproduce" / "slurm.sh", *arguments], env={**ours, "PATH": path, **variables}, cwd=tmp_path,
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        ["bash", ROOT / "reproduce" / "slurm.sh", *arguments],
+        env={**ours, "PATH": path, **variables},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 JOB = {

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: in-process where possible, real processes for signals and exit codes."""
+"""The scripts as a user runs them: in-process where possible, else as real processes."""
 
 import csv
 import json
@@ -169,7 +169,7 @@ def test_checkpoint_is_plain_and_says_whose_it_is(finished):
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_resume_reaches_the_same_weights(tmp_path, every):
-    """Killed in an epoch of 4 batches, after a checkpoint that fell on a validation (3) or not (2)."""
+    """A run is killed within an epoch; a validation falls on its checkpoint (3) or not (2)."""
     checkpoints = f"checkpoint.every_n_steps={every}"
     whole = run(tmp_path / "whole", "trainer.max_steps=7", checkpoints)
     run(tmp_path / "parts", "trainer.max_steps=5", checkpoints)
@@ -294,8 +294,10 @@ def test_data_with_a_validation_split_of_their_own_need_no_n_val(tmp_path, monke
     assert result["tested"]["chosen"] == "best"
     assert "val/nll" in result["metrics"]
     line = mistake(capsys, *words[:-1], "trainer.limit_val_batches=0", main=realnvp_moons.main)
-    wanted = "trainer.limit_val_batches=0 leaves nothing to choose the best weights by: add checkpoint.select=last"
-    assert line == f"error: {wanted}"
+    assert line == (
+        "error: trainer.limit_val_batches=0 leaves nothing to choose the best weights by: "
+        "add checkpoint.select=last"
+    )
 
 
 def test_without_validation_the_last_weights_are_tested(tmp_path):
@@ -323,7 +325,7 @@ def test_without_validation_batches_no_checkpoint_waits_for_them(tmp_path):
 
 
 def test_a_diverged_run_ends_with_one_line(tmp_path, capsys):
-    """The first step's rate makes every later loss infinite: nothing that follows is taken, or saved."""
+    """The first step makes every later loss infinite: no later step is taken, or saved."""
     settings = [
         "optim.lr=1e30",
         "optim.clip_norm=null",
@@ -414,7 +416,7 @@ def test_help_and_print_config(capsys):
 
 
 def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
-    """A real process: clean stop, exit code not 0, no traceback, the command to go on with, and that command works."""
+    """A real process stops with a line that says how to go on, and without a traceback."""
     command = [sys.executable, "reproduce/realnvp_cifar10.py", *TINY, f"run_dir={tmp_path / 'run'}"]
     process = subprocess.Popen(
         [*command, "trainer.max_steps=100000"],
@@ -432,12 +434,10 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     assert process.returncode == 75, output
     assert "Traceback" not in output
     saved = read_checkpoint(newest(tmp_path / "run"))["global_step"]
-    again = f"go on with: python reproduce/realnvp_cifar10.py {shlex.join(TINY)} trainer.max_steps=100000 run_dir="
-    assert (
-        output.strip()
-        .splitlines()[-1]
-        .startswith(f"stopped at step {saved}, which is saved; {again}")
-    )
+    settings = f"{shlex.join(TINY)} trainer.max_steps=100000 run_dir="
+    again = f"go on with: python reproduce/realnvp_cifar10.py {settings}"
+    last_line = output.strip().splitlines()[-1]
+    assert last_line.startswith(f"stopped at step {saved}, which is saved; {again}")
     load(tmp_path / "run")
 
 
@@ -445,8 +445,13 @@ def test_script_runs_from_the_shell(tmp_path):
     environment = {**os.environ, "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, ROOT / "reproduce" / "realnvp_cifar10.py", "preset=demoo"],
-        cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert (
         done.stderr.strip()

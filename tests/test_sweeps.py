@@ -1,4 +1,7 @@
-"""Sweep files: W&B's own schema takes them, wandb's own agent starts them, and a preempted run comes back as it was."""
+"""Sweep files: W&B's own schema takes them, and wandb's own agent starts them.
+
+A preempted run of a sweep comes back as it was.
+"""
 
 import json
 import os
@@ -82,7 +85,10 @@ def draw(sweep, share):
 
 
 def started_by_the_agent(sweep, values, folder, monkeypatch):
-    """What wandb's agent starts for these values: (command, environment). Without a server, and without starting it."""
+    """(command, environment) of what wandb's agent starts for these values.
+
+    There is no server, and nothing is started.
+    """
     from wandb import wandb_agent
 
     caught = []
@@ -126,11 +132,14 @@ def swept(monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", RUN_ID)
 
 
-# ------------------------------------------------------------------------------------------------ the files
+# ---------------------------------------------------------------------- the files
 
 
 def violations(sweep):
-    """What W&B's schema has against a sweep. The package pins an old numpy, so it is read and not imported."""
+    """What is wrong with a sweep by W&B's schema.
+
+    The package of the schema needs an old numpy, so the file is read and nothing is imported.
+    """
     jsonschema = pytest.importorskip("jsonschema")
     try:
         path = metadata.distribution("sweeps").locate_file("sweeps/config/schema.json")
@@ -156,7 +165,7 @@ def test_there_are_sweeps():
     ],
 )
 def test_what_the_glow_sweeps_share_stays_in_step(stem, own):
-    """W&B reads a sweep by `yaml.safe_load` from one file, so recipes may extend one another and sweeps cannot."""
+    """Recipes may extend one another and sweeps cannot: W&B reads a sweep from one file."""
     first, other = (load(CONFIGS / "sweeps" / f"{name}.yaml") for name in ("glow_cifar10", stem))
     first, other = (sweep | sweep.pop("parameters") for sweep in (first, other))
     different = {key for key in first | other if first.get(key) != other.get(key)}
@@ -189,7 +198,10 @@ def test_wandb_does_not_take_a_broken_file(broken):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_sweep_is_of_its_recipe(path):
-    """Program, metric and parameters exist, and the recipe takes the ends of every range, as the agent writes them."""
+    """Program, metric and parameters exist, and the recipe takes the ends of every range.
+
+    The ends are written as W&B's agent writes them.
+    """
     sweep = load(path)
     experiment = experiment_of(sweep)
     assert path.stem.removesuffix("_grid") == experiment
@@ -220,11 +232,11 @@ def test_the_agent_expands_a_command(clean, tmp_path):
     assert (environment["WANDB_SWEEP_ID"], environment["WANDB_RUN_ID"]) == ("abcd1234", RUN_ID)
 
 
-# ------------------------------------------------------------------------------------------------ running them
+# ---------------------------------------------------------------------- running them
 
 
 def test_a_preempted_run_of_a_sweep_goes_on(clean, tmp_path):
-    """The agent's command as a real process, stopped by SIGTERM; then the agent's for that run, with all its config."""
+    """SIGTERM stops the agent's command; then the agent starts that run with its whole config."""
     sweep = load(CONFIGS / "sweeps" / f"{CIFAR}.yaml")
     values = draw(sweep, 0) | {"data.batch_size": 32.0}  # as q_uniform draws it
     command, environment = started_by_the_agent(sweep, values, tmp_path, clean)
@@ -310,7 +322,7 @@ def test_the_expanded_command_runs_two_steps(path, clean, tmp_path):
         assert key in tiny or OmegaConf.select(OmegaConf.create(result["config"]), key) == value
 
 
-# ------------------------------------------------------------------------------------------------ what the agent writes
+# ---------------------------------------------------------------------- what the agent writes
 
 
 def words(values):
