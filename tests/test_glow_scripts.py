@@ -81,11 +81,13 @@ def mistake(name, folder, *arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Name of a script -> folder of a run of three steps, its result, the tested module."""
-    runs, root = {}, tmp_path_factory.mktemp("runs")
+    runs = {}
+    root = tmp_path_factory.mktemp("runs")
 
     def get(name):
         if name not in runs:
-            script, modules = import_module(f"reproduce.{name}"), []
+            script = import_module(f"reproduce.{name}")
+            modules = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
                     script, "fit", lambda *given: modules.append(given[2]) or experiment.fit(*given)
@@ -345,17 +347,14 @@ def test_golden_losses(name):
     torch.manual_seed(0)
     flow = import_module(f"reproduce.{name}").make_flow(config, (3, 8, 8)).double()
     draw = np.random.Generator(np.random.PCG64(0))
-    q, u = draw.integers(2**config.data.n_bits, size=(8, 3, 8, 8)) // 2, draw.random((8, 3, 8, 8))
-    x, classes = (
-        torch.from_numpy((q + u) / 2**config.data.n_bits),
-        torch.from_numpy(draw.integers(7, size=8)),
-    )
+    q = draw.integers(2**config.data.n_bits, size=(8, 3, 8, 8)) // 2
+    u = draw.random((8, 3, 8, 8))
+    x = torch.from_numpy((q + u) / 2**config.data.n_bits)
+    classes = torch.from_numpy(draw.integers(7, size=8))
     with torch.no_grad():
         flow.initialize(x)
-    optimizer, losses = (
-        torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas)),
-        [],
-    )
+    optimizer = torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas))
+    losses = []
     for _ in range(5):
         if flow.n_classes is None:
             loss = -flow.log_prob(x).mean()

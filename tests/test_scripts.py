@@ -122,7 +122,8 @@ def test_pictures_are_uint8_and_show_the_images(finished):
     assert grid.dtype == np.uint8
     assert grid.std() > 20
     cell = 10 * 8  # an image of 8 and a border of 2, each pixel 8 x 8
-    originals, reconstructions = grid[16 : 16 + 64], grid[16 + cell : 16 + cell + 64]
+    originals = grid[16 : 16 + 64]
+    reconstructions = grid[16 + cell : 16 + cell + 64]
     assert np.abs(originals.astype(int) - reconstructions).max() <= 1
     assert pixels(folder / "samples" / "samples-0000006.png").std() > 5
     assert (folder / "curve.png").stat().st_size > 5000

@@ -34,7 +34,8 @@ RUN = [
     for path in FILES
     if path.stem != "realnvp_cifar10"  # has a test of its own
 ]
-CIFAR, RUN_ID = "realnvp_cifar10", "kd83hsl0"
+CIFAR = "realnvp_cifar10"
+RUN_ID = "kd83hsl0"
 OF_THE_RUN = {"run_dir", "resume", "overrides"}  # keys of a config that a resumed run may change
 TWO_PHOTO_STEPS = [
     *("data.name=photos", "data.size=8", "data.n_train=256", "data.n_val=16", "data.n_test=16"),
@@ -76,7 +77,8 @@ def drawn(parameter, share):
         return parameter["value"]
     if "values" in parameter:
         return parameter["values"][round(share * (len(parameter["values"]) - 1))]
-    low, high = parameter["min"], parameter["max"]
+    low = parameter["min"]
+    high = parameter["max"]
     return low * (high / low) ** share  # log-uniform, the only distribution used
 
 
