@@ -1,6 +1,6 @@
 """Recipes: YAML files composed, overridden from the command line, and checked.
 
-What a value may be says `reproduce.schema`; OmegaConf merges the files. Nothing here knows a model.
+`reproduce.schema` says what a value may be. Nothing here knows a model.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
 from reproduce.schema import ALIASES, Schema
@@ -25,8 +26,6 @@ DECIDED_ELSEWHERE = {
     "experiment": "it is the name of the recipe",
     "preset": "it is given on the command line",
 }
-
-
 Values = dict[str, Any]  # dotted key -> value
 
 
@@ -387,8 +386,14 @@ def _check_known(key: str, known: list[str]) -> None:
 def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:
     """Read what a file gives as ${another.key}, now that every key has its value."""
     for key, text in values.items():
-        if _is_interpolation(text):
-            _set(dict(values), key, as_text(OmegaConf.select(config, key)), schema)
+        if not _is_interpolation(text):
+            continue
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{key}={text} of the recipe has no value: {reason}") from error
+        _set(dict(values), key, as_text(value), schema)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""What a setting may be: each kind reads the text of a value, and says in words what it takes.
+"""Kinds of settings: each reads the text of a value, and says in words what it takes.
 
-The key of a setting decides how its text is read (reproduce/schema.py says which kind it has). The
-text alone decides nothing: `1:30` is a time where a time is wanted, and a mistake elsewhere.
+The key of a setting decides how its text is read; `reproduce.schema` says which kind a key has. The
+text alone decides nothing: `20261127` is a folder for run_dir, and a number for seed.
 """
 
 import re
@@ -107,7 +107,7 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Switch(Kind):
-    """true or false; also as Python writes them."""
+    """true or false, also with a capital letter as Python writes them."""
 
     example: str = "true"
 
@@ -254,7 +254,7 @@ class Several(Kind):
 
 @dataclass(frozen=True)
 class Either(Kind):
-    """What the first of several kinds takes that takes it."""
+    """Several kinds: a text is read by the first of them that takes it."""
 
     kinds: tuple[Kind, ...]
 
@@ -276,8 +276,9 @@ class Either(Kind):
                 return kind.read(raw)
             except WrongValue as error:
                 problems.append(str(error))
-        # A number that is out of range is told so; what no kind takes has the wrong type.
-        raise WrongValue(OUT_OF_RANGE if OUT_OF_RANGE in problems else WRONG_TYPE)
+        if OUT_OF_RANGE in problems:  # it is of the right type for one of the kinds
+            raise WrongValue(OUT_OF_RANGE)
+        raise WrongValue(WRONG_TYPE)
 
 
 @dataclass(frozen=True)
