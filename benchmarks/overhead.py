@@ -10,7 +10,6 @@ is measured apart, over the steps between two. Measured on two AVX2 cores: guard
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from datamodules import make_data
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.density import DensityModule
 from lightning_modules.lightning_internals import broadcast_no_signals, broadcast_signals
+from reproduce.config import arguments, override
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.realnvp_cifar10 import make_flow
 
@@ -90,7 +90,7 @@ def _clip(module: DensityModule) -> None:
 
 @command
 def main(argv=None):
-    words = [*SETTINGS, *(sys.argv[1:] if argv is None else argv)]
+    words = override(SETTINGS, arguments(argv))
     if not any(word.startswith("run_dir=") for word in words):
         words.append(f"run_dir={tempfile.mkdtemp()}")
     config = load_config("realnvp_cifar10", __doc__, words)

@@ -34,7 +34,7 @@ from lightning_modules.precision import full_float32
 from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
 from reproduce.arguments import parse_seeds, settings
-from reproduce.config import ConfigError, arguments, compose
+from reproduce.config import ConfigError, arguments, compose, override
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.provenance import git_state, machine
 from results import stability
@@ -91,7 +91,7 @@ def fixed_images(data, module: DensityModule) -> Tensor:
 
 def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
     """The arguments that all runs of a command share."""
-    return [*QUIET, *RECIPE, *KINDS[kind][1], *overrides]
+    return override([*QUIET, *RECIPE, *KINDS[kind][1]], overrides)
 
 
 def described(config: DictConfig) -> dict:

@@ -42,6 +42,10 @@ class Classes:
         """n contexts for pictures: the classes in turn, (n,)."""
         return torch.arange(n, device=device) % self.n_classes
 
+    def __post_init__(self) -> None:
+        if self.n_classes < 1:
+            raise ValueError(f"flow.n_classes={self.n_classes} are no classes: give at least 1")
+
 
 @dataclass(frozen=True)
 class Images:

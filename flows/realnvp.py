@@ -201,6 +201,8 @@ class RealNVP2d(FlowModel):
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
+        if min(n_couplings, hidden_channels) < 1:
+            raise ValueError("flow.n_couplings and flow.hidden_channels must be at least 1")
         if self.shape != (2,):
             raise ValueError(
                 f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"

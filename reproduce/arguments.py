@@ -1,10 +1,9 @@
-"""What commands with several runs share: the seeds they are given, and the settings their runs have in common."""
+"""What commands with several runs share: their seeds, and the settings that all runs have."""
 
 from collections.abc import Collection
 
-from omegaconf import OmegaConf
-
 from reproduce.config import ConfigError
+from reproduce.kinds import guess
 from reproduce.run_folder import FREE
 
 
@@ -22,16 +21,13 @@ def parse_seeds(text: str) -> list[int]:
 def settings(overrides: list[str], own: Collection[str]) -> dict[str, object]:
     """key=value arguments as keys and values.
 
-    Left out are the keys of `own`, in which the runs of a command differ, and those that change no number.
+    Left out are the keys of `own`, in which the runs of a command differ, and those that change no
+    number.
     """
-    words = dict(word.partition("=")[::2] for word in overrides)
-    values = {
-        key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        for key, text in words.items()
-    }
-    free = {
-        key
-        for key in values
-        if key in own or key.startswith("logger.") or key.split(".")[-1] in FREE
-    }
-    return {key: value["value"] for key, value in values.items() if key not in free}
+    values: dict[str, object] = {}
+    for word in overrides:
+        key, _, text = word.partition("=")
+        is_free = key in own or key.startswith("logger.") or key.split(".")[-1] in FREE
+        if not is_free:
+            values[key] = guess(text)
+    return values

@@ -1,4 +1,4 @@
-"""How a command ends: well, by a mistake, or because it was asked to."""
+"""How a command ends: at its end, by a user's mistake, or since somebody asked it to stop."""
 
 import contextlib
 import functools
@@ -8,8 +8,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn, ParamSpec, TypeVar, cast
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,48 +24,53 @@ from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
 
-# How Python refuses a key of a recipe's section that the class which the section goes to does not take.
+# How Python refuses a key of a recipe's section that the class which the section goes to does not
+# take.
 UNKNOWN_ARGUMENT = re.compile(r"^(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+# How PyTorch says, on a CPU and on a GPU, that a tensor is too large.
+TOO_LARGE = re.compile(
+    r"allocate memory|out of memory|not enough memory|[Ss]torage size calculation overflowed"
+)
 
 
-def command(main):
-    """Turn a user's mistake into one line and exit code 1, and being asked to stop into exit code 75.
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-    Mistakes: a ConfigError, a setting that Lightning refuses, an OSError (missing file, full disk), a ValueError (an
-    impossible value, whoever finds it), a key of a recipe that a constructor does not take. PAPERFLOWS_TRACEBACK=1
-    shows where it was raised; other errors always do.
+
+def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Turn a user's mistake into one line and exit code 1, and a request to stop into exit code 75.
+
+    Mistakes are a ConfigError, a setting that Lightning refuses, an OSError (a missing file, a full
+    disk), a ValueError (an impossible value, whoever notices it), a key of a recipe that a
+    constructor does not take, and what does not fit into memory. PAPERFLOWS_TRACEBACK=1 shows where
+    it was raised; other errors always do.
     """
 
     @functools.wraps(main)
-    def wrapped(argv=None):
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
+    def wrapped(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        handlers: dict = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in MEANING}
         code = 1
         try:
-            result = main(argv)
+            result = main(*arguments, **keywords)
             code = 0
             return result
         except RunStopped as stop:
-            code = stop.code
+            code = exit_code(stop)
             _leave(stop)
-        except (ConfigError, MisconfigurationException, OSError, ValueError) as error:
-            if os.environ.get("PAPERFLOWS_TRACEBACK"):
-                raise
-            if isinstance(error, ConfigError) and rank_zero_only.rank:  # rank 0 says it
-                sys.exit(1)
-            sys.exit(f"error: {' '.join(str(error).split())}")
-        except TypeError as error:
-            argument = UNKNOWN_ARGUMENT.search(str(error))
-            if argument is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
-                raise
-            sys.exit(
-                f"error: {argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help"
-            )
         except KeyboardInterrupt:
             sys.exit("stopped")
         except SystemExit as end:
             code = 1 if end.code else 0
             raise
+        except Exception as error:
+            line = mistake(error)
+            if line is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
+                raise
+            if isinstance(error, ConfigError) and _rank():  # rank 0 says it
+                sys.exit(1)
+            sys.exit(f"error: {line}")
         finally:
             close(code)
             for number, handler in handlers.items():
@@ -73,33 +79,56 @@ def command(main):
     return wrapped
 
 
-def _leave(stop: RunStopped) -> None:
+def mistake(error: Exception) -> str | None:
+    """The one line with which a user's mistake is answered; None: the fault is the program's."""
+    line = " ".join(str(error).split())
+    if isinstance(error, ConfigError | MisconfigurationException | OSError | ValueError):
+        return line
+    argument = UNKNOWN_ARGUMENT.search(str(error))
+    if isinstance(error, TypeError) and argument is not None:
+        return f"{argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help"
+    is_too_large = isinstance(error, RuntimeError) and TOO_LARGE.search(line) is not None
+    if is_too_large or isinstance(error, MemoryError):
+        return f"not enough memory: give a smaller model or data.batch_size ({line[:200]})"
+    return None
+
+
+def exit_code(stop: RunStopped) -> int:
+    """The code with which a stopped run ends; Python's SystemExit could hold a text as well."""
+    return cast("int", stop.code)
+
+
+def _rank() -> int:
+    """The rank of this process, which Lightning keeps in an attribute of a function."""
+    return cast("int", vars(rank_zero_only).get("rank") or 0)
+
+
+def _leave(stop: RunStopped) -> NoReturn:
     """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
 
-    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for any other code. That
-    is what they are to do where one rank alone knows.
+    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for
+    any other code. Where one rank alone knows of the end, it is meant to have the others killed.
     """
-    if stop.code == TRY_AGAIN:
+    code = exit_code(stop)
+    if code == TRY_AGAIN:
         mark_preempting()
-    if (
-        stop.requeue and not rank_zero_only.rank
-    ):  # before what may take long: Slurm waits before it kills
+    if stop.requeue and not _rank():  # before what may take long: Slurm waits before it kills
         requeue()
-    if rank_zero_only.rank:
-        sys.exit(0 if stop.agreed else stop.code)
-    if stop.code == 1:
+    if _rank():
+        sys.exit(0 if stop.agreed else code)
+    if code == 1:
         sys.exit(f"error: {stop.message}")
     print(stop.message, file=sys.stderr, flush=True)
-    sys.exit(stop.code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
     """Where a run was stopped, or interrupted twice, say how to go on."""
     script = Path("reproduce", f"{config.experiment}.py")
-    program = (
-        [script.as_posix()] if script.is_file() else ["-m", f"reproduce.{config.experiment}"]
-    )  # installed
+    program = [script.as_posix()]
+    if not script.is_file():  # the package is installed, and this is no clone
+        program = ["-m", f"reproduce.{config.experiment}"]
     again = shlex.join(["python", *program, *config.overrides, f"run_dir={config.run_dir}"])
     try:
         yield

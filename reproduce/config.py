@@ -1,24 +1,32 @@
-"""Recipes: OmegaConf files composed, overridden from the command line, and checked. Nothing here knows a model."""
+"""Recipes: YAML files composed, overridden from the command line, and checked.
 
-import copy
+`reproduce.schema` says what a value may be. Nothing here knows a model.
+"""
+
 import difflib
+import functools
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
+from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CHOICES = {
-    "logger.name": ("wandb", "csv", "none"),
-    "checkpoint.select": ("best", "last"),
-    "resume": (None, "auto"),
+LONGEST_SHOWN = 60  # characters of a wrong value in a message
+# Sections to which a recipe may add keys: they are arguments of what it chooses.
+OPEN = ("flow", "data", "optim")
+DECIDED_ELSEWHERE = {
+    "experiment": "it is the name of the recipe",
+    "preset": "it is given on the command line",
 }
-OPEN = (
-    "flow",
-    "data",
-    "optim",
-)  # sections that a recipe may add keys to: the arguments of what it chooses
+Values = dict[str, Any]  # dotted key -> value
 
 
 class ConfigError(Exception):
@@ -26,41 +34,40 @@ class ConfigError(Exception):
 
 
 def compose(experiment: str, arguments: list[str]) -> DictConfig:
-    """The recipe `experiment` over its bases, then its data set and preset, then `key=value` arguments.
+    """The recipe `experiment` over its bases, then its data set, preset and key=value arguments.
 
-    data.name and preset are read first, since they bring sections of their own; from then on no key may be new and
-    no value may change its type.
+    data.name and preset are read first, since they bring sections of their own; from then on no key
+    may be new. What a value may be is decided by its key (`Schema`).
     """
     overrides = parse(arguments)
-    preset = OmegaConf.select(overrides, "preset")
+    preset: str | None = overrides.pop("preset", "")
+    if preset in ("", "null"):
+        preset = None
+    schema = Schema(experiment)
     files = _files(f"{experiment}.yaml")
     recipe_presets = _recipe_presets(files)
-    config, earlier = OmegaConf.create({"experiment": experiment, "preset": preset}), []
+    values: Values = {"experiment": experiment, "preset": preset}
     for name, content in files.items():
-        config = _extend(config, name, content, earlier)
-        earlier.insert(0, config)
-    if OmegaConf.select(config, "data.name") is None:
+        values = _extend(values, name, content, schema)
+    if values.get("data.name") is None:
         raise ConfigError(
             f"{CONFIGS / experiment}.yaml has no data: add bases: [base.yaml, data/cifar10.yaml]"
         )
 
-    for key in overrides:
-        _check_section(config, overrides, key)
+    _check_sections(values, overrides)
     layers = _preset(experiment, preset, recipe_presets)
-    name = (
-        overrides.data.name
-        if "name" in overrides.get("data", {})
-        else _last(layers, "data.name", config.data.name)
-    )
-    if name != config.data.name:
-        config.data = _data_section(name)
-    OmegaConf.set_struct(config, True)
+    names = [layer.get("data.name") for layer in (values, *layers, overrides)]
+    data_name = [name for name in names if name is not None][-1]
+    if data_name != values["data.name"]:
+        values = _with_data(values, data_name, schema)
     for layer in layers:
-        if "name" in layer.get("data", {}) and layer.data.name != name:
-            del layer.data  # of the data set that the command line has replaced
-        config = merge(config, layer, earlier)
-    config = merge(config, overrides, earlier)
-    _check_choices(config)
+        if layer.get("data.name") not in (None, data_name):  # the command line has replaced it
+            layer = {key: text for key, text in layer.items() if not key.startswith("data.")}
+        _update(values, layer, schema)
+    _update(values, overrides, schema)
+    config = OmegaConf.create(_nested(values))
+    _check_interpolations(config, values, schema)
+    OmegaConf.set_struct(config, True)
     return config
 
 
@@ -70,298 +77,390 @@ def presets(experiment: str) -> list[str]:
 
 
 def describe(experiment: str, doc: str) -> str:
-    """The text of --help: what is reproduced, the presets, every key with its default and comment."""
+    """The text of --help: what is reproduced, the presets, each key with default and comment."""
     comments = _comments(experiment)
     lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
     lines.append("keys, with the value of the recipe without a preset:")
     for key, value in _leaves(compose(experiment, [])):
         if key == "experiment":  # the script's name, not a key to give
             continue
-        comment = f"  # {comments[key]}" if key in comments else ""
-        lines.append(f"  {key}={'null' if value is None else value}{comment}")
+        line = f"  {key}={one_text(value)}"
+        if key in comments:
+            line += f"  # {comments[key]}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def read(path: Path) -> DictConfig | ListConfig:
-    """A YAML file. ConfigError: it is none."""
+class _Texts(yaml.BaseLoader):
+    """YAML whose values all stay texts: what they mean is decided by their keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [part.value for part, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} is given twice: give it once")
+        return super().construct_mapping(node, deep)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> object:
+    return yaml.load(text, _Texts)
+
+
+def read(path: Path) -> object:
+    """A YAML file: dicts and lists whose values are all texts. ConfigError: it is none."""
     try:
-        return OmegaConf.load(path)
-    except Exception as error:  # YAML's and OmegaConf's errors alike
+        return _parsed(path.read_text(encoding="utf-8"))
+    except Exception as error:  # whatever YAML finds: it raises many kinds
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, DictConfig]:
+def _section(path: Path) -> dict[str, Any]:
+    """The content of a file that holds sections; empty where it holds none."""
+    content = read(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """A file of configs/ and all that it extends, by name: each once, and behind its own bases.
 
-    extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends itself.
+    extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends
+    itself.
     """
+    path = CONFIGS / name
     if name in extending:
-        raise ConfigError(f"{CONFIGS / name} extends itself: {' -> '.join((*extending, name))}")
-    if not (CONFIGS / name).is_file():
-        cause = (
-            f"it is among the bases of {extending[-1]}"
-            if extending
-            else "a script needs a recipe of its name"
-        )
-        raise ConfigError(f"{CONFIGS / name} is missing: {cause}")
-    content = read(CONFIGS / name)
-    bases = content.get("bases", []) if isinstance(content, DictConfig) else None
-    if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(
-            f"{CONFIGS / name} needs its bases as a list of files: bases: [base.yaml, ...]"
-        )
-    files: dict[str, DictConfig] = {}
+        raise ConfigError(f"{path} extends itself: {' -> '.join((*extending, name))}")
+    if not path.is_file():
+        cause = "a script needs a recipe of its name"
+        if extending:
+            cause = f"it is among the bases of {extending[-1]}"
+        raise ConfigError(f"{path} is missing: {cause}")
+    content = read(path)
+    bases: object = None
+    if isinstance(content, dict):
+        bases = content.get("bases", [])
+    is_list = isinstance(bases, list) and all(str(base).endswith(".yaml") for base in bases)
+    if not isinstance(content, dict) or not isinstance(bases, list) or not is_list:
+        raise ConfigError(f"{path} needs its bases as a list of files: bases: [base.yaml, ...]")
+    files: dict[str, dict[str, Any]] = {}
     for base in bases:
         files = files | _files(base, (*extending, name))
     return files | {name: content}
 
 
-def _recipe_presets(files: dict[str, DictConfig]) -> DictConfig:
-    """The `presets:` section of a recipe, over those of the recipes that it extends, preset by preset.
+def _recipe_presets(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, object]]:
+    """Preset -> key -> text: the `presets:` of a recipe over those of the recipes that it extends.
 
     ConfigError: it is no mapping, or one of its presets is none.
     """
     choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
+    presets: dict[str, dict[str, object]] = {}
     for name, content in files.items():
         section = content.get("presets")
-        sections = list(section.values()) if isinstance(section, DictConfig) else []
-        if section is not None and not (
-            sections and all(isinstance(part, DictConfig) for part in sections)
-        ):
-            raise ConfigError(
-                f"{CONFIGS / name}: presets are sections: presets: {{cpu: {{flow: ...}}, gpu: {{}}}}"
-            )
-        for preset in section or []:
+        if section is None:
+            continue
+        if not _holds_sections(section):
+            example = "presets: {cpu: {flow: ...}, gpu: {}}"
+            raise ConfigError(f"{CONFIGS / name}: presets are sections: {example}")
+        for preset, part in section.items():
             if preset not in choices:
-                hint = nearest(str(preset), choices)
+                hint = nearest(preset, choices)
                 raise ConfigError(
                     f"{CONFIGS / name}: presets.{preset} has no file presets/{preset}.yaml{hint}"
                 )
-    return OmegaConf.merge(*(content.get("presets") or {} for content in files.values()))
+            presets[preset] = presets.get(preset, {}) | _texts(part)
+    return presets
 
 
-def _extend(
-    config: DictConfig, name: str, content: DictConfig, earlier: list[DictConfig]
-) -> DictConfig:
-    """A file's content over what it extends. Keys may be new; those that there are keep their type, except `paper`.
+def _holds_sections(section: object) -> bool:
+    if not isinstance(section, dict) or not section:
+        return False
+    return all(isinstance(part, dict) for part in section.values())
 
-    Another data.name brings the section of that data set. earlier: what was composed before, the newest first.
+
+def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) -> Values:
+    """A file's content over what it extends.
+
+    Keys may be new. Another data.name brings the whole section of that data set.
     """
-    config = copy.deepcopy(config)
-    data_name = OmegaConf.select(content, "data.name")
-    if data_name not in (None, OmegaConf.select(config, "data.name")):
-        config.data = _data_section(data_name)
-    values = [dict(_leaves(layer)) for layer in (config, *earlier)]
-    own = OmegaConf.masked_copy(
-        content, [key for key in content if key not in ("bases", "presets")]
-    )
-    for key, value in _leaves(own, resolve=False):
-        if key in DECIDED_ELSEWHERE:
-            raise ConfigError(
-                f"{CONFIGS / name}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}"
-            )
-        if key.split(".")[0] == "paper":
-            if problem := _wrong_paper(key, value):
-                raise ConfigError(f"{CONFIGS / name}: {problem}")
-        elif not _is_interpolation(value):  # it has a type when all is composed
-            _check_extension(CONFIGS / name, key, value, values, is_recipe="bases" in content)
-    return OmegaConf.merge(config, own)
+    values = dict(values)
+    own = {
+        key: text
+        for key, text in _texts(content).items()
+        if key.partition(".")[0] not in ("bases", "presets")
+    }
+    data_name = own.get("data.name")
+    if data_name is not None and data_name != values.get("data.name"):
+        values = _with_data(values, one_text(data_name), schema)
+    known = [key for key, value in values.items() if value != {}]
+    for key, text in own.items():
+        if text == {} and key not in known:  # a section in which nothing changes
+            values.setdefault(key, {})
+            continue
+        _check_key(CONFIGS / name, key, known, is_recipe="bases" in content)
+        if _is_interpolation(text):  # it has a value when all is composed
+            values[key] = text
+        else:
+            _set(values, key, text, schema, f"{CONFIGS / name}: ")
+    return values
 
 
-DECIDED_ELSEWHERE = {
-    "experiment": "it is the name of the recipe",
-    "preset": "it is given on the command line",
-}
+def _is_interpolation(text: object) -> bool:
+    return isinstance(text, str) and "${" in text
 
 
-def _is_interpolation(value) -> bool:
-    return isinstance(value, str) and "${" in value
+def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
+    """ConfigError: a file may not give this key.
 
-
-def _wrong_paper(key: str, value) -> str | None:
-    """What is wrong with a value of `paper`, in words: it is null, a name, or a list of names."""
-    names = value if isinstance(value, ListConfig) else [value]
-    if key == "paper" and (value is None or all(isinstance(name, str) for name in names)):
-        return None
-    return f"{key}={value} has the wrong type: give a name, a list of names, or null"
-
-
-def _check_extension(path: Path, key: str, value, values: list[dict], is_recipe: bool) -> None:
-    """values: as in `_check_type`. is_recipe: the file has bases, and adds keys to sections in OPEN alone."""
-    sections = [k for k in values[0] if k.startswith(f"{key}.")]
-    parents = [
-        k for k, replaced in values[0].items() if key.startswith(f"{k}.") and replaced is not None
-    ]
-    if sections:
+    known: the keys of what it extends. is_recipe: the file has bases, and adds keys to sections in
+    OPEN alone.
+    """
+    if key in DECIDED_ELSEWHERE:
+        raise ConfigError(f"{path}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
+    if any(k.startswith(f"{key}.") for k in known):
         raise ConfigError(f"{path}: {key} is a section, not a value")
+    parents = [k for k in known if key.startswith(f"{k}.")]
     if parents:
         raise ConfigError(f"{path}: {parents[0]} is a value, not a section with {key}")
+    if is_recipe and _is_typo(key, known):
+        hint = nearest(key, known)
+        raise ConfigError(f"{path}: {key} is no key of what it extends{hint}")
+
+
+def _is_typo(key: str, known: list[str]) -> bool:
+    """Whether a recipe's new key is more likely a slip.
+
+    It is one in a section to which recipes add no keys, and in a section of almost another's name.
+    """
     section = key.split(".")[0]
-    names = {k.split(".")[0] for k in values[0]} - {"experiment", "preset"}
-    is_new_section = section not in names and section != key
-    near = difflib.get_close_matches(section, names, n=1, cutoff=0.75)
-    is_typo = bool(near) if is_new_section else section not in OPEN and key not in values[0]
-    if is_recipe and is_typo:
-        raise ConfigError(
-            f"{path}: {key} is no key of what it extends{nearest(key, list(values[0]))}"
-        )
-    if values[0].get(key) is not None and not _may_replace(value, key, values):
-        raise ConfigError(f"{path}: {_wrong_type(key, value, values[0][key])}")
+    names = {k.split(".")[0] for k in known} - set(DECIDED_ELSEWHERE)
+    if section not in names and section != key:
+        return bool(difflib.get_close_matches(section, names, n=1, cutoff=0.75))
+    return section not in OPEN and key not in known
 
 
-def _data_section(name: str) -> DictConfig:
-    """The whole `data` section of a data set."""
+def _with_data(values: Values, name: str, schema: Schema) -> Values:
+    """The values with the `data` section of another data set in the place of theirs."""
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(
-            f"data.name={name} is not known{nearest(str(name), known)}: give one of {', '.join(known)}"
-        )
-    return read(path).data
+        hint = nearest(str(name), known)
+        raise ConfigError(f"data.name={name} is not known{hint}: give one of {', '.join(known)}")
+    schema.use_data(name)
+    section: Values = {}
+    for key, text in _texts(_section(path)).items():
+        _set(section, key, text, schema, f"{path}: ")
+    replaced: Values = {}
+    for key, value in values.items():
+        if key.startswith("data."):
+            replaced |= section
+        else:
+            replaced[key] = value
+    return replaced | section
 
 
-def _preset(experiment: str, preset: str | None, recipe_presets: DictConfig) -> list[DictConfig]:
-    """The shared part of a preset (trainer, data, logger), then the recipe's own."""
+def _preset(
+    experiment: str, preset: str | None, recipe_presets: dict[str, dict[str, object]]
+) -> list[dict[str, object]]:
+    """The shared part of a preset (trainer, data, logger), then the recipe's own: key -> text."""
     if preset is None:
         return []
     if preset not in recipe_presets:
         names = list(recipe_presets)
-        choice = f"give one of {', '.join(names)}" if names else f"{experiment} has none"
-        raise ConfigError(f"preset={preset} is not known{nearest(str(preset), names)}: {choice}")
-    return [read(CONFIGS / "presets" / f"{preset}.yaml"), recipe_presets[preset]]
+        choice = f"{experiment} has none"
+        if names:
+            choice = f"give one of {', '.join(names)}"
+        raise ConfigError(f"preset={preset} is not known{nearest(preset, names)}: {choice}")
+    shared = _section(CONFIGS / "presets" / f"{preset}.yaml")
+    return [_texts(shared), recipe_presets[preset]]
 
 
-def parse(arguments: list[str]) -> DictConfig:
-    """Words key=value as a config. ConfigError: not of that form, or no value that YAML can read."""
+def parse(arguments: list[str]) -> dict[str, str]:
+    """Words key=value as key -> text. ConfigError: not of that form, or a key that comes twice."""
+    texts: dict[str, str] = {}
     for argument in arguments:
-        if not re.match(r"[\w.]+=", argument):
+        if not re.match(r"\w+(\.\w+)*=", argument):
             raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
         if "${" in argument or argument.endswith("???"):
             raise ConfigError(
                 f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value"
             )
-    try:
-        return OmegaConf.from_dotlist(arguments)
-    except Exception as error:  # YAML and OmegaConf errors alike: the value cannot be read
-        raise ConfigError(
-            f"cannot read {' '.join(arguments)}: {str(error).splitlines()[0]}"
-        ) from error
+        key, _, text = argument.partition("=")
+        if key in texts:
+            raise ConfigError(f"{key} is given twice, as {texts[key]} and as {text}: give it once")
+        texts[key] = text
+    return texts
 
 
-def _last(layers: list[DictConfig], key: str, otherwise):
-    values = [value for layer in layers if (value := OmegaConf.select(layer, key)) is not None]
-    return values[-1] if values else otherwise
+def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
+    """key=value words in which `changes` take the place of those with the same key.
 
-
-def merge(config: DictConfig, layer: DictConfig, earlier: list[DictConfig]) -> DictConfig:
-    """`layer` over `config`; a value has the type of what it replaces, in the config or in the recipe, or is null.
-
-    earlier: the recipe, then what it extends; where one of them has null, null may come back.
+    For a command with settings of its own, over which a user's stand.
     """
-    values = [dict(_leaves(c)) for c in (config, *earlier)]
-    for key, value in _leaves(layer):
-        _check_type(values, key, value)
-        if isinstance(OmegaConf.select(config, key), float) and type(value) is int:
-            OmegaConf.update(layer, key, float(value))
-    return OmegaConf.merge(config, layer)
+    changes = list(changes)
+    keys = {word.partition("=")[0] for word in changes}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
 
 
-def _check_section(config: DictConfig, overrides: DictConfig, key: str) -> None:
-    if (
-        key in config
-        and isinstance(config[key], DictConfig)
-        and not isinstance(overrides[key], DictConfig)
-    ):
-        raise ConfigError(
-            f"{key} is a section, not a value: give {key}.KEY=..., with KEY one of {', '.join(config[key])}"
-        )
+def merge(
+    config: DictConfig, texts: Mapping[str, object], schema: Schema | None = None
+) -> DictConfig:
+    """`texts` over the values of a config, each read as its key demands.
+
+    schema: what the keys take; None: what their values are in `config`.
+    """
+    values = dict(_leaves(config))
+    _update(values, texts, schema)
+    return OmegaConf.create(_nested(values))
 
 
-def _check_type(values: list[dict], key: str, value) -> None:
-    """values: the leaves of the config and of what it was composed from, the newest first."""
-    keys = [k for k in values[0] if k != "experiment"]
-    if key not in keys:
-        inside = [k for k in keys if k.startswith(f"{key}.")]
-        if inside:
-            raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
-        raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
-    if key == "paper":
-        if problem := _wrong_paper(key, value):
-            raise ConfigError(problem)
-        return
-    if key not in CHOICES and not _may_replace(value, key, values):
-        raise ConfigError(_wrong_type(key, value, values[0][key]))
+def _update(values: Values, texts: Mapping[str, object], schema: Schema | None) -> None:
+    """Read texts into the values of their keys. ConfigError: there is no such key."""
+    known = list(values)
+    for key, text in texts.items():
+        if text == {} and key not in known:  # a section in which nothing changes
+            continue
+        _check_known(key, known)
+        _set(values, key, text, schema)
 
 
-def _may_replace(value, key: str, values: list[dict]) -> bool:
-    """Whether `value` fits what it replaces in the newest of `values` or the one before, or is null as in any."""
-    replaced = [leaves[key] for leaves in values if key in leaves]
-    return any(_fits(value, old) for old in replaced[:2]) or (value is None and None in replaced)
+def _set(values: Values, key: str, text: object, schema: Schema | None, where: str = "") -> None:
+    """Read a text as its key demands. ConfigError: it is none of that kind.
+
+    where: what a message begins with.
+    """
+    before = values.get(key)
+    kind = kind_of_value(before) if schema is None else schema.kind(key)
+    try:
+        values[key] = kind.read(text)
+    except WrongValue as error:
+        example = kind.example
+        if before is not None and not _is_interpolation(before):
+            example = one_text(before)
+        message = f"{where}{key}={_shown(text)} {_advice(key, text, kind, str(error), example)}"
+        raise ConfigError(" ".join(message.split())) from error
+    if schema is not None:
+        schema.learn(key, values[key])
 
 
-def _wrong_type(key: str, value, replaced) -> str:
-    kind = "list like it" if isinstance(replaced, ListConfig) else type(replaced).__name__
-    text = "null" if value is None else value
-    return f"{key}={text} has the wrong type: it replaces {replaced!r}, so give a {kind}"
+def _advice(key: str, text: object, kind: Kind, problem: str, example: str) -> str:
+    """What is wrong with a text, and what to give in its place."""
+    if problem == UNKNOWN:
+        problem += nearest(one_text(text), choices(kind))
+    advice = f"{problem}: give {kind.name}"
+    if f" {example}" not in advice:
+        advice += f", for example {key}={example}"
+    return advice
 
 
-def _fits(value, old) -> bool:
-    """Whether `value` may stand where `old` does: null is free, `auto` any scalar, an int may become a float."""
-    if isinstance(value, ListConfig) and isinstance(old, ListConfig):
-        return not old or all(_fits(element, old[0]) for element in value)
-    if type(old) is type(value):
-        return True
-    if old is None:
-        return not isinstance(value, ListConfig)
-    if value is None:
-        return False
-    return (old == "auto" and not isinstance(value, ListConfig)) or (
-        isinstance(old, float) and type(value) is int
-    )
+def _shown(text: object) -> str:
+    """A text for a message, cut where it is long."""
+    shown = one_text(text)
+    if len(shown) > LONGEST_SHOWN:
+        return f"{shown[:LONGEST_SHOWN]}..."
+    return shown
 
 
-def _check_choices(config: DictConfig) -> None:
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in choices:
-            names = [str(c) for c in choices if c is not None]
+def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
+    """ConfigError: a value is given for a whole section."""
+    for key in overrides:
+        inside = [k.removeprefix(f"{key}.") for k in values if k.startswith(f"{key}.")]
+        if inside or values.get(key) == {}:
             raise ConfigError(
-                f"{key}={value} is not known{nearest(str(value), names)}: give one of {', '.join(names)}"
+                f"{key} is a section, not a value: give {key}.KEY=..., "
+                f"with KEY one of {', '.join(inside)}"
             )
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """', did you mean X?' for the nearest name, whatever its case; whole keys first, then last parts."""
-    by_lower = {k.lower(): k for k in known} | {
-        k.lower().split(".")[-1]: k for k in reversed(known)
-    }
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    matches = matches or difflib.get_close_matches(
-        word.lower().split(".")[-1], by_lower, n=1, cutoff=0.6
-    )
-    return f" (did you mean {by_lower[matches[0]]}?)" if matches else ""
+def _check_known(key: str, known: list[str]) -> None:
+    """ConfigError: `key` is none of the keys of a config."""
+    keys = [k for k in known if k != "experiment"]
+    if key in keys:
+        return
+    inside = [k for k in keys if k.startswith(f"{key}.")]
+    if inside:
+        raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
+    raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
 
 
-def _leaves(config: DictConfig, prefix: str = "", resolve: bool = True) -> list[tuple[str, object]]:
-    """Dotted keys and values. resolve: whether ${...} is looked up, for which the config has to be whole."""
-    leaves: list[tuple[str, object]] = []
-    for key in config:
-        if not resolve and OmegaConf.is_interpolation(config, key):
-            leaves.append((f"{prefix}{key}", OmegaConf.to_container(config, resolve=False)[key]))
+def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:
+    """Read what a file gives as ${another.key}, now that every key has its value."""
+    for key, text in values.items():
+        if not _is_interpolation(text):
             continue
-        value = config[key]
-        if isinstance(value, DictConfig):
-            leaves += _leaves(value, f"{prefix}{key}.", resolve)
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{key}={text} of the recipe has no value: {reason}") from error
+        _set(dict(values), key, as_text(value), schema)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the name that is most like a word; empty where none is like it.
+
+    Upper and lower case count as the same. Whole keys are compared first, then their last parts.
+    What Lightning and others call a setting leads to the key here (`ALIASES`).
+    """
+    names = list(known)
+    last = word.lower().split(".")[-1]
+    if ALIASES.get(last) in names:
+        return f" (did you mean {ALIASES[last]}?)"
+    by_lower = {name.lower(): name for name in names}
+    by_lower |= {name.lower().split(".")[-1]: name for name in reversed(names)}
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    matches = matches or difflib.get_close_matches(last, by_lower, n=1, cutoff=0.6)
+    if not matches:
+        return ""
+    return f" (did you mean {by_lower[matches[0]]}?)"
+
+
+def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> text, or list of texts, of a file; an empty section is {}."""
+    texts: dict[str, object] = {}
+    for key, part in content.items():
+        if isinstance(part, dict) and part:
+            texts |= _texts(part, f"{prefix}{key}.")
         else:
-            leaves.append((f"{prefix}{key}", value))
+            texts[f"{prefix}{key}"] = part
+    return texts
+
+
+def _nested(values: Values) -> dict[str, Any]:
+    """Dotted keys and values as sections within sections."""
+    root: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        part = root
+        for section in sections:
+            part = part.setdefault(section, {})
+        if value != {} or name not in part:
+            part[name] = value
+    return root
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in config.items():
+        key = f"{prefix}{name!s}"
+        if isinstance(value, DictConfig):
+            leaves += _leaves(value, f"{key}.")
+        else:
+            leaves.append((key, value))
     return leaves
+
+
+def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A config as a dict. resolve: whether ${...} is looked up."""
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
 def _comments(experiment: str) -> dict[str, str]:
     """Dotted key -> the comment that --help shows.
 
-    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value comes from, which
-    no longer holds where a recipe that extends it gives another.
+    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value
+    comes from, which no longer holds where a recipe that extends it gives another.
     """
     of_keys: dict[str, str] = {}
     of_values: dict[str, str] = {}
@@ -370,9 +469,8 @@ def _comments(experiment: str) -> dict[str, str]:
         comments = _comments_of(text)
         written = {key: comment for key, comment in comments.items() if comment}
         if re.search(r"^bases:", text, re.MULTILINE):
-            of_values = {
-                key: comment for key, comment in of_values.items() if key not in comments
-            } | written
+            older = {key: comment for key, comment in of_values.items() if key not in comments}
+            of_values = older | written
         else:
             of_keys |= written
     return of_keys | of_values
@@ -380,13 +478,14 @@ def _comments(experiment: str) -> dict[str, str]:
 
 def _comments_of(text: str) -> dict[str, str | None]:
     """Dotted key -> the comment at the end of its line, or None."""
-    comments, stack = {}, []
+    comments: dict[str, str | None] = {}
+    sections: list[str] = []
     for line in text.splitlines():
         match = re.match(r"( *)(\w+):[^#]*(?:# (.*))?$", line)
         if match:
-            indent, key = len(match[1]) // 2, match[2]
-            stack = [*stack[:indent], key]
-            comments[".".join(stack)] = match[3]
+            depth = len(match[1]) // 2
+            sections = [*sections[:depth], match[2]]
+            comments[".".join(sections)] = match[3]
     return comments
 
 

@@ -3,10 +3,13 @@
 import copy
 import json
 import logging
+import math
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import lightning.pytorch as L
 import torch
@@ -18,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
 from datamodules.samplers import n_micro_batches
+from datamodules.stateless import StatelessDataModule
 from flows.recompute import recompute
 from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.checkpoints import Checkpoints
@@ -30,12 +34,13 @@ from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.objective import Objective
-from lightning_modules.stopping import Diverged
+from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
-from reproduce.config import ConfigError, arguments, compose, describe, presets
+from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
 from reproduce.launch import job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, machine
+from reproduce.readiness import MPS_LACKS, Readiness, check_folder, check_settings, validates
 from reproduce.run_folder import (
     DIVERGED,
     check_checkpoint,
@@ -49,12 +54,15 @@ from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
+C = TypeVar("C", bound=L.Callback)
 
 
 def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
-    """The resolved, read-only config of a script, with its run folder decided and the random generators seeded.
+    """The resolved, read-only config of a script; the random generators are seeded.
 
-    Answers --help and --print-config itself, and ends with 0 where the run is already finished.
+    The run folder is decided. Answers --help and --print-config itself, and ends with 0 where the
+    run is already finished. ConfigError, one line: a mistake in the settings, before anything
+    starts.
     """
     experiment = Path(script).stem
     words = agent_arguments(arguments(argv), experiment)
@@ -69,34 +77,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     if "--print-config" in words:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         sys.exit(0)
-    if config.trainer.accelerator == "mps":
-        raise ConfigError(f"trainer.accelerator=mps, but {MPS_LACKS}: give cpu")
-    if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.accelerator={config.trainer.accelerator}, but there is no GPU here: give preset=cpu"
-        )
-    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    if config.trainer.cuda_graph and on_cpu:
-        raise ConfigError("trainer.cuda_graph=true needs a GPU: give false")
-    if config.trainer.precision == "16-mixed" and on_cpu:  # Lightning would take bf16
-        raise ConfigError("trainer.precision=16-mixed needs a GPU: give bf16-mixed or 32-true")
-    for key in ("val_check_interval", "log_every_n_steps"):
-        if config.trainer[key] < 1:
-            raise ConfigError(f"trainer.{key}={config.trainer[key]} are steps: give at least 1")
-    if config.checkpoint.select == "best" and not _validates(config):
-        keys = [
-            key
-            for key in ("data.n_val", "trainer.limit_val_batches")
-            if OmegaConf.select(config, key) == 0
-        ]
-        settings = " ".join(f"{key}=0" for key in keys)
-        raise ConfigError(
-            f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last"
-        )
-    if config.trainer.limit_test_batches == 0:
-        raise ConfigError(
-            "trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all"
-        )
+    check_settings(config)
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)
@@ -107,7 +88,10 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
 
 
 def _decide_run_dir(config: DictConfig) -> None:
-    """The folder of the run. A job or a sweep's run that is started again finds its own and goes on there."""
+    """The folder of the run.
+
+    A job or a sweep's run that is started again finds its own folder, and goes on there.
+    """
     if in_sweep():
         config.resume = "auto"
     elif config.resume and not config.run_dir and job() is None:
@@ -116,78 +100,38 @@ def _decide_run_dir(config: DictConfig) -> None:
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
-    if job() is not None and not in_sweep() and not requeued() and holds_run(folder):
+    is_first_start = job() is not None and not in_sweep() and not requeued()
+    if is_first_start and holds_run(folder):
         raise ConfigError(
-            f"{folder} holds a run of an earlier job {job()}: add run_dir={folder} to go on with it, or move it away"
+            f"{folder} holds a run of an earlier job {job()}: add run_dir={folder} to go on with "
+            "it, or move it away"
         )
-
-
-def _validates(config: DictConfig) -> bool:
-    """Whether there is a validation. A data set with a split of its own for it has no data.n_val."""
-    return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
-
-
-MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
 
 
 def _choose_cpu_for_mps(config: DictConfig) -> None:
     """The accelerator that Lightning would choose on a Mac cannot train a flow."""
-    if (
-        config.trainer.accelerator == "auto"
-        and not torch.cuda.is_available()
-        and torch.backends.mps.is_available()
-    ):
+    has_mps_alone = torch.backends.mps.is_available() and not torch.cuda.is_available()
+    if config.trainer.accelerator == "auto" and has_mps_alone:
         config.trainer.accelerator = "cpu"
         rank_zero_info(f"trainer.accelerator=cpu: {MPS_LACKS}")
 
 
 def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L.Trainer:
     """A Trainer with everything that a run of this house has; makes the run folder and its log."""
-    folder, batch_size, papers = Path(config.run_dir), config.data.batch_size, papers_of(config)
-    settings = OmegaConf.to_container(config.trainer)
-    for ours in ("compile", "recompute", "cuda_graph"):
-        settings.pop(ours)
-    settings["benchmark"] &= not settings[
-        "deterministic"
-    ]  # it may choose other kernels in another run
-    settings |= {key: value for key, value in processes().items() if settings[key] in ("auto", 1)}
-    if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
-        settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
-    if type(settings["max_epochs"]) not in (int, type(None)):
-        raise ConfigError(
-            f"trainer.max_epochs={settings['max_epochs']} is no number of epochs: give an int"
-        )
-    interval = settings["val_check_interval"]
-    metric = module.metric if _validates(config) else None
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, metric)
-    preemption = Preemption(checkpoints)
+    folder = Path(config.run_dir)
+    settings = trainer_settings(config)
+    callbacks = make_callbacks(config, module, extra)
+    preemption = next(callback for callback in callbacks if isinstance(callback, Preemption))
     preemption.listen()
-    callbacks = [
-        Provenance(config),
-        Initialization(),
-        Curve(folder, batch_size, interval, papers),
-        Samples(folder / "samples", **config.samples),
-        PaperComparison(papers),
-        Progress(batch_size, enabled=sys.stderr.isatty()),
-        *extra,
-        checkpoints,
-        preemption,
-    ]
-    if config.ema.decay is not None:
-        if not isinstance(config.ema.decay, float) or not 0 <= config.ema.decay <= 1:
-            raise ConfigError(
-                f"ema.decay={config.ema.decay} is not between 0 and 1: give for example 0.999"
-            )
-        callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
+    check_folder(config, module)
     open_folder(folder)
     logger = make_logger(config)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     _hush()
-    plugins = [
-        SafeCheckpointIO(),
-        *([SLURMEnvironment(auto_requeue=False)] if job() is not None else []),
-    ]
+    plugins: list = [SafeCheckpointIO()]
+    if job() is not None:
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         trainer = L.Trainer(
             **settings,
@@ -201,10 +145,7 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
             inference_mode=not module.needs_autograd,
             enable_model_summary=False,
         )
-    except (
-        TypeError,
-        AssertionError,
-    ) as error:  # how Lightning answers to a value of the wrong type
+    except (TypeError, AssertionError) as error:  # Lightning's answers to a wrong type
         words = " ".join(
             f"trainer.{key}={value}" for key, value in settings.items() if value is not None
         )
@@ -215,40 +156,81 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     return trainer
 
 
+def trainer_settings(config: DictConfig) -> dict:
+    """The arguments of Lightning's Trainer that a recipe and the launcher of this process give."""
+    settings = plain(config.trainer)
+    for ours in ("compile", "recompute", "cuda_graph"):
+        settings.pop(ours)
+    if settings["deterministic"]:  # the fastest kernels may be others in another run
+        settings["benchmark"] = False
+    for key, value in processes().items():
+        if settings[key] in ("auto", 1):
+            settings[key] = value
+    if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
+        settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
+    return settings
+
+
+def make_callbacks(
+    config: DictConfig, module: Objective, extra: Sequence[L.Callback] = ()
+) -> list[L.Callback]:
+    """What happens beside training, in the order in which it happens."""
+    folder = Path(config.run_dir)
+    batch_size = config.data.batch_size
+    papers = papers_of(config)
+    interval = trainer_settings(config)["val_check_interval"]
+    metric = module.metric if validates(config) else None
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, metric)
+    callbacks = [
+        Readiness(config),
+        Provenance(config),
+        Initialization(),
+        Curve(folder, batch_size, interval, papers),
+        Samples(folder / "samples", **config.samples),
+        PaperComparison(papers),
+        Progress(batch_size, enabled=sys.stderr.isatty()),
+        *extra,
+        checkpoints,
+        Preemption(checkpoints),
+    ]
+    if config.ema.decay is not None:
+        callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
+    return callbacks
+
+
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
-    """Cut a step's share of a process into micro-batches; Lightning counts batches, a recipe optimizer steps."""
-    n = n_micro_batches(
-        batch_size := config.data.batch_size, config.data.micro_batch, trainer.world_size
-    )
+    """Cut a process's share of a step into micro-batches.
+
+    Lightning counts batches and a recipe optimizer steps, so intervals become longer.
+    """
+    batch_size = config.data.batch_size
+    n = n_micro_batches(batch_size, config.data.micro_batch, trainer.world_size)
     if n > 1 and has_batch_norm(module.trained):
         raise ConfigError(
-            f"data.micro_batch={config.data.micro_batch}: {module.model_name} has batch norms, which need all "
-            f"{batch_size} images of a step at once; give null, or more processes"
+            f"data.micro_batch={config.data.micro_batch}: {module.model_name} has batch norms, "
+            f"which need all {batch_size} images of a step at once; give null, or more processes"
         )
     trainer.accumulate_grad_batches = n
     trainer.val_check_interval *= n
 
 
+USELESS_WARNINGS = (
+    "does not have many workers",
+    "srun. command is available",
+    "LeafSpec",
+    "exists and is not empty",
+    "Grad strides do not match bucket view",  # DDP, of convolutions with one input channel
+    r"self.log\('(paper|gap)/",  # over ranks, of what is equal on all of them
+)
+
+
 def _hush() -> None:
     """Silence what Lightning says in every run and nobody can act on."""
-    texts = (
-        "does not have many workers",
-        "srun. command is available",
-        "LeafSpec",
-        "exists and is not empty",
-    )
-    texts += (
-        "Grad strides do not match bucket view",
-    )  # DDP, of convolutions with one input channel
-    for text in (
-        *texts,
-        r"self.log\('(paper|gap)/",
-    ):  # the last: over ranks, of what is equal on all of them
+    for text in USELESS_WARNINGS:
         warnings.filterwarnings("ignore", f".*{text}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
-    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(
-        logging.WARNING
-    )
+    name = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _no_tip(record: logging.LogRecord) -> bool:
@@ -256,46 +238,56 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 
 def fit(
-    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> None:
-    """Train, from the newest checkpoint of the run folder where resume=auto finds one. Diverged: see diverged.json."""
+    """Train, from the newest checkpoint of the run folder where resume=auto finds one.
+
+    Diverged: too many steps were not finite; diverged.json then says what was trained.
+    """
     try:
         module.check_data(data)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = Path(config.run_dir)
-    path = _go_on(config, trainer, module) if config.resume == "auto" else None
+    path = None
+    if config.resume == "auto":
+        path = _go_on(config, trainer, module)
     if path is None and config.preset is None and not torch.cuda.is_available():
         _say_how_long(config, module)
     rank_zero_info(
-        f"{config.experiment}: {module.n_parameters:,} parameters, {config.trainer.precision}, run {config.run_dir}"
+        f"{config.experiment}: {module.n_parameters:,} parameters, {config.trainer.precision}, "
+        f"run {config.run_dir}"
     )
-    if config.trainer.recompute:
-        recompute(module.trained)
-    if config.trainer.compile:
-        module.compile_networks()
-    if config.trainer.cuda_graph:
-        if (
-            isinstance(trainer.strategy, SingleDeviceStrategy)
-            and trainer.accumulate_grad_batches == 1
-        ):
-            module.capture()
-        else:
-            rank_zero_info(
-                "trainer.cuda_graph is for one GPU that takes a batch at once: not used here"
-            )
+    _speed_up(config, trainer, module)
     try:
         with resumable(config, trainer):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
             module.check_skipped()
     except Diverged:
         if trainer.is_global_zero:
-            write(folder / DIVERGED, json.dumps(_outcome(config, trainer, module, data), indent=1))
+            write(folder / DIVERGED, as_json(_outcome(config, trainer, module, data)))
         raise
 
 
+def _speed_up(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
+    """Recompute, compile and capture what the recipe says."""
+    if config.trainer.recompute:
+        recompute(module.trained)
+    if config.trainer.compile:
+        module.compile_networks()
+    if not config.trainer.cuda_graph:
+        return
+    is_one_device = isinstance(trainer.strategy, SingleDeviceStrategy)
+    if is_one_device and trainer.accumulate_grad_batches == 1:
+        module.capture()
+    else:
+        rank_zero_info(
+            "trainer.cuda_graph is for one GPU that takes a batch at once: not used here"
+        )
+
+
 def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | None:
-    """The newest checkpoint of the run folder, whose weights the module then has; None where there is none."""
+    """Load the weights of the newest checkpoint of the run folder; None where there is none."""
     newest = newest_checkpoint(Path(config.run_dir))
     if newest is None:
         return None
@@ -303,8 +295,10 @@ def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | 
     check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
     module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
     origin = checkpoint["paperflows"]
-    job_number = f", job {origin['job']}" if origin.get("job") else ""
-    rank_zero_info(f"going on from {path} (commit {origin['commit']}{job_number})")
+    place = f"commit {origin['commit']}"
+    if origin.get("job"):
+        place += f", job {origin['job']}"
+    rank_zero_info(f"going on from {path} ({place})")
     return path
 
 
@@ -312,7 +306,8 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
     """One line, measured: how long the whole budget would take on this machine without a GPU."""
     if config.budget.images is None or "cpu" not in presets(config.experiment):
         return
-    copied, n = copy.deepcopy(module), 4
+    copied = copy.deepcopy(module)
+    n = 4
     start = time.monotonic()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
         loss = copied.trial(n)
@@ -323,23 +318,22 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
     if days < 1:
         return
     rank_zero_info(
-        f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about {days:,.0f} days; "
-        "preset=cpu is a smaller model for two cores"
+        f"No GPU here: the paper's recipe ({config.budget.images:,} images) would take about "
+        f"{days:,.0f} days; preset=cpu is a smaller model for two cores"
     )
 
 
 def papers_of(config: DictConfig) -> list[dict]:
     """The claims beside which a run is shown; comparable where data and test split are the claim's.
 
-    `paper` is null, an id, or a list of ids. ConfigError, ValueError: an unknown id, or two claims on one metric.
+    `paper` is null, an id, or a list of ids. ConfigError, ValueError: an unknown id, or two claims
+    on one metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
     claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
     by_metric: dict[str, str] = {}
     for claim in claims:
-        name = claim["metric"].split("/")[
-            -1
-        ]  # what `paper/<name>` and `gap/<name>` are called in the logs
+        name = claim["metric"].split("/")[-1]  # as in the logs: `paper/<name>` and `gap/<name>`
         other = by_metric.setdefault(name, claim["id"])
         if other != claim["id"]:
             raise ConfigError(
@@ -361,49 +355,90 @@ def _paper(config: DictConfig, claim: dict) -> dict:
 
 
 def record(
-    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
-    """Test the selected weights, write result.json, print the table. Returns the result (schema: results/runs.py)."""
-    folder, outcome = Path(config.run_dir), _outcome(config, trainer, module, data)
-    curve, samples = (_callback(trainer, kind) for kind in (Curve, Samples))
+    """Test the selected weights, write result.json, print the table.
+
+    Returns the result (schema: results/runs.py). RunStopped, with exit code 1: a metric is not
+    finite; it is null in result.json, which is written all the same.
+    """
+    folder = Path(config.run_dir)
+    outcome = _outcome(config, trainer, module, data)
+    curve = _callback(trainer, Curve)
+    samples = _callback(trainer, Samples)
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
     with resumable(config, trainer):
         trainer.test(module, datamodule=data, verbose=False, weights_only=True)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    wandb_run = getattr(trainer.logger, "experiment", None)
+    validated = curve.validated(module.metric, weights.stem == "best")
     result = outcome | {
-        "metrics": {
-            **samples.finite,
-            **curve.validated(module.metric, weights.stem == "best"),
-            **tested,
-        },
+        "metrics": {**samples.finite, **validated, **tested},
         "checkpoint": str(weights.relative_to(folder)),
         "tested": {
-            "weights": "raw"
-            if config.ema.decay is None
-            else f"averaged with decay {config.ema.decay}",
+            "weights": _tested_weights(config),
             "chosen": weights.stem.partition("-")[0],
             "step": checkpoint["global_step"],
         },
-        "wandb_url": None if getattr(wandb_run, "offline", True) else wandb_run.url,
+        "wandb_url": _wandb_url(trainer),
         "weights": None,
         "suspect": None,
     }
     result |= results.compare_all(result)
     if trainer.is_global_zero:
-        write(folder / "result.json", json.dumps(result, indent=1))
+        write(folder / "result.json", as_json(result))
         report(trainer.logger, result)
         _say_what_there_is(folder, result)
+    _check_finite(result["metrics"])
     return result
 
 
+def _tested_weights(config: DictConfig) -> str:
+    if config.ema.decay is None:
+        return "raw"
+    return f"averaged with decay {config.ema.decay}"
+
+
+def _wandb_url(trainer: L.Trainer) -> str | None:
+    """The address of the run at W&B; None offline, and with another logger."""
+    run = getattr(trainer.logger, "experiment", None)
+    if getattr(run, "offline", True):
+        return None
+    return getattr(run, "url", None)
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    """RunStopped: a metric of a finished run is nan or infinite."""
+    wrong = [key for key, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise RunStopped(
+            f"{', '.join(wrong)} of the trained weights is not finite, and null in result.json. "
+            "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+        )
+
+
+def as_json(result: dict) -> str:
+    """A result as JSON, which has no nan and no infinity: they become null."""
+    return json.dumps(_finite_or_null(result), indent=1, allow_nan=False)
+
+
+def _finite_or_null(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def _outcome(
-    config: DictConfig, trainer: L.Trainer, module: Objective, data: L.LightningDataModule
+    config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
     """What a result says of the training that has ended: all but the metrics, which are empty."""
-    images, budget = trainer.global_step * config.data.batch_size, config.budget.images
-    curve, provenance = (_callback(trainer, kind) for kind in (Curve, Provenance))
+    images = trainer.global_step * config.data.batch_size
+    curve = _callback(trainer, Curve)
+    provenance = _callback(trainer, Provenance)
     metric = module.metric
     return {
         "experiment": config.experiment,
@@ -411,37 +446,43 @@ def _outcome(
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},
-        "metric": {
+        "metric": {  # of the curve
             "name": metric.name,
             "direction": metric.direction,
             "unit": metric.unit,
-        },  # of the curve
+        },
         "papers": papers_of(config),
-        "budget": budget
-        and {"images": images, "of": budget, "fraction": images / budget, "source": "ours"},
+        "budget": _budget(images, config.budget.images),
         "seed": config.seed,
         "commit": provenance.commit,
         "dirty": provenance.dirty,
-        "config": OmegaConf.to_container(config),
+        "config": plain(config),
         **machine(trainer),
         "precision": config.trainer.precision,
         "deterministic": bool(config.trainer.deterministic),
         "images": images,
         "seconds": round(curve.seconds, 1),
-        "skipped_steps": module.skipped.item(),
+        "skipped_steps": int(cast("torch.Tensor", module.skipped)),
         "n_train": data.n_train,
         "parameters": module.n_parameters,
     }
 
 
-def _callback(trainer: L.Trainer, kind: type):
-    return next(c for c in trainer.callbacks if isinstance(c, kind))
+def _budget(images: int, full: int | None) -> dict | None:
+    """The share of a recipe's training that a run had; None where the recipe gives no budget."""
+    if full is None:
+        return None
+    return {"images": images, "of": full, "fraction": images / full, "source": "ours"}
+
+
+def _callback(trainer: L.Trainer, kind: type[C]) -> C:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in __init__
+    return next(callback for callback in callbacks if isinstance(callback, kind))
 
 
 def _say_what_there_is(folder: Path, result: dict) -> None:
     print(f"\n{comparison_table(result)}\n")
-    pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:] + sorted(
-        folder.glob("*.png")
-    )
+    pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:]
+    pictures += sorted(folder.glob("*.png"))
     for path in [*pictures, folder / "result.json"]:
         print(path)

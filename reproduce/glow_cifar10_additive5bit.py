@@ -1,8 +1,10 @@
-"""Glow for pictures: CIFAR-10 in 5 bits, additive couplings (arXiv 1807.03039), Table 3: 1.67 bits/dim.
+"""Glow for pictures: 5-bit CIFAR-10, additive couplings (arXiv 1807.03039), Table 3: 1.67 bits/dim.
 
 python reproduce/glow_cifar10_additive5bit.py                # the paper's recipe
 python reproduce/glow_cifar10_additive5bit.py preset=cpu     # a smaller model for two cores
 """
+
+from omegaconf import DictConfig
 
 from datamodules import make_data
 from flows.glow import Glow
@@ -10,12 +12,12 @@ from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> Glow:
     return Glow(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

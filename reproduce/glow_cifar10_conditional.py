@@ -1,8 +1,12 @@
-"""Class-conditional Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039): samples of a chosen class.
+"""Class-conditional Glow on CIFAR-10 (Kingma & Dhariwal 2018, arXiv 1807.03039).
+
+It draws samples of a chosen class.
 
 python reproduce/glow_cifar10_conditional.py                # the authors' recipe
 python reproduce/glow_cifar10_conditional.py preset=cpu     # a smaller model for two cores
 """
+
+from omegaconf import DictConfig
 
 from datamodules import make_data
 from flows.glow import Glow
@@ -10,12 +14,12 @@ from lightning_modules.class_conditional import ClassConditionalModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> Glow:
     return Glow(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

@@ -1,8 +1,12 @@
-"""Glow on CIFAR-10 with logit data, flips, averaged weights and a cool-down: its own row, not the paper's.
+"""Glow on CIFAR-10 with a logit, flips, averaged weights and a cool-down.
+
+Its result has a row of its own beside the paper's.
 
 python reproduce/glow_cifar10_modern.py                # paper size
 python reproduce/glow_cifar10_modern.py preset=cpu     # a smaller model for two cores
 """
+
+from omegaconf import DictConfig
 
 from datamodules import make_data
 from flows.glow import Glow
@@ -10,12 +14,12 @@ from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> Glow:
     return Glow(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

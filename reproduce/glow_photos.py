@@ -1,8 +1,12 @@
-"""Glow on crops of the photographs inside scikit-image and scikit-learn: no download, no paper's number.
+"""Glow on crops of the photographs inside scikit-image and scikit-learn.
+
+There is nothing to download, and no paper's number to compare with.
 
 python reproduce/glow_photos.py                # wants a GPU
 python reproduce/glow_photos.py preset=cpu     # a smaller model for two cores
 """
+
+from omegaconf import DictConfig
 
 from datamodules import make_data
 from flows.glow import Glow
@@ -10,12 +14,12 @@ from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> Glow:
     return Glow(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

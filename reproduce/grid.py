@@ -1,28 +1,34 @@
-"""Rows of a sweep file with `method: grid`, for SLURM arrays: reproduce/slurm.sh hands row INDEX to the script.
+"""Rows of a sweep file with `method: grid`, for SLURM arrays.
 
-python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml        # how many rows, for sbatch --array=0-N
-python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3      # the key=value words of row 3, one a line
+reproduce/slurm.sh hands the row of a task's index to the script.
+
+# how many rows, for sbatch --array=0-N
+python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml
+# the key=value words of row 3, one on each line
+python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3
 """
 
-import json
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from reproduce.config import ConfigError, arguments, read
+from reproduce.kinds import one_text
 
 
-def rows(path: Path) -> list[dict]:
-    """Every combination of the values, parameters sorted by name, the last varying fastest. ConfigError: no grid."""
+def rows(path: Path) -> list[dict[str, object]]:
+    """Every combination of the values, parameters sorted by name, the last varying fastest.
+
+    Values are texts as the file writes them, or lists of texts. ConfigError: the file is no grid.
+    """
     from sklearn.model_selection import ParameterGrid
 
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give a sweep file with method: grid")
     sweep = read(path)
-    if not isinstance(sweep, DictConfig) or sweep.get("method") != "grid":
+    if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         raise ConfigError(f"{path} is no grid: an array needs a sweep file with method: grid")
-    if not isinstance(parameters := sweep.get("parameters"), DictConfig) or not parameters:
+    parameters = sweep.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
         raise ConfigError(
             f"{path} has no parameters: give parameters: {{optim.lr: {{values: [...]}}}}"
         )
@@ -31,46 +37,45 @@ def rows(path: Path) -> list[dict]:
     )
 
 
-def _values(path: Path, key: str, parameter) -> list:
-    """The values of one parameter of a W&B sweep, as plain Python objects."""
-    if isinstance(parameter, DictConfig) and "value" in parameter:
-        return [OmegaConf.to_container(parameter)["value"]]
-    if (
-        isinstance(parameter, DictConfig)
-        and isinstance(parameter.get("values"), ListConfig)
-        and parameter["values"]
-    ):
-        return OmegaConf.to_container(parameter)["values"]
-    raise ConfigError(
-        f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
-    )
+def _values(path: Path, key: str, parameter: object) -> list:
+    """The values of one parameter of a W&B sweep. ConfigError: it has no list of them."""
+    values: object = None
+    if isinstance(parameter, dict):
+        values = [parameter["value"]] if "value" in parameter else parameter.get("values")
+    if not isinstance(values, list) or not values or any(isinstance(v, dict) for v in values):
+        raise ConfigError(
+            f"{key} in {path} is no list of values: a grid needs values: [...] or value: ..."
+        )
+    return values
 
 
-def words(row: dict) -> list[str]:
+def words(row: dict[str, object]) -> list[str]:
     """A row as key=value, the way the scripts read it."""
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in row.items()
-    ]
+    return [f"{key}={one_text(value)}" for key, value in row.items()]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
     file, *numbers = arguments(argv) or [""]
     try:
-        if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
-            raise ConfigError("give the sweep file, and for one of its rows a number from 0")
-        table = rows(Path(file))
-        if not numbers:
-            print(len(table))
-        elif (index := int(numbers[0])) < len(table):
-            print("\n".join(words(table[index])))
-        else:
-            raise ConfigError(
-                f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}"
-            )
+        print(printed(file, numbers))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+
+
+def printed(file: str, numbers: list[str]) -> str:
+    """What `main` prints for a sweep file and, where one is given, the number of a row."""
+    if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+        raise ConfigError("give the sweep file, and for one of its rows a number from 0")
+    table = rows(Path(file))
+    if not numbers:
+        return str(len(table))
+    index = int(numbers[0])
+    if index >= len(table):
+        raise ConfigError(
+            f"{file} has {len(table)} rows, none with number {index}: --array=0-{len(table) - 1}"
+        )
+    return "\n".join(words(table[index]))
 
 
 if __name__ == "__main__":

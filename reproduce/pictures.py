@@ -211,7 +211,7 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
         raise ConfigError(
             f"{words[0] if words else 'nothing'} is no run's folder: give outputs/<experiment>/<run id>"
         )
-    options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]), [])
+    options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
     if min(options.n, options.n_images) < 2 or options.seed < 0:
         raise ConfigError("n and n_images must be at least 2, and seed at least 0")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]

@@ -4,18 +4,20 @@ python reproduce/realnvp_cifar10.py                # the paper's recipe
 python reproduce/realnvp_cifar10.py preset=cpu     # a smaller model for two cores
 """
 
+from omegaconf import DictConfig
+
 from datamodules import make_data
 from flows.realnvp import RealNVP
 from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> RealNVP:
     return RealNVP(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

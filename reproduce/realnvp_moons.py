@@ -1,7 +1,11 @@
-"""RealNVP in the plane: two moons with noise .05; the entropy of the data, about 0.26 nats, is the best possible NLL.
+"""RealNVP in the plane: two moons with noise .05.
+
+The best possible NLL is the entropy of the data, about 0.26 nats.
 
 python reproduce/realnvp_moons.py
 """
+
+from omegaconf import DictConfig
 
 from datamodules import make_data
 from flows.realnvp import RealNVP2d
@@ -10,12 +14,12 @@ from lightning_modules.density import DensityModule
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
-def make_flow(config, shape):
+def make_flow(config: DictConfig, shape: tuple[int, ...]) -> RealNVP2d:
     return RealNVP2d(shape, **config.flow)
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)

@@ -99,14 +99,18 @@ nodes=$SLURM_NNODES tasks=${SLURM_NTASKS_PER_NODE:-1}
 all=$((nodes * tasks))
 [ "${SLURM_NTASKS:-$all}" -eq "$all" ] ||
     fail "$SLURM_NTASKS tasks on $nodes nodes of $tasks: give --nodes and --ntasks-per-node, and no --ntasks"
-layout=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
-[ "$all" -eq 1 ] || layout+=(trainer.strategy=ddp)
+own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
+[ "$all" -eq 1 ] || own+=(trainer.strategy=ddp)
+layout=()
+for word in "${own[@]}"; do # a key that is given twice is refused: the user's words stand
+    [[ $words == *" ${word%%=*}="* ]] || layout+=("$word")
+done
 
 where="$SLURM_JOB_NODELIST, $tasks a node"
 echo "$(date '+%F %T') $experiment, job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $where"
 code=0
 srun --kill-on-bad-exit --nodes="$nodes" --ntasks="$all" --ntasks-per-node="$tasks" \
-    "$python" -m "reproduce.$experiment" "${layout[@]}" "${overrides[@]}" resume=auto || code=$?
+    "$python" -m "reproduce.$experiment" "${layout[@]+"${layout[@]}"}" "${overrides[@]}" resume=auto || code=$?
 # Slurm requeues what it preempts at the end of the grace time, and not if it has ended before: it has saved and left.
 if [ "$code" -ne 0 ] && scontrol show job "$id" | grep "PreemptTime=[0-9]" >/dev/null; then
     scontrol requeue "$id"

@@ -24,8 +24,11 @@ from flows.coupling import MaskedCoupling
 from flows.elementwise import Logit
 from flows.masks import Checkerboard
 from reproduce import experiment, realnvp_cifar10
+from reproduce.config import override
 
-TINY = [*cases.TINY, "flow.n_scales=1", "samples.every_n_steps=100", "trainer.val_check_interval=6"]
+TINY = override(
+    [*cases.TINY, "flow.n_scales=1"], ["samples.every_n_steps=100", "trainer.val_check_interval=6"]
+)
 
 
 class Run:
@@ -33,7 +36,7 @@ class Run:
 
     def __init__(self, folder: Path, *arguments: str, ranks: int = 1, **options) -> None:
         self.folder, self.log = Path(folder), Path(f"{folder}.log")
-        words = [*TINY, f"run_dir={folder}", *arguments]
+        words = override([*TINY, f"run_dir={folder}"], arguments)
         self.processes = start(ranks, _run, words, Path(f"{folder}.trace"), options, log=self.log)
 
     def wait(self, timeout: float = 180) -> list[int]:

@@ -1,4 +1,4 @@
-"""The scripts of Glow, and of RealNVP on photographs, as a user runs them: tiny and in-process, on photographs."""
+"""The scripts of Glow, and of RealNVP on photographs: tiny runs in-process, on photographs."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from flows.likelihood import bits_per_dim
 from flows.normalization import uninitialized
 from lightning_modules.noise import image_noise
 from reproduce import experiment, load
-from reproduce.config import compose
+from reproduce.config import compose, override
 from reproduce.run_folder import newest_checkpoint
 
 TINY = [  # four steps an epoch, validated after every third
@@ -64,7 +64,9 @@ def run(name, folder, *arguments):
     """What the script returns."""
     own = ["flow.n_blocks=1"] if name.startswith("realnvp") else ["flow.depth=1"]
     own += ["optim.cooldown_steps=1"] if name == "glow_cifar10_modern" else []
-    return import_module(f"reproduce.{name}").main([*TINY, *own, *arguments, f"run_dir={folder}"])
+    return import_module(f"reproduce.{name}").main(
+        override([*TINY, *own], [*arguments, f"run_dir={folder}"])
+    )
 
 
 def mistake(name, folder, *arguments):
@@ -78,12 +80,14 @@ def mistake(name, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """name -> the folder of a run of three steps, what its script returned, the module that was tested."""
-    runs, root = {}, tmp_path_factory.mktemp("runs")
+    """Name of a script -> folder of a run of three steps, its result, the tested module."""
+    runs = {}
+    root = tmp_path_factory.mktemp("runs")
 
     def get(name):
         if name not in runs:
-            script, modules = import_module(f"reproduce.{name}"), []
+            script = import_module(f"reproduce.{name}")
+            modules = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
                     script, "fit", lambda *given: modules.append(given[2]) or experiment.fit(*given)
@@ -98,7 +102,7 @@ def finished(tmp_path_factory):
     return get
 
 
-# ---------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -128,7 +132,7 @@ def test_result(name, finished):
 
 @pytest.mark.parametrize("name", GLOWS)
 def test_a_glow_begins_at_about_the_bits_of_its_data(name, finished):
-    """A uniform density costs n_bits; an initialised actnorm, and a Gaussian that is too wide, change little of it."""
+    """A uniform density costs n_bits; an untrained Glow with set actnorms is not far off."""
     with (finished(name)[0] / "curve.csv").open() as file:
         first, last = csv.DictReader(file)
     assert (first["step"], last["step"]) == ("0", "3")
@@ -138,7 +142,7 @@ def test_a_glow_begins_at_about_the_bits_of_its_data(name, finished):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_load_gives_the_tested_flow(name, finished):
-    """Bit for bit what the module was tested with; its bits/dim, taken here by hand, are test/bpd."""
+    """It is the tested flow, bit for bit; its bits/dim, taken here by hand, are test/bpd."""
     folder, result, module = finished(name)
     flow = load(folder)
     assert not flow.training
@@ -158,7 +162,7 @@ def tensors(images):
 
 
 def test_samples_of_a_conditional_glow_have_a_class_a_column(finished):
-    """14 samples a temperature are two of each of the seven photographs, at temperature 0 equal in pairs."""
+    """Of 14 samples each photograph has two, which are equal at temperature 0."""
     folder, result, _ = finished("glow_cifar10_conditional")
     temperatures = result["config"]["samples"]["temperatures"]
     cell = 8 * (8 + 2)  # an image of 8 and a border of 2, each pixel 8 x 8
@@ -175,7 +179,7 @@ def test_samples_of_a_conditional_glow_have_a_class_a_column(finished):
         assert (column[::8, ::8] != shown).mean() < 0.01
 
 
-# ---------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------- going on
 
 
 class Stop(L.Callback):
@@ -194,7 +198,7 @@ class Stop(L.Callback):
 def test_an_interrupted_glow_ends_bit_for_bit_as_if_it_had_not_been(
     name, tmp_path, monkeypatch, capsys
 ):
-    """SIGTERM in the second epoch; with averaged weights, a cooldown and a logit, and with classes, in 5 bits."""
+    """SIGTERM comes in the second epoch, once with averaged weights and once with classes."""
     script = import_module(f"reproduce.{name}")
     given = ["trainer.max_steps=7", "optim.warmup_steps=2"]
     given += ["optim.cooldown_steps=3"] if name == "glow_cifar10_modern" else []
@@ -246,7 +250,7 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
     assert "trained with flow.coupling=affine flow.permutation=invertible: say the same" in line
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -295,8 +299,8 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
         (
             "glow_cifar10_modern",
             ["trainer.max_steps=40", "optim.cooldown_steps=50"],
-            "optim.warmup_steps=1 and optim.cooldown_steps=50 are more than trainer.max_steps=40: give these as well, "
-            "for example optim.warmup_steps=4 optim.cooldown_steps=4",
+            "optim.warmup_steps=1 and optim.cooldown_steps=50 are more than trainer.max_steps=40: "
+            "give these as well, for example optim.warmup_steps=4 optim.cooldown_steps=4",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
@@ -305,7 +309,7 @@ def test_mistakes_are_one_line(name, arguments, said, tmp_path):
     assert said in mistake(name, tmp_path / "run", *arguments)
 
 
-# ---------------------------------------------------------------------------------------------- golden losses
+# ---------------------------------------------------------------------- golden losses
 
 GOLDEN = {
     "glow_cifar10": [-111.14779480, -150.03568500, -181.83635148, -205.64297205, -238.61102364],
@@ -335,24 +339,22 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_losses(name):
-    """Five steps of a small model, from actnorms set by the data, which are dark. A change that moves these moves every
-    number of the results page.
+    """Five steps of a small model, whose actnorms are set by dark images.
+
+    A change that moves these losses moves every number of the results page.
     """
     config = compose(name, ["preset=demo", "flow.depth=2", "flow.hidden_channels=8"])
     torch.manual_seed(0)
     flow = import_module(f"reproduce.{name}").make_flow(config, (3, 8, 8)).double()
     draw = np.random.Generator(np.random.PCG64(0))
-    q, u = draw.integers(2**config.data.n_bits, size=(8, 3, 8, 8)) // 2, draw.random((8, 3, 8, 8))
-    x, classes = (
-        torch.from_numpy((q + u) / 2**config.data.n_bits),
-        torch.from_numpy(draw.integers(7, size=8)),
-    )
+    q = draw.integers(2**config.data.n_bits, size=(8, 3, 8, 8)) // 2
+    u = draw.random((8, 3, 8, 8))
+    x = torch.from_numpy((q + u) / 2**config.data.n_bits)
+    classes = torch.from_numpy(draw.integers(7, size=8))
     with torch.no_grad():
         flow.initialize(x)
-    optimizer, losses = (
-        torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas)),
-        [],
-    )
+    optimizer = torch.optim.Adamax(flow.parameters(), lr=0.01, betas=tuple(config.optim.betas))
+    losses = []
     for _ in range(5):
         if flow.n_classes is None:
             loss = -flow.log_prob(x).mean()

@@ -51,14 +51,12 @@ def test_every_row_is_printed_once_and_the_number_of_rows(sweep, capsys):
         "flow.n_blocks=2",
         "optim.betas=[0.9, 0.95]",
         "optim.clip_norm=null",
-        "optim.lr=0.0005",
+        "optim.lr=5.0e-4",
         "preset=demo",
     ]
     varied = [(row[1], row[4]) for row in rows]
-    blocks, rates = (
-        ("flow.n_blocks=2", "flow.n_blocks=4"),
-        ("optim.lr=0.001", "optim.lr=0.0005", "optim.lr=1e-05"),
-    )
+    blocks = ("flow.n_blocks=2", "flow.n_blocks=4")
+    rates = ("optim.lr=1e-3", "optim.lr=5.0e-4", "optim.lr=1e-05")
     assert varied == [(b, r) for b in blocks for r in rates]
 
 
@@ -112,16 +110,24 @@ def run_script(
     scontrol="exit 1",
     **variables,
 ):
-    """What reproduce/slurm.sh hands to srun, one argument a line: an srun that prints stands in for Slurm's."""
+    """What reproduce/slurm.sh hands to srun, one argument on each line.
+
+    Programs that print their arguments stand in for Slurm's srun and scontrol.
+    """
     for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN"))}
     path = f"{tmp_path}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", ROOT / "reproduce" / "slurm.sh", *arguments], env={**ours, "PATH": path, **variables}, cwd=tmp_path,
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        ["bash", ROOT / "reproduce" / "slurm.sh", *arguments],
+        env={**ours, "PATH": path, **variables},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 JOB = {
@@ -161,16 +167,17 @@ def test_a_job_of_one_task(tmp_path):
     ]
 
 
-def test_several_nodes_are_ddp_and_the_users_words_come_later(tmp_path):
-    arguments = ["realnvp_cifar10", "trainer.strategy=ddp_spawn"]
+def test_several_nodes_are_ddp_and_the_users_words_stand(tmp_path):
+    """A key that is given twice would be refused."""
+    arguments = ["realnvp_cifar10", "trainer.strategy=auto"]
     srun, python = command_line(tmp_path, *arguments, SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4")
     assert srun[1:4] == ["--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
-    assert python[1:5] == [
-        "trainer.num_nodes=2",
-        "trainer.devices=4",
-        "trainer.strategy=ddp",
-        "trainer.strategy=ddp_spawn",
-    ]
+    layout = ["trainer.num_nodes=2", "trainer.devices=4"]
+    assert python[1:] == [*layout, "trainer.strategy=auto", "resume=auto"]
+    _, python = command_line(
+        tmp_path, "realnvp_cifar10", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4"
+    )
+    assert python[1:] == [*layout, "trainer.strategy=ddp", "resume=auto"]
 
 
 def test_the_index_of_an_array_is_the_seed_or_the_row(tmp_path, sweep):

@@ -12,7 +12,7 @@ from cases import TINY
 from test_scripts import curve, mistake
 
 from reproduce import launch, realnvp_cifar10
-from reproduce.config import ConfigError
+from reproduce.config import ConfigError, override
 from reproduce.launch import job, processes, requeue, requeued, run_id
 from reproduce.run_folder import step_checkpoints
 
@@ -110,15 +110,15 @@ def test_a_new_job_of_an_old_number_does_not_go_on_with_a_strangers_run(
     monkeypatch.chdir(tmp_path)
     started(monkeypatch, ALONE)
     steps = ["resume=auto", "trainer.max_steps=2", "trainer.val_check_interval=2"]
-    realnvp_cifar10.main([*TINY, *steps])
+    realnvp_cifar10.main(override(TINY, steps))
     folder = Path("outputs/realnvp_cifar10/slurm-17")
     (folder / "result.json").unlink()
-    line = mistake(capsys, *TINY, *steps)
+    line = mistake(capsys, *override(TINY, steps))
     assert (
         f"{folder} holds a run of an earlier job 17: add run_dir={folder} to go on with it" in line
     )
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    realnvp_cifar10.main([*TINY, *steps])
+    realnvp_cifar10.main(override(TINY, steps))
     assert (folder / "result.json").is_file()
 
 

@@ -19,7 +19,7 @@ from wandb_file import parts_of
 from datamodules import make_data
 from lightning_modules.objective import Objective
 from reproduce import experiment
-from reproduce.config import compose
+from reproduce.config import compose, override
 from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
@@ -31,8 +31,9 @@ pytestmark = [
 
 def settings(folder, *words):
     """A config as load_config gives it, of an experiment that has neither a recipe nor a flow."""
-    keys = [word for word in TINY if not word.startswith("flow.")]
-    config = compose("realnvp_cifar10", [*keys, "checkpoint.every_n_steps=100", *words])
+    own = override(TINY, ["checkpoint.every_n_steps=100"])
+    keys = [word for word in own if not word.startswith("flow.")]
+    config = compose("realnvp_cifar10", override(keys, words))
     OmegaConf.set_struct(config, False)
     optim = {"name": "adam", "lr": 0.02, "clip_norm": 5.0}
     config = OmegaConf.merge(
@@ -204,7 +205,7 @@ def test_the_defaults_of_an_objective_mean_that_there_is_none():
 def test_a_data_set_with_a_split_of_its_own_needs_no_n_val(data, limit, expected):
     config = OmegaConf.create({"data": data, "trainer": {"limit_val_batches": limit}})
     OmegaConf.set_struct(config, True)
-    assert experiment._validates(config) is expected
+    assert experiment.validates(config) is expected
 
 
 def test_parts_of_what_is_trained_are_compiled_one_by_one():

@@ -12,6 +12,7 @@ from flows.context import Classes
 from flows.realnvp import RealNVP
 from lightning_modules.noise import image_noise
 from reproduce import pictures, realnvp_cifar10, realnvp_moons
+from reproduce.config import override
 from reproduce.pictures import attribute_direction, interpolate, keep_levels, move
 from reproduce.run_folder import load_flow, read_run
 
@@ -61,7 +62,9 @@ class Conditional(RealNVP):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    realnvp_cifar10.main([*TINY, f"run_dir={folder}", "trainer.max_steps=3", "samples.n=1"])
+    realnvp_cifar10.main(
+        override([*TINY, f"run_dir={folder}", "trainer.max_steps=3"], ["samples.n=1"])
+    )
     return folder
 
 

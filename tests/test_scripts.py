@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: in-process where possible, real processes for signals and exit codes."""
+"""The scripts as a user runs them: in-process where possible, else as real processes."""
 
 import csv
 import json
@@ -23,13 +23,14 @@ from datamodules.two_moons import TwoMoons
 from flows.recompute import recompute
 from reproduce import config as config_module
 from reproduce import load, realnvp_cifar10, realnvp_moons
+from reproduce.config import override
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(folder, *arguments):
-    return realnvp_cifar10.main([*TINY, f"run_dir={folder}", *arguments])
+    return realnvp_cifar10.main(override([*TINY, f"run_dir={folder}"], arguments))
 
 
 def pixels(path):
@@ -121,7 +122,8 @@ def test_pictures_are_uint8_and_show_the_images(finished):
     assert grid.dtype == np.uint8
     assert grid.std() > 20
     cell = 10 * 8  # an image of 8 and a border of 2, each pixel 8 x 8
-    originals, reconstructions = grid[16 : 16 + 64], grid[16 + cell : 16 + cell + 64]
+    originals = grid[16 : 16 + 64]
+    reconstructions = grid[16 + cell : 16 + cell + 64]
     assert np.abs(originals.astype(int) - reconstructions).max() <= 1
     assert pixels(folder / "samples" / "samples-0000006.png").std() > 5
     assert (folder / "curve.png").stat().st_size > 5000
@@ -168,7 +170,7 @@ def test_checkpoint_is_plain_and_says_whose_it_is(finished):
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_resume_reaches_the_same_weights(tmp_path, every):
-    """Killed in an epoch of 4 batches, after a checkpoint that fell on a validation (3) or not (2)."""
+    """A run is killed within an epoch; a validation falls on its checkpoint (3) or not (2)."""
     checkpoints = f"checkpoint.every_n_steps={every}"
     whole = run(tmp_path / "whole", "trainer.max_steps=7", checkpoints)
     run(tmp_path / "parts", "trainer.max_steps=5", checkpoints)
@@ -205,17 +207,11 @@ def test_a_folder_with_a_run_is_refused(finished, capsys):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     run(tmp_path, "trainer.max_steps=2")
     (tmp_path / "result.json").unlink()
-    line = mistake(capsys, *TINY, f"run_dir={tmp_path}", "resume=auto", "flow.hidden_channels=5")
+    going_on = [*TINY, f"run_dir={tmp_path}", "resume=auto"]
+    line = mistake(capsys, *override(going_on, ["flow.hidden_channels=5"]))
     assert "trained with flow.hidden_channels=4: say the same" in line
-    line = mistake(
-        capsys,
-        *TINY,
-        f"run_dir={tmp_path}",
-        "resume=auto",
-        "seed=3",
-        "optim.name=adamax",
-        "data.batch_size=8",
-    )
+    changes = ["seed=3", "optim.name=adamax", "data.batch_size=8"]
+    line = mistake(capsys, *override(going_on, changes))
     assert "data.batch_size=16 optim.name=adam seed=0: say the same" in line
     assert "is of realnvp_cifar10, not of realnvp_moons" in mistake(
         capsys, f"run_dir={tmp_path}", "resume=auto", main=realnvp_moons.main
@@ -235,8 +231,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "flow.n_scales=9"], "flow.n_scales=9"),
         (["preset=demo", "flow.n_blocks=0"], "at least 1"),
         (["preset=demo", "samples.n=0"], "samples.n=0"),
-        (["preset=demo", "trainer.val_check_interval=0"], "give at least 1"),
-        (["preset=demo", "samples.temperatures=[]"], "give at least 1"),
+        (["preset=demo", "trainer.val_check_interval=0"], "give an int from 1"),
+        (["preset=demo", "samples.temperatures=[]"], "give a list of at least 1"),
         (["preset=demo", "trainer.max_epochs=abc"], "trainer.max_epochs=abc"),
         (["preset=demo", "trainer.devices=foo"], "foo"),
         (["preset=demo", "trainer.limit_test_batches=0"], "tests nothing"),
@@ -255,7 +251,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "trainer.precision=16-mixed"], "16-mixed needs a GPU: give bf16-mixed"),
         (["preset=demo", "data.micro_batch=8"], "data.micro_batch=8: RealNVP has batch norms"),
         (["preset=demo", "data.micro_batch=5"], "does not divide the 32 items that a process has"),
-        (["preset=demo", "trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 are steps"),
+        (
+            ["preset=demo", "trainer.log_every_n_steps=0"],
+            "trainer.log_every_n_steps=0 is out of range",
+        ),
         (["preset=demo", "checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0"),
         (["preset=demo", "optim.max_skipped=-1"], "optim.max_skipped=-1 is out of range"),
         (["preset=demo", "eval.bn_images=-1"], "eval.bn_images=-1"),
@@ -296,8 +295,10 @@ def test_data_with_a_validation_split_of_their_own_need_no_n_val(tmp_path, monke
     assert result["tested"]["chosen"] == "best"
     assert "val/nll" in result["metrics"]
     line = mistake(capsys, *words[:-1], "trainer.limit_val_batches=0", main=realnvp_moons.main)
-    wanted = "trainer.limit_val_batches=0 leaves nothing to choose the best weights by: add checkpoint.select=last"
-    assert line == f"error: {wanted}"
+    assert line == (
+        "error: trainer.limit_val_batches=0 leaves nothing to choose the best weights by: "
+        "add checkpoint.select=last"
+    )
 
 
 def test_without_validation_the_last_weights_are_tested(tmp_path):
@@ -325,7 +326,7 @@ def test_without_validation_batches_no_checkpoint_waits_for_them(tmp_path):
 
 
 def test_a_diverged_run_ends_with_one_line(tmp_path, capsys):
-    """The first step's rate makes every later loss infinite: nothing that follows is taken, or saved."""
+    """The first step makes every later loss infinite: no later step is taken, or saved."""
     settings = [
         "optim.lr=1e30",
         "optim.clip_norm=null",
@@ -416,7 +417,7 @@ def test_help_and_print_config(capsys):
 
 
 def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
-    """A real process: clean stop, exit code not 0, no traceback, the command to go on with, and that command works."""
+    """A real process stops with a line that says how to go on, and without a traceback."""
     command = [sys.executable, "reproduce/realnvp_cifar10.py", *TINY, f"run_dir={tmp_path / 'run'}"]
     process = subprocess.Popen(
         [*command, "trainer.max_steps=100000"],
@@ -434,12 +435,10 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     assert process.returncode == 75, output
     assert "Traceback" not in output
     saved = read_checkpoint(newest(tmp_path / "run"))["global_step"]
-    again = f"go on with: python reproduce/realnvp_cifar10.py {shlex.join(TINY)} trainer.max_steps=100000 run_dir="
-    assert (
-        output.strip()
-        .splitlines()[-1]
-        .startswith(f"stopped at step {saved}, which is saved; {again}")
-    )
+    settings = f"{shlex.join(TINY)} trainer.max_steps=100000 run_dir="
+    again = f"go on with: python reproduce/realnvp_cifar10.py {settings}"
+    last_line = output.strip().splitlines()[-1]
+    assert last_line.startswith(f"stopped at step {saved}, which is saved; {again}")
     load(tmp_path / "run")
 
 
@@ -447,8 +446,13 @@ def test_script_runs_from_the_shell(tmp_path):
     environment = {**os.environ, "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, ROOT / "reproduce" / "realnvp_cifar10.py", "preset=demoo"],
-        cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert (
         done.stderr.strip()

@@ -22,12 +22,12 @@ from PIL import Image
 from wandb_file import parts_of
 
 from reproduce import loggers, realnvp_cifar10
-from reproduce.config import ConfigError, compose
+from reproduce.config import ConfigError, compose, override
 from reproduce.loggers import close, make_logger, mark_preempting, report
 from reproduce.provenance import git_state
 
 BATCH = 16
-TINY = [*cases.TINY, "logger.name=wandb", "trainer.log_every_n_steps=2"]
+TINY = override(cases.TINY, ["logger.name=wandb", "trainer.log_every_n_steps=2"])
 RESULT = {  # of a run on the claim's own data
     "experiment": "realnvp_cifar10",
     "metrics": {
@@ -72,7 +72,7 @@ def alone(tmp_path):
 
 def config_for(folder, *arguments):
     return OmegaConf.merge(
-        compose("realnvp_cifar10", [*TINY, *arguments]), {"run_dir": str(folder)}
+        compose("realnvp_cifar10", override(TINY, arguments)), {"run_dir": str(folder)}
     )
 
 
@@ -92,7 +92,7 @@ def resumed(tmp_path_factory):
             contextlib.redirect_stderr(err),
         ):
             arguments = [f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"]
-            results.append(realnvp_cifar10.main([*TINY, *arguments]))
+            results.append(realnvp_cifar10.main(override(TINY, arguments)))
         outputs.append((out.getvalue(), err.getvalue()))
         (folder / "result.json").rename(folder / f"result-{steps}.json")
     return SimpleNamespace(folder=folder, outputs=outputs, results=results, parts=parts_of(folder))

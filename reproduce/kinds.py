@@ -1,0 +1,424 @@
+"""Kinds of settings: each reads the text of a value, and says in words what it takes.
+
+The key of a setting decides how its text is read; `reproduce.schema` says which kind a key has. The
+text alone decides nothing: `20261127` is a folder for run_dir, and a number for seed.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+# A decimal number: no leading zeros, no underscores, no other bases, neither nan nor inf.
+DECIMAL = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+LARGEST = 2**63 - 1  # what an int of 64 bits holds
+LONGEST = 4000  # characters of a text: no path is longer
+
+WRONG_TYPE = "has the wrong type"
+OUT_OF_RANGE = "is out of range"
+UNKNOWN = "is not known"
+
+
+class WrongValue(ValueError):
+    """A value that a kind does not take. Its text says what is wrong, to stand behind key=value."""
+
+
+class Kind(ABC):
+    """The kind of a setting."""
+
+    @property
+    @abstractmethod
+    def example(self) -> str:
+        """The text of a value that it takes."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What is to be given, as in `give an int from 1`."""
+
+    @abstractmethod
+    def of_text(self, text: str) -> object:
+        """The value that a text stands for. WrongValue: none of this kind."""
+
+    def read(self, raw: object) -> object:
+        """The value of a text, or of the lists and sections of texts that a file holds."""
+        if not isinstance(raw, str):
+            raise WrongValue(WRONG_TYPE)
+        return self.of_text(raw)
+
+
+@dataclass(frozen=True)
+class Integer(Kind):
+    """A whole number, also as 1e5. low and high are the least and the greatest; None: no bound."""
+
+    low: int | None = None
+    high: int | None = None
+    example: str = "8"
+
+    @property
+    def name(self) -> str:
+        return f"an int{_bounds(self.low, self.high)}"
+
+    def of_text(self, text: str) -> int:
+        if DECIMAL.fullmatch(text) is None:
+            raise WrongValue(WRONG_TYPE)
+        if abs(float(text)) > LARGEST:
+            raise WrongValue(OUT_OF_RANGE)
+        if not float(text).is_integer():
+            raise WrongValue(WRONG_TYPE)
+        value = int(Decimal(text))
+        _check_bounds(value, self.low, self.high)
+        return value
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number. above and below are bounds that are themselves excluded; None: no bound."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    example: str = "0.5"
+
+    @property
+    def name(self) -> str:
+        words = f"a float{_bounds(self.low, self.high)}"
+        if self.above is not None:
+            words += f" above {self.above:g}"
+        if self.below is not None:
+            words += f" below {self.below:g}"
+        return words
+
+    def of_text(self, text: str) -> float:
+        if DECIMAL.fullmatch(text) is None:
+            raise WrongValue(WRONG_TYPE)
+        value = float(text)
+        if _is_huge(text):
+            raise WrongValue(OUT_OF_RANGE)
+        _check_bounds(value, self.low, self.high)
+        if self.above is not None and value <= self.above:
+            raise WrongValue(OUT_OF_RANGE)
+        if self.below is not None and value >= self.below:
+            raise WrongValue(OUT_OF_RANGE)
+        return value
+
+
+@dataclass(frozen=True)
+class Switch(Kind):
+    """true or false, also with a capital letter as Python writes them."""
+
+    example: str = "true"
+
+    @property
+    def name(self) -> str:
+        return "a bool, true or false"
+
+    def of_text(self, text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise WrongValue(WRONG_TYPE)
+        return text.lower() == "true"
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A text as it stands, also one that looks like a number.
+
+    pattern: what all of it has to match. what: what such a text is called.
+    """
+
+    what: str = "a str"
+    pattern: str = r"[^\[{].*"
+    longest: int = LONGEST
+    example: str = "abc"
+
+    @property
+    def name(self) -> str:
+        if self.longest == LONGEST:
+            return self.what
+        return f"{self.what} of at most {self.longest} characters"
+
+    def of_text(self, text: str) -> str:
+        if len(text) > self.longest:
+            raise WrongValue("is too long")
+        is_text = text.isprintable() and text.strip() and text != "???"
+        if not is_text or re.fullmatch(self.pattern, text) is None:
+            raise WrongValue(WRONG_TYPE)
+        return text
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of `names`. aliases: other spellings, each with the name that it stands for."""
+
+    names: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        if len(self.names) == 1:
+            return self.names[0]
+        return f"one of {', '.join(self.names)}"
+
+    @property
+    def example(self) -> str:
+        return self.names[0]
+
+    def read(self, raw: object) -> object:
+        if not isinstance(raw, str):
+            raise WrongValue(UNKNOWN)
+        return self.of_text(raw)
+
+    def of_text(self, text: str) -> str:
+        name = self.aliases.get(text, text)
+        if name not in self.names:
+            raise WrongValue(UNKNOWN)
+        return name
+
+
+@dataclass(frozen=True)
+class Time(Kind):
+    """A span of time, DD:HH:MM:SS, which stays a text: so Lightning takes it."""
+
+    example: str = "00:12:00:00"
+
+    @property
+    def name(self) -> str:
+        return "a time as DD:HH:MM:SS"
+
+    def of_text(self, text: str) -> str:
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}):([0-9]{2})", text)
+        if match is None:
+            raise WrongValue(WRONG_TYPE)
+        days, hours, minutes, seconds = (int(part) for part in match.groups())
+        if hours > 23 or minutes > 59 or seconds > 59 or days + hours + minutes + seconds == 0:
+            raise WrongValue(OUT_OF_RANGE)
+        return text
+
+
+@dataclass(frozen=True)
+class Share(Kind):
+    """How much of something: so many as an int, or a share of all as a float from 0 to 1."""
+
+    example: str = "0.5"
+
+    @property
+    def name(self) -> str:
+        return "an int from 0, or a share as a float from 0.0 to 1.0"
+
+    def of_text(self, text: str) -> int | float:
+        if re.fullmatch(r"[+-]?[0-9]+", text):
+            return Integer(low=0).of_text(text)
+        return Number(low=0, high=1).of_text(text)
+
+
+@dataclass(frozen=True)
+class Several(Kind):
+    """A list of values of one kind, as [a, b].
+
+    n: how many there are; None for any number. least: the least number.
+    """
+
+    kind: Kind
+    n: int | None = None
+    least: int = 0
+
+    @property
+    def name(self) -> str:
+        count = "a list"
+        if self.n is not None:
+            count += f" of {self.n}"
+        if self.least:
+            count += f" of at least {self.least}"
+        return f"{count}, each {self.kind.name}"
+
+    @property
+    def example(self) -> str:
+        return f"[{', '.join([self.kind.example] * (self.n or 2))}]"
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, str):
+            return self.of_text(raw)
+        if not isinstance(raw, Sequence):
+            raise WrongValue(WRONG_TYPE)
+        if self.n not in (None, len(raw)) or len(raw) < self.least:
+            raise WrongValue("has the wrong length")
+        return [self.kind.read(part) for part in raw]
+
+    def of_text(self, text: str) -> object:
+        if not (text.startswith("[") and text.endswith("]")):
+            raise WrongValue(WRONG_TYPE)
+        return self.read(elements(text))
+
+
+@dataclass(frozen=True)
+class Either(Kind):
+    """Several kinds: a text is read by the first of them that takes it."""
+
+    kinds: tuple[Kind, ...]
+
+    @property
+    def name(self) -> str:
+        return ", or ".join(kind.name for kind in self.kinds)
+
+    @property
+    def example(self) -> str:
+        return self.kinds[0].example
+
+    def of_text(self, text: str) -> object:
+        return self.read(text)
+
+    def read(self, raw: object) -> object:
+        problems = []
+        for kind in self.kinds:
+            try:
+                return kind.read(raw)
+            except WrongValue as error:
+                problems.append(str(error))
+        if OUT_OF_RANGE in problems:  # it is of the right type for one of the kinds
+            raise WrongValue(OUT_OF_RANGE)
+        raise WrongValue(WRONG_TYPE)
+
+
+@dataclass(frozen=True)
+class Nullable(Kind):
+    """null, or what another kind takes. An empty text is null as well."""
+
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.name}, or null"
+
+    @property
+    def example(self) -> str:
+        return self.kind.example
+
+    def of_text(self, text: str) -> object:
+        return self.read(text)
+
+    def read(self, raw: object) -> object:
+        return None if raw in ("", "null") else self.kind.read(raw)
+
+
+@dataclass(frozen=True)
+class Anything(Kind):
+    """Of a key that nobody has typed: null, a bool, a number, a list of such, or else a text."""
+
+    example: str = "8"
+
+    @property
+    def name(self) -> str:
+        return "a value or a list of values"
+
+    def of_text(self, text: str) -> object:
+        return guess(text)
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, Mapping):
+            raise WrongValue(WRONG_TYPE)
+        return guess(raw)
+
+
+def guess(raw: object) -> object:
+    """The value of a text whose key has no kind.
+
+    null, true, false, decimal numbers and lists of them are what they say; all else is a text.
+    """
+    if isinstance(raw, Sequence) and not isinstance(raw, str):
+        return [guess(part) for part in raw]
+    if not isinstance(raw, str):
+        return raw
+    if raw.startswith("[") and raw.endswith("]"):
+        return [guess(part) for part in elements(raw)]
+    for kind in (Nullable(Switch()), _Digits(), Number()):
+        try:
+            return kind.read(raw)
+        except WrongValue:
+            continue
+    return raw
+
+
+class _Digits(Integer):
+    """An int that is written without a point or an exponent."""
+
+    def of_text(self, text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]+", text) is None:
+            raise WrongValue(WRONG_TYPE)
+        return super().of_text(text)
+
+
+def kind_of_value(value: object) -> Kind:
+    """The kind of which a value is, for a key that is known by its value alone."""
+    for type_, kind in SIMPLE.items():
+        if type(value) is type_:
+            return kind
+    if value is None:
+        return Nullable(Anything())
+    if isinstance(value, Sequence) and len(value):
+        return Several(kind_of_value(value[0]))
+    return Anything()
+
+
+SIMPLE: dict[type, Kind] = {bool: Switch(), int: Integer(), float: Number(), str: Text()}
+
+
+def elements(text: str) -> list[str]:
+    """The parts of [a, b], each without the quotes in which Python writes a text."""
+    inner = text[1:-1].strip()
+    if not inner:
+        return []
+    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in inner.split(",")]
+
+
+def as_text(value: object) -> object:
+    """A value as a kind reads it: a text, or a list or section of texts."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return {key: as_text(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_text(part) for part in value]
+    return str(value)
+
+
+def choices(kind: Kind) -> tuple[str, ...]:
+    """The names among which a kind lets one choose; none where it takes other values."""
+    if isinstance(kind, Nullable):
+        return choices(kind.kind)
+    if isinstance(kind, Choice):
+        return kind.names
+    return ()
+
+
+def one_text(value: object) -> str:
+    """A value as it is written behind key= on a command line."""
+    text = as_text(value)
+    if isinstance(text, list):
+        return f"[{', '.join(one_text(part) for part in text)}]"
+    return str(text)
+
+
+def _is_huge(text: str) -> bool:
+    """Whether a decimal number is too large for a float."""
+    return DECIMAL.fullmatch(text) is not None and abs(float(text)) == float("inf")
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    """The bounds in words, to stand behind `an int`; empty where there are none."""
+    words = ""
+    if low is not None:
+        words += f" from {low}"
+    if high is not None:
+        words += f" to {high}"
+    return words
+
+
+def _check_bounds(value: float, low: float | None, high: float | None) -> None:
+    if low is not None and value < low:
+        raise WrongValue(OUT_OF_RANGE)
+    if high is not None and value > high:
+        raise WrongValue(OUT_OF_RANGE)

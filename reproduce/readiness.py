@@ -1,0 +1,174 @@
+"""What a run needs up to its end, looked at before it starts.
+
+A mistake that shows only at the end would cost the whole run.
+"""
+
+import os
+import shutil
+from collections.abc import Sized
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
+
+import lightning.pytorch as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from datamodules.stateless import StatelessDataModule
+from lightning_modules.objective import Objective
+from reproduce.config import ConfigError
+from reproduce.launch import processes
+
+MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
+MOMENTS = 2  # numbers that Adam, Adamax and AdamW keep for each parameter
+
+
+@runtime_checkable
+class NeededAtTheEnd(Protocol):
+    """A callback or an objective that needs something for its test, such as a metric's weights."""
+
+    def prepare_test(self) -> None:
+        """Get it, on every rank, before the first step. ValueError, OSError: it is not there."""
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse settings that exclude one another, or need what this machine has not.
+
+    ConfigError, one line that says what to give. What a single value may be is checked by
+    `reproduce.schema` and by the constructors.
+    """
+    _check_device(config)
+    _check_processes(config)
+    trainer = config.trainer
+    for key in ("max_steps", "max_epochs"):
+        if trainer[key] == 0:
+            raise ConfigError(
+                f"trainer.{key}=0 trains nothing: give at least 1, or -1 for no limit"
+            )
+    if config.checkpoint.select == "best" and not validates(config):
+        keys = ("data.n_val", "trainer.limit_val_batches")
+        settings = " ".join(f"{key}=0" for key in keys if OmegaConf.select(config, key) == 0)
+        raise ConfigError(
+            f"{settings} leaves nothing to choose the best weights by: add checkpoint.select=last"
+        )
+    if trainer.limit_test_batches == 0:
+        raise ConfigError(
+            "trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all"
+        )
+
+
+def validates(config: DictConfig) -> bool:
+    """Whether there is a validation.
+
+    A data set with a validation split of its own has no key data.n_val.
+    """
+    return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
+
+
+def _on_cpu(config: DictConfig) -> bool:
+    return config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+
+
+def _check_device(config: DictConfig) -> None:
+    accelerator = config.trainer.accelerator
+    if accelerator == "mps":
+        raise ConfigError(f"trainer.accelerator=mps, but {MPS_LACKS}: give cpu")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}, but there is no GPU here: give preset=cpu"
+        )
+    if config.trainer.cuda_graph and _on_cpu(config):
+        raise ConfigError("trainer.cuda_graph=true needs a GPU: give false")
+    if config.trainer.precision == "16-mixed" and _on_cpu(config):  # Lightning would take bf16
+        raise ConfigError("trainer.precision=16-mixed needs a GPU: give bf16-mixed or 32-true")
+
+
+def _check_processes(config: DictConfig) -> None:
+    """Refuse processes that nobody starts: the others would wait for them for ever."""
+    if processes() or {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+        return  # somebody has started them, on machines of their own
+    if config.trainer.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={config.trainer.num_nodes}, but nobody starts the other nodes: "
+            "use sbatch reproduce/slurm.sh or torchrun, or give trainer.num_nodes=1"
+        )
+    if config.trainer.devices == "auto":
+        return
+    if _on_cpu(config):
+        n = max(os.cpu_count() or 1, 2)  # two processes can share a core
+        what = "CPU cores"
+    else:
+        n = torch.cuda.device_count()
+        what = "GPUs"
+    if config.trainer.devices > n:
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}, but there are {n} {what} here: "
+            f"give at most {n}"
+        )
+
+
+def check_folder(config: DictConfig, module: Objective) -> None:
+    """Refuse a run folder that cannot be written, or that has no room for one checkpoint."""
+    folder = Path(config.run_dir)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    for path in (existing, folder / "checkpoints", folder / "samples"):
+        if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+            raise ConfigError(f"{path} is no folder that this user can write: give another run_dir")
+    needed = checkpoint_bytes(config, module)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"{existing} has {_size(free)} left, and a checkpoint of this run takes about "
+            f"{_size(needed)}: make room, or give another run_dir"
+        )
+
+
+def checkpoint_bytes(config: DictConfig, module: Objective) -> int:
+    """The size of a checkpoint: weights and buffers, the optimizer's moments, averaged weights."""
+    weights = sum(value.nbytes for value in module.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in module.trained.parameters())
+    averages = 0 if config.ema.decay is None else weights
+    return weights + MOMENTS * trained + averages
+
+
+def _size(n_bytes: int) -> str:
+    if n_bytes < 10**9:
+        return f"{n_bytes / 10**6:,.1f} MB"
+    return f"{n_bytes / 10**9:,.1f} GB"
+
+
+class Readiness(L.Callback):
+    """Looks, before the first step, whether there are data to validate and to test on.
+
+    Callbacks and objectives that need something else for the test get it then (`NeededAtTheEnd`).
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data: StatelessDataModule = vars(trainer)["datamodule"]
+        if not len(cast("Sized", data.test)):
+            raise ConfigError(
+                f"{self.config.data.name} has no test data, on which a run is tested at its end: "
+                "give data.n_test of at least 1"
+            )
+        self._check_share("limit_test_batches", len(data.test_dataloader()))
+        if validates(self.config):
+            self._check_share("limit_val_batches", len(data.val_dataloader()))
+        callbacks: list[L.Callback] = vars(trainer)["callbacks"]
+        for part in (pl_module, *callbacks):
+            if isinstance(part, NeededAtTheEnd):
+                part.prepare_test()
+
+    def _check_share(self, key: str, n_batches: int) -> None:
+        """ConfigError: the share of the batches is less than one batch."""
+        share = self.config.trainer[key]
+        if isinstance(share, float) and n_batches and int(share * n_batches) == 0:
+            raise ConfigError(
+                f"trainer.{key}={share:g} of {n_batches} batches is none: give at least "
+                f"{1 / n_batches:.2g}, a number of batches as an int, or null for all"
+            )
