@@ -2,14 +2,12 @@
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from results import (
     ROOT,
-    compare_all,
     figure3,
-    is_number,
     load_claims,
     load_papers,
     own_decimals,
@@ -17,7 +15,18 @@ from results import (
     speed,
     stability,
 )
-from results.files import write
+from results.curves import curve_svg
+from results.files import NOTHING, write_all
+from results.formats import (
+    budget,
+    commit,
+    data_name,
+    fixed,
+    main_metrics,
+    metrics,
+    table,
+    wall_time,
+)
 from results.metrics import KINDS, kind_of
 from results.runs import read_runs
 
@@ -44,59 +53,52 @@ Best run first.
 MACHINE = ["seed", "commit", "preset", "device", "precision", "wall time"]
 SHORT = ["ours", "gap", "status", "budget"]
 COLUMNS = ["experiment", "dataset", "metric", "paper", *SHORT, *MACHINE]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
-    640,
-    320,
-    64,
-    24,
-    36,
-    48,
-)  # pixels; the last four are the plot's margins
-COLORS = {"train": "#9a6700", "val": "#0550ae"}
+START = "<!-- results -->\n"  # the marks in the project's README.md
+END = "<!-- /results -->"
 
 
 def write_page(root: Path = ROOT) -> Path:
     """Write README.md and the curves; returns the page's path. ValueError when a claim or a run cannot be read."""
-    for path, content in render(root).items():
-        write(path, content)
+    write_all(render(root))
     return Path(root) / "README.md"
 
 
-def render(root: Path = ROOT) -> dict[Path, str]:
-    """Every generated file's content by its path; the same inputs give the same bytes. Nothing is written."""
-    root, claims, papers = Path(root), load_claims(root), load_papers(root)
-    runs = [run | compare_all(run, root) for run in read_runs(root)]
+def render(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> dict[Path, str]:
+    """Every generated file's content by its path; the same inputs give the same bytes. Nothing is written.
+
+    new: the content of files in `root` that are not written yet, by their path: the page shows them too.
+    """
+    root = Path(root)
+    claims = load_claims(root)
+    papers = load_papers(root)
+    runs = read_runs(root, new)
     ordered = in_order(runs, claims)
-    curves = {name(run): svg for run in ordered if (svg := curve_svg(run, claims_of(run, claims)))}
+    curves = {run_name(run): curve_svg(run, claims_of(run, claims)) for run in ordered}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, runs, root)]
-    lines += [
-        "## Runs without a paper number",
-        "",
-        *others_table([run for run in ordered if not compared(run)]),
-    ]
-    lines += figure3_section(root)
-    lines += stability_section(root)
-    lines += speed_section(root)
-    lines += ["## Runs", ""] if ordered else []
+    lines += ["## Runs without a paper number", ""]
+    lines += others_table([run for run in ordered if not compared(run)])
+    lines += figure3.section(root, new)
+    lines += stability.section(root)
+    lines += speed.section(root)
+    if ordered:
+        lines += ["## Runs", ""]
     for run in ordered:
-        lines += run_section(run, claims_of(run, claims), name(run) in curves, root)
+        lines += run_section(run, claims_of(run, claims))
+        lines += pictures(run_name(run), curves[run_name(run)] is not None, root, new)
     for paper in papers.values():
         lines += paper_section(paper)
-    files = {"README.md": "\n".join(lines).rstrip() + "\n"} | {
-        f"runs/{stem}.svg": svg for stem, svg in curves.items()
-    }
-    return {root / path: content for path, content in files.items()} | front_page(
-        root, claims, ordered
-    )
+    files = {root / f"runs/{name}.svg": svg for name, svg in curves.items() if svg is not None}
+    page = {root / "README.md": "\n".join(lines).rstrip() + "\n"}
+    return page | files | front_page(root, claims, ordered)
 
 
 def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
     """The project's own README.md with the short table between its two `results` marks; {} where there are none."""
     path = root.parent / "README.md"
-    before, start, rest = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(
-        "<!-- results -->\n"
-    )
-    _, end, after = rest.partition("<!-- /results -->")
+    if not path.is_file():
+        return {}
+    before, start, rest = path.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
     if not start or not end:
         return {}
     columns = ["experiment", "preset", "data", "metric", "paper", *SHORT]
@@ -105,32 +107,20 @@ def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
             run["experiment"],
             run["preset"],
             claim["dataset"],
-            claim["metric"],
-            printed(claim["value"], claim),
+            *paper_cells(claim),
             *measured_cells(run, comparison, claim),
         ]
         for claim in claims.values()
         for run, comparison in beside(claim, runs)
     ]
-    rows += [
-        [
-            run["experiment"],
-            run["preset"],
-            data_name(run),
-            "-",
-            "-",
-            metrics(run),
-            "-",
-            "-",
-            budget(run),
-        ]
-        for run in runs
-        if not compared(run)
-    ]
+    for run in runs:
+        if not compared(run):
+            measured = [metrics(run), "-", "-", budget(run)]
+            rows.append([run["experiment"], run["preset"], data_name(run), "-", "-", *measured])
     return {path: before + start + "\n".join(table(columns, rows, "None yet.")) + end + after}
 
 
-def name(run: dict) -> str:
+def run_name(run: dict) -> str:
     """`<experiment>/<run>`: where the run's files lie under runs/."""
     return f"{run['experiment']}/{run['run']}"
 
@@ -147,157 +137,100 @@ def claims_of(run: dict, claims: dict) -> list[dict]:
 
 def beside(claim: dict, runs: list[dict]) -> list[tuple[dict, dict]]:
     """The runs beside a claim, each with its comparison: best first, those without a number last, then by name."""
-    sign = 1 if claim["direction"] == "lower" else -1
+    sign = {"lower": 1, "higher": -1}[claim["direction"]]
 
     def rank(pair: tuple[dict, dict]) -> tuple[float, str]:
         run, comparison = pair
-        return math.inf if comparison["gap"] is None else sign * comparison["gap"], name(run)
+        excess = math.inf
+        if comparison["gap"] is not None:
+            excess = sign * comparison["gap"]
+        return excess, run_name(run)
 
-    return sorted(
-        ((run, c) for run in runs for c in compared(run) if c["claim"] == claim["id"]), key=rank
-    )
+    pairs = [
+        (run, comparison)
+        for run in runs
+        for comparison in compared(run)
+        if comparison["claim"] == claim["id"]
+    ]
+    return sorted(pairs, key=rank)
 
 
 def in_order(runs: list[dict], claims: dict) -> list[dict]:
     """Every run once: beside the first of the claims that has it, and behind them those that stand beside none."""
-    first = {name(run): run for claim in claims.values() for run, _ in beside(claim, runs)}
-    return list((first | {name(run): run for run in sorted(runs, key=name)}).values())
-
-
-# Numbers
-
-
-def fixed(value: object, form: str = ".3f") -> str:
-    """A number in a fixed format; `-` for a missing or non-finite one."""
-    return format(value, form) if is_number(value) else "-"
-
-
-def count(value: object) -> str:
-    """A count in three digits: 12480000 -> `12.5 M`, 400000 -> `400 k`; `-` for None."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if is_number(value) and value >= 0.9995 * size:
-            return f"{value / size:.3g} {unit}"
-    return fixed(value, ".3g")
-
-
-def budget(run: dict) -> str:
-    """`3.2 % of 12.5 M images (ours)`; shares from ten on are rounded down, so that 100 % is all of it."""
-    part = run["budget"] or {"fraction": None}
-    if not is_number(part["fraction"]):
-        return f"{count(run['images'])} images"
-    percent = 100 * part["fraction"]
-    share = f"{percent:.2g}" if percent < 9.95 else str(math.floor(percent + 1e-9))
-    return f"{share} % of {count(part['of'])} images ({part['source']})"
-
-
-def wall_time(seconds: float) -> str:
-    """Seconds as `12 s`, `20.6 min` or `5.3 h`."""
-    size, unit = (1, "s") if seconds < 60 else (60, "min") if seconds < 3600 else (3600, "h")
-    return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
-
-
-def commit(run: dict) -> str:
-    """Seven characters of the commit, and whether the tree was dirty."""
-    return (run["commit"] or "-")[:7] + (" (dirty)" if run["dirty"] else "")
-
-
-def data_name(run: dict) -> str:
-    """The data set's name, `cifar10, 5 bit` where its images have other than 8: their bits per dimension are others."""
-    data = run["config"].get("data") or {}
-    n_bits = data.get("n_bits", 8)
-    return str(data.get("name", "-")) + ("" if n_bits == 8 else f", {n_bits} bit")
-
-
-def shown(run: dict) -> list[str]:
-    """The names of the test metrics and of those of no split, or of the validation metrics where there are none."""
-    keys = [
-        [key for key in sorted(run["metrics"]) if key.startswith(s) or "/" not in key]
-        for s in ("test/", "val/", "")
-    ]
-    return next(filter(None, keys), [])
-
-
-def metrics(run: dict) -> str:
-    """What is `shown` of a run, with its values."""
-    return ", ".join(f"{key} {fixed(run['metrics'][key])}" for key in shown(run))
-
-
-def figure(entry: dict | None, claim: dict) -> str:
-    """`≤ 4.40 (4.35)`: a number of a claim's row as printed, its bound and its training figure."""
-    if entry is None:
-        return "-"
-    train = "" if entry["train"] is None else f" ({printed(entry['train'], claim)})"
-    return f"{'≤ ' if entry.get('bound') == 'upper' else ''}{printed(entry['value'], claim)}{train}"
+    with_claim = {run_name(run): run for claim in claims.values() for run, _ in beside(claim, runs)}
+    by_name = {run_name(run): run for run in sorted(runs, key=run_name)}
+    return list((with_claim | by_name).values())
 
 
 # Tables and sections: lists of Markdown lines
 
 
-def table(columns: list[str], rows: list[list], empty: str = "") -> list[str]:
-    """A Markdown table, or the line `empty` when it has no rows."""
-    cells = [
-        [" ".join(str("-" if cell is None else cell).split()).replace("|", "\\|") for cell in row]
-        for row in rows
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]]
-    return [*(lines if rows else [empty]), ""]
-
-
 def claims_table(claims: dict, papers: dict, runs: list[dict], root: Path) -> list[str]:
     """One table over every claim that has a recipe (configs/<paper>_<row>.yaml) or a run, grouped by paper."""
-    groups: dict[str, list] = {}
+    groups: dict[str, list] = {stem: [] for stem in papers}
     for claim_id, claim in claims.items():
-        recipe = claim_id.replace(".", "_")
-        start = [claim["dataset"], claim["metric"], printed(claim["value"], claim)]
-        rows = [
-            [
-                run["experiment"],
-                *start,
-                *measured_cells(run, comparison, claim),
-                *machine_cells(run),
-            ]
-            for run, comparison in beside(claim, runs)
-        ]
-        if not rows and (root.parent / "configs" / f"{recipe}.yaml").is_file():
-            rows = [[recipe, *start, "-", "-", "not run", "-", *["-"] * len(MACHINE)]]
-        groups.setdefault(claim_id.partition(".")[0], []).extend(rows)
-    heads = {
-        stem: [f"**{paper['title']}**", *[""] * (len(COLUMNS) - 1)]
-        for stem, paper in papers.items()
-    }
-    rows = [row for stem, rows in groups.items() if rows for row in (heads[stem], *rows)]
+        groups[claim_id.partition(".")[0]] += claim_rows(claim, runs, root)
+    rows = []
+    for stem, group in groups.items():
+        if group:
+            head = [f"**{papers[stem]['title']}**", *[""] * (len(COLUMNS) - 1)]
+            rows += [head, *group]
     return [*table(COLUMNS, rows, "None yet."), *kinds_section([row[2] for row in rows])]
+
+
+def claim_rows(claim: dict, runs: list[dict], root: Path) -> list[list]:
+    """A row for each run beside a claim; one for its recipe where there is no run yet."""
+    start = [claim["dataset"], *paper_cells(claim)]
+    rows = [
+        [
+            run["experiment"],
+            *start,
+            *measured_cells(run, comparison, claim),
+            *machine_cells(run),
+        ]
+        for run, comparison in beside(claim, runs)
+    ]
+    recipe = claim["id"].replace(".", "_")
+    if not rows and (root.parent / "configs" / f"{recipe}.yaml").is_file():
+        rows = [[recipe, *start, "-", "-", "not run", "-", *["-"] * len(MACHINE)]]
+    return rows
 
 
 def kinds_section(keys: list[str]) -> list[str]:
     """What the figures that are not exact are, of the metrics in a table; nothing where all of them are."""
-    by_kind = {
-        kind: sorted({key for key in keys if kind_of(key) == kind})
-        for kind in KINDS
-        if kind != "exact"
-    }
-    lines = [
-        f"* {', '.join(f'`{key}`' for key in names)}: {KINDS[kind]}."
-        for kind, names in by_kind.items()
-        if names
-    ]
-    return [*lines, ""] if lines else []
+    lines = []
+    for kind, meaning in KINDS.items():
+        names = sorted({f"`{key}`" for key in keys if kind_of(key) == kind})
+        if names and kind != "exact":
+            lines.append(f"* {', '.join(names)}: {meaning}.")
+    if lines:
+        lines.append("")
+    return lines
 
 
 def others_table(runs: list[dict]) -> list[str]:
     """Runs that no paper's number stands beside."""
-    rows = [[r["experiment"], data_name(r), metrics(r), budget(r), *machine_cells(r)] for r in runs]
+    rows = [
+        [run["experiment"], data_name(run), metrics(run), budget(run), *machine_cells(run)]
+        for run in runs
+    ]
     lines = table(["experiment", "data", "metrics", "budget", *MACHINE], rows, "None yet.")
-    return [*lines, *kinds_section([key for run in runs for key in shown(run)])]
+    return [*lines, *kinds_section([key for run in runs for key in main_metrics(run)])]
 
 
-def measured_cells(run: dict, comparison: dict, claim: dict) -> list:
+def paper_cells(claim: dict) -> list[str]:
+    """The cells `metric` and `paper`."""
+    return [claim["metric"], printed(claim["value"], claim)]
+
+
+def measured_cells(run: dict, comparison: dict, claim: dict) -> list[str]:
     """The cells `ours` to `budget`."""
-    key, form = comparison["metric"], f".{own_decimals(claim)}f"
-    ours, again = (
-        fixed(run["metrics"].get(metric), form) for metric in (key, f"{key}_reestimated")
-    )
-    ours += "" if again == "-" else f" (re-estimated {again})"
+    key = comparison["metric"]
+    form = f".{own_decimals(claim)}f"
+    ours = fixed(run["metrics"].get(key), form)
+    again = fixed(run["metrics"].get(f"{key}_reestimated"), form)
+    if again != "-":
+        ours += f" (re-estimated {again})"
     return [ours, fixed(comparison["gap"], f"+{form}"), comparison["status"], budget(run)]
 
 
@@ -315,55 +248,59 @@ def machine_cells(run: dict) -> list:
 
 def command(run: dict) -> str:
     """The shell line that repeats a run: its overrides, else its preset and seed."""
-    preset = [f"preset={run['preset']}"] if run["preset"] else []
-    words = run.get("overrides") or [*preset, f"seed={run['seed']}"]
-    return shlex.join(["python", f"reproduce/{run['experiment']}.py", *words])
-
-
-def run_section(run: dict, claims: list[dict], has_curve: bool, root: Path) -> list[str]:
-    """One run: command, numbers, settings, protocol, suspect, pictures."""
-    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
-    lines = [
-        f"### {name(run)}",
-        "",
-        "```bash",
-        command(run),
-        "```",
-        "",
-        f"Measured: {metrics(run) or 'nothing'}.",
-        "",
-    ]
-    size = [f"{run['parameters']:,} parameters"] if run.get("parameters") else []
-    settings = (
-        size
-        + [f"{key} {run[key]}" for key in keys]
-        + [f"commit {commit(run)}", wall_time(run["seconds"])]
+    words = [f"seed={run['seed']}"]
+    if run["preset"]:
+        words = [f"preset={run['preset']}", *words]
+    return shlex.join(
+        ["python", f"reproduce/{run['experiment']}.py", *(run.get("overrides") or words)]
     )
-    lines += [f"Run: {'; '.join(settings)}.", ""]
-    trainer, tested = run["config"].get("trainer") or {}, run.get("tested")
+
+
+def run_section(run: dict, claims: list[dict]) -> list[str]:
+    """One run: command, numbers, settings, protocol, suspect."""
+    lines = [f"### {run_name(run)}", "", "```bash", command(run), "```", ""]
+    lines += [f"Measured: {metrics(run) or 'nothing'}.", ""]
+    lines += [f"Run: {'; '.join(settings(run))}.", ""]
+    if run.get("tested"):
+        lines += [f"Tested: {'; '.join(tested(run))}.", ""]
+    lines += protocol_lines(claims)
+    for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
+        if run.get(key):
+            lines += [f"{label}: {run[key]}", ""]
+    return lines
+
+
+def pictures(name: str, has_curve: bool, root: Path, new: Mapping[Path, bytes]) -> list[str]:
+    """The curve and the picture of a run."""
+    lines = ["No curve was recorded.", ""]
+    if has_curve:
+        lines = [f"![curve of {name}](runs/{name}.svg)", ""]
+    path = root / f"runs/{name}.png"
+    if path in new or path.is_file():
+        lines += [f"![picture of {name}](runs/{name}.png)", ""]
+    return lines
+
+
+def settings(run: dict) -> list[str]:
+    """What a run was: its size, what it saw, and the machine."""
+    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
+    parts = [f"{key} {run[key]}" for key in keys]
+    if run.get("parameters"):
+        parts = [f"{run['parameters']:,} parameters", *parts]
+    return [*parts, f"commit {commit(run)}", wall_time(run["seconds"])]
+
+
+def tested(run: dict) -> list[str]:
+    """Which weights were tested, and what cut the training or the validation short."""
+    weights = run["tested"]
+    choice = {"best": "best by validation"}.get(weights["chosen"], "the last")
+    trainer = run["config"].get("trainer") or {}
     limits = [
         f"{key} {trainer[key]}"
         for key in ("limit_val_batches", "max_time")
         if trainer.get(key) is not None
     ]
-    if tested:
-        step = f"step {tested['step']} ({'best by validation' if tested['chosen'] == 'best' else 'the last'})"
-        lines += [
-            "Tested: " + "; ".join([f"{tested['weights']} weights of {step}", *limits]) + ".",
-            "",
-        ]
-    lines += protocol_lines(claims)
-    for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
-        lines += [f"{label}: {run[key]}", ""] if run.get(key) else []
-    lines += [
-        f"![curve of {name(run)}](runs/{name(run)}.svg)" if has_curve else "No curve was recorded.",
-        "",
-    ]
-    has_picture = (root / f"runs/{name(run)}.png").is_file()
-    return [
-        *lines,
-        *([f"![picture of {name(run)}](runs/{name(run)}.png)", ""] if has_picture else []),
-    ]
+    return [f"{weights['weights']} weights of step {weights['step']} ({choice})", *limits]
 
 
 def protocol_lines(claims: list[dict]) -> list[str]:
@@ -372,320 +309,57 @@ def protocol_lines(claims: list[dict]) -> list[str]:
     for claim in claims:
         protocol = "; ".join(f"{key} {value}" for key, value in claim["protocol"].items())
         by_protocol.setdefault(protocol, []).append(claim["metric"])
+    if len(by_protocol) == 1:
+        return [f"The paper's protocol: {next(iter(by_protocol))}.", ""]
     lines = []
     for protocol, names in by_protocol.items():
-        which = f" for {', '.join(names)}" if len(by_protocol) > 1 else ""
-        lines += [f"The paper's protocol{which}: {protocol}.", ""]
+        lines += [f"The paper's protocol for {', '.join(names)}: {protocol}.", ""]
     return lines
-
-
-def figure3_section(root: Path) -> list[str]:
-    """What `python -m reproduce.figure3` came to: a part for each file in results/ablations/."""
-    parts = [figure3_part(stem, recorded) for stem, recorded in figure3.read_all(root).items()]
-    return ["## Glow's Figure 3", "", *(line for part in parts for line in part)] if parts else []
-
-
-def figure3_part(stem: str, recorded: dict) -> list[str]:
-    """One repetition: command, table, whether the order is the paper's, settings, picture."""
-    runs, verdicts = recorded["runs"], figure3.verdicts(recorded["runs"])
-    lines = [f"### {stem}", "", "```bash", figure3.command(recorded), "```", ""]
-    lines += table(list(figure3.COLUMNS), figure3.rows(runs))
-    lines += [
-        "Mean ± standard error over seeds.",
-        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, or one seed.",
-        "",
-        *(f"* {figure3.verdict_line(verdict)}" for verdict in verdicts),
-        "",
-        f"{figure3.summary(verdicts)}.",
-        "",
-    ]
-    flow, images = recorded["config"].get("flow") or {}, sorted({run["images"] for run in runs})
-    settings = [
-        f"data {data_name(recorded)}",
-        *(f"flow.{key} {value}" for key, value in flow.items()),
-    ]
-    settings += [
-        f"{' to '.join(count(n) for n in dict.fromkeys((images[0], images[-1])))} images a run"
-    ]
-    cells = [[run["device"], run["precision"], f"commit {commit(run)}"] for run in runs]
-    settings += [" and ".join(dict.fromkeys(column)) for column in zip(*cells, strict=True)]
-    settings += [f"{wall_time(sum(run['seconds'] for run in runs))} in all"]
-    lines += [f"Runs: {'; '.join(settings)}.", ""]
-    skipped = [
-        f"{run['skipped_steps']} in {figure3.name(run)}" for run in runs if run["skipped_steps"]
-    ]
-    lines += [f"Steps skipped as not finite: {', '.join(skipped)}.", ""] if skipped else []
-    return [*lines, f"![curves of {stem}](ablations/{stem}.png)", ""]
-
-
-def stability_section(root: Path) -> list[str]:
-    """Whether Glow stayed finite: a row a file that `python -m benchmarks.stability` wrote to results/stability/."""
-    files = stability.read_all(root)
-    columns = [
-        "runs",
-        "size",
-        "scales",
-        "optimizer",
-        "seeds",
-        "steps",
-        "skipped",
-        "bpd of 256 fixed images",
-    ]
-    columns += [
-        "highest rise",
-        "round trip, images",
-        "round trip, noise",
-        "finite at T=0.7",
-        "at T=1",
-    ]
-    rows = [[stem, *stability_cells(content["runs"])] for stem, content in files.items()]
-    text = "Affine Glow, on CIFAR-10 unless the command says otherwise. Worst seed each; round trips in grey levels, "
-    text += "float32. A run ends early where too many steps were not finite, and therefore skipped."
-    commands = [
-        shlex.join(["python", "-m", "benchmarks.stability", c["kind"], *c["overrides"]])
-        for c in files.values()
-    ]
-    head = ["## Stability", "", text, "", "```bash", *commands, "```", ""]
-    return [*head, *table([*columns, "commit", "device"], rows)] if rows else []
-
-
-def stability_cells(runs: list[dict]) -> list:
-    """The cells of one file behind its name; what belongs to the model is the same in all runs."""
-    model, errors = stability.model(runs[0]), [run["round_trip_grey_levels"] for run in runs]
-    start, end = ([run["bpd"][i] for run in runs if is_number(run["bpd"][i])] for i in (0, -1))
-    steps = sorted({run["steps"] for run in runs})
-    return [
-        f"K={model['depth']}, {model['hidden_channels']} channels, batch {model['batch_size']}",
-        f"from {model['min_scale']:g}" if model["min_scale"] else "authors'",
-        f"{model['optim.name']} {model['optim.lr']:g}, warm-up {model['optim.warmup_steps']}",
-        len(runs),
-        " to ".join(str(n) for n in dict.fromkeys((steps[0], steps[-1]))),
-        sum(run["skipped_steps"] for run in runs),
-        " then ".join(
-            f"{fixed(min(v, default=None))} to {fixed(max(v, default=None))}" for v in (start, end)
-        ),
-        worst_of([run["highest_rise"] for run in runs]),
-        *(worst_of([error[kind] for error in errors]) for kind in ("images", "noise")),
-        *(worst_of([run[f"finite_T{t}"] for run in runs], min, ".1%") for t in ("0.7", "1")),
-        *(
-            ", ".join(dict.fromkeys(column))
-            for column in ([commit(r) for r in runs], [r["device"] for r in runs])
-        ),
-    ]
-
-
-def worst_of(values: list[float | None], worst=max, form: str = ".2g") -> str:
-    """The worst of them, the largest, and in how many seeds there was none, since they were not finite."""
-    finite = [value for value in values if is_number(value)]
-    lost = [f"not finite in {len(values) - len(finite)}"] if len(finite) < len(values) else []
-    return ", ".join([*([format(worst(finite), form)] if finite else []), *lost])
-
-
-def speed_section(root: Path) -> list[str]:
-    """What flows cost: a table a file that `python -m benchmarks` wrote to results/benchmarks/."""
-    columns = [
-        "setting",
-        "dtype",
-        "model",
-        "step",
-        "images/s",
-        "over the convolutions alone",
-        f"over {speed.PEER}",
-        "of its dtype",
-    ]
-    columns += [
-        "sampling an image",
-        f"over {speed.PEER}",
-        "kept for backward, an image",
-        f"over {speed.PEER}",
-    ]
-    text = f"""Medians of one interleaved run, and ratios within it. Where the table of a CPU does not say that
-each model has a process of its own, all were in one and shared its freed memory: ratios of the two
-kinds do not compare. The convolutions alone are those of the conditioners, forward and both
-gradients, in the same dtype. {speed.PEER} is its Glow as it comes, in float32; in bf16, with
-channels_last and autocast around it. A step of Glow includes Adamax: ours over all weights at once,
-the peer's is torch's, which goes through them. Our samples are drawn with inverses that were made
-before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the graph, without
-parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu, which
-also replays the flow's passes as CUDA graphs; the convolutions alone are launched one by one."""
-    lines = ["## Speed", "", text, ""]
-    files = speed.read_all(root)
-    for stem, rows in files.items():
-        about = rows[0]
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        made = f"`python -m benchmarks {speed.words(stem, rows)}`, {about['machine']}, {versions}, commit {commit(about)}"
-        apart = ", each model in a process of its own" if about.get("apart") else ""
-        lines += [
-            f"{made}, {about['rounds']} rounds{apart}:",
-            "",
-            *table(columns, [speed.cells(row, rows) for row in rows]),
-        ]
-    return lines if files else []
 
 
 def paper_section(paper: dict) -> list[str]:
     """A paper's tables as printed, a part for each metric, with the models it compares with."""
-    lines = [f"## {paper['title']} (arXiv {paper['arxiv']})", ""]
-    parts: dict[tuple[str, str], list[dict]] = {}
+    by_table: dict[str, dict[str, list[dict]]] = {}
     for claim in paper["claims"].values():
-        parts.setdefault((claim["table"], claim["metric"]), []).append(claim)
-    for (title, metric), claims in parts.items():
-        models = list(dict.fromkeys(model for claim in claims for model in claim["compared"]))
-        columns = ["dataset", "split", "unit", claims[0]["row"], *models, "verified"]
-        quoted = [
-            [figure(claim["compared"].get(model), claim) for model in models] for claim in claims
+        by_metric = by_table.setdefault(claim["table"], {})
+        by_metric.setdefault(claim["metric"], []).append(claim)
+    lines = [f"## {paper['title']} (arXiv {paper['arxiv']})", ""]
+    for title, by_metric in by_table.items():
+        for metric, claims in by_metric.items():
+            heading = title
+            if len(by_metric) > 1:
+                heading += f", {metric}"
+            lines += [f"{heading}; the training figure in brackets, ≤ marks an upper bound.", ""]
+            lines += quoted_table(claims)
+    notes = [f"* {' '.join(note.split())}" for note in paper.get("notes", [])]
+    return [*lines, *notes, ""]
+
+
+def quoted_table(claims: list[dict]) -> list[str]:
+    """The rows of one metric in one table of a paper."""
+    models = list(dict.fromkeys(model for claim in claims for model in claim["compared"]))
+    columns = ["dataset", "split", "unit", claims[0]["row"], *models, "verified"]
+    rows = [
+        [
+            claim["dataset"],
+            claim["split"],
+            claim["unit"],
+            figure(claim, claim),
+            *(figure(claim["compared"].get(model), claim) for model in models),
+            claim["verified"],
         ]
-        start = [
-            [claim["dataset"], claim["split"], claim["unit"], figure(claim, claim)]
-            for claim in claims
-        ]
-        rows = [
-            [*cells, *more, c["verified"]]
-            for cells, more, c in zip(start, quoted, claims, strict=True)
-        ]
-        of_several = len({other for table_title, other in parts if table_title == title}) > 1
-        heading = f"{title}, {metric}" if of_several else title
-        lines += [
-            f"{heading}; the training figure in brackets, ≤ marks an upper bound.",
-            "",
-            *table(columns, rows),
-        ]
-    return [*lines, *(f"* {' '.join(note.split())}" for note in paper.get("notes", [])), ""]
-
-
-# Curves
-
-
-def curve_svg(run: dict, claims: list[dict]) -> str | None:
-    """Training and validation curve over images seen as SVG; None when there is no curve.
-
-    Of the claims that the run stands beside, the one on the curve's own metric is drawn, dashed.
-    """
-    unit, lines = series(run)
-    if not lines:
-        return None
-    claim = next((claim for claim in claims if claim["metric"].partition("/")[2] == unit), None)
-    x_ticks = ticks(0, max(x for points in lines.values() for x, _ in points) or 1, 6)
-    metric = (
-        run.get("metric") or {}
-    )  # runs were recorded without it when lower was better in all of them
-    values = [y for points in lines.values() for _, y in points]
-    bounds = limits(values, claim["value"] if claim else None, metric.get("direction", "lower"))
-    y_ticks = ticks(*bounds, 5)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + (WIDTH - LEFT - RIGHT) * x / x_ticks[-1], HEIGHT - BOTTOM - (
-            HEIGHT - TOP - BOTTOM
-        ) * up
-
-    title = f"{run['experiment']}, {unit}" + (f" ({metric['unit']})" if metric else "")
-    parts = [*frame(title, at, x_ticks, y_ticks), *drawn(lines, at)]
-    if claim:
-        y = at(0, claim["value"])[1]
-        parts.append(
-            f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#cf222e" stroke-dasharray="6 4"/>'
-        )
-        parts.append(
-            text(
-                LEFT + 6,
-                y - 5,
-                f"paper {printed(claim['value'], claim)}",
-                "start",
-                ' fill="#cf222e"',
-            )
-        )
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def series(run: dict) -> tuple[str, dict[str, list]]:
-    """What the curve measures (bpd, nll ..) and the finite points (images, value) of train and val, about 400 each."""
-    rows = run.get("curve") or []
-    units = [key.removeprefix("val/") for row in rows for key in row if key.startswith("val/")]
-    claimed = [comparison["metric"].partition("/")[2] for comparison in run["comparisons"]]
-    unit = next((metric for metric in claimed if metric in units), next(iter(units), "bpd"))
-    finite: dict[str, list] = {}
-    for split in COLORS:
-        points = [(row.get("images"), row.get(f"{split}/{unit}")) for row in rows]
-        points = [point for point in points if all(map(is_number, point))]
-        if points:
-            finite[split] = points[:: -math.ceil(len(points) / 400)][
-                ::-1
-            ]  # from the last point back: it is kept
-    return unit, finite
-
-
-def limits(
-    values: list[float], paper: float | None, direction: str = "lower"
-) -> tuple[float, float]:
-    """The value axis: all values, but those far worse than nine in ten (the first steps would flatten the rest).
-
-    direction: "lower" or "higher", whichever is better.
-    """
-    sign = 1 if direction == "lower" else -1
-    losses = sorted(sign * value for value in values)
-    best, worse = losses[0], losses[math.ceil(0.9 * len(losses)) - 1]
-    shown = [value for value in values if sign * value <= worse + (worse - best)] + (
-        [] if paper is None else [paper]
-    )
-    room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
-    return min(shown) - room, max(shown) + room
-
-
-def ticks(low: float, high: float, n: int) -> list[float]:
-    """About n round numbers that enclose [low, high]."""
-    rough = (high - low) / n
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(
-        power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9)
-    )
-    return [
-        round(step * k, 9) for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)
+        for claim in claims
     ]
+    return table(columns, rows)
 
 
-def text(x: float, y: float, content: str, anchor: str, more: str = "") -> str:
-    """An SVG text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{content}</text>'
-
-
-def frame(title: str, at: Callable, x_ticks: list[float], y_ticks: list[float]) -> list[str]:
-    """The SVG's head, title, grid and tick labels."""
-    right, bottom, bold = WIDTH - RIGHT, HEIGHT - BOTTOM, ' font-weight="bold"'
-    size = f'width="{WIDTH}" height="{HEIGHT}"'
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#333333">'
-    ]
-    lines += [f'<rect {size} fill="#ffffff"/>', text(LEFT, 20, title, "start", bold)]
-    lines += [f'<clipPath id="plot"><path d="M{LEFT} {TOP}H{right}V{bottom}H{LEFT}Z"/></clipPath>']
-    for y in y_ticks:
-        lines += [f'<path d="M{LEFT} {at(0, y)[1]:.1f}H{right}" stroke="#dddddd"/>']
-        lines += [text(LEFT - 8, at(0, y)[1] + 4, f"{y:.7g}", "end")]
-    lines += [text(at(x, y_ticks[0])[0], bottom + 18, count(x), "middle") for x in x_ticks]
-    return [*lines, text((LEFT + right) / 2, HEIGHT - 8, "images seen", "middle")]
-
-
-def drawn(lines: dict[str, list], at: Callable) -> list[str]:
-    """A line for each of the series, dots where it has few points, and its name at the top right."""
-    parts = []
-    for k, (split, points) in enumerate(lines.items()):
-        places = [f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points)]
-        paint = (
-            f'fill="none" stroke="{COLORS[split]}" stroke-linecap="round" clip-path="url(#plot)"'
-        )
-        parts += [f'<polyline points="{" ".join(places)}" {paint} stroke-width="1.5"/>']
-        if len(places) <= 40:
-            parts += [
-                f'<path d="{"".join(f"M{place}h0" for place in places)}" {paint} stroke-width="5"/>'
-            ]
-        parts += [
-            text(
-                WIDTH - RIGHT - 50 * k,
-                20,
-                split,
-                "end",
-                f' fill="{COLORS[split]}" font-weight="bold"',
-            )
-        ]
-    return parts
+def figure(entry: dict | None, claim: dict) -> str:
+    """`≤ 4.40 (4.35)`: a number of a claim's row as printed, its bound and its training figure."""
+    if entry is None:
+        return "-"
+    words = printed(entry["value"], claim)
+    if entry.get("bound") == "upper":
+        words = f"≤ {words}"
+    if entry["train"] is not None:
+        words += f" ({printed(entry['train'], claim)})"
+    return words

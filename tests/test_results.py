@@ -1,5 +1,6 @@
 """Claims, the status rule, taking a run in, and the page."""
 
+import copy
 import json
 import math
 import re
@@ -11,11 +12,13 @@ import yaml
 from PIL import Image
 
 import results
-from results import figure3
+from results import figure3, runs, speed, stability
 from results.__main__ import main
+from results.curves import limits
 from results.files import PICTURE_BYTES, checked_json, portable, write
+from results.formats import budget, count, wall_time
 from results.metrics import KINDS, kind_of, without_kind
-from results.page import budget, count, limits, render, speed_section, stability_section, wall_time
+from results.page import render
 
 CLAIM = {
     "dataset": "CIFAR-10", "data": "cifar10", "table": "Table 1", "row": "Ours", "split": "test", "metric": "test/bpd",
@@ -60,16 +63,19 @@ def result(value=3.9, fraction=0.032, **more):
     }  # fmt: skip
 
 
+def write_claims(root, **claims):
+    """The file of a paper with these claims, in the place of one that is there."""
+    paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
+    write(root / "paper/flow.yaml", yaml.safe_dump(paper, sort_keys=False))
+
+
 @pytest.fixture
 def root(tmp_path):
     """A results folder with two claims: lower and higher is better."""
-    claims = {
-        "cifar10": CLAIM,
-        "mnist": CLAIM | {"value": 1980.5, "direction": "higher", "tolerance": 19.8},
-    }
-    paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
-    write(tmp_path / "results/paper/flow.yaml", yaml.safe_dump(paper))
-    return tmp_path / "results"
+    root = tmp_path / "results"
+    mnist = CLAIM | {"value": 1980.5, "direction": "higher", "tolerance": 19.8}
+    write_claims(root, cifar10=CLAIM, mnist=mnist)
+    return root
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def run(tmp_path):
 
 def recorded(root, **more):
     """Record a result directly and give it back."""
-    record = result(**more)
+    record = portable(result(**more))
     write(root / f"runs/{record['experiment']}/{record['run']}.json", json.dumps(record))
     return record
 
@@ -209,11 +215,11 @@ def test_broken_claims_file_is_one_line(root):
 
 @pytest.mark.parametrize("decimals", [-1, 7, 2.0, "2", True, None])
 def test_decimals_that_are_none_are_one_line(root, decimals):
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"decimals": decimals}}}),
+    write_claims(root, cifar10=CLAIM | {"decimals": decimals})
+    message = (
+        rf"flow\.yaml: decimals={decimals} of the claim cifar10 are not understood: "
+        "give an int from 0 to 6"
     )
-    message = rf"flow\.yaml: decimals={decimals} of the claim cifar10 are not understood: give an int from 0 to 6"
     with pytest.raises(ValueError, match=message) as error:
         results.load_claims(root)
     assert "\n" not in str(error.value)
@@ -286,17 +292,13 @@ def test_nothing_to_compare_with(root):
     ],
 )
 def test_bits_are_compared_with_the_same_bits_only(root, claimed, data, compared):
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"protocol": claimed}}}),
-    )
+    write_claims(root, cifar10=CLAIM | {"protocol": claimed})
     record = result(3.0, config={"data": {"name": "cifar10", **data}})
-    found = (
-        {"gap": pytest.approx(-0.49), "status": "reproduced"}
-        if compared
-        else {"gap": None, "status": "-"}
-    )
-    assert compare(record, root) == found
+    comparisons = {
+        True: {"gap": pytest.approx(-0.49), "status": "reproduced"},
+        False: {"gap": None, "status": "-"},
+    }
+    assert compare(record, root) == comparisons[compared]
     assert results.same_n_bits(CLAIM | {"protocol": claimed}, data) is compared
 
 
@@ -325,19 +327,14 @@ def test_a_figure_is_compared_with_its_own_kind_only(root, metrics, status):
 
 
 def test_an_exact_figure_is_not_compared_with_a_claim_on_a_bound(root):
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"claims": {"cifar10": CLAIM | {"metric": "test/bpd_bound"}}}),
-    )
-    for metric in (
-        "test/bpd_bound",
-        "test/bpd",
-    ):  # the second of a run that was recorded before the claim said so
-        record = result(3.4, papers=[PAPER | {"metric": metric}])
-        assert compare(record, root) == {"gap": None, "status": "-"}
-        assert compare(record | {"metrics": {"test/bpd_bound": 3.4}}, root)["status"] == (
-            "reproduced" if metric == "test/bpd_bound" else "-"
-        )
+    write_claims(root, cifar10=CLAIM | {"metric": "test/bpd_bound"})
+    older = PAPER | {"metric": "test/bpd"}  # of a run that was recorded before the claim said so
+    newer = PAPER | {"metric": "test/bpd_bound"}
+    bound = {"test/bpd_bound": 3.4}
+    assert compare(result(3.4, papers=[older]), root) == {"gap": None, "status": "-"}
+    assert compare(result(3.4, papers=[newer]), root) == {"gap": None, "status": "-"}
+    assert compare(result(papers=[older], metrics=bound), root)["status"] == "-"
+    assert compare(result(papers=[newer], metrics=bound), root)["status"] == "reproduced"
 
 
 def test_the_kind_is_read_off_the_name():
@@ -361,8 +358,7 @@ def test_the_kind_is_read_off_the_name():
 def several(root):
     """A result that stands beside three claims of one paper, of which its run measured two."""
     claims = {"psnr": PSNR, "lpips": LPIPS, "ssim": CLAIM | {"metric": "test/ssim"}}
-    paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
-    write(root / "paper/flow.yaml", yaml.safe_dump(paper, sort_keys=False))
+    write_claims(root, **claims)
     metrics = {"test/psnr": 27.7, "test/lpips": 0.1234567}
     papers = [
         {
@@ -419,10 +415,7 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
 def test_a_papers_table_is_split_by_metric_and_has_the_claims_decimals(root):
     quoted = {"ESRGAN": {"value": 0.1, "train": 0.09, "bound": "exact"}}
     claims = {"psnr": PSNR, "lpips": LPIPS | {"compared": quoted, "train": 0.11}}
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
-    )
+    write_claims(root, **claims)
     page = render(root)[root / "README.md"]
     assert "Table 1, test/psnr; the training figure in brackets" in page
     assert "Table 1, test/lpips; the training figure in brackets" in page
@@ -445,10 +438,7 @@ def test_protocols_that_differ_say_whose_they_are(root, several):
         "psnr": PSNR | {"protocol": {"crop": 4}}, "lpips": LPIPS | {"protocol": {"network": "alex"}},
         "ssim": CLAIM | {"metric": "test/ssim", "protocol": {"crop": 4}},
     }  # fmt: skip
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
-    )
+    write_claims(root, **claims)
     recorded(root, **several)
     page = render(root)[root / "README.md"]
     assert "The paper's protocol for test/psnr, test/ssim: crop 4.\n" in page
@@ -484,10 +474,7 @@ def test_runs_recorded_with_one_paper_give_the_same_page(root, paper):
 
 def test_kinds_are_explained_under_the_table_that_shows_them(root):
     claims = {"cifar10": CLAIM, "cifar10_vdq": CLAIM | {"metric": "test/bpd_bound", "value": 3.28}}
-    write(
-        root / "paper/flow.yaml",
-        yaml.safe_dump({"title": "A flow", "arxiv": "1234.5678", "claims": claims}),
-    )
+    write_claims(root, **claims)
     paper = PAPER | {"claim": "flow.cifar10_vdq", "metric": "test/bpd_bound"}
     recorded(root, run="a")
     assert not any(text in render(root)[root / "README.md"] for text in KINDS.values())
@@ -625,6 +612,158 @@ def test_a_bad_run_is_one_line_and_writes_nothing(root, run, capsys, name, conte
     assert snapshot(root) == before
 
 
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"config": {"data": ["cifar10"]}}, "config.data"),
+        ({"overrides": ["seed=0", 1]}, "overrides[1]"),
+        ({"tested": {"step": 3}}, "tested.chosen, tested.weights"),
+        ({"metric": "bpd"}, "metric.unit, metric.direction"),
+        ({"commit": 7}, "commit"),
+        ({"papers": [PAPER | {"claim": []}]}, "papers[0].claim"),
+    ],
+)
+def test_what_the_page_cannot_show_is_not_recorded(root, run, capsys, more, key):
+    """It used to stay in runs/, and every later `python -m results` failed."""
+    before = snapshot(root)
+    write(run / "result.json", json.dumps(result(**more)))
+    assert main(["add", str(run)], root) == 1
+    line = f"error: {run / 'result.json'} lacks a usable {key}: edited, or of another version? Run it again\n"
+    assert capsys.readouterr().err == line
+    assert snapshot(root) == before
+    assert main([], root) == 0
+
+
+def test_an_older_record_that_is_damaged_keeps_a_run_out(root, run, capsys):
+    """The page is rendered before anything is written."""
+    write(root / "stability/short.json", "[]")
+    before = snapshot(root)
+    assert main(["add", str(run)], root) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{root / 'stability/short.json'} is not what benchmarks.stability writes" in line
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("n_moved", [0, 1, 3])
+def test_what_cannot_be_written_changes_nothing(root, run, capsys, monkeypatch, n_moved):
+    """Files that were moved into their places before one could not be are put back as they were."""
+    assert main([], root) == 0
+    before = snapshot(root)
+    moved = []
+    replace = Path.replace
+
+    def fail_later(path, target):
+        if len(moved) == n_moved:
+            raise OSError(28, "No space left on device", str(target))
+        moved.append(target)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_later)
+    assert main(["add", str(run)], root) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: [Errno 28] No space left on device: ")
+    assert snapshot(root) == before
+
+
+NO_RECORDS = ["NaN", "[]", "", "nonsense", '{"metrics": NaN}', "{}", "3", "[" * 100_000, b"\xff"]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS, ids=lambda content: repr(content[:20]))
+@pytest.mark.parametrize(
+    "name",
+    ["runs/flow_cifar10/a.json", "ablations/a.json", "stability/a.json", "benchmarks/a.json"],
+)
+def test_a_file_that_is_no_record_is_named_in_one_line(root, capsys, name, content):
+    write(root / name, content)
+    assert main([], root) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {root / name} ")
+
+
+@pytest.mark.parametrize("content", NO_RECORDS, ids=lambda content: repr(content[:20]))
+def test_a_result_that_is_none_is_named_in_one_line(root, run, capsys, content):
+    before = snapshot(root)
+    write(run / "result.json", content)
+    assert main(["add", str(run)], root) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run / 'result.json'} ")
+    assert snapshot(root) == before
+
+
+def test_nan_in_a_file_is_refused_with_what_to_write_instead(root, run, capsys):
+    write(run / "result.json", json.dumps(result(math.nan)))
+    assert main(["add", str(run)], root) == 1
+    error = capsys.readouterr().err
+    assert "result.json is not valid JSON (NaN is no value of JSON: put null in its place)" in error
+
+
+WRONG = [None, True, -1, 10**400, 1e308, "", "/a", [], [None], {}, {"a": []}]
+
+
+def edited(value):
+    """Copies of a JSON value, in each of which one part of it is another value or missing."""
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list):
+        parts = list(enumerate(value))
+    else:
+        return
+    for key, part in parts:
+        without = copy.copy(value)
+        del without[key]
+        for other in [*WRONG, *edited(part)]:
+            yield replaced(value, key, other)
+        yield without
+
+
+def replaced(value, key, part):
+    """A copy of a list or a mapping with another part."""
+    result = copy.copy(value)
+    result[key] = part
+    return result
+
+
+def refusal(function):
+    """What a ValueError of the function says, `` where it raises none."""
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_result_edited_anywhere_is_shown_or_refused_in_one_line(root, run):
+    original = result(
+        curve=[],
+        metric={"name": "bpd", "unit": "bits/dim", "direction": "lower"},
+        overrides=["seed=0"],
+        parameters=3,
+        suspect="another network",
+        tested={"step": 3, "chosen": "best", "weights": "raw"},
+    )
+    messages = set()
+    for content in edited(original):
+        (run / "result.json").write_text(json.dumps(content))
+        messages.add(refusal(lambda: render(root, runs.add(run, None, root).files)))
+    refusals = messages - {""}
+    assert len(messages) > len(refusals) > 20
+    assert [line for line in refusals if str(run) not in line or "\n" in line] == []
+
+
+def test_a_curve_edited_anywhere_is_drawn_or_refused_in_one_line(root):
+    curve = [{"step": k, "images": k, "train/bpd": 4.0, "val/bpd": 5.0 - k} for k in range(3)]
+    path = root / "runs/flow_cifar10/a.json"
+    messages = set()
+    for edited_curve in [*WRONG, *edited(curve)]:
+        write(path, json.dumps(result(run="a", curve=edited_curve)))
+        messages.add(refusal(lambda: render(root)))
+    refusals = messages - {""}
+    assert len(messages) > len(refusals) > 1
+    assert {line[: len(f"{path} lacks a usable curve")] for line in refusals} == {
+        f"{path} lacks a usable curve"
+    }
+
+
 def test_unfinished_and_missing_runs(root, run, capsys):
     (run / "result.json").unlink()
     assert main(["add", str(run)], root) == 1
@@ -670,6 +809,25 @@ def test_usage(root, argv, capsys):
     assert lines == [
         'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
     ]
+
+
+def test_a_mistake_is_told_where_the_error_output_is_closed(root, capsys, monkeypatch):
+    """`2>&-` in a shell."""
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["add", "nowhere"], root) == 1
+    assert capsys.readouterr().out.startswith("error: no folder nowhere: ")
+
+
+def test_commands_write_nothing_but_what_is_listed_as_generated(root, run, figure):
+    write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    before = snapshot(root.parent)
+    assert main(["add", str(run)], root) == 0
+    assert main(["figure3", str(figure)], root) == 0
+    after = snapshot(root.parent)
+    written = {path.relative_to(root.parent) for path in after if after[path] != before.get(path)}
+    assert len(written) == 7
+    generated = {Path(path) for path in results.GENERATED}
+    assert [path for path in written if not generated & {path, *path.parents}] == []
 
 
 # The page
@@ -1080,7 +1238,7 @@ def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path
         tmp_path, "short", stability_run(0), stopped | {"min_scale": 0.0}
     )  # recorded without, and with
     stability_file(tmp_path, "long", stability_run(0, min_scale=0.5))
-    lines = stability_section(tmp_path)
+    lines = stability.section(tmp_path)
     long, short = (
         [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "K=32" in line
     )
@@ -1106,7 +1264,7 @@ def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path
     ]
     assert long[:6] == ["long", *short[1:2], "from 0.5", *short[3:4], "1", "300"]
     assert "python -m benchmarks.stability short data.root=data 'data.name=a b'" in lines
-    assert stability_section(tmp_path / "nothing") == []
+    assert stability.section(tmp_path / "nothing") == []
 
 
 @pytest.mark.parametrize(
@@ -1125,7 +1283,7 @@ def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path
 def test_a_stability_file_of_two_models_is_refused(tmp_path, key, there, said):
     stability_file(tmp_path, "short", stability_run(0), stability_run(1, **{key: there}))
     with pytest.raises(ValueError, match=rf"short\.json mixes runs of {said}: ") as error:
-        stability_section(tmp_path)
+        stability.section(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -1137,7 +1295,7 @@ def test_a_damaged_stability_file_is_named(tmp_path, content):
     with pytest.raises(
         ValueError, match=r"short\.json is not what benchmarks\.stability writes"
     ) as error:
-        stability_section(tmp_path)
+        stability.section(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -1156,7 +1314,7 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     rows = [speed_row("ours"), speed_row("normflows", step=2.0, sampling=0.008, kept=6 * 2**20)]
     rows += [speed_row("ours", "bf16", step=None, sampling=None, kept=1.5 * 2**20)]
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
-    lines = speed_section(tmp_path)
+    lines = speed.section(tmp_path)
     made = "`python -m benchmarks glow`, a CPU, 2 threads, torch 2.14, normflows 1.7.3, commit 0123456, 7 rounds:"
     assert made in lines
     setting = "| K8 L3 H128 B16"
@@ -1168,9 +1326,9 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
         f"{setting} | bf16 | ours | not measured | - | - | - | - | not measured | - | 1.50 MiB | 0.250 |"
         in lines
     )
-    assert speed_section(tmp_path / "nothing") == []
+    assert speed.section(tmp_path / "nothing") == []
     write(tmp_path / "benchmarks/glow.json", json.dumps([row | {"apart": True} for row in rows]))
-    assert made.removesuffix(":") + ", each model in a process of its own:" in speed_section(
+    assert made.removesuffix(":") + ", each model in a process of its own:" in speed.section(
         tmp_path
     )
 
@@ -1181,7 +1339,7 @@ def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
     assert any(
         "| bf16 | ours | 0.600 s | 26.7 | 0.75 | 0.30 | 0.60 |" in line
-        for line in speed_section(tmp_path)
+        for line in speed.section(tmp_path)
     )
 
 
@@ -1191,7 +1349,7 @@ def test_speed_of_a_second_machine(tmp_path):
         "machine": "a GPU",
     }
     write(tmp_path / "benchmarks/glow-gpu.json", json.dumps([row]))
-    lines = speed_section(tmp_path)
+    lines = speed.section(tmp_path)
     assert any(
         line.startswith('`python -m benchmarks glow "settings=K32 L3 H512 B512"`, a GPU')
         for line in lines
@@ -1216,7 +1374,7 @@ def test_a_speed_file_of_another_program_is_named(tmp_path, content):
     with pytest.raises(
         ValueError, match=r"glow.json is not what `python -m benchmarks` writes"
     ) as error:
-        speed_section(tmp_path)
+        speed.section(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -1225,19 +1383,53 @@ def test_first_steps_far_worse_than_the_rest_do_not_flatten_a_curve(sign):
     """Above where lower is better, below where higher is."""
     direction = "lower" if sign == 1 else "higher"
     values = [sign * value for value in (90.0, *(4 - 0.01 * k for k in range(20)))]
-    low, high = sorted(sign * bound for bound in limits(values, None, direction))
+    low, high = sorted(sign * bound for bound in limits(values, [], direction))
     assert low == pytest.approx(3.81, abs=0.02)
     assert high == pytest.approx(4.0, abs=0.02)
-    low, high = sorted(sign * bound for bound in limits(values, sign * 3.49, direction))
+    low, high = sorted(sign * bound for bound in limits(values, [sign * 3.49], direction))
     assert low < 3.49 < 4 < high < 5
 
 
 @pytest.mark.parametrize("key", results.CLAIM)
 def test_a_claim_that_lacks_something_is_one_line(root, key):
     claim = {name: value for name, value in CLAIM.items() if name != key}
-    write(root / "paper/flow.yaml", yaml.safe_dump({"title": "t", "claims": {"cifar10": claim}}))
+    write_claims(root, cifar10=claim)
     with pytest.raises(
         ValueError, match=rf"flow\.yaml: the claim cifar10 lacks {key}: see"
     ) as error:
         results.load_claims(root)
     assert "\n" not in str(error.value)
+
+
+def kept_files():
+    """A valid content of each kind of file that the page is made from, runs apart."""
+    few_runs = [ablation_run("reverse", "affine", 0, 3.5, curve=[[0, 1.0, None]])]
+    ablation = {"experiment": "a", "ablation": "figure3", "name": "c", "overrides": ["x=1"]}
+    return {
+        "ablations/a.json": ablation | {"config": {"data": {}, "flow": {}}, "runs": few_runs},
+        "stability/a.json": {
+            "kind": "short",
+            "overrides": ["data.root=data"],
+            "runs": [stability_run(0, min_scale=0.5)],
+        },
+        "benchmarks/a.json": [speed_row("ours"), speed_row("ours compiled", kept=None)],
+        "paper/flow.yaml": {
+            "title": "A flow",
+            "arxiv": "1234.5678",
+            "notes": ["a note"],
+            "claims": {"cifar10": CLAIM | {"compared": {"b": {"value": 1.0, "train": None}}}},
+        },
+    }
+
+
+@pytest.mark.parametrize("name", kept_files())
+def test_a_file_edited_anywhere_is_shown_or_refused_in_one_line(root, name):
+    path = root / name
+    messages = set()
+    for content in edited(kept_files()[name]):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+        messages.add(refusal(lambda: render(root)))
+    refusals = messages - {""}
+    assert len(messages) > len(refusals) > 20
+    assert [line for line in refusals if not line.startswith(str(path)) or "\n" in line] == []
