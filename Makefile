@@ -1,10 +1,10 @@
 # Every target makes .venv first where it is missing. PYTHON=python3.12 make demo: another interpreter.
 PYTHON ?= python3
 VENV := .venv/bin
-# The versions that were tested; empty for the newest that pyproject.toml allows.
+# The versions that are installed: the tested ones, constraints-lowest.txt, or nothing for the newest.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-newest lint results slurm-test
+.PHONY: demo test test-lowest test-newest lint hooks results slurm-test
 
 demo: .venv/installed
 	$(VENV)/python reproduce/realnvp_cifar10.py preset=demo
@@ -12,8 +12,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(VENV)/python -m pytest -n 2 --dist worksteal
 
-# The suite with the newest versions that pyproject.toml allows, in a copy with a .venv of its own: before a bound in
-# pyproject.toml or a version in constraints.txt is moved.
+# The suite with the lowest or the newest versions that pyproject.toml allows, before one of its bounds or a version in
+# a constraints file is moved. Each in a clone of the last commit, with a .venv of its own; PYTHON chooses the Python.
+# The lowest ones have wheels for Python 3.11 and 3.12 only.
+test-lowest:
+	rm -rf .lowest && git clone --quiet . .lowest
+	$(MAKE) -C .lowest test CONSTRAINTS=constraints-lowest.txt
+
 test-newest:
 	rm -rf .newest && git clone --quiet . .newest
 	$(MAKE) -C .newest test CONSTRAINTS=
@@ -22,6 +27,10 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
+
+# From here on git runs ruff and a few small checks before each commit: .pre-commit-config.yaml.
+hooks: .venv/installed
+	$(VENV)/pre-commit install
 
 results: .venv/installed
 	$(VENV)/python -m results
@@ -32,8 +41,9 @@ slurm-test: .venv/installed
 	$(VENV)/python -m pytest -m slurm -rs --durations=10; code=$$?; \
 	echo "slurm-test: $$(($$(date +%s) - start)) s"; exit $$code
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt constraints-lowest.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
-	$(VENV)/python -m pip install --quiet --no-deps sweeps==0.3.0  # W&B's sweep schema; wants numpy<2, so without deps
+	# W&B's schema of sweep files. Its package asks for numpy<2, so it is installed without what it needs.
+	$(VENV)/python -m pip install --quiet --no-deps sweeps==0.3.0
 	touch $@
