@@ -1,7 +1,9 @@
-# Every target makes .venv first where it is missing. PYTHON=python3.12 make demo: another interpreter.
+# Every target makes .venv first where it is missing. PYTHON=python3.12 make demo takes another
+# interpreter.
 PYTHON ?= python3
 VENV := .venv/bin
-# The versions that are installed: the tested ones, constraints-lowest.txt, or nothing for the newest.
+PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check
+# The versions that are installed: the tested ones; constraints-lowest.txt; nothing for the newest.
 CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test test-lowest test-newest lint hooks results slurm-test
@@ -12,9 +14,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(VENV)/python -m pytest -n 2 --dist worksteal
 
-# The suite with the lowest or the newest versions that pyproject.toml allows, before one of its bounds or a version in
-# a constraints file is moved. Each in a clone of the last commit, with a .venv of its own; PYTHON chooses the Python.
-# The lowest ones have wheels for Python 3.11 and 3.12 only.
+# The suite with the lowest or the newest versions that pyproject.toml allows: to be run before one
+# of its bounds or a version in a constraints file is moved. Each runs in a clone of the last
+# commit, with a .venv of its own. The lowest versions have wheels for Python 3.11 and 3.12 only.
 test-lowest:
 	rm -rf .lowest && git clone --quiet . .lowest
 	$(MAKE) -C .lowest test CONSTRAINTS=constraints-lowest.txt
@@ -35,7 +37,8 @@ hooks: .venv/installed
 results: .venv/installed
 	$(VENV)/python -m results
 
-# A real Slurm on the loopback address. Where it is missing and cannot be installed, its tests are skipped.
+# A real Slurm on the loopback address. Where it is missing and cannot be installed, its tests are
+# skipped.
 slurm-test: .venv/installed
 	@start=$$(date +%s); .ci/install-slurm; \
 	$(VENV)/python -m pytest -m slurm -rs --durations=10; code=$$?; \
@@ -43,7 +46,6 @@ slurm-test: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt constraints-lowest.txt
 	$(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
-	# W&B's schema of sweep files. Its package asks for numpy<2, so it is installed without what it needs.
-	$(VENV)/python -m pip install --quiet --no-deps sweeps==0.3.0
+	$(PIP) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
+	$(PIP) --no-deps sweeps==0.3.0  # the schema of sweep files; what it asks for is not needed
 	touch $@

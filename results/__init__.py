@@ -1,4 +1,7 @@
-"""What the papers claim (`paper/*.yaml`), what we measured (`runs/`), and how the two compare. Imports no torch."""
+"""What the papers claim (`paper/*.yaml`), what we measured (`runs/`), and how the two compare.
+
+Nothing in this package imports torch.
+"""
 
 import difflib
 import math
@@ -24,8 +27,8 @@ from results.checks import (
 from results.metrics import kind_of, without_kind
 
 ROOT = Path(__file__).parent
-# What commands write into a clone, relative to it: pages, curves, pictures and recorded figures. Code that runs is
-# the same whatever they hold, so a change to them does not make a commit dirty.
+# What commands write into a clone, relative to its root: pages, curves, pictures and recorded runs.
+# No code reads them in training, so a change to them does not make the state of the code dirty.
 GENERATED = (
     "README.md",
     "results/README.md",
@@ -67,8 +70,8 @@ def load_papers(root: Path = ROOT) -> dict[str, dict]:
 def load_paper(path: Path) -> dict:
     """One file of claims.
 
-    ValueError, one line: it is not YAML or has no `claims`, or something is missing or of no use, a key of CLAIM for
-    example.
+    ValueError, one line: the file is not YAML or has no `claims`, or a value is missing or of the
+    wrong kind, for example a key of CLAIM.
     """
     try:
         paper = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,7 +98,8 @@ def load_paper(path: Path) -> dict:
 def load_claims(root: Path = ROOT) -> dict[str, dict]:
     """Every claim by its id `<paper>.<row>`, e.g. `realnvp.cifar10`; each has its `id`.
 
-    `decimals` may be left out: how many the paper prints in the row, DECIMALS where it does not say.
+    A claim may have `decimals`, how many of them the paper prints in the row; the default is
+    DECIMALS.
     """
     claims = {}
     for stem, paper in load_papers(root).items():
@@ -106,7 +110,10 @@ def load_claims(root: Path = ROOT) -> dict[str, dict]:
 
 
 def load_claim(claim_id: str, root: Path = ROOT) -> dict:
-    """The claim called `<paper>.<row>`. ValueError, one line that names the nearest id, when there is none."""
+    """The claim called `<paper>.<row>`.
+
+    ValueError, one line that names the nearest id: there is no such claim.
+    """
     claims = load_claims(root)
     if claim_id in claims:
         return claims[claim_id]
@@ -125,23 +132,26 @@ def decimals_of(claim: Mapping) -> int:
 
 
 def printed(value: float, claim: Mapping) -> str:
-    """A number of a claim's row as its paper prints it, `.120` as 0.120: with the claim's decimals."""
+    """A number of a claim's row as its paper prints it, with the claim's decimals: `0.120`."""
     return f"{value:.{decimals_of(claim)}f}"
 
 
 def own_decimals(claim: Mapping, at_least: int = 3) -> int:
-    """The decimals of our numbers beside a claim: one more than the claim's, and never fewer than `at_least`."""
+    """The decimals of our numbers beside a claim: one more than its own, and `at_least` so many."""
     return max(at_least, decimals_of(claim) + 1)
 
 
 def same_n_bits(claim: Mapping, data: Mapping) -> bool:
-    """Whether the images of a run (its config's `data`) have the claim's bits; 8 where a run was recorded without."""
+    """Whether the images of a run have as many bits as the claim's.
+
+    data: the section of the run's config. Older runs were recorded without `n_bits` and had 8.
+    """
     claimed = claim["protocol"].get("n_bits")
     return claimed is None or claimed == data.get("n_bits", 8)
 
 
 def papers_in(result: Mapping) -> list[dict]:
-    """The claims beside which a run stands: `papers`, or the one `paper` of a run that was recorded with it."""
+    """The claims beside which a run stands: `papers`, or the one `paper` of an older run."""
     if "papers" in result:
         return result["papers"]
     if result.get("paper"):
@@ -152,15 +162,25 @@ def papers_in(result: Mapping) -> list[dict]:
 def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict[str, Any]:
     """Set a result beside one number of a paper.
 
-    Reads the result's `metrics`, `budget.fraction` and `config.data.n_bits`, and of `paper` its `claim`, `metric` and
-    `comparable`; value, tolerance, direction and `protocol.n_bits` come from the claim. 5-bit and 8-bit images are
-    different data, and figures of different kinds (a bound, an exact density) are different figures.
+    Images of 5 and of 8 bits are different data, and a bound and an exact density are different
+    figures: neither pair is compared.
+
+    Args:
+        result: of which `metrics`, `budget.fraction` and `config.data.n_bits` are read.
+        paper: the entry of `papers` with the claim's id, the run's metric and `comparable`.
+        root: the results folder. Value, tolerance, direction and bits come from the claim there.
 
     Returns:
-        gap: ours minus the paper's, in the claim's unit; None when not comparable or the metric is no finite number.
-        status: `-` nothing to compare with, also where the run has the figure as another kind only; `not measured`
-            where it does not have it at all; `reproduced` as good as the claim or within its tolerance (a metric that
-            is no finite number never is); else `gap` at the full budget, `shortened` at less or an unknown one.
+        gap: ours minus the paper's, in the claim's unit; None where the two are not compared, or
+            where the metric is not a finite number.
+        status: one of
+            `-`             there is nothing to compare, also where the run has only another kind
+                            of the figure;
+            `not measured`  the run does not have the claim's figure;
+            `reproduced`    as good as the claim, or within its tolerance; never without a finite
+                            number;
+            `gap`           worse than that, at the full budget;
+            `shortened`     worse than that, at a smaller or an unknown budget.
 
     Raises:
         ValueError: the claim is unknown.
@@ -204,7 +224,8 @@ def compare_all(result: Mapping, root: Path = ROOT) -> dict[str, Any]:
     """Set a result beside each of its `papers`.
 
     Returns:
-        comparisons: for each claim its `claim` (the id), `metric`, `value` and `decimals`, and what `compare` returns.
+        comparisons: for each claim its `claim` (the id), `metric`, `value` and `decimals`, and what
+            `compare` returns.
         gap, status: those of the first claim; None and `-` without any.
     """
     comparisons = [

@@ -1,4 +1,7 @@
-"""`python -m results` writes results/README.md; `add RUN` and `figure3 FOLDER` take in what has finished first."""
+"""`python -m results` writes results/README.md.
+
+`python -m results add RUN` records a finished run first, `figure3 FOLDER` a finished comparison.
+"""
 
 import sys
 from collections.abc import Callable
@@ -9,11 +12,18 @@ from results import ROOT, figure3, runs
 from results.files import Addition, write_all
 from results.page import render
 
-USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
+USAGE = (
+    "usage: python -m results "
+    '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
+)
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    """Exit code: 0 done, 1 one line on what is wrong, and nothing is written, 2 usage."""
+    """Run a command.
+
+    Returns the exit code: 0 when it is done; 1 after one line on what is wrong, and then nothing
+    has been written; 2 after a line on how it is called.
+    """
     if argv is None:
         argv = sys.argv[1:]
     take_in: Callable[[], Addition]
@@ -24,15 +34,13 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             take_in = partial(runs.add, run, None, root)
         case ["add", run, option] if option.startswith("suspect="):
             take_in = partial(runs.add, run, option.removeprefix("suspect="), root)
-        case ["figure3" | "ablation", folder]:  # the second is what it was called before
+        case ["figure3" | "ablation", folder]:  # `ablation` is the older name
             take_in = partial(figure3.add, folder, root)
         case _:
             complain(USAGE)
             return 2
     if root == ROOT and not (ROOT / "runs").is_dir():  # a package has the claims, not the runs
-        complain(
-            f"error: {ROOT} is an installed copy without recorded runs: run this in a clone",
-        )
+        complain(f"error: {ROOT} is an installed copy without recorded runs: run this in a clone")
         return 1
     try:
         addition = take_in()
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def complain(line: str) -> None:
-    """Print a line to the error output, or to the other one where a shell closed it with `2>&-`."""
+    """Print a line to the error output, or to the other one where a shell closed it (`2>&-`)."""
     print(line, file=sys.stderr or sys.stdout)
 
 

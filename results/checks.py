@@ -1,7 +1,7 @@
-"""What the values in a file may be: checks that are put together to the form of a whole file.
+"""Checks of the values in a file, from which the form of a whole file is put together.
 
-A check takes a value and returns the places in it that are of no use, none where all is well. `""` is the value itself,
-`.budget.of` and `[3].seed` are parts of it.
+A check takes a value and returns the places in it that are missing or of the wrong kind; an empty
+list means that all is well. `""` is the value itself; `.budget.of` and `[3].seed` are parts of it.
 
 >>> run = record({"seed": number, "device": text}, optional={"curve": list_of(or_null(number))})
 >>> run({"seed": 0, "device": "CPU"})
@@ -106,5 +106,5 @@ def record(
 
 
 def keys(inner: Check, value: Any) -> list[str]:
-    """The places in a file's content that are of no use, `budget.of`; `content` for all of it."""
+    """What a check finds in a file's content, as `budget.of`; `content` stands for all of it."""
     return [place.removeprefix(".") or "content" for place in inner(value)]

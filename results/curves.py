@@ -1,4 +1,7 @@
-"""The curve of a run as SVG: training and validation over images seen. The same run gives the same bytes."""
+"""The curve of a run as SVG: training and validation over images seen.
+
+The same run gives the same bytes, so that the page can be made again and compared.
+"""
 
 import math
 from collections.abc import Callable
@@ -47,9 +50,9 @@ def curve_svg(run: dict, claims: list[dict]) -> str | None:
 
 
 def series(run: dict) -> tuple[str, dict[str, list[Point]]]:
-    """The name of what the curve measures (bpd, nll ..), and the points (images, value) of train and val.
+    """The metric of the curve (bpd, nll ..), and the points (images, value) of train and val.
 
-    Of a long line about POINTS points are left.
+    Long lines are thinned to about POINTS points.
     """
     rows = run.get("curve") or []
     names = [key.removeprefix("val/") for row in rows for key in row if key.startswith("val/")]
@@ -110,7 +113,10 @@ def ticks(low: float, high: float, n: int) -> list[float]:
 
 
 def pixels(x_ticks: list[float], y_ticks: list[float]) -> Pixels:
-    """The map from a point to its pixels: x from 0 to the last tick, y from the first tick to the last."""
+    """The map from a point to its pixels.
+
+    The plot shows x from 0 to the last tick, and y from the first tick to the last.
+    """
 
     def at(x: float, y: float) -> Point:
         right = x / x_ticks[-1]
@@ -150,7 +156,7 @@ def frame(title: str, at: Pixels, x_ticks: list[float], y_ticks: list[float]) ->
 
 
 def drawn(lines: dict[str, list[Point]], at: Pixels) -> list[str]:
-    """A line for each of the series, dots where it has few points, and its name at the top right."""
+    """Each series as a line, with dots where it has few points, and its name at the top right."""
     parts = []
     for k, (split, points) in enumerate(lines.items()):
         color = COLORS[split]

@@ -1,6 +1,7 @@
-"""Glow's Figure 3, {reverse, shuffle, invertible 1x1} x {additive, affine}: the table, and whether the order is found.
+"""Glow's Figure 3: {reverse, shuffle, invertible 1x1} x {additive, affine} compared.
 
-`reproduce/figure3.py` makes the runs. This module compares them and writes them down, without torch.
+`reproduce/figure3.py` makes the runs. This module tells whether their order is the paper's, and
+writes the table, for a terminal and for the results page.
 """
 
 import json
@@ -142,9 +143,10 @@ def verdict(differences: list[float]) -> dict[str, Any]:
     """Whether differences (low minus high, one a seed) say what the paper says.
 
     Returns:
-        n, mean and its standard error (None where there are too few), and word: `within noise` where a t-test at 5 %
-        (two-sided) finds nothing, and with one seed; else `agrees` where the mean is negative, `disagrees` where it is
-        positive.
+        n: how many differences there are.
+        mean, error: their mean and its standard error; None where there are too few of them.
+        word: `within noise` with one seed, and where a two-sided t-test at 5 % finds nothing; else
+            `agrees` where the mean is negative and `disagrees` where it is positive.
     """
     if not differences:
         return {"n": 0, "mean": None, "error": None, "word": NOTHING_SHARED}
@@ -172,7 +174,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
-    """A `verdict` with its `label` for each pair, over the seeds that both have with a finite test/bpd."""
+    """A `verdict` with its `label` for each pair, over the seeds with which both were finite."""
     pairs = []
     for label, low, high in claims():
         differences = paired_differences(seeds_of(runs, *low), seeds_of(runs, *high))
@@ -294,7 +296,8 @@ def part(file_stem: str, ablation: dict) -> list[str]:
     lines += table(list(COLUMNS), rows(runs))
     lines += [
         "Mean ± standard error over seeds.",
-        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, or one seed.",
+        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, "
+        "or one seed.",
         "",
         *(f"* {verdict_line(pair)}" for pair in pairs),
         "",
@@ -329,7 +332,7 @@ def settings(ablation: dict) -> list[str]:
 
 
 def dump(ablation: dict) -> str:
-    """The content of a figure3.json, without absolute paths; numbers that are not finite become null."""
+    """The content of a figure3.json, without absolute paths and with null for NaN and infinity."""
     return json.dumps(portable(ablation), indent=1, allow_nan=False) + "\n"
 
 
@@ -354,7 +357,7 @@ def read_all(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> dict[str
 
 
 def add(folder: str | Path, root: Path = ROOT) -> Addition:
-    """What records an ablation: `ablations/<experiment>-<ablation>-<name>.json`, its picture beside it.
+    """What records an ablation: its JSON file in `ablations/`, and the picture beside it.
 
     Args:
         folder: where `python -m reproduce.figure3` wrote, `outputs/figure3/<name>`.

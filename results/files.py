@@ -38,7 +38,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_all(files: Mapping[Path, str | bytes]) -> None:
-    """Write files, each in one step and in their order. Where one cannot be written, none is changed."""
+    """Write files in their order, each in one step. If one cannot be written, none is changed."""
     with contextlib.ExitStack() as undo:
         parts = {}
         for path, content in files.items():
@@ -140,7 +140,11 @@ def number(cell: str | None) -> int | float | None:
 
 
 def portable(value: Any) -> Any:
-    """A value as others may read it: an absolute path, also after `key=`, becomes its last part; NaN becomes None."""
+    """A value without this machine's paths and without NaN.
+
+    An absolute path, also one after `key=`, becomes its last part; a number that is not finite
+    becomes None.
+    """
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -163,7 +167,10 @@ def portable_text(value: str) -> str:
 
 
 def small_png(path: Path) -> bytes:
-    """A picture as a PNG below PICTURE_BYTES, smaller where it must be. ValueError, one line: not readable."""
+    """A picture as a PNG below PICTURE_BYTES, with fewer pixels where that is needed.
+
+    ValueError, one line: the file is not a readable picture.
+    """
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -22,7 +22,10 @@ def count(value: object) -> str:
 
 
 def budget(run: dict) -> str:
-    """`3.2 % of 12.5 M images (ours)`, or how many images a run saw where a full training has no set number."""
+    """The images that a run saw, as a share of a full training's: `3.2 % of 12.5 M images (ours)`.
+
+    Where no number is set for a full training, how many they were.
+    """
     planned = run["budget"] or {"fraction": None}
     if not is_number(planned["fraction"]):
         return f"{count(run['images'])} images"
@@ -31,7 +34,7 @@ def budget(run: dict) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share in per cent. From ten on it is rounded down, so that 100 says that all of it is there.
+    """A share in per cent. From ten on it is rounded down, so that only all of it is 100.
 
     >>> [percent(fraction) for fraction in (0.00123, 0.032, 0.999, 1)]
     ['0.12', '3.2', '99', '100']
@@ -70,7 +73,10 @@ def data_name(run: dict) -> str:
 
 
 def main_metrics(run: dict) -> list[str]:
-    """The names of the test metrics and of those of no split, or of the validation metrics where there are none."""
+    """The metrics that the tables show: those of the test and those of no split.
+
+    Where there are none of them, those of the validation.
+    """
     for prefix in ("test/", "val/", ""):
         names = [key for key in sorted(run["metrics"]) if key.startswith(prefix) or "/" not in key]
         if names:

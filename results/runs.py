@@ -104,7 +104,10 @@ def read_runs(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> list[di
 
 
 def beside_papers(result: dict, path: Path, root: Path) -> dict:
-    """A result with what `compare_all` says of it. ValueError, one line with its file: an unknown claim."""
+    """A result with what `compare_all` says of it.
+
+    ValueError, one line with the result's file: a claim is unknown.
+    """
     try:
         return result | compare_all(result, root)
     except ValueError as error:
@@ -128,7 +131,7 @@ def read_curve(path: Path) -> list[dict]:
 
 
 def picture(folder: Path) -> bytes | None:
-    """The newest samples/samples*.png, else density.png, as `small_png`; None when there is neither."""
+    """The newest samples/samples*.png as `small_png`, else density.png; None without either."""
     by_age = sorted(
         folder.glob("samples/samples*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)
     )
@@ -139,11 +142,12 @@ def picture(folder: Path) -> bytes | None:
 
 
 def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Addition:
-    """What records a finished run: `runs/<experiment>/<run>.json`, with one sample picture beside it.
+    """What records a finished run: `runs/<experiment>/<run>.json`, and a picture beside it.
 
     Args:
         folder: the run's folder, `outputs/<experiment>/<run>`.
-        suspect: what may explain a gap; required where the status is `gap` and the result names none itself.
+        suspect: what may explain a gap; has to be given where the status is `gap`, unless the
+            result names one.
         root: the results folder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What our flows cost beside others: the files of `python -m benchmarks`, without torch, for the page."""
+"""What our flows cost beside others: the page's section on the files of `python -m benchmarks`."""
 
 import re
 from pathlib import Path
@@ -47,19 +47,27 @@ COLUMNS = [
     "kept for backward, an image",
     f"over {PEER}",
 ]
-TEXT = f"""Medians of one interleaved run, and ratios within it. Where the table of a CPU does not say that
-each model has a process of its own, all were in one and shared its freed memory: ratios of the two
-kinds do not compare. The convolutions alone are those of the conditioners, forward and both
-gradients, in the same dtype. {PEER} is its Glow as it comes, in float32; in bf16, with
-channels_last and autocast around it. A step of Glow includes Adamax: ours over all weights at once,
-the peer's is torch's, which goes through them. Our samples are drawn with inverses that were made
-before; the peer cannot keep its own. Float32 is without TF32. Memory is that of the graph, without
-parameters. bf16 is timed where the hardware multiplies it. Compiled, on a GPU: as preset=gpu, which
-also replays the flow's passes as CUDA graphs; the convolutions alone are launched one by one."""
+TEXT = f"""Medians of one run in which all models take turns, and ratios within it.
+
+* Processes: where the table of a CPU does not say that each model had a process of its own, all
+  were in one and shared the memory that it had freed. Ratios of the two kinds do not compare.
+* The convolutions alone are those of the conditioners, forward and both gradients, in the same
+  dtype.
+* {PEER}: its Glow as it comes, in float32; in bf16 with channels_last and autocast around it.
+* A step of Glow includes Adamax. Ours works on all weights at once; the peer's is PyTorch's, which
+  takes them one after another.
+* Sampling: our inverses are made once, before; the peer cannot keep its own.
+* Float32 is without TF32. bf16 is timed where the hardware multiplies it.
+* Memory is what the graph keeps for the backward pass, without the parameters.
+* Compiled, on a GPU: as preset=gpu, which also replays the flow's passes as CUDA graphs. The
+  convolutions alone are launched one by one."""
 
 
 def form(rows: Any) -> list[str]:
-    """The places in a file that are of no use: `results.checks`. Only a compiled flow may lack its memory."""
+    """What is missing or wrong in a file (`results.checks`).
+
+    A compiled flow is the only one that may lack its memory.
+    """
     places = list_of(ROW, at_least=1)(rows)
     if places:
         return places
@@ -109,7 +117,10 @@ def origin(stem: str, rows: list[dict]) -> str:
 
 
 def words(stem: str, rows: list[dict]) -> str:
-    """What follows `python -m benchmarks` to measure the rows of a file, named KIND.json or KIND-MACHINE.json."""
+    """The arguments of `python -m benchmarks` that measure the rows of a file.
+
+    stem: the file is named KIND.json or KIND-MACHINE.json.
+    """
     parts = [stem.partition("-")[0]]
     settings = {row["setting"] for row in rows}
     if len(settings) == 1 and stem.startswith("glow-"):
@@ -121,7 +132,11 @@ def words(stem: str, rows: list[dict]) -> str:
 
 
 def cells(row: dict, rows: list[dict]) -> list[str]:
-    """The cells of COLUMNS. The peer is the one at the same setting; for the step also the one in the same dtype."""
+    """The cells of COLUMNS.
+
+    Ratios are over the peer at the same setting; those of the step also over the peer in the same
+    dtype.
+    """
     at_setting = {other["model"]: other for other in rows if other["setting"] == row["setting"]}
     peer = at_setting.get(PEER, {})
     same_dtype = at_setting.get({"float32": PEER}.get(row["dtype"], TUNED), {})
@@ -149,7 +164,7 @@ def written(template: str, value: float | None, missing: str, scale: float = 1) 
 
 
 def images_per_second(row: dict) -> str:
-    """Training images a second: those of a step, the number behind the last B of a setting, over its time."""
+    """Training images a second. Those of a step are the number behind the last B of a setting."""
     if not is_number(row[STEP]):
         return "-"
     rate = int(row["setting"].rpartition("B")[2]) / row[STEP]

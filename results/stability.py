@@ -1,4 +1,4 @@
-"""Whether an affine Glow stays finite: the files of `python -m benchmarks.stability`, without torch, for the page."""
+"""Whether an affine Glow stays finite: the page's section on `python -m benchmarks.stability`."""
 
 import shlex
 from collections.abc import Callable
@@ -56,13 +56,17 @@ COLUMNS = [
     "device",
 ]
 TEXT = (
-    "Affine Glow, on CIFAR-10 unless the command says otherwise. Worst seed each; round trips in grey levels, "
-    "float32. A run ends early where too many steps were not finite, and therefore skipped."
+    "Affine Glow, on CIFAR-10 unless the command says otherwise. Each cell shows the worst seed; "
+    "round trips are in grey levels, in float32. A step whose loss is not finite is skipped, and a "
+    "run with too many of them ends early."
 )
 
 
 def model(run: dict) -> dict[str, Any]:
-    """The values of MODEL with dotted keys; min_scale is 0, the authors', where a run was recorded without."""
+    """The values of MODEL with dotted keys.
+
+    Older runs were recorded without min_scale: theirs was 0, as the authors'.
+    """
     values = {"min_scale": 0.0} | {key: run[key] for key in MODEL if key in run}
     optim = values.pop("optim")
     return values | {f"optim.{key}": value for key, value in optim.items()}
@@ -78,7 +82,10 @@ def changes(old: dict, new: dict) -> tuple[str, str] | None:
 
 
 def read(path: Path) -> dict:
-    """kind, overrides and runs of one file. ValueError, one line: not of benchmarks.stability, or of two models."""
+    """kind, overrides and runs of one file.
+
+    ValueError, one line: it is not of benchmarks.stability, or its runs are of two models.
+    """
     damaged = (
         "is not what benchmarks.stability writes ({problem}): restore it, or give another file"
     )
@@ -89,7 +96,8 @@ def read(path: Path) -> dict:
         change = changes(first, model(run))
         if change:
             raise ValueError(
-                f"{path} mixes runs of {change[0]} and {change[1]}: give each model a file of its own"
+                f"{path} mixes runs of {change[0]} and {change[1]}: "
+                "give each model a file of its own"
             )
     return content
 
@@ -100,7 +108,7 @@ def read_all(root: Path = ROOT) -> dict[str, dict]:
 
 
 def section(root: Path = ROOT) -> list[str]:
-    """Whether Glow stayed finite: a row a file that `python -m benchmarks.stability` wrote to results/stability/."""
+    """Whether Glow stayed finite: a row for each file in results/stability/."""
     files = read_all(root)
     if not files:
         return []
@@ -146,7 +154,7 @@ def scales(shared: dict) -> str:
 
 
 def bpd_range(runs: list[dict], place: int) -> str:
-    """`6.8 to 6.9`: the least and the largest finite bits/dim over seeds, at one place of their curves."""
+    """`6.8 to 6.9`: the lowest and the highest finite bits/dim of all seeds at one step."""
     values = [run["bpd"][place] for run in runs if is_number(run["bpd"][place])]
     return f"{fixed(min(values, default=None))} to {fixed(max(values, default=None))}"
 
@@ -156,7 +164,7 @@ def worst_of(
     worst: Callable[[list[float]], float] = max,
     form: str = ".2g",
 ) -> str:
-    """The worst of them, the largest, and in how many seeds there was none, since they were not finite."""
+    """The worst finite value, by default the largest, and how many values were not finite."""
     finite = [value for value in values if is_number(value)]
     parts = []
     if finite:
