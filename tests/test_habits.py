@@ -1,4 +1,4 @@
-"""What keeps the project in order: versions, hooks, CI, the suite's own settings, CONTRIBUTING.md."""
+"""What keeps the project in order: versions, the suite's settings, hooks, CI, CONTRIBUTING.md."""
 
 import ast
 import re
