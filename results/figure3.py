@@ -27,16 +27,15 @@ from results.checks import (
     text,
 )
 from results.files import (
-    NOTHING,
+    NO_FILES,
     Addition,
     checked_json,
-    distinct,
     listed,
     portable,
     small_png,
     unrecorded,
 )
-from results.formats import commit, count, data_name, span, table, wall_time
+from results.formats import commit, count, data_name, distinct, span, table, wall_time
 
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
@@ -278,7 +277,7 @@ def command(ablation: dict) -> str:
 # The page
 
 
-def section(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> list[str]:
+def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[str]:
     """What `python -m reproduce.figure3` came to: a part for each file in results/ablations/."""
     lines = []
     for file_stem, ablation in read_all(root, new).items():
@@ -347,7 +346,7 @@ def read(path: Path, content: bytes | None = None) -> dict:
     )
 
 
-def read_all(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> dict[str, dict]:
+def read_all(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[str, dict]:
     """Every recorded ablation by its stem, also among files that are not written yet.
 
     ValueError: one cannot be read.

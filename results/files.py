@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from results import is_number
 from results.checks import Check, keys
 
 PICTURE_BYTES = 200_000  # a repository keeps every version of a picture for good
-NOTHING: Mapping[Path, bytes] = MappingProxyType({})
+NO_FILES: Mapping[Path, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def unrecorded(path: Path, content: str) -> bool:
     )
 
 
-def listed(root: Path, pattern: str, new: Mapping[Path, bytes] = NOTHING) -> list[Path]:
+def listed(root: Path, pattern: str, new: Mapping[Path, bytes] = NO_FILES) -> list[Path]:
     """The files below a folder that match, on the disk or among those that are not written yet."""
     unwritten = [path for path in new if path.relative_to(root).match(pattern)]
     return sorted({*Path(root).glob(pattern), *unwritten})
@@ -184,8 +184,3 @@ def small_png(path: Path) -> bytes:
             return stream.getvalue()
         smaller = (max(1, image.width * 4 // 5), max(1, image.height * 4 // 5))
         image = image.resize(smaller, Image.Resampling.LANCZOS)
-
-
-def distinct(values: Iterable[str], separator: str) -> str:
-    """Texts in a row, each once, in the order in which they come first."""
-    return separator.join(dict.fromkeys(values))

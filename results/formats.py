@@ -1,9 +1,9 @@
 """How the results page writes numbers, machines and tables."""
 
 import math
+from collections.abc import Iterable
 
 from results import is_number
-from results.files import distinct
 
 
 def fixed(value: object, form: str = ".3f") -> str:
@@ -87,6 +87,11 @@ def main_metrics(run: dict) -> list[str]:
 def metrics(run: dict) -> str:
     """The main metrics of a run with their values."""
     return ", ".join(f"{key} {fixed(run['metrics'][key])}" for key in main_metrics(run))
+
+
+def distinct(values: Iterable[str], separator: str) -> str:
+    """Texts in a row, each once, in the order in which they come first."""
+    return separator.join(dict.fromkeys(values))
 
 
 def span(values: list[str]) -> str:

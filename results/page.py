@@ -20,7 +20,7 @@ from results import (
     stability,
 )
 from results.curves import curve_svg
-from results.files import NOTHING, write_all
+from results.files import NO_FILES, write_all
 from results.formats import (
     budget,
     commit,
@@ -73,7 +73,7 @@ def write_page(root: Path = ROOT) -> Path:
     return Path(root) / "README.md"
 
 
-def render(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> dict[Path, str]:
+def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path, str]:
     """The content of every generated file by its path. Nothing is written.
 
     root: the results folder.

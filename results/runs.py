@@ -20,7 +20,7 @@ from results.checks import (
     stem,
     text,
 )
-from results.files import NOTHING, Addition, checked_json, listed, portable, small_png, unrecorded
+from results.files import NO_FILES, Addition, checked_json, listed, portable, small_png, unrecorded
 from results.files import number as number_in
 
 BUDGET = record(
@@ -92,7 +92,7 @@ def read_json(path: Path, content: bytes | None = None) -> dict:
     return rest | {"papers": papers_in(result)}
 
 
-def read_runs(root: Path = ROOT, new: Mapping[Path, bytes] = NOTHING) -> list[dict]:
+def read_runs(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[dict]:
     """Every recorded run with what `compare_all` says of it, by experiment and run id.
 
     new: files that are not written yet.

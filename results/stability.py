@@ -7,8 +7,8 @@ from typing import Any
 
 from results import ROOT, is_number
 from results.checks import flag, list_of, number, or_null, record, text
-from results.files import checked_json, distinct
-from results.formats import commit, fixed, span, table
+from results.files import checked_json
+from results.formats import commit, distinct, fixed, span, table
 
 MODEL = (
     "depth",
