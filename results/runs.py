@@ -67,7 +67,7 @@ RESULT = record(
 
 
 def form(result: Any) -> list[str]:
-    """The places in a result that are of no use: `results.checks`."""
+    """What is missing or of the wrong kind in a result (`results.checks`)."""
     places = RESULT(result)
     if isinstance(result, dict) and "papers" not in result and "paper" not in result:
         places = [*places, ".papers"]
@@ -75,7 +75,7 @@ def form(result: Any) -> list[str]:
 
 
 def read_json(path: Path, content: bytes | None = None) -> dict:
-    """One result, with `papers` whatever its age.
+    """One result. An older one, which has one `paper`, gets the list `papers` too.
 
     content: what the file holds, where it is not written yet.
 
