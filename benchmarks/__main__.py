@@ -1,23 +1,32 @@
-"""What our flows cost beside others: step time, sampling time and memory, each round of one run measuring all of them.
+"""What our flows cost beside others: step time, sampling time and memory.
 
 python -m benchmarks glow|realnvp [--json FILE] [rounds=7] [settings="K8 L3 H128 B16"]
 
-A step is zero_grad, forward, loss, backward and optimizer (torch's Adamax for the peer's Glow, ours for ours: the
-recipe's optimizer; fused Adam for RealNVP). The floor is the conditioners' convolutions alone, in the same run. On a
-CPU each has a process of its own, which sleeps while others work. bf16 is timed where the hardware multiplies it; the
-memory of its graph is counted everywhere. On a GPU the batches are large ones, and "ours compiled" is as preset=gpu:
-compiled, replayed as a CUDA graph. FILE gets a list of rows; results/benchmarks/KIND[-MACHINE].json are shown on the
-results page. Times depend on the number of threads (OMP_NUM_THREADS).
+All models take turns in every round of one run, so that their ratios do not depend on what else the
+machine did meanwhile.
+
+A step is zero_grad, forward, loss, backward and optimizer: our Adamax for our Glow and torch's
+for the peer's, and fused Adam for RealNVP. "convolutions alone" are those of the conditioners,
+without the rest of the flow: what a step cannot be faster than.
+
+On a CPU each model has a process of its own, which sleeps while others work. bf16 is timed where
+the hardware multiplies it; the memory of its graph is counted everywhere. On a GPU the batches
+are large ones, and "ours compiled" is the flow of preset=gpu: compiled, and replayed as a CUDA
+graph.
+
+FILE gets a list of rows; the results page shows results/benchmarks/KIND[-MACHINE].json. Times
+depend on the number of threads (OMP_NUM_THREADS).
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from benchmarks.candidates import FLOOR, LARGE, SETTINGS, Size, make, names
+from benchmarks.candidates import FLOOR, LARGE, SETTINGS, Name, Size, make, names
 from benchmarks.json_file import take_json
 from benchmarks.speed import N_SAMPLES
 from benchmarks.turns import Apart, Here, interleaved
@@ -28,11 +37,19 @@ from reproduce.provenance import best_precision, device_name, git_state
 from results.files import write
 from results.speed import COMPILED
 
+ROUNDS = 7
+
 
 def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bool) -> list[dict]:
-    """A row a model and dtype, all but the name of the setting."""
-    start = Apart if apart else Here
-    turns, kept = {}, {}
+    """A row for each model and dtype, with all but the name of the setting.
+
+    apart: each in a process of its own. bf16: it is timed, not only its memory counted.
+    """
+    start: Callable[[Callable[[], object]], Apart | Here] = Here
+    if apart:
+        start = Apart
+    turns: dict[Name, Apart | Here] = {}
+    kept: dict[Name, float] = {}
     for name in names(size, device):
         turns[name] = start(partial(make, size, name, device))
         if name[0] != COMPILED:
@@ -49,13 +66,14 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
     sampling = interleaved(turns, "sample", rounds)
     for turn in (turns | floors).values():
         turn.close()
+    per_image = {name: seconds / N_SAMPLES for name, seconds in sampling.items()}
     return [
         {
             "model": name[0],
             "dtype": name[1],
             "step_s": steps.get(name),
             "floor_s": steps.get((FLOOR, name[1])),
-            "sample_s_per_image": sampling[name] / N_SAMPLES if name in sampling else None,
+            "sample_s_per_image": per_image.get(name),
             "activation_bytes_per_image": kept.get(name),
         }
         for name in names(size, device)
@@ -64,12 +82,14 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
 
 @command
 def main(argv: list[str] | None = None) -> list[dict] | None:
-    """Measure, print, write."""
+    """Measure, print a row at a time, write the file."""
     words = arguments(argv)
     if not words or {"--help", "-h"} & set(words):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
     kind, path, rounds, settings = read(words, device)
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as preset=gpu
     apart = device.type == "cpu"
@@ -100,7 +120,8 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 
 def read(words: list[str], device: torch.device) -> tuple[str, Path | None, int, list[str]]:
     """Kind, file, rounds, settings. ConfigError: a mistake in them."""
-    kind, rounds = words[0], 7
+    kind = words[0]
+    rounds = ROUNDS
     if kind not in SETTINGS:
         raise ConfigError(f"'{kind}' is not measured here: give one of {', '.join(SETTINGS)}")
     path, words = take_json(words[1:])
@@ -114,7 +135,8 @@ def read(words: list[str], device: torch.device) -> tuple[str, Path | None, int,
             settings = [value]
         else:
             raise ConfigError(
-                f"{word} is not understood: give --json FILE, rounds=7 or settings= one of {choices}"
+                f"{word} is not understood: "
+                f"give --json FILE, rounds=7 or settings= one of {choices}"
             )
     return kind, path, rounds, settings
 

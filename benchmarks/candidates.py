@@ -1,13 +1,17 @@
 """What `python -m benchmarks` compares: our flows, a peer, and the convolutions alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import NormflowsGlow
 from benchmarks.speed import DTYPES, Candidate, Convolution, Floor
+from flows.base import Compose
+from flows.coupling import ChannelCoupling, MaskedCoupling
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
@@ -32,25 +36,31 @@ class GlowSize:
     def flow(self) -> Glow:
         return Glow(SHAPE, self.n_levels, self.depth, self.hidden_channels)
 
-    def peers(self) -> dict[Name, partial[nn.Module]]:
-        """What makes them, by name."""
+    def peers(self) -> dict[Name, Callable[[], NormflowsGlow]]:
+        """What makes the flows of others, by name."""
         peer = partial(NormflowsGlow, SHAPE, self.n_levels, self.depth, self.hidden_channels)
         return {(PEER, "float32"): peer, (TUNED, "bf16"): partial(peer, autocast=True)}
 
     def optimizer(self, flow: nn.Module) -> torch.optim.Optimizer:
-        """The recipe's."""
+        """The optimizer of the recipe."""
         return Adamax(flow.parameters(), lr=1e-3)
 
     def convolutions(self) -> list[Convolution]:
-        """Those of the conditioners."""
-        channels, side, hidden, convolutions = SHAPE[0], SHAPE[1], self.hidden_channels, []
+        """The convolutions of the conditioners."""
+        channels = SHAPE[0]
+        side = SHAPE[1]
+        hidden = self.hidden_channels
+        convolutions = []
         for _ in range(self.n_levels):
-            channels, side = 4 * channels, side // 2
-            net = [(channels // 2, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3)]
-            convolutions += [
-                Convolution(*layer, side, side) for _ in range(self.depth) for layer in net
+            channels *= 4  # the squeeze
+            side //= 2
+            network = [
+                Convolution(channels // 2, hidden, 3, side, side),
+                Convolution(hidden, hidden, 1, side, side),
+                Convolution(hidden, channels, 3, side, side),
             ]
-            channels //= 2
+            convolutions += self.depth * network
+            channels //= 2  # half of them are factored out
         return convolutions
 
 
@@ -66,29 +76,40 @@ class RealNVPSize:
     def flow(self) -> RealNVP:
         return RealNVP(SHAPE, self.n_scales, self.hidden_channels, self.n_blocks)
 
-    def peers(self) -> dict[Name, partial[nn.Module]]:
-        """None is measured."""
+    def peers(self) -> dict[Name, Callable[[], NormflowsGlow]]:
+        """No other RealNVP is measured."""
         return {}
 
     def optimizer(self, flow: nn.Module) -> torch.optim.Optimizer:
-        """The recipe's."""
+        """The optimizer of the recipe."""
         return torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
 
     def convolutions(self) -> list[Convolution]:
-        """As the conditioners hold them: checkerboards at the scale's size, channel couplings at half of it."""
+        """The convolutions of the conditioners.
+
+        Those of checkerboards see images of the scale's size, those of channel couplings of half of
+        it.
+        """
         with torch.device("meta"):
             flow = self.flow()
         convolutions = []
         for i, scale in enumerate(flow.scales):
-            for layer in scale.layers:
-                if hasattr(layer, "conditioner"):
-                    side = SHAPE[1] // 2**i // (1 if hasattr(layer, "mask") else 2)
-                    nets = (m for m in layer.conditioner.modules() if isinstance(m, nn.Conv2d))
-                    convolutions += [
-                        Convolution(m.in_channels, m.out_channels, *m.kernel_size[:1], side, side)
-                        for m in nets
-                    ]
+            side = SHAPE[1] // 2**i
+            for layer in cast(Compose, scale).layers:
+                if isinstance(layer, MaskedCoupling):
+                    convolutions += convolutions_in(layer.conditioner, side)
+                elif isinstance(layer, ChannelCoupling):
+                    convolutions += convolutions_in(layer.conditioner, side // 2)
         return convolutions
+
+
+def convolutions_in(conditioner: nn.Module, side: int) -> list[Convolution]:
+    """The convolutions of a network on images of side x side pixels."""
+    layers = [layer for layer in conditioner.modules() if isinstance(layer, nn.Conv2d)]
+    return [
+        Convolution(layer.in_channels, layer.out_channels, layer.kernel_size[0], side, side)
+        for layer in layers
+    ]
 
 
 Size = GlowSize | RealNVPSize
@@ -106,10 +127,11 @@ LARGE = ("K32 L3 H512 B64", "K32 L3 H512 B256", "paper B256")  # for a GPU
 
 
 def names(size: Size, device: torch.device) -> list[Name]:
-    """All models, in the order of the rows; on a GPU also ours as preset=gpu."""
+    """All models, in the order of the rows; on a GPU also ours as preset=gpu has it."""
     ours = [(model, dtype) for dtype in DTYPES for model in ("ours", "ours recompute")]
-    compiled = [] if device.type == "cpu" else [(COMPILED, "bf16")]
-    return [*ours, *compiled, *size.peers()]
+    if device.type != "cpu":
+        ours.append((COMPILED, "bf16"))
+    return [*ours, *size.peers()]
 
 
 def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
@@ -125,14 +147,15 @@ def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
     flow = size.flow().to(device)
     with torch.no_grad():
         flow.initialize(x)
+    graph = None
     if model == "ours recompute":
         recompute(flow)
     if model == COMPILED:
         flow.compile()
-    graph = CudaGraph(flow) if model == COMPILED else None
+        graph = CudaGraph(flow)
     return Candidate(flow, size.optimizer(flow), x, dtype == "bf16", graph)
 
 
 def images(n: int, device: torch.device) -> Tensor:
-    """In [0, 1], the same for all models."""
+    """Images of noise in [0, 1], the same for all models."""
     return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)

@@ -6,7 +6,10 @@ from reproduce.config import ConfigError
 
 
 def take_json(words: list[str]) -> tuple[Path | None, list[str]]:
-    """The file of `--json FILE`, None without, and the other words. ConfigError: no file is given."""
+    """The file of `--json FILE` or None, and the other words.
+
+    ConfigError: `--json` without a file.
+    """
     if "--json" not in words:
         return None, words
     place = words.index("--json")

@@ -1,14 +1,17 @@
-"""Flows of other repositories, from the package index, at the size of ours. Only benchmarks import this."""
+"""Flows of other repositories, from the package index, at the size of ours."""
 
 import torch
 from torch import Tensor, nn
 
 
 class NormflowsGlow(nn.Module):
-    """normflows' Glow (Stimper et al. 2023) as its example builds it: affine, sigmoid scales, LU, Gaussian bases.
+    """normflows' Glow (Stimper et al. 2023) as its example builds it.
 
-    Its coupling network is ours without the actnorms and the border channel, and its priors have no networks, so it
-    does a little less. autocast: the same in channels_last, with its forward and its sampling under bf16 autocast.
+    That is: affine couplings with sigmoid scales, LU, Gaussian bases. Its coupling network is
+    ours without the actnorms and the border channel, and its priors have no networks, so it does
+    a little less.
+
+    autocast: the same in channels_last, with its forward and its sampling under bf16 autocast.
     x: (B, *shape).
     """
 
@@ -18,14 +21,16 @@ class NormflowsGlow(nn.Module):
         n_levels: int,
         depth: int,
         hidden_channels: int,
-        autocast=False,
-    ):
+        autocast: bool = False,
+    ) -> None:
         super().__init__()
         import normflows as nf
 
         channels, height, width = shape
         self.autocast = autocast
-        bases, levels, merges = [], [], []
+        bases = []
+        levels = []
+        merges = []
         for i in range(
             n_levels
         ):  # normflows counts from the latent: the coarsest level comes first
@@ -36,23 +41,25 @@ class NormflowsGlow(nn.Module):
                 for _ in range(depth)
             ]
             levels.append([*level, nf.flows.Squeeze()])
-            own = c if i == 0 else c // 2
-            bases.append(nf.distributions.DiagGaussian((own, height // factor, width // factor)))
+            latent_channels = c
             if i > 0:
+                latent_channels = c // 2
                 merges.append(nf.flows.Merge())
+            latent_shape = (latent_channels, height // factor, width // factor)
+            bases.append(nf.distributions.DiagGaussian(latent_shape))
         self.model = nf.MultiscaleFlow(bases, levels, merges, class_cond=False)
         if autocast:
             self.to(memory_format=torch.channels_last)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """nats, (B,)."""
+        """log p(x) in nats, (B,)."""
+        if self.autocast:
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model.log_prob(
-                x.contiguous(memory_format=torch.channels_last) if self.autocast else x, None
-            )
+            return self.model.log_prob(x, None)
 
     def sample(self, n: int) -> Tensor:
-        with torch.autocast(
-            next(self.parameters()).device.type, torch.bfloat16, enabled=self.autocast
-        ):
+        """n images, (n, *shape)."""
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             return self.model.sample(n)[0]

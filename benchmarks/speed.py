@@ -1,12 +1,15 @@
-"""What is measured: a step, sampling and saved activations of a flow; and its convolutions alone."""
+"""What is measured of a flow: a step, sampling, kept activations, and its convolutions alone."""
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.peers import NormflowsGlow
+from flows.base import FlowModel
 from flows.caching import cached
 from lightning_modules.cuda_graph import CudaGraph
 
@@ -27,46 +30,53 @@ class Convolution:
 
 @dataclass
 class Candidate:
-    """A flow in training. bf16: its log_prob and sample run under autocast. x: a batch in [0, 1], (B, *shape)."""
+    """A flow in training.
 
-    flow: nn.Module
+    x: a batch in [0, 1], (B, *shape).
+    bf16: its log_prob and sample run under autocast.
+    graph: what replays log_prob as a CUDA graph.
+    """
+
+    flow: FlowModel | NormflowsGlow
     optimizer: torch.optim.Optimizer
     x: Tensor
     bf16: bool = False
-    graph: CudaGraph | None = None  # that replays log_prob
+    graph: CudaGraph | None = None
     _frozen: contextlib.ExitStack = field(  # held, since dropping the block would end it
         default_factory=contextlib.ExitStack, init=False, repr=False, compare=False
     )
 
     def loss(self) -> Tensor:
+        """-log p(x), the mean over the batch in nats."""
         with self._autocast():
-            log_prob = (
-                self.flow.log_prob(self.x)
-                if self.graph is None
-                else self.graph(self.flow.log_prob, self.x)
-            )
-            return -log_prob.mean()
+            if self.graph is None:
+                return -self.flow.log_prob(self.x).mean()
+            return -cast(Tensor, self.graph(self.flow.log_prob, self.x)).mean()
 
     def step(self) -> None:
-        """What a training step costs without Lightning: gradients to None, forward, loss, backward, optimizer."""
+        """A training step without Lightning."""
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
 
     def freeze(self) -> None:
-        """From here on weights do not change: what sampling makes of them is made once."""
+        """Say that weights do not change any more: what sampling makes of them is made once."""
         self._frozen.enter_context(cached(self.flow.eval()))
 
     def sample(self) -> None:
+        """Draw N_SAMPLES images, not compiled, as a run does."""
         with (
             torch.inference_mode(),
             self._autocast(),
             torch.compiler.set_stance("force_eager"),
-        ):  # as in a run
+        ):
             self.flow.sample(N_SAMPLES)
 
     def activation_bytes(self) -> int:
-        """Bytes that the graph of the loss keeps for the backward pass, without parameters and buffers, each once."""
+        """Bytes that the graph of the loss keeps for the backward pass.
+
+        Parameters and buffers do not count, and what is kept twice counts once.
+        """
         own = {
             t.untyped_storage().data_ptr()
             for t in (*self.flow.parameters(), *self.flow.buffers(), self.x)
@@ -80,9 +90,9 @@ class Candidate:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = (
-                self.loss()
-            )  # the graph lives until here, so that no storage's address is used again
+            # The graph has to live as long as storages are noted: the address of one that has been
+            # freed may be used again.
+            loss = self.loss()
         total = sum(kept.values())
         del loss
         return total
@@ -92,7 +102,10 @@ class Candidate:
 
 
 class Floor:
-    """The conditioners' convolutions alone: forward and both gradients, channels_last, each with its own weight."""
+    """The conditioners' convolutions alone: forward and both gradients, in channels_last.
+
+    Each has a weight of its own.
+    """
 
     def __init__(
         self, convolutions: list[Convolution], batch: int, dtype: torch.dtype, device: torch.device
@@ -118,6 +131,7 @@ class Floor:
         ]
 
     def step(self) -> None:
+        """All convolutions, forward and backward."""
         for x, weight, grad in self.work:
             padding = weight.shape[-1] // 2
             F.conv2d(x, weight, padding=padding)

@@ -1,15 +1,18 @@
-"""Whether an affine Glow stays finite: many seeds of a short deep one, a few of a long shallow one, on CIFAR-10.
+"""Whether an affine Glow stays finite on CIFAR-10, over many seeds or over many steps.
 
-python -m benchmarks.stability short                # 20 seeds, 32 steps a level, 300 training steps
-python -m benchmarks.stability long                 # 3 seeds, 4 steps a level, 10,000 training steps
-python -m benchmarks.stability long-authors         # the same with the authors' scales, which have no lower bound
+python -m benchmarks.stability short           # 20 seeds, 32 steps a level, 300 training steps
+python -m benchmarks.stability long            # 3 seeds, 4 steps a level, 10,000 training steps
+python -m benchmarks.stability long-authors    # `long` with the authors' scales, down to 0
 python -m benchmarks.stability short seeds=0,1 --json FILE trainer.max_steps=100 data.root=data
 
-A public Glow was seen to jump from 6.8 to 1959 bits/dim on its second step without a warm-up from 0; others turn NaN
-late. All kinds are glow_cifar10 with the recipe's optimizer, learning rate and warm-up, with narrower networks and
-smaller batches. At the end each is inverted, on test images and on images of noise, far from the data.
-FILE is written after every seed; a seed that it holds is not run again. A run of which too many steps were not finite
-ends there: its row has fewer steps. results/stability/*.json are shown on the results page.
+A public Glow was seen to jump from 6.8 to 1959 bits/dim on its second step without a warm-up from
+0; others turn NaN late. All kinds are glow_cifar10 with the recipe's optimizer, learning rate and
+warm-up, with narrower networks and smaller batches. After training each is inverted, on test
+images and on images of noise, which are far from the data.
+
+FILE is written after every seed, and a seed that it holds is not run again. A run ends early where
+too many steps were not finite; its row then has fewer steps. The results page shows
+results/stability/*.json.
 """
 
 import contextlib
@@ -17,16 +20,19 @@ import functools
 import json
 import math
 import tempfile
+from collections.abc import Callable, Sized
 from pathlib import Path
+from typing import cast
 
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from benchmarks.json_file import take_json
 from datamodules import make_data
+from datamodules.stateless import StatelessDataModule
 from flows.glow import Glow
 from lightning_modules.callbacks.samples import finite_share
 from lightning_modules.density import DensityModule
@@ -40,9 +46,12 @@ from reproduce.provenance import git_state, machine
 from results import stability
 from results.files import portable, write
 
-RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up: back to the recipe's
-QUIET = ["preset=cpu", "logger.name=none", "trainer.limit_val_batches=0", "checkpoint.select=last"]
-QUIET += [
+RECIPE = ["optim.warmup_steps=980"]  # preset=cpu shortens the warm-up; this is the recipe's
+QUIET = [
+    "preset=cpu",
+    "logger.name=none",
+    "trainer.limit_val_batches=0",
+    "checkpoint.select=last",
     "samples.n=1",
     "samples.temperatures=[0.7]",
     "samples.every_n_steps=1000000",
@@ -57,25 +66,39 @@ KINDS = {
     "long": (range(3), [*SMALL, "flow.min_scale=0.5"]),
     "long-authors": (range(1), SMALL),
 }
+EVERY = {"short": 10, "long": 100, "long-authors": 100}  # steps between two measurements
 OURS = ("seed", "run_dir", "resume")  # keys that this command decides
-N_IMAGES, N_SAMPLES = 256, 256
+N_IMAGES = 256
+N_SAMPLES = 256
+Measure = Callable[..., float]
 
 
 class FixedBatch(L.Callback):
-    """bits/dim of the same images with the same noise, before training and every `every` steps."""
+    """Measures bits/dim of the same images with the same noise: before training and as it goes on.
 
-    def __init__(self, every: int) -> None:
-        self.every, self.bpd = every, []
+    every: steps between two measurements.
+    """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: DensityModule) -> None:
-        self.x = fixed_images(trainer.datamodule.val, pl_module)
-        self._measure(pl_module)
+    def __init__(self, every: int, data: StatelessDataModule) -> None:
+        self.every = every
+        self.data = data
+        self.bpd: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = cast(DensityModule, pl_module)
+        self.x = fixed_images(self.data.val, module)
+        self._measure(module)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: DensityModule, outputs, batch, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         if trainer.global_step % self.every == 0:
-            self._measure(pl_module)
+            self._measure(cast(DensityModule, pl_module))
 
     @torch.no_grad()
     def _measure(self, module: DensityModule) -> None:
@@ -83,9 +106,10 @@ class FixedBatch(L.Callback):
             self.bpd.append(module.loss_per_datum(module.flow.log_prob(self.x)).mean().item())
 
 
-def fixed_images(data, module: DensityModule) -> Tensor:
+def fixed_images(data: Dataset, module: DensityModule) -> Tensor:
     """The first images of a split, dequantised with their own evaluation noise, (256, C, H, W)."""
-    images, indices = default_collate([data[0, i][:2] for i in range(min(N_IMAGES, len(data)))])
+    n = min(N_IMAGES, len(cast(Sized, data)))
+    images, indices = default_collate([data[0, i][:2] for i in range(n)])
     return module.input_of([images, indices]).x.to(module.device)
 
 
@@ -95,7 +119,7 @@ def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
 
 
 def described(config: DictConfig) -> dict:
-    """What a row says of its model."""
+    """The part of a row that describes the model."""
     return {
         "min_scale": config.flow.min_scale,
         "depth": config.flow.depth,
@@ -106,15 +130,19 @@ def described(config: DictConfig) -> dict:
 
 
 def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
-    """One seed: its curve on the fixed batch, skipped steps, worst round trip in grey levels, finite samples."""
+    """Train one seed and measure it.
+
+    Returns its row: bits/dim of the fixed images, skipped steps, worst round trips in grey
+    levels, the share of samples that are finite, and what the model was.
+    """
     words = [*shared_arguments(kind, overrides), f"seed={seed}", f"run_dir={folder}"]
     config = load_config(glow_cifar10.__file__, __doc__, words)
     data = make_data(seed=config.seed, **config.data)
     flow = glow_cifar10.make_flow(config, data.shape)
     module = DensityModule.of(config, flow, data)
-    watch = FixedBatch(every)
+    watch = FixedBatch(every, data)
     trainer = make_trainer(config, module, watch)
-    with contextlib.suppress(Diverged):  # what is looked for: measured as far as it came
+    with contextlib.suppress(Diverged):  # what this command is for: measured as far as it came
         fit(config, trainer, module, data)
     flow.eval()
     commit, dirty = git_state()
@@ -130,8 +158,8 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "skipped_steps": module.skipped.item(),
         "bpd_every": every,
         "bpd": watch.bpd,
-        "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item()
-        - watch.bpd[0],  # NaN if one is
+        # PyTorch's maximum is NaN if one of the values is.
+        "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],
         "round_trip_grey_levels": errors,
         **finite,
         **described(config),
@@ -142,11 +170,11 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
     }
 
 
-def or_nan(measure):
-    """The same, NaN where a matrix of the flow has no inverse."""
+def or_nan(measure: Measure) -> Measure:
+    """A measurement that is NaN where a matrix of the flow has no inverse."""
 
     @functools.wraps(measure)
-    def wrapped(*arguments):
+    def wrapped(*arguments: object) -> float:
         try:
             return measure(*arguments)
         except torch.linalg.LinAlgError:
@@ -172,7 +200,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     """Run the seeds that FILE lacks. Returns all rows."""
     kind, *words = arguments(argv) or [""]
     if {"--help", "-h"} & {kind, *words}:
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return None
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is no kind: give one of {', '.join(KINDS)}")
@@ -185,17 +213,12 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                row = train(
-                    kind,
-                    seed,
-                    Path(folder) / "run",
-                    overrides,
-                    every=10 if kind == "short" else 100,
-                )
+                row = train(kind, seed, Path(folder) / "run", overrides, EVERY[kind])
         except RunStopped as stop:
-            if stop.code == TRY_AGAIN:  # its folder is gone
-                kept = f": repeat the command, {path} keeps finished seeds" if path else ""
-                stop.message = f"stopped in seed {seed}{kept}"
+            if stop.code == TRY_AGAIN:  # the run's own message names its folder, which is gone
+                stop.message = f"stopped in seed {seed}"
+                if path is not None:
+                    stop.message += f": repeat the command, {path} keeps finished seeds"
             raise
         content["runs"].append(portable(row))  # NaN as null
         shown = {k: v for k, v in row.items() if k not in ("bpd", "optim")}
@@ -206,15 +229,19 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 
 
 def stored(path: Path, kind: str, overrides: list[str]) -> dict:
-    """What FILE holds. ConfigError, ValueError: it is not of this command, or its runs had another model."""
+    """The content of FILE.
+
+    ConfigError, ValueError: it was written by another command, or its runs had another model.
+    """
     content = stability.read(path)
-    if (content["kind"], settings(content["overrides"], OURS)) != (kind, settings(overrides, OURS)):
-        raise ConfigError(
-            f"{path} holds {' '.join([content['kind'], *content['overrides']])}: give another file"
-        )
+    same_settings = settings(content["overrides"], OURS) == settings(overrides, OURS)
+    if content["kind"] != kind or not same_settings:
+        command_line = " ".join([content["kind"], *content["overrides"]])
+        raise ConfigError(f"{path} holds {command_line}: give another file")
     recipe = glow_cifar10.__name__.split(".")[-1]
     model = described(compose(recipe, shared_arguments(kind, overrides)))
-    if change := stability.changes(stability.model(content["runs"][0]), stability.model(model)):
+    change = stability.changes(stability.model(content["runs"][0]), stability.model(model))
+    if change:
         raise ConfigError(
             f"{path} holds runs with {change[0]}, not with {change[1]}: give another file"
         )
@@ -222,10 +249,10 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
 
 
 def read(words: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
-    """The file, the seeds, and what every run is given. ConfigError: a mistake in them."""
-    path, left = take_json(words)
+    """The file, the seeds, and the overrides of every run. ConfigError: a mistake in the words."""
+    path, others = take_json(words)
     overrides = []
-    for word in left:
+    for word in others:
         key, _, value = word.partition("=")
         if key == "seeds":
             seeds = parse_seeds(value)

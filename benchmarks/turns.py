@@ -1,4 +1,4 @@
-"""Things that are timed in turns: on a CPU each in a process of its own, on a GPU in this one."""
+"""Models that are timed in turns: on a CPU each in a process of its own, on a GPU in this one."""
 
 import contextlib
 import multiprocessing
@@ -6,7 +6,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Here:
-    """turn(method): the seconds that a method of make() takes, and what it gives. No arguments."""
+    """`turn(method)`: the seconds that a method of `make()` takes, and what it returns."""
 
     def __init__(self, make: Callable[[], object]) -> None:
         self.candidate = make()
@@ -36,10 +36,11 @@ class Here:
 
 
 class Apart:
-    """The same in a process of its own, which sleeps between turns; `make` and what methods give are sent, so pickled.
+    """The same in a process of its own, which sleeps between turns.
 
-    For a CPU: models in one process share the memory that malloc keeps, and normflows' step was 15 % faster beside one
-    version of ours than beside another. In a run a model does not share it.
+    `make` and what methods return are pickled. For a CPU: models in one process share the memory
+    that malloc keeps, and normflows' step was faster beside one version of ours than beside
+    another. In a run a model has the memory for itself.
     """
 
     def __init__(self, make: Callable[[], object]) -> None:
@@ -53,7 +54,7 @@ class Apart:
 
     def __call__(self, method: str) -> tuple[float, Any]:
         time.sleep(0.05)  # OpenMP's threads of whose turn it was spin on for some milliseconds
-        with contextlib.suppress(ConnectionError):  # `_receive` says it
+        with contextlib.suppress(ConnectionError):  # `_receive` raises the error
             self.pipe.send(method)
         return self._receive()
 
@@ -67,9 +68,9 @@ class Apart:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            problem = f"a process that measures ended with exit code {self.process.exitcode}"
             raise ConfigError(
-                f"{problem}: -9 says out of memory; else its traceback stands above"
+                f"a process that measures ended with exit code {self.process.exitcode}: "
+                "with -9 memory was short; otherwise its traceback stands above"
             ) from None
 
 
@@ -86,7 +87,10 @@ def _serve(make: Callable[[], object], pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """For a process that starts inside, and stays: SIGINT is ignored. Outside of the main thread nothing is changed."""
+    """Let processes that are started inside ignore SIGINT for good.
+
+    Outside of the main thread, where Python cannot set it, nothing is changed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,19 +102,19 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """The heap keeps freed memory from here on, up to 64 MiB, where glibc returned it and had it zeroed again.
+    """Let malloc keep freed memory, up to 64 MiB, instead of returning it.
 
-    Its malloc's thresholds follow the largest block that was freed, if that has at most 32 MiB (mallopt(3)). In a run
-    they rise by themselves, sooner or later; here they are set at once, and the same for all. On two AVX2 cores it made
-    Glow's steps at K=8, ours and normflows', 2 to 15 % faster.
+    glibc's thresholds follow the largest block that was freed, if that has at most 32 MiB
+    (mallopt(3)): such a block is freed here. In a run they rise by themselves, sooner or later;
+    here they are set at once, and the same for all models.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def interleaved(
-    turns: dict[Key, Callable[[str], tuple[float, Any]]], method: str, rounds: int
+    turns: Mapping[Key, Callable[[str], tuple[float, Any]]], method: str, rounds: int
 ) -> dict[Key, float]:
-    """Median seconds of each, all of them in every round, after one round that does not count."""
+    """Median seconds of each, all of them in every round. A first round does not count."""
     seconds: dict[Key, list[float]] = {key: [] for key in turns}
     for i in range(rounds + 1):
         for key, turn in turns.items():

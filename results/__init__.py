@@ -1,88 +1,129 @@
-"""What the papers claim (`paper/*.yaml`), what we measured (`runs/`), and how the two compare. Imports no torch."""
+"""What the papers claim (`paper/*.yaml`), what we measured (`runs/`), and how the two compare.
+
+Nothing in this package imports torch.
+"""
 
 import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
 import yaml
 
+from results.checks import (
+    check,
+    is_number,
+    keys,
+    list_of,
+    mapping,
+    mapping_of,
+    number,
+    one_of,
+    or_null,
+    record,
+    text,
+)
 from results.metrics import kind_of, without_kind
 
 ROOT = Path(__file__).parent
-DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
-CLAIM = (
-    "dataset",
-    "data",
-    "table",
-    "row",
-    "split",
-    "metric",
-    "unit",
-    "value",
-    "direction",
-    "tolerance",
-    "protocol",
+# What commands write into a clone, relative to its root: pages, curves, pictures and recorded runs.
+# No code reads them in training, so a change to them does not make the state of the code dirty.
+GENERATED = (
+    "README.md",
+    "results/README.md",
+    "results/ablations",
+    "results/benchmarks",
+    "results/runs",
+    "results/stability",
 )
+DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
+FIGURE = record({"value": number, "train": or_null(number)}, optional={"bound": text})
+CLAIM = {
+    "dataset": text,
+    "data": text,
+    "table": text,
+    "row": text,
+    "split": text,
+    "metric": text,
+    "unit": text,
+    "value": number,
+    "direction": one_of("lower", "higher"),
+    "tolerance": number,
+    "protocol": mapping,
+    "train": or_null(number),
+    "compared": mapping_of(FIGURE),
+    "verified": text,
+}
+PAPER = record({"title": text, "arxiv": text}, optional={"notes": list_of(text)})
+decimals_form = check(lambda value: type(value) is int and 0 <= value <= 6)
 ROUNDING = (
-    1e-9  # 3.51 - 3.49 is 0.02 and a little in binary: a gap equal to the tolerance is within it
+    1e-9  # 3.51 - 3.49 is slightly more than 0.02 in binary, and is within a tolerance of 0.02
 )
 
 
 def load_papers(root: Path = ROOT) -> dict[str, dict]:
-    """All of `paper/*.yaml`, by file stem.
+    """All of `paper/*.yaml`, by file stem. ValueError as `load_paper`."""
+    return {path.stem: load_paper(path) for path in sorted((Path(root) / "paper").glob("*.yaml"))}
 
-    ValueError, one line: a file is not YAML or has no `claims`, or a claim lacks one of CLAIM, or its `decimals` are no
-    int from 0 to 6.
+
+def load_paper(path: Path) -> dict:
+    """One file of claims.
+
+    ValueError, one line: the file is not YAML or has no `claims`, or a value is missing or of the
+    wrong kind, for example a key of CLAIM.
     """
-    papers = {}
-    for path in sorted((Path(root) / "paper").glob("*.yaml")):
-        try:
-            papers[path.stem] = yaml.safe_load(path.read_text(encoding="utf-8"))
-            decimals = {
-                row: decimals_of(claim) for row, claim in papers[path.stem]["claims"].items()
-            }
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    try:
+        paper = yaml.safe_load(path.read_text(encoding="utf-8"))
+        claims = {row: dict(claim) for row, claim in paper["claims"].items()}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must be YAML with a mapping `claims`: {reason}") from error
+    faults = {"the file": keys(PAPER, paper)}
+    for row, claim in claims.items():
+        if decimals_form(decimals_of(claim)):
             raise ValueError(
-                f"{path} must be YAML with a mapping `claims`: {' '.join(str(error).split())}"
-            ) from error
-        for row, claim in papers[path.stem]["claims"].items():
-            if missing := [key for key in CLAIM if key not in claim]:
-                raise ValueError(
-                    f"{path}: the claim {row} lacks {', '.join(missing)}: see results/paper/realnvp.yaml"
-                )
-        for row, n in decimals.items():
-            if type(n) is not int or not 0 <= n <= 6:
-                raise ValueError(
-                    f"{path}: decimals={n} of the claim {row} are not understood: give an int from 0 to 6"
-                )
-    return papers
+                f"{path}: decimals={decimals_of(claim)} of the claim {row} are not understood: "
+                "give an int from 0 to 6"
+            )
+        faults[f"the claim {row}"] = keys(record(CLAIM), claim)
+    for place, names in faults.items():
+        if names:
+            raise ValueError(
+                f"{path}: {place} lacks {', '.join(names)}: see results/paper/realnvp.yaml"
+            )
+    return paper
 
 
 def load_claims(root: Path = ROOT) -> dict[str, dict]:
     """Every claim by its id `<paper>.<row>`, e.g. `realnvp.cifar10`; each has its `id`.
 
-    `decimals` may be left out: how many the paper prints in the row, DECIMALS where it does not say.
+    A claim may have `decimals`, how many of them the paper prints in the row; the default is
+    DECIMALS.
     """
-    rows = (
-        (stem, row, claim)
-        for stem, paper in load_papers(root).items()
-        for row, claim in paper["claims"].items()
-    )
-    return {f"{stem}.{row}": {"id": f"{stem}.{row}", **claim} for stem, row, claim in rows}
+    claims = {}
+    for stem, paper in load_papers(root).items():
+        for row, claim in paper["claims"].items():
+            claim_id = f"{stem}.{row}"
+            claims[claim_id] = {"id": claim_id, **claim}
+    return claims
 
 
 def load_claim(claim_id: str, root: Path = ROOT) -> dict:
-    """The claim called `<paper>.<row>`. ValueError, one line that names the nearest id, when there is none."""
+    """The claim called `<paper>.<row>`.
+
+    ValueError, one line that names the nearest id: there is no such claim.
+    """
     claims = load_claims(root)
-    if claim_id not in claims:
-        nearest = difflib.get_close_matches(str(claim_id), sorted(claims), n=1, cutoff=0.0)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else "there are no claims at all"
-        raise ValueError(
-            f"unknown claim '{claim_id}': {hint} (claims are the rows of results/paper/*.yaml)"
-        )
-    return claims[claim_id]
+    if claim_id in claims:
+        return claims[claim_id]
+    nearest = difflib.get_close_matches(str(claim_id), sorted(claims), n=1, cutoff=0.0)
+    hint = "there are no claims at all"
+    if nearest:
+        hint = f"did you mean '{nearest[0]}'?"
+    raise ValueError(
+        f"unknown claim '{claim_id}': {hint} (claims are the rows of results/paper/*.yaml)"
+    )
 
 
 def decimals_of(claim: Mapping) -> int:
@@ -91,72 +132,100 @@ def decimals_of(claim: Mapping) -> int:
 
 
 def printed(value: float, claim: Mapping) -> str:
-    """A number of a claim's row as its paper prints it, `.120` as 0.120: with the claim's decimals."""
+    """A number of a claim's row as its paper prints it, with the claim's decimals: `0.120`."""
     return f"{value:.{decimals_of(claim)}f}"
 
 
 def own_decimals(claim: Mapping, at_least: int = 3) -> int:
-    """The decimals of our numbers beside a claim: one more than the claim's, and never fewer than `at_least`."""
+    """The decimals of our numbers beside a claim: one more than its own, and `at_least` so many."""
     return max(at_least, decimals_of(claim) + 1)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """True for a finite int or float; a diverged or missing metric is neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def same_n_bits(claim: Mapping, data: Mapping) -> bool:
-    """Whether the images of a run (its config's `data`) have the claim's bits; 8 where a run was recorded without."""
-    wanted = claim["protocol"].get("n_bits")
-    return wanted is None or wanted == data.get("n_bits", 8)
+    """Whether the images of a run have as many bits as the claim's.
+
+    data: the section of the run's config. Older runs were recorded without `n_bits` and had 8.
+    """
+    claimed = claim["protocol"].get("n_bits")
+    return claimed is None or claimed == data.get("n_bits", 8)
 
 
 def papers_in(result: Mapping) -> list[dict]:
-    """The claims beside which a run stands: `papers`, or the one `paper` of a run that was recorded with it."""
+    """The claims beside which a run stands: `papers`, or the one `paper` of an older run."""
     if "papers" in result:
         return result["papers"]
-    return [result["paper"]] if result.get("paper") else []
+    if result.get("paper"):
+        return [result["paper"]]
+    return []
 
 
-def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict:
+def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict[str, Any]:
     """Set a result beside one number of a paper.
 
-    Reads the result's `metrics`, `budget.fraction` and `config.data.n_bits`, and of `paper` its `claim`, `metric` and
-    `comparable`; value, tolerance, direction and `protocol.n_bits` come from the claim. 5-bit and 8-bit images are
-    different data, and figures of different kinds (a bound, an exact density) are different figures.
+    Images of 5 and of 8 bits are different data, and a bound and an exact density are different
+    figures: neither pair is compared.
+
+    Args:
+        result: of which `metrics`, `budget.fraction` and `config.data.n_bits` are read.
+        paper: the entry of `papers` with the claim's id, the run's metric and `comparable`.
+        root: the results folder. Value, tolerance, direction and bits come from the claim there.
 
     Returns:
-        gap: ours minus the paper's, in the claim's unit; None when not comparable or the metric is no finite number.
-        status: `-` nothing to compare with, also where the run has the figure as another kind only; `not measured`
-            where it does not have it at all; `reproduced` as good as the claim or within its tolerance (a metric that
-            is no finite number never is); else `gap` at the full budget, `shortened` at less or an unknown one.
+        gap: ours minus the paper's, in the claim's unit; None where the two are not compared, or
+            where the metric is not a finite number.
+        status: one of
+            `-`             there is nothing to compare, also where the run has only another kind
+                            of the figure;
+            `not measured`  the run does not have the claim's figure;
+            `reproduced`    as good as the claim, or within its tolerance; never without a finite
+                            number;
+            `gap`           worse than that, at the full budget;
+            `shortened`     worse than that, at a smaller or an unknown budget.
 
     Raises:
         ValueError: the claim is unknown.
     """
     if not paper.get("comparable", False):
         return {"gap": None, "status": "-"}
-    claim, metric = load_claim(paper["claim"], root), paper["metric"]
-    same_data = same_n_bits(claim, (result.get("config") or {}).get("data") or {})
-    if not same_data or kind_of(metric) != kind_of(claim["metric"]):
+    metric = paper["metric"]
+    claim = load_claim(paper["claim"], root)
+    data = (result.get("config") or {}).get("data") or {}
+    if not same_n_bits(claim, data) or kind_of(metric) != kind_of(claim["metric"]):
         return {"gap": None, "status": "-"}
-    if metric not in result["metrics"]:
-        as_another_kind = without_kind(metric) in map(without_kind, result["metrics"])
-        return {"gap": None, "status": "-" if as_another_kind else "not measured"}
-    ours = result["metrics"][metric]
-    gap = ours - claim["value"] if is_number(ours) else None
-    worse = math.inf if gap is None else gap if claim["direction"] == "lower" else -gap
-    if worse <= claim["tolerance"] + ROUNDING:
-        return {"gap": gap, "status": "reproduced"}
-    fraction: object = (result.get("budget") or {}).get("fraction")
-    return {"gap": gap, "status": "gap" if is_number(fraction) and fraction >= 1 else "shortened"}
+    if metric in result["metrics"]:
+        gap = gap_to(claim, result["metrics"][metric])
+        return {"gap": gap, "status": status_of(gap, claim, result.get("budget") or {})}
+    if without_kind(metric) in map(without_kind, result["metrics"]):
+        return {"gap": None, "status": "-"}
+    return {"gap": None, "status": "not measured"}
 
 
-def compare_all(result: Mapping, root: Path = ROOT) -> dict:
+def gap_to(claim: Mapping, value: object) -> float | None:
+    """A value minus the claim's; None where the value is no finite number."""
+    if is_number(value):
+        return value - claim["value"]
+    return None
+
+
+def status_of(gap: float | None, claim: Mapping, budget: Mapping) -> str:
+    """The status of a measured metric: see `compare`."""
+    excess = math.inf
+    if gap is not None:
+        excess = {"lower": gap, "higher": -gap}[claim["direction"]]
+    if excess <= claim["tolerance"] + ROUNDING:
+        return "reproduced"
+    fraction: object = budget.get("fraction")
+    if is_number(fraction) and fraction >= 1:
+        return "gap"
+    return "shortened"
+
+
+def compare_all(result: Mapping, root: Path = ROOT) -> dict[str, Any]:
     """Set a result beside each of its `papers`.
 
     Returns:
-        comparisons: for each claim its `claim` (the id), `metric`, `value` and `decimals`, and what `compare` returns.
+        comparisons: for each claim its `claim` (the id), `metric`, `value` and `decimals`, and what
+            `compare` returns.
         gap, status: those of the first claim; None and `-` without any.
     """
     comparisons = [
@@ -169,5 +238,5 @@ def compare_all(result: Mapping, root: Path = ROOT) -> dict:
         }
         for paper in papers_in(result)
     ]
-    first = comparisons[0] if comparisons else {"gap": None, "status": "-"}
+    first = next(iter(comparisons), {"gap": None, "status": "-"})
     return {"comparisons": comparisons, "gap": first["gap"], "status": first["status"]}

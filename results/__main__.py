@@ -1,46 +1,62 @@
-"""`python -m results` writes results/README.md; `add RUN` and `figure3 FOLDER` take in what has finished first."""
+"""`python -m results` writes results/README.md.
+
+`python -m results add RUN` records a finished run first, `figure3 FOLDER` a finished comparison.
+"""
 
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from results import ROOT, figure3
-from results.page import write_page
-from results.runs import add
+from results import ROOT, figure3, runs
+from results.files import Addition, write_all
+from results.page import render
 
-USAGE = 'usage: python -m results [add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
+USAGE = (
+    "usage: python -m results "
+    '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
+)
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    """Exit code: 0 done, 1 one line on what is wrong, 2 usage."""
-    take_in: Callable[[], list[str]]
-    match sys.argv[1:] if argv is None else argv:
+    """Run a command.
+
+    Returns the exit code: 0 when it is done; 1 after one line on what is wrong, and then nothing
+    has been written; 2 after a line on how it is called.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    take_in: Callable[[], Addition]
+    match argv:
         case []:
-            take_in = list
+            take_in = Addition
         case ["add", run]:
-            take_in = partial(add, run, None, root)
+            take_in = partial(runs.add, run, None, root)
         case ["add", run, option] if option.startswith("suspect="):
-            take_in = partial(add, run, option.removeprefix("suspect="), root)
-        case ["figure3" | "ablation", folder]:  # the second is what it was called before
+            take_in = partial(runs.add, run, option.removeprefix("suspect="), root)
+        case ["figure3" | "ablation", folder]:  # `ablation` is the older name
             take_in = partial(figure3.add, folder, root)
         case _:
-            print(USAGE, file=sys.stderr)
+            complain(USAGE)
             return 2
     if root == ROOT and not (ROOT / "runs").is_dir():  # a package has the claims, not the runs
-        print(
-            f"error: {ROOT} is an installed copy without recorded runs: run this in a clone",
-            file=sys.stderr,
-        )
+        complain(f"error: {ROOT} is an installed copy without recorded runs: run this in a clone")
         return 1
     try:
-        for line in take_in():
-            print(line)
-        print(f"wrote {write_page(root)}")
+        addition = take_in()
+        write_all({**addition.files, **render(root, addition.files)})
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {' '.join(str(error).split())}")
         return 1
+    for line in addition.lines:
+        print(line)
+    print(f"wrote {Path(root) / 'README.md'}")
     return 0
+
+
+def complain(line: str) -> None:
+    """Print a line to the error output, or to the other one where a shell closed it (`2>&-`)."""
+    print(line, file=sys.stderr or sys.stdout)
 
 
 if __name__ == "__main__":

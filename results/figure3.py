@@ -1,68 +1,116 @@
-"""Glow's Figure 3, {reverse, shuffle, invertible 1x1} x {additive, affine}: the table, and whether the order is found.
+"""Glow's Figure 3: {reverse, shuffle, invertible 1x1} x {additive, affine} compared.
 
-`reproduce/figure3.py` makes the runs; here are the numbers and the words, without torch, for the page too.
+`reproduce/figure3.py` makes the runs. This module tells whether their order is the paper's, and
+writes the table, for a terminal and for the results page.
 """
 
 import json
 import math
-import re
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
-from results.files import checked_json, lacking, portable, small_png, write
+from results.checks import (
+    anything,
+    check,
+    flag,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    or_null,
+    record,
+    stem,
+    text,
+)
+from results.files import (
+    NO_FILES,
+    Addition,
+    checked_json,
+    listed,
+    portable,
+    small_png,
+    unrecorded,
+)
+from results.formats import commit, count, data_name, distinct, span, table, wall_time
 
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
 COUPLINGS = ("additive", "affine")
 COLUMNS = ("permutation", "coupling", "seeds", "test/bpd")
-ORDER = (
-    ("invertible", "shuffle"),
-    ("shuffle", "reverse"),
-    ("invertible", "reverse"),
-)  # the first has the lower bpd
-AGREES, DISAGREES, NOISE, NOTHING = "agrees", "disagrees", "within noise", "no seed in common"
+# Pairs of permutations, of which the first has the lower bits/dim in the paper.
+ORDER = (("invertible", "shuffle"), ("shuffle", "reverse"), ("invertible", "reverse"))
 
-REQUIRED = [
-    "experiment",
-    "ablation",
-    "name",
-    "overrides",
-    "config",
-    "runs",
-]  # what a figure3.json holds at least
-RUN = [  # and each of its runs
-    *(
-        "permutation",
-        "coupling",
-        "seed",
-        "test/bpd",
-        "val/bpd",
-        "images",
-        "seconds",
-        "skipped_steps",
-    ),
-    *("commit", "dirty", "device", "precision", "parameters", "curve"),
-]
+# What a pair of combinations can say.
+AGREES = "agrees"
+DISAGREES = "disagrees"
+NOISE = "within noise"
+NOTHING_SHARED = "no seed in common"
+
+T_QUANTILES = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+)  # for 1, 2, 3 ... degrees of freedom
+T_QUANTILE_BEYOND = 2.23  # for ten, and close enough for more
+
+POINT = check(  # images, seconds, val/bpd
+    lambda row: isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1])
+)
+RUN = record(
+    {
+        "permutation": one_of(*PERMUTATIONS),
+        "coupling": one_of(*COUPLINGS),
+        "seed": number,
+        "test/bpd": anything,
+        "val/bpd": anything,
+        "images": number,
+        "seconds": number,
+        "skipped_steps": number,
+        "commit": or_null(text),
+        "dirty": flag,
+        "device": text,
+        "precision": text,
+        "parameters": number,
+        "curve": list_of(POINT),
+    }
+)
+ABLATION = record(  # what a figure3.json holds
+    {
+        "experiment": stem,
+        "ablation": stem,
+        "name": stem,
+        "overrides": list_of(text),
+        "config": record(optional={"data": or_null(mapping), "flow": or_null(mapping)}),
+        "runs": list_of(RUN, at_least=1),
+    }
+)
 
 # Numbers
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean and its standard error; no error of one value. ValueError: no values."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
 def seeds_of(runs: list[dict], permutation: str, coupling: str) -> dict[int, dict]:
     """The runs of one combination by seed."""
+    combination = (permutation, coupling)
     by_seed = {
-        run["seed"]: run
-        for run in runs
-        if (run["permutation"], run["coupling"]) == (permutation, coupling)
+        run["seed"]: run for run in runs if (run["permutation"], run["coupling"]) == combination
     }
     return dict(sorted(by_seed.items()))
 
@@ -78,55 +126,65 @@ def missing(runs: list[dict]) -> list[str]:
 
 
 def claims() -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
-    """What the figure shows, pair by pair: a label, the combination with the lower bpd, the one with the higher."""
+    """What the figure shows, pair by pair.
+
+    Yields a label, the combination with the lower bits/dim, and the one with the higher.
+    """
     for coupling in COUPLINGS:
         for low, high in ORDER:
             yield f"{coupling}: {low} < {high}", (low, coupling), (high, coupling)
     for permutation in PERMUTATIONS:
-        yield (
-            f"{permutation}: affine < additive",
-            (permutation, "affine"),
-            (permutation, "additive"),
-        )
+        label = f"{permutation}: affine < additive"
+        yield label, (permutation, "affine"), (permutation, "additive")
 
 
 def verdict(differences: list[float]) -> dict[str, Any]:
     """Whether differences (low minus high, one a seed) say what the paper says.
 
     Returns:
-        n, mean and its standard error (None where there are too few), and word: `within noise` where a t-test at 5 %
-        (two-sided) finds nothing, and with one seed; else `agrees` where the mean is negative, `disagrees` where it is
-        positive.
+        n: how many differences there are.
+        mean, error: their mean and its standard error; None where there are too few of them.
+        word: `within noise` with one seed, and where a two-sided t-test at 5 % finds nothing; else
+            `agrees` where the mean is negative and `disagrees` where it is positive.
     """
     if not differences:
-        return {"n": 0, "mean": None, "error": None, "word": NOTHING}
+        return {"n": 0, "mean": None, "error": None, "word": NOTHING_SHARED}
     mean, error = mean_and_error(differences)
-    noise = error is None or mean == 0 or abs(mean) < t_quantile(len(differences) - 1) * error
-    return {
-        "n": len(differences), "mean": mean, "error": error,
-        "word": NOISE if noise else AGREES if mean < 0 else DISAGREES,
-    }  # fmt: skip
+    word = NOISE
+    if error is not None and mean != 0:
+        word = word_of(mean, t_quantile(len(differences) - 1) * error)
+    return {"n": len(differences), "mean": mean, "error": error, "word": word}
+
+
+def word_of(mean: float, noise: float) -> str:
+    """What a mean difference says, where those below `noise` say nothing."""
+    if abs(mean) < noise:
+        return NOISE
+    if mean < 0:
+        return AGREES
+    return DISAGREES
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: with three seeds (2 degrees of freedom) twice the normal's."""
-    return {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}.get(
-        freedom, 2.23
-    )
+    """The 97.5 % quantile of Student's t, 4.30 for two degrees of freedom (three seeds)."""
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    return T_QUANTILE_BEYOND
 
 
 def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
-    """A `verdict` with its `label` for each pair, over the seeds that both have with a finite test/bpd."""
-    each = []
+    """A `verdict` with its `label` for each pair, over the seeds with which both were finite."""
+    pairs = []
     for label, low, high in claims():
-        lows, highs = seeds_of(runs, *low), seeds_of(runs, *high)
-        pairs = [
-            (lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs
-        ]
-        each.append(
-            {"label": label} | verdict([a - b for a, b in pairs if is_number(a) and is_number(b)])
-        )
-    return each
+        differences = paired_differences(seeds_of(runs, *low), seeds_of(runs, *high))
+        pairs.append({"label": label} | verdict(differences))
+    return pairs
+
+
+def paired_differences(lows: dict[int, dict], highs: dict[int, dict]) -> list[float]:
+    """test/bpd of the first minus that of the second, of each seed with which both are finite."""
+    values = [(lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs]
+    return [low - high for low, high in values if is_number(low) and is_number(high)]
 
 
 # Words
@@ -134,166 +192,204 @@ def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
 
 def rows(runs: list[dict]) -> list[list[str]]:
     """The cells of COLUMNS for each combination with a run."""
-    table = []
-    for coupling in COUPLINGS:
-        for permutation in PERMUTATIONS:
-            if not (by_seed := seeds_of(runs, permutation, coupling)):
-                continue
-            values = [run["test/bpd"] for run in by_seed.values() if is_number(run["test/bpd"])]
-            bpd = plus_minus(*mean_and_error(values)) if values else "-"
-            bpd += (
-                f" ({len(by_seed) - len(values)} not finite)" if len(values) < len(by_seed) else ""
-            )
-            seeds = ", ".join(str(seed) for seed in by_seed)
-            table.append([permutation, coupling, seeds, bpd])
-    return table
+    return [
+        [permutation, coupling, ", ".join(map(str, by_seed)), bpd_cell(list(by_seed.values()))]
+        for coupling in COUPLINGS
+        for permutation in PERMUTATIONS
+        if (by_seed := seeds_of(runs, permutation, coupling))
+    ]
+
+
+def bpd_cell(runs: list[dict]) -> str:
+    """`3.5120 ± 0.0040 (1 not finite)`: test/bpd over the seeds of a combination."""
+    values = [run["test/bpd"] for run in runs if is_number(run["test/bpd"])]
+    cell = "-"
+    if values:
+        cell = plus_minus(*mean_and_error(values))
+    lost = len(runs) - len(values)
+    if lost:
+        cell += f" ({lost} not finite)"
+    return cell
 
 
 def plus_minus(mean: float, error: float | None, form: str = ".4f") -> str:
     """`3.5120 ± 0.0040`; without an error the mean alone."""
-    return format(mean, form) + ("" if error is None else f" ± {error:.4f}")
+    if error is None:
+        return format(mean, form)
+    return f"{mean:{form}} ± {error:.4f}"
 
 
 def verdict_line(pair: dict) -> str:
     """`additive: invertible < shuffle: -0.0120 ± 0.0030 over 3 seeds: agrees`."""
     if pair["mean"] is None:
         return f"{pair['label']}: {pair['word']}"
-    seeds = "1 seed" if pair["n"] == 1 else f"{pair['n']} seeds"
-    return f"{pair['label']}: {plus_minus(pair['mean'], pair['error'], '+.4f')} over {seeds}: {pair['word']}"
+    seeds = f"{pair['n']} seeds".replace("1 seeds", "1 seed")
+    difference = plus_minus(pair["mean"], pair["error"], "+.4f")
+    return f"{pair['label']}: {difference} over {seeds}: {pair['word']}"
 
 
 def summary(pairs: list[dict]) -> str:
     """One line: whether the order is the paper's, and how many pairs say so."""
-    agree, disagree, noise, nothing = (
-        [pair["word"] for pair in pairs].count(word) for word in (AGREES, DISAGREES, NOISE, NOTHING)
-    )
-    answer = (
-        "disagrees with the paper's" if disagree
-        else "agrees with the paper's" if agree == len(pairs)
-        else "does not contradict the paper's" if agree
-        else "is not decided"
-    )  # fmt: skip
-    counts = f"{agree} of {len(pairs)} pairs agree, {disagree} disagree, {noise} within noise"
-    counts += f", {nothing} without a seed in common" if nothing else ""
-    return f"The order {answer} (1x1 < shuffle < reverse, affine < additive): {counts}"
+    words = [pair["word"] for pair in pairs]
+    parts = [
+        f"{words.count(AGREES)} of {len(pairs)} pairs agree",
+        f"{words.count(DISAGREES)} disagree",
+        f"{words.count(NOISE)} within noise",
+    ]
+    if NOTHING_SHARED in words:
+        parts.append(f"{words.count(NOTHING_SHARED)} without a seed in common")
+    order = "(1x1 < shuffle < reverse, affine < additive)"
+    return f"The order {answer(words)} {order}: {', '.join(parts)}"
+
+
+def answer(words: list[str]) -> str:
+    """What the words of all pairs come to."""
+    if DISAGREES in words:
+        return "disagrees with the paper's"
+    if set(words) <= {AGREES}:
+        return "agrees with the paper's"
+    if AGREES in words:
+        return "does not contradict the paper's"
+    return "is not decided"
 
 
 def report(runs: list[dict]) -> str:
     """The table, the pairs and the last line, for a terminal."""
-    table = [list(COLUMNS), *rows(runs)]
-    widths = [max(len(row[k]) for row in table) for k in range(len(COLUMNS))]
-    lines = [
+    cells = [list(COLUMNS), *rows(runs)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    head, *body = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    pairs = verdicts(runs)
-    return "\n".join(
-        [lines[0], "-" * len(lines[0]), *lines[1:], "", *map(verdict_line, pairs), summary(pairs)]
+        for row in cells
     )
+    pairs = verdicts(runs)
+    lines = [head, "-" * len(head), *body, "", *map(verdict_line, pairs), summary(pairs)]
+    return "\n".join(lines)
 
 
 def command(ablation: dict) -> str:
     """The shell line that repeats it."""
-    seeds = ",".join(str(seed) for seed in sorted({run["seed"] for run in ablation["runs"]}))
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            f"reproduce.{ablation['ablation']}",
-            f"seeds=[{seeds}]",
-            *ablation["overrides"],
-        ]
-    )
+    seeds = sorted({run["seed"] for run in ablation["runs"]})
+    module = f"reproduce.{ablation['ablation']}"
+    argument = f"seeds=[{','.join(map(str, seeds))}]"
+    return shlex.join(["python", "-m", module, argument, *ablation["overrides"]])
+
+
+# The page
+
+
+def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[str]:
+    """What `python -m reproduce.figure3` came to: a part for each file in results/ablations/."""
+    lines = []
+    for file_stem, ablation in read_all(root, new).items():
+        lines += part(file_stem, ablation)
+    if lines:
+        return ["## Glow's Figure 3", "", *lines]
+    return []
+
+
+def part(file_stem: str, ablation: dict) -> list[str]:
+    """One repetition: command, table, whether the order is the paper's, settings, picture."""
+    runs = ablation["runs"]
+    pairs = verdicts(runs)
+    lines = [f"### {file_stem}", "", "```bash", command(ablation), "```", ""]
+    lines += table(list(COLUMNS), rows(runs))
+    lines += [
+        "Mean ± standard error over seeds.",
+        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, "
+        "or one seed.",
+        "",
+        *(f"* {verdict_line(pair)}" for pair in pairs),
+        "",
+        f"{summary(pairs)}.",
+        "",
+        f"Runs: {'; '.join(settings(ablation))}.",
+        "",
+    ]
+    skipped = [f"{run['skipped_steps']} in {name(run)}" for run in runs if run["skipped_steps"]]
+    if skipped:
+        lines += [f"Steps skipped as not finite: {', '.join(skipped)}.", ""]
+    return [*lines, f"![curves of {file_stem}](ablations/{file_stem}.png)", ""]
+
+
+def settings(ablation: dict) -> list[str]:
+    """What was run: data, flow, images, machines, time."""
+    runs = ablation["runs"]
+    flow = ablation["config"].get("flow") or {}
+    images = span([count(n) for n in sorted(run["images"] for run in runs)])
+    return [
+        f"data {data_name(ablation)}",
+        *(f"flow.{key} {value}" for key, value in flow.items()),
+        f"{images} images a run",
+        distinct([run["device"] for run in runs], " and "),
+        distinct([run["precision"] for run in runs], " and "),
+        distinct([f"commit {commit(run)}" for run in runs], " and "),
+        f"{wall_time(sum(run['seconds'] for run in runs))} in all",
+    ]
 
 
 # Files
 
 
 def dump(ablation: dict) -> str:
-    """The content of a figure3.json, without absolute paths; numbers that are not finite become null."""
+    """The content of a figure3.json, without absolute paths and with null for NaN and infinity."""
     return json.dumps(portable(ablation), indent=1, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> dict:
+def read(path: Path, content: bytes | None = None) -> dict:
     """A figure3.json. ValueError, one line that names the file and what is wrong with it."""
     return checked_json(
         path,
-        faults,
+        ABLATION,
         damaged="is not valid JSON ({problem}): restore it, or repeat the ablation",
         unusable="lacks a usable {problem}: edited, or of another version? Repeat the ablation",
+        content=content,
     )
 
 
-def faults(ablation: Any) -> list[str]:
-    """The keys that a figure3.json lacks, or whose value cannot be what it should."""
-    if keys := lacking(ablation, REQUIRED):
-        return keys
-    kinds = {"overrides": list, "config": dict, "runs": list}
-    keys = [key for key, kind in kinds.items() if not isinstance(ablation[key], kind)]
-    keys += [key for key in REQUIRED[:3] if not re.fullmatch(r"\w[\w.+-]*", str(ablation[key]))]
-    if keys:
-        return keys
-    return [f"runs[{k}].{key}" for k, run in enumerate(ablation["runs"]) for key in run_faults(run)]
+def read_all(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[str, dict]:
+    """Every recorded ablation by its stem, also among files that are not written yet.
+
+    ValueError: one cannot be read.
+    """
+    paths = listed(Path(root), "ablations/*.json", new)
+    return {path.stem: read(path, new.get(path)) for path in paths}
 
 
-def run_faults(run: Any) -> list[str]:
-    """The keys that one of the runs lacks, or whose value cannot be what it should."""
-    if keys := lacking(run, RUN):
-        return keys
-    keys = [
-        key
-        for key in ("images", "seconds", "seed", "skipped_steps", "parameters")
-        if not is_number(run[key])
-    ]
-    keys += [] if run["permutation"] in PERMUTATIONS else ["permutation"]
-    keys += [] if run["coupling"] in COUPLINGS else ["coupling"]
-    curve = run["curve"] if isinstance(run["curve"], list) else [None]
-    points = [
-        isinstance(row, list) and len(row) == 3 and is_number(row[0]) and is_number(row[1])
-        for row in curve
-    ]
-    return keys + ([] if all(points) else ["curve"])
-
-
-def read_all(root: Path = ROOT) -> dict[str, dict]:
-    """Every recorded ablation by its stem. ValueError when one cannot be read."""
-    return {path.stem: read(path) for path in sorted((Path(root) / "ablations").glob("*.json"))}
-
-
-def add(folder: str | Path, root: Path = ROOT) -> list[str]:
-    """Record an ablation as `ablations/<experiment>-<ablation>-<name>.json`, its picture beside it.
+def add(folder: str | Path, root: Path = ROOT) -> Addition:
+    """What records an ablation: its JSON file in `ablations/`, and the picture beside it.
 
     Args:
         folder: where `python -m reproduce.figure3` wrote, `outputs/figure3/<name>`.
         root: the results folder.
 
     Returns:
-        Lines to print.
+        The files, which are not written here, and lines to print.
 
     Raises:
-        ValueError: one line; a file is missing or damaged, or a combination has no finished run. Nothing is written.
+        ValueError: one line; a file is missing or damaged, or a combination has no finished run.
     """
     source = Path(folder) / f"{NAME}.json"
     if not source.is_file():
         raise ValueError(f"no {source}: give the folder of an ablation, outputs/{NAME}/<name>")
     ablation = read(source)
-    if lacks := missing(ablation["runs"]):
+    incomplete = missing(ablation["runs"])
+    if incomplete:
+        names = ", ".join(incomplete)
         raise ValueError(
-            f"{folder} is not complete, no run of {', '.join(lacks)}: go on with {command(ablation)}"
+            f"{folder} is not complete, no run of {names}: go on with {command(ablation)}"
         )
-    stem = "-".join(ablation[key] for key in REQUIRED[:3])
-    path, content = Path(root) / "ablations" / f"{stem}.json", dump(ablation)
-    if path.exists():
-        if path.read_text(encoding="utf-8") == content:
-            return [f"{path} is already recorded, with the same content"]
-        raise ValueError(
-            f"{path} is already recorded, with other content: delete it first to replace it"
+    file_name = f"{ablation['experiment']}-{ablation['ablation']}-{ablation['name']}.json"
+    path = Path(root) / "ablations" / file_name
+    content = dump(ablation)
+    if not unrecorded(path, content):
+        return Addition(lines=[f"{path} is already recorded, with the same content"])
+    picture = small_png(source.with_suffix(".png"))
+    # The record comes last: the ablation counts as recorded from then on.
+    files = {path.with_suffix(".png"): picture, path: content.encode()}
+    lines = [f"recorded {path}: {summary(verdicts(ablation['runs']))}"]
+    if any(run["dirty"] for run in ablation["runs"]):
+        lines.append(
+            "warning: some of its runs ran on uncommitted changes: "
+            "their commit does not give their code"
         )
-    write(path.with_suffix(".png"), small_png(source.with_suffix(".png")))
-    write(path, content)  # last: it counts as recorded from here on
-    dirty = any(run["dirty"] for run in ablation["runs"])
-    warning = "warning: some of its runs ran on uncommitted changes: their commit does not give their code"
-    return [
-        f"recorded {path}: {summary(verdicts(ablation['runs']))}",
-        *([warning] if dirty else []),
-    ]
+    return Addition(files, lines)

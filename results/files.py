@@ -1,67 +1,150 @@
-"""Files as results keep them: written in one step, read with checks, without a machine's paths, pictures small."""
+"""Files as results keep them: written in one step, read with checks, without a machine's paths."""
 
+import contextlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 from PIL import Image
 
 from results import is_number
+from results.checks import Check, keys
 
 PICTURE_BYTES = 200_000  # a repository keeps every version of a picture for good
+NO_FILES: Mapping[Path, bytes] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a finished run or figure adds to the results folder. Nothing of it is written yet.
+
+    files: the content of new files by their path, in the order in which they are written.
+    lines: what is printed once they are.
+    """
+
+    files: dict[Path, bytes] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file in one step: a reader sees the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_all({path: content})
+
+
+def write_all(files: Mapping[Path, str | bytes]) -> None:
+    """Write files in their order, each in one step. If one cannot be written, none is changed."""
+    with contextlib.ExitStack() as undo:
+        parts = {}
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = path.with_name(f".{path.name}.{os.getpid()}")
+            undo.callback(parts[path].unlink, missing_ok=True)
+            parts[path].write_bytes(encoded(content))
+        for path, part in parts.items():
+            undo.callback(restore, path, current(path))
+            part.replace(path)
+        undo.pop_all()  # all are written: nothing is undone
+
+
+def encoded(content: str | bytes) -> bytes:
+    """Text as UTF-8; bytes as they are."""
+    if isinstance(content, str):
+        return content.encode()
+    return content
+
+
+def current(path: Path) -> bytes | None:
+    """The content of a file; None where there is none."""
+    if path.is_file():
+        return path.read_bytes()
+    return None
+
+
+def restore(path: Path, content: bytes | None) -> None:
+    """Give a file its earlier content back; None removes it."""
+    if content is not None:
+        path.write_bytes(content)
+    elif path.is_file():
+        path.unlink()
+
+
+def unrecorded(path: Path, content: str) -> bool:
+    """Whether a record is new. ValueError, one line: the file is there, with other content."""
+    if not path.exists():
+        return True
+    if path.read_text(encoding="utf-8") == content:
+        return False
+    raise ValueError(
+        f"{path} is already recorded, with other content: delete it first to replace it"
+    )
+
+
+def listed(root: Path, pattern: str, new: Mapping[Path, bytes] = NO_FILES) -> list[Path]:
+    """The files below a folder that match, on the disk or among those that are not written yet."""
+    unwritten = [path for path in new if path.relative_to(root).match(pattern)]
+    return sorted({*Path(root).glob(pattern), *unwritten})
 
 
 def checked_json(
-    path: Path, faults: Callable[[Any], list[str]], damaged: str, unusable: str
+    path: Path, form: Check, damaged: str, unusable: str, content: bytes | None = None
 ) -> Any:
-    """The content of a JSON file in which `faults` finds nothing.
+    """The value in a JSON file of a certain form.
 
     Args:
         path: the file.
-        faults: takes the content; returns the keys that it lacks, or whose values are of no use.
+        form: the check that the value has to pass (`results.checks`).
         damaged: what is said of a file that is not JSON or not text, with {problem} for the reason.
-        unusable: what is said of a file with faults, with {problem} for their keys.
+        unusable: what is said of a file of another form, with {problem} for the keys that differ.
+        content: what the file holds, where it is not written yet.
 
     Raises:
         ValueError: one line, the path and one of the two texts.
     """
+    if content is None:
+        content = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {damaged.format(problem=error)}") from error
-    if keys := faults(content):
-        raise ValueError(f"{path} {unusable.format(problem=', '.join(keys))}")
-    return content
+    if faults := keys(form, value):
+        raise ValueError(f"{path} {unusable.format(problem=shortened(faults))}")
+    return value
 
 
-def lacking(mapping: object, keys: list[str]) -> list[str]:
-    """The keys that a mapping does not have; all of them when it is no mapping."""
-    return [key for key in keys if not isinstance(mapping, dict) or key not in mapping]
+def refuse_constant(name: str) -> NoReturn:
+    """ValueError: Python reads NaN and Infinity in JSON, other programs do not."""
+    raise ValueError(f"{name} is no value of JSON: put null in its place")
+
+
+def shortened(names: list[str], at_most: int = 12) -> str:
+    """Names in a row, the first of them where there are very many."""
+    if len(names) <= at_most:
+        return ", ".join(names)
+    return f"{', '.join(names[:at_most])} and {len(names) - at_most} more"
 
 
 def number(cell: str | None) -> int | float | None:
     """A cell of a table: '' is None, '3' an int, '3.5' a float."""
-    cell = (cell or "").strip()
-    return int(cell) if re.fullmatch(r"-?\d+", cell) else float(cell) if cell else None
+    stripped = (cell or "").strip()
+    if not stripped:
+        return None
+    if re.fullmatch(r"-?\d+", stripped):
+        return int(stripped)
+    return float(stripped)
 
 
 def portable(value: Any) -> Any:
-    """A value as others may read it: an absolute path, also after `key=`, becomes its last part; NaN becomes None."""
+    """A value without this machine's paths and without NaN.
+
+    An absolute path, also one after `key=`, becomes its last part; a number that is not finite
+    becomes None.
+    """
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -69,16 +152,28 @@ def portable(value: Any) -> Any:
     if isinstance(value, float) and not is_number(value):
         return None
     if isinstance(value, str):
-        key, equals, path = ("", "", value) if value.startswith("/") else value.partition("=")
-        return key + equals + Path(path).name if path.startswith("/") else value
+        return portable_text(value)
+    return value
+
+
+def portable_text(value: str) -> str:
+    """`/a/b` as `b`, `key=/a/b` as `key=b`, any other text as it is."""
+    key, equals, path = value.partition("=")
+    if value.startswith("/"):
+        return Path(value).name
+    if path.startswith("/"):
+        return key + equals + Path(path).name
     return value
 
 
 def small_png(path: Path) -> bytes:
-    """A picture as a PNG below PICTURE_BYTES, smaller where it must be. ValueError, one line: not readable."""
+    """A picture as a PNG below PICTURE_BYTES, with fewer pixels where that is needed.
+
+    ValueError, one line: the file is not a readable picture.
+    """
     try:
         image = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} is not a readable picture ({error}): delete it or make it again"
         ) from error
@@ -87,6 +182,5 @@ def small_png(path: Path) -> bytes:
         image.save(stream, "PNG", optimize=True)
         if stream.tell() < PICTURE_BYTES:
             return stream.getvalue()
-        image = image.resize(
-            (max(1, image.width * 4 // 5), max(1, image.height * 4 // 5)), Image.Resampling.LANCZOS
-        )
+        smaller = (max(1, image.width * 4 // 5), max(1, image.height * 4 // 5))
+        image = image.resize(smaller, Image.Resampling.LANCZOS)

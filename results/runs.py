@@ -3,82 +3,127 @@
 import csv
 import io
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, compare_all, is_number, papers_in
-from results.files import checked_json, lacking, number, portable, small_png, write
+from results import ROOT, compare_all, decimals_form, papers_in
+from results.checks import (
+    anything,
+    flag,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    or_null,
+    record,
+    stem,
+    text,
+)
+from results.files import NO_FILES, Addition, checked_json, listed, portable, small_png, unrecorded
+from results.files import number as number_in
 
-REQUIRED = [  # what a result.json holds at least
-    *(
-        "experiment",
-        "run",
-        "preset",
-        "metrics",
-        "budget",
-        "seed",
-        "commit",
-        "dirty",
-        "config",
-        "versions",
-    ),
-    *("device", "precision", "tf32", "deterministic", "images", "seconds", "n_train"),
-]
-BUDGET = ["images", "of", "fraction", "source"]  # or null
-PAPER = ["claim", "metric", "comparable"]  # each of `papers`; older runs have one `paper`, or null
+BUDGET = record(
+    {"images": number, "of": or_null(number), "fraction": or_null(number), "source": text}
+)
+PAPER = record(
+    {"claim": text, "metric": text, "comparable": flag},
+    optional={"decimals": decimals_form},
+)
+CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
+RESULT = record(
+    {
+        "experiment": stem,
+        "run": stem,
+        "preset": or_null(text),
+        "metrics": mapping,
+        "budget": or_null(BUDGET),
+        "seed": or_null(number),
+        "commit": or_null(text),
+        "dirty": flag,
+        "config": CONFIG,
+        "versions": mapping,
+        "device": text,
+        "precision": text,
+        "tf32": flag,
+        "deterministic": anything,
+        "images": number,
+        "seconds": number,
+        "n_train": or_null(number),
+    },
+    optional={
+        "papers": list_of(PAPER),
+        "paper": or_null(PAPER),  # older runs have one paper, not a list
+        "curve": list_of(mapping),
+        "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
+        "overrides": list_of(text),
+        "parameters": or_null(number),
+        "suspect": or_null(text),
+        "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
+        "wandb_url": or_null(text),
+        "weights": or_null(text),
+    },
+)
 
 
-def read_json(path: Path) -> dict:
-    """One result with the REQUIRED keys and `papers`. ValueError, one line: the file, and what it lacks, otherwise."""
+def form(result: Any) -> list[str]:
+    """What is missing or of the wrong kind in a result (`results.checks`)."""
+    places = RESULT(result)
+    if isinstance(result, dict) and "papers" not in result and "paper" not in result:
+        places = [*places, ".papers"]
+    return places
+
+
+def read_json(path: Path, content: bytes | None = None) -> dict:
+    """One result. An older one, which has one `paper`, gets the list `papers` too.
+
+    content: what the file holds, where it is not written yet.
+
+    ValueError, one line: the file, and what it lacks.
+    """
     result = checked_json(
         path,
-        faults,
+        form,
         damaged="is not valid JSON ({problem}): restore it, or run the experiment again",
         unusable="lacks a usable {problem}: edited, or of another version? Run it again",
+        content=content,
     )
-    return {key: value for key, value in result.items() if key != "paper"} | {
-        "papers": papers_in(result)
-    }
+    rest = {key: value for key, value in result.items() if key != "paper"}
+    return rest | {"papers": papers_in(result)}
 
 
-def faults(result: Any) -> list[str]:
-    """The keys that a result lacks, or whose value cannot be what it should."""
-    has_papers = not (lacking(result, ["papers"]) and lacking(result, ["paper"]))
-    if keys := [*lacking(result, REQUIRED), *([] if has_papers else ["papers"])]:
-        return keys
-    keys = [key for key in ("metrics", "config", "versions") if not isinstance(result[key], dict)]
-    keys += [key for key in ("images", "seconds") if not is_number(result[key])]
-    keys += [
-        f"budget.{part}"
-        for part in lacking(result["budget"], BUDGET)
-        if result["budget"] is not None
-    ]
-    if isinstance(claims := papers_in(result), list):
-        keys += [
-            f"papers[{k}].{part}"
-            for k, claim in enumerate(claims)
-            for part in lacking(claim, PAPER)
-        ]
-    else:
-        keys += ["papers"]
-    return keys + [
-        key for key in ("experiment", "run") if not re.fullmatch(r"\w[\w.+-]*", str(result[key]))
-    ]
+def read_runs(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[dict]:
+    """Every recorded run with what `compare_all` says of it, by experiment and run id.
+
+    new: files that are not written yet.
+
+    ValueError: one cannot be read.
+    """
+    paths = listed(Path(root), "runs/*/*.json", new)
+    return [beside_papers(read_json(path, new.get(path)), path, root) for path in paths]
 
 
-def read_runs(root: Path = ROOT) -> list[dict]:
-    """Every recorded run, by experiment and run id. ValueError when one cannot be read."""
-    return [read_json(path) for path in sorted((Path(root) / "runs").glob("*/*.json"))]
+def beside_papers(result: dict, path: Path, root: Path) -> dict:
+    """A result with what `compare_all` says of it.
+
+    ValueError, one line with the result's file: a claim is unknown.
+    """
+    try:
+        return result | compare_all(result, root)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_curve(path: Path) -> list[dict]:
-    """The rows of curve.csv, cells as numbers or None; [] without the file. ValueError if no table of numbers."""
+    """The rows of curve.csv, cells as numbers or None; [] without the file.
+
+    ValueError: it is no table of numbers.
+    """
     if not path.is_file():
         return []
     try:
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), strict=True)
-        return [{key: number(cell) for key, cell in row.items()} for row in rows]
+        return [{key: number_in(cell) for key, cell in row.items()} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(
             f"{path} is not a table of numbers ({error}): still being written, or damaged"
@@ -86,27 +131,30 @@ def read_curve(path: Path) -> list[dict]:
 
 
 def picture(folder: Path) -> bytes | None:
-    """The newest samples/samples*.png, else density.png, as `small_png`; None when there is neither."""
-    samples = sorted(
+    """The newest samples/samples*.png as `small_png`, else density.png; None without either."""
+    by_age = sorted(
         folder.glob("samples/samples*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name)
     )
-    path = samples[-1] if samples else folder / "density.png"
-    return small_png(path) if path.is_file() else None
+    path = [folder / "density.png", *by_age][-1]
+    if path.is_file():
+        return small_png(path)
+    return None
 
 
-def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> list[str]:
-    """Record a finished run as `runs/<experiment>/<run>.json`, with one sample picture beside it.
+def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Addition:
+    """What records a finished run: `runs/<experiment>/<run>.json`, and a picture beside it.
 
     Args:
         folder: the run's folder, `outputs/<experiment>/<run>`.
-        suspect: what may explain a gap; required where the status is `gap` and the result names none itself.
+        suspect: what may explain a gap; has to be given where the status is `gap`, unless the
+            result names one.
         root: the results folder.
 
     Returns:
-        Lines to print: what was done, and a warning when the code was not committed.
+        The files, which are not written here, and lines to print.
 
     Raises:
-        ValueError: one line that says what to do; nothing has been written then.
+        ValueError: one line that says what to do.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,32 +163,36 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> li
         raise ValueError(
             f"{folder} has no result.json: the run has not finished; continue it with resume=auto"
         )
-    result = portable(
-        read_json(folder / "result.json") | {"curve": read_curve(folder / "curve.csv")}
-    )
-    result |= {"suspect": suspect or result.get("suspect"), **compare_all(result, root)}
+    curve = read_curve(folder / "curve.csv")
+    measured = portable(read_json(folder / "result.json") | {"curve": curve})
+    result = beside_papers(measured, folder / "result.json", root)
+    result["suspect"] = suspect or result.get("suspect")
     statuses = {comparison["metric"]: comparison["status"] for comparison in result["comparisons"]}
     if "gap" in statuses.values() and not result["suspect"]:
         raise ValueError(
-            f'a gap at full budget needs a named suspect: python -m results add {folder} suspect="..."'
+            "a gap at full budget needs a named suspect: "
+            f'python -m results add {folder} suspect="..."'
         )
     path = Path(root) / "runs" / result["experiment"] / f"{result['run']}.json"
     content = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    if path.exists():
-        if path.read_text(encoding="utf-8") == content:
-            return [f"{path} is already recorded, with the same content"]
-        raise ValueError(
-            f"{path} is already recorded, with other content: delete it first to replace it"
-        )
+    if not unrecorded(path, content):
+        return Addition(lines=[f"{path} is already recorded, with the same content"])
+    files = {}
     image = picture(folder)
-    if image:
-        write(path.with_suffix(".png"), image)
-    write(path, content)  # last: the run counts as recorded from here on
-    warning = (
-        f"warning: {result['run']} ran on uncommitted changes: its commit does not give its code"
-    )
-    if len(statuses) > 1:
-        status = ", ".join(f"{metric} {word}" for metric, word in statuses.items())
-    else:
-        status = result["status"]
-    return [f"recorded {path}: {status}", *([warning] if result["dirty"] else [])]
+    if image is not None:
+        files[path.with_suffix(".png")] = image
+    files[path] = content.encode()  # last: the run counts as recorded from here on
+    lines = [f"recorded {path}: {summary(result, statuses)}"]
+    if result["dirty"]:
+        lines.append(
+            f"warning: {result['run']} ran on uncommitted changes: "
+            "its commit does not give its code"
+        )
+    return Addition(files, lines)
+
+
+def summary(result: dict, statuses: dict[str, str]) -> str:
+    """The status of a run, `reproduced`; with several claims that of each, `test/psnr gap`."""
+    if len(statuses) <= 1:
+        return result["status"]
+    return ", ".join(f"{metric} {status}" for metric, status in statuses.items())

@@ -34,7 +34,7 @@ KEYS = {
 
 
 def conditioner_weights(flow):
-    """Numbers of weights of all convolutions inside of conditioners, by module."""
+    """How many weights each convolution inside a conditioner has, from its module."""
     nets = [m.conditioner for m in flow.modules() if hasattr(m, "conditioner")]
     return sorted(
         m.weight.numel() for net in nets for m in net.modules() if isinstance(m, nn.Conv2d)
@@ -46,7 +46,7 @@ def counted(convolutions):
 
 
 def multiplications(flow, x, convolutions):
-    """Of one image, seen by hooks on the modules, and by the list."""
+    """The multiplications for one image: as hooks on the modules see them, and by the list."""
     seen = []
 
     def note(module, arguments, y):
@@ -96,7 +96,8 @@ def test_the_floor_runs_forward_and_both_gradients(monkeypatch):
 
 
 def test_interleaved_takes_turns_and_medians():
-    order, durations = [], {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([9.0, 7.0, 7.0, 8.0])}
+    order = []
+    durations = {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([9.0, 7.0, 7.0, 8.0])}
 
     def turn(name, method):
         order.append((name, method))
@@ -108,7 +109,7 @@ def test_interleaved_takes_turns_and_medians():
 
 
 class Mallinfo2(ctypes.Structure):
-    """mallinfo(3)."""
+    """The structure that mallinfo2(3) returns."""
 
     names = (
         "arena",
@@ -126,7 +127,7 @@ class Mallinfo2(ctypes.Structure):
 
 
 class Counter:
-    """What is measured in a process of its own: it must be found there by name."""
+    """What is measured in another process, which has to find it by its name."""
 
     def __init__(self, start):
         self.count = start
@@ -139,7 +140,7 @@ class Counter:
         return os.getpid()
 
     def mapped(self):
-        """Bytes that glibc's malloc maps by themselves for 20 MiB, and returns when they are freed."""
+        """Bytes that malloc maps apart for 20 MiB, and gives back when they are freed."""
         statistics = ctypes.CDLL(None).mallinfo2
         statistics.restype = Mallinfo2
         before = statistics().hblkhd
@@ -167,7 +168,7 @@ def test_turns_apart_are_in_another_process_and_its_end_is_one_line(request):
     if hasattr(ctypes.CDLL(None), "mallinfo2") and not any(
         key.startswith("MALLOC_") or key == "GLIBC_TUNABLES" for key in os.environ
     ):
-        assert turn("mapped")[1] == 0  # it is kept
+        assert turn("mapped")[1] == 0  # malloc keeps them for later
     assert process == turn.process.pid != os.getpid()
     for _ in range(2):
         with pytest.raises(
@@ -190,7 +191,7 @@ def test_the_other_process_ends_quietly_with_its_pipe():
 
 
 class Squares(nn.Module):
-    """log_prob = sum (w x)^2: its graph keeps w x, and w and x, which are no activations."""
+    """log_prob = sum (w x)^2. The graph keeps w x, and also w and x, which are no activations."""
 
     def __init__(self):
         super().__init__()
@@ -201,10 +202,9 @@ class Squares(nn.Module):
 
 
 def test_activation_bytes_by_hand():
-    flow, x = Squares(), torch.rand(4, 3)
-    assert (
-        Candidate(flow, torch.optim.SGD(flow.parameters(), 1e-3), x).activation_bytes() == 4 * 3 * 4
-    )
+    flow = Squares()
+    candidate = Candidate(flow, torch.optim.SGD(flow.parameters(), 1e-3), torch.rand(4, 3))
+    assert candidate.activation_bytes() == 4 * 3 * 4
 
 
 def test_recompute_keeps_less():
@@ -213,9 +213,8 @@ def test_recompute_keeps_less():
             GlowSize(2, 2, 128, 16), (model, "float32"), torch.device("cpu")
         ).activation_bytes()
 
-    hidden = (
-        2 * 2 * 16 * 4 * (16 * 16 + 8 * 8) * 128
-    )  # two hidden layers of two steps a level, 16 images, 4 bytes
+    # Two hidden layers of two steps a level, for 16 images, in 4 bytes.
+    hidden = 2 * 2 * 16 * 4 * (16 * 16 + 8 * 8) * 128
     assert kept("ours") > hidden
     assert kept("ours recompute") < hidden / 4
     assert kept("normflows") > 2 * hidden  # before and after every ReLU
@@ -240,20 +239,24 @@ def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "speed.json").read_text()) == rows
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
     assert all(row.keys() >= KEYS | {"machine", "commit", "rounds", "apart"} for row in rows)
-    assert len(started) == len(rows) + 1  # and the convolutions alone, in float32
+    assert len(started) == len(rows) + 1  # one more: the convolutions alone, in float32
     assert all(row["apart"] for row in rows)
     by_model = {(row["model"], row["dtype"]): row for row in rows}
     assert {"ours", "ours recompute"} <= {model for model, _ in by_model}
     assert (("normflows", "float32") in by_model) == (kind == "glow")
     for (_, dtype), row in by_model.items():
         measured = [row["step_s"], row["floor_s"], row["sample_s_per_image"]]
-        assert measured == [None] * 3 if dtype == "bf16" else min(measured) > 0
+        if dtype == "bf16":
+            assert measured == [None] * 3
+        else:
+            assert min(measured) > 0
         assert row["activation_bytes_per_image"] > 0
 
 
 def test_sampling_makes_what_depends_on_weights_once(monkeypatch):
     candidate = candidates.make(GlowSize(1, 1, 4, 2), ("ours", "float32"), torch.device("cpu"))
-    inverses, inverse = [], torch.linalg.inv
+    inverses = []
+    inverse = torch.linalg.inv
     monkeypatch.setattr("torch.linalg.inv", lambda w: inverses.append(w.shape) or inverse(w))
     candidate.sample()
     candidate.freeze()
@@ -264,7 +267,7 @@ def test_sampling_makes_what_depends_on_weights_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("words", "message"),
     [
         (["srflow"], "'srflow' is not measured here: give one of glow, realnvp"),
         (["glow", "--json"], "--json needs a file"),
@@ -273,8 +276,8 @@ def test_sampling_makes_what_depends_on_weights_once(monkeypatch):
     ],
     ids=str,
 )
-def test_a_mistake_is_one_line(given, message):
+def test_a_mistake_is_one_line(words, message):
     with pytest.raises(SystemExit) as error:
-        benchmarks.main(given)
+        benchmarks.main(words)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The house rules that can be read off the source: who imports whom. Nothing is executed."""
+"""Who imports whom: the house rules that can be read off the source, without running it."""
 
 import ast
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARROWS = {  # package -> the packages of ours that it may import, itself apart
+ARROWS = {  # each package with the others of ours that it may import
     "flows": set(),
     "results": set(),
     "datamodules": set(),
@@ -36,21 +36,25 @@ def imported(node, path):
     if node.level == 0:
         return [node.module]
     package = path.relative_to(ROOT).parts[: -node.level]
-    return [".".join([*package, *([node.module] if node.module else [])])]
+    return [".".join([*package, *filter(None, [node.module])])]
 
 
 def imports(path, top_level_only=False):
-    """(line, module) of every import; with `top_level_only` those that run when the file itself is imported."""
-    found, nodes = [], [ast.parse(path.read_text(encoding="utf-8"))]
+    """(line, module) of every import.
+
+    With `top_level_only` those that run when the file itself is imported.
+    """
+    statements = []
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found += [(node.lineno, name) for name in imported(node, path)]
+            statements += [(node.lineno, name) for name in imported(node, path)]
         if not (
             top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         ):
             nodes += ast.iter_child_nodes(node)
-    return sorted(found)
+    return sorted(statements)
 
 
 def violations(patterns, forbidden, top_level_only=False):
@@ -64,12 +68,13 @@ def violations(patterns, forbidden, top_level_only=False):
 
 
 def test_the_reader_of_imports_sees_them_all(tmp_path, monkeypatch):
-    """The other tests are worth what this function is."""
+    """The other tests rely on this function."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "flows" / "a.py"
     path.parent.mkdir()
     path.write_text(
-        "import math, os.path\nfrom flows.base import Flow\nfrom . import base\nfrom .base import Flow\n"
+        "import math, os.path\nfrom flows.base import Flow\n"
+        "from . import base\nfrom .base import Flow\n"
         "try:\n    import numpy as np\nexcept ImportError:\n    pass\n"
         "class A:\n    import json\n    def f(self):\n        from tests.cases import CASES\n"
     )
@@ -106,7 +111,7 @@ def test_flows_is_torch_and_the_standard_library():
 
 
 def test_results_needs_no_torch():
-    """The results page is written on a machine that has no GPU and no patience."""
+    """Importing torch takes seconds, and the results page is often written."""
     forbidden = {"torch", "torchvision", "torchmetrics", "lightning"}
     assert violations(["results/**/*.py"], lambda name: name in forbidden) == []
 

@@ -1,0 +1,115 @@
+"""How the results page writes numbers, machines and tables."""
+
+import math
+from collections.abc import Iterable
+
+from results import is_number
+
+
+def fixed(value: object, form: str = ".3f") -> str:
+    """A number in a fixed format; `-` for a missing or non-finite one."""
+    if is_number(value):
+        return format(value, form)
+    return "-"
+
+
+def count(value: object) -> str:
+    """A count in three digits: 12480000 -> `12.5 M`, 400000 -> `400 k`; `-` for None."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if is_number(value) and value >= 0.9995 * size:
+            return f"{value / size:.3g} {unit}"
+    return fixed(value, ".3g")
+
+
+def budget(run: dict) -> str:
+    """The images that a run saw, as a share of a full training's: `3.2 % of 12.5 M images (ours)`.
+
+    Where no number is set for a full training, how many they were.
+    """
+    planned = run["budget"] or {"fraction": None}
+    if not is_number(planned["fraction"]):
+        return f"{count(run['images'])} images"
+    share = percent(planned["fraction"])
+    return f"{share} % of {count(planned['of'])} images ({planned['source']})"
+
+
+def percent(fraction: float) -> str:
+    """A share in per cent. From ten on it is rounded down, so that only all of it is 100.
+
+    >>> [percent(fraction) for fraction in (0.00123, 0.032, 0.999, 1)]
+    ['0.12', '3.2', '99', '100']
+    """
+    value = 100 * fraction
+    if value < 9.95:
+        return f"{value:.2g}"
+    return str(math.floor(value + 1e-9))
+
+
+def wall_time(seconds: float) -> str:
+    """Seconds as `12 s`, `20.6 min` or `5.3 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def commit(run: dict) -> str:
+    """Seven characters of the commit, and whether the code differed from it."""
+    short = (run["commit"] or "-")[:7]
+    if run["dirty"]:
+        return f"{short} (dirty)"
+    return short
+
+
+def data_name(run: dict) -> str:
+    """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`."""
+    data = run["config"].get("data") or {}
+    name = str(data.get("name", "-"))
+    n_bits = data.get("n_bits", 8)
+    if n_bits == 8:
+        return name
+    return f"{name}, {n_bits} bit"
+
+
+def main_metrics(run: dict) -> list[str]:
+    """The metrics that the tables show: those of the test and those of no split.
+
+    Where there are none of them, those of the validation.
+    """
+    for prefix in ("test/", "val/", ""):
+        names = [key for key in sorted(run["metrics"]) if key.startswith(prefix) or "/" not in key]
+        if names:
+            return names
+    return []
+
+
+def metrics(run: dict) -> str:
+    """The main metrics of a run with their values."""
+    return ", ".join(f"{key} {fixed(run['metrics'][key])}" for key in main_metrics(run))
+
+
+def distinct(values: Iterable[str], separator: str) -> str:
+    """Texts in a row, each once, in the order in which they come first."""
+    return separator.join(dict.fromkeys(values))
+
+
+def span(values: list[str]) -> str:
+    """The first and the last of some texts, `300 to 500`; one of them where they are the same."""
+    return distinct([values[0], values[-1]], " to ")
+
+
+def table(columns: list[str], rows: list[list], empty: str = "") -> list[str]:
+    """The lines of a Markdown table, or the line `empty` when it has no rows."""
+    if not rows:
+        return [empty, ""]
+    cells = [[cell_text(cell) for cell in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def cell_text(cell: object) -> str:
+    """A cell on one line, with its bars escaped; `-` for None."""
+    if cell is None:
+        return "-"
+    return " ".join(str(cell).split()).replace("|", "\\|")
