@@ -22,6 +22,7 @@ from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
+from reproduce.streams import flush_streams, open_missing_streams
 
 # How Python refuses a key of a recipe's section that the class which the section goes to does not take.
 UNKNOWN_ARGUMENT = re.compile(r"^(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
@@ -37,6 +38,7 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        open_missing_streams()
         in_main_thread = threading.current_thread() is threading.main_thread()
         handlers = {number: signal.getsignal(number) for number in MEANING if in_main_thread}
         code = 1
@@ -67,6 +69,7 @@ def command(main):
             raise
         finally:
             close(code)
+            flush_streams()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
