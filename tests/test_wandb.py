@@ -3,13 +3,17 @@
 import contextlib
 import csv
 import glob
+import http.server
 import io
 import json
+import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +55,7 @@ def nobody_logged_in(home):
     with pytest.MonkeyPatch.context() as patch:
         for name in (
             "WANDB_API_KEY",
+            "WANDB_BASE_URL",
             "WANDB_MODE",
             "WANDB_DIR",
             "WANDB_RUN_ID",
@@ -365,6 +370,172 @@ def test_the_last_weights_are_not_called_best(tmp_path, alone):
     (part,) = parts_of(tmp_path / "run")
     assert not {key for key in part.summary if key.startswith(("best/", "paper/", "gap/"))}
     assert part.summary["test/bpd"] == 3.6
+
+
+# ----------------------------------------------------------------------- without a server, or wandb
+
+
+def log_in(patch, address, answer_within=10.0):
+    """As somebody with a key for W&B's server at host:port."""
+    patch.setenv("WANDB_API_KEY", "a" * 40)
+    patch.setenv("WANDB_BASE_URL", f"http://{address[0]}:{address[1]}")
+    patch.setattr(loggers, "ANSWER_WITHIN", answer_within)
+    patch.setattr(loggers, "INIT_WITHIN", 2.0)
+
+
+def offline_lines(caplog):
+    return [line for line in caplog.messages if line.endswith(": this run is logged offline")]
+
+
+@pytest.fixture
+def closed_port():
+    """An address where nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()
+
+
+@pytest.fixture
+def silent_port():
+    """An address where somebody listens and never answers, as behind many a firewall."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()
+
+
+@pytest.fixture
+def strange_server():
+    """A web server that knows no W&B."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address
+        server.shutdown()
+
+
+@pytest.mark.parametrize("address", ["closed_port", "silent_port"])
+def test_without_an_answer_the_run_is_offline_and_says_so(
+    tmp_path, alone, caplog, request, address
+):
+    """A cluster's node with a login and no internet: wandb alone waits for minutes, then raises."""
+    caplog.set_level("INFO")
+    log_in(alone, request.getfixturevalue(address), answer_within=0.5)
+    begin = time.monotonic()
+    logger = make_logger(config_for(tmp_path / "run"))
+    assert time.monotonic() - begin < 5
+    assert logger.settings.mode == "offline"
+    [line] = offline_lines(caplog)
+    assert line.startswith("W&B: http://127.0.0.1:")
+    assert "does not answer" in line
+
+
+def test_a_server_that_refuses_the_run_leaves_it_offline(
+    tmp_path, alone, caplog, strange_server, capsys
+):
+    caplog.set_level("INFO")
+    log_in(alone, strange_server)
+    logger = make_logger(config_for(tmp_path / "run"))
+    assert logger.settings.mode == "online"
+    logger.log_metrics({"val/bpd": 4.0}, step=3)
+    [line] = offline_lines(caplog)
+    assert line.startswith("W&B: ")
+    assert len(line) < 200
+    close(0)
+    assert "W&B was offline; upload this run with: wandb sync" in capsys.readouterr().out
+    part = parts_of(tmp_path / "run")[-1]
+    assert [row["val/bpd"] for row in part.rows] == [4.0]
+
+
+def test_where_wandb_does_not_start_at_all_one_line_names_another_logger(
+    tmp_path, alone, monkeypatch
+):
+    def refuse(**arguments):
+        raise wandb.Error("no wandb-core\nfor this machine")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    logger = make_logger(config_for(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"no wandb-core.: add logger\.name=csv$"):
+        logger.log_metrics({"val/bpd": 4.0}, step=3)
+
+
+def kill_wandb():
+    """The process that wandb has started for this one."""
+    own = f"port-{os.getpid()}.txt"
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if own in (folder / "cmdline").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+                time.sleep(0.5)
+                return
+    raise AssertionError("wandb has no process of its own")
+
+
+def test_a_run_goes_on_without_a_wandb_that_was_killed(tmp_path, alone, caplog, capsys):
+    """Also to its end, and the next run of this process has its own."""
+    caplog.set_level("INFO")
+    logger = make_logger(config_for(tmp_path / "run"))
+    logger.log_metrics({"val/bpd": 4.0}, step=3)
+    kill_wandb()
+    logger.log_metrics({"val/bpd": 3.9}, step=6)
+    logger.log_hyperparams({"seed": 1})
+    report(logger, RESULT)
+    mark_preempting()
+    close(0)
+    lines = [line for line in caplog.messages if line.endswith("this run goes on without it")]
+    assert len(lines) == 1
+    assert lines[0].startswith("W&B has failed (")
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    other = make_logger(config_for(tmp_path / "other"))
+    other.log_metrics({"val/bpd": 3.8}, step=3)
+    close(0)
+    [part] = parts_of(tmp_path / "other")
+    assert [row["val/bpd"] for row in part.rows] == [3.8]
+
+
+def test_a_wandb_that_dies_at_the_end_ends_nothing(tmp_path, alone, caplog):
+    caplog.set_level("INFO")
+    make_logger(config_for(tmp_path / "run")).log_metrics({"val/bpd": 4.0}, step=3)
+    kill_wandb()
+    close(0)
+    assert wandb.run is None
+    assert "this run goes on without it" in caplog.text
+
+
+def test_where_the_home_is_read_only_wandb_writes_into_the_run(tmp_path, alone):
+    """Its table of the comparison, and its own log, would go to the home."""
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        alone.setenv(name, "")  # so that what make_logger sets is taken back
+        alone.delenv(name)
+    alone.setenv("HOME", "/proc/self")  # read-only, for root too
+    logger = make_logger(config_for(tmp_path / "run"))
+    report(logger, RESULT)
+    close(0)
+    [part] = parts_of(tmp_path / "run")
+    assert part.summary["status"] == "shortened"
+    assert (tmp_path / "run" / "wandb" / "cache").is_dir()
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example.org:8080"])
+def test_a_login_is_looked_up_for_the_server_in_use(tmp_path, alone, host):
+    alone.setenv("WANDB_BASE_URL", f"https://{host}")
+    server = wandb.setup().settings.base_url
+    assert not loggers._logged_in(server)
+    path = tmp_path / ".netrc"
+    path.write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
+    path.chmod(0o600)
+    assert loggers._logged_in(server)
+
+
+# ---------------------------------------------------------------------------------- sweeps
 
 
 def test_in_a_sweep_the_run_is_the_agents(tmp_path, alone):
