@@ -33,9 +33,9 @@ from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, presets
-from reproduce.launch import job, processes, requeued, run_id
+from reproduce.launch import check_processes, job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
-from reproduce.provenance import Provenance, best_precision, machine
+from reproduce.provenance import Provenance, best_precision, experiment_of, machine
 from reproduce.run_folder import (
     DIVERGED,
     check_checkpoint,
@@ -45,6 +45,7 @@ from reproduce.run_folder import (
     open_folder,
     selected_weights,
 )
+from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
@@ -56,13 +57,15 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
 
     Answers --help and --print-config itself, and ends with 0 where the run is already finished.
     """
-    experiment = Path(script).stem
+    experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(words):
         print(describe(experiment, doc))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
     L.seed_everything(config.seed, verbose=False)
+    if config.data.get("root") is not None:
+        config.data.root = str(Path(str(config.data.root)).expanduser())
     _choose_cpu_for_mps(config)
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
@@ -97,6 +100,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         raise ConfigError(
             "trainer.limit_test_batches=0 tests nothing: give at least 1, or null for all"
         )
+    check_processes(config.trainer)
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)
@@ -113,6 +117,7 @@ def _decide_run_dir(config: DictConfig) -> None:
     elif config.resume and not config.run_dir and job() is None:
         raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
     if config.run_dir:
+        config.run_dir = str(Path(str(config.run_dir)).expanduser())
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
@@ -439,9 +444,8 @@ def _callback(trainer: L.Trainer, kind: type):
 
 
 def _say_what_there_is(folder: Path, result: dict) -> None:
-    print(f"\n{comparison_table(result)}\n")
+    say(f"\n{comparison_table(result)}\n")
     pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:] + sorted(
         folder.glob("*.png")
     )
-    for path in [*pictures, folder / "result.json"]:
-        print(path)
+    say(*pictures, folder / "result.json")

@@ -10,11 +10,14 @@ counts as not finite, and the others go on: delete its diverged.json to try agai
 GPUs give each its seeds.
 """
 
+import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
 import contextlib
 import io
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path

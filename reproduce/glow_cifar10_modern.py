@@ -4,6 +4,10 @@ python reproduce/glow_cifar10_modern.py                # paper size
 python reproduce/glow_cifar10_modern.py preset=cpu     # a smaller model for two cores
 """
 
+import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
 from datamodules import make_data
 from flows.glow import Glow
 from lightning_modules.density import DensityModule

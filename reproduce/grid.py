@@ -4,8 +4,11 @@ python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml        # how m
 python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3      # the key=value words of row 3, one a line
 """
 
-import json
 import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
+import json
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf

@@ -19,6 +19,10 @@ attribute=CLASS, device=cpu or cuda (default: cuda where there is one), out=FOLD
 it is not the run's, data.download=true to fetch them
 """
 
+import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
 import inspect
 from pathlib import Path
 

@@ -4,6 +4,10 @@ python reproduce/realnvp_cifar10.py                # the paper's recipe
 python reproduce/realnvp_cifar10.py preset=cpu     # a smaller model for two cores
 """
 
+import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
 from datamodules import make_data
 from flows.realnvp import RealNVP
 from lightning_modules.density import DensityModule

@@ -3,6 +3,10 @@
 python reproduce/realnvp_moons.py
 """
 
+import sys
+
+sys.path.insert(0, sys.path[0].removesuffix("reproduce"))  # this clone's code, not an install's
+
 from datamodules import make_data
 from flows.realnvp import RealNVP2d
 from lightning_modules.callbacks.density_2d import Density2d
