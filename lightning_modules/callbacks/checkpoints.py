@@ -84,9 +84,8 @@ class Checkpoints(Checkpoint):
             return False
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[
-                :-KEPT
-            ]:
+            files = (path for path in self.folder.glob("step-*.ckpt") if not path.is_dir())
+            for path in sorted(path for path in files if path.name <= name)[:-KEPT]:
                 path.unlink(missing_ok=True)
         return True
 
