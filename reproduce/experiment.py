@@ -64,8 +64,6 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
     L.seed_everything(config.seed, verbose=False)
-    if config.data.get("root") is not None:
-        config.data.root = str(Path(str(config.data.root)).expanduser())
     _choose_cpu_for_mps(config)
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
