@@ -1,4 +1,4 @@
-"""What is installed: the versions that pyproject.toml allows, those that were tested, and all files that code reads."""
+"""What is installed: allowed versions, tested versions, and all files that code reads."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from results import load_papers
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PROJECT, PACKAGES = SETTINGS["project"], SETTINGS["tool"]["setuptools"]["packages"]
+PROJECT = SETTINGS["project"]
+PACKAGES = SETTINGS["tool"]["setuptools"]["packages"]
 REQUIREMENTS = {
     requirement.name.lower(): requirement
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
@@ -82,7 +83,7 @@ def test_every_paper_with_claims_is_cited():
     ] == []
 
 
-# ---------------------------------------------------------------------------------------------- pip install .
+# ------------------------------------------------------------------------------- pip install .
 
 
 def git(folder, *words):
@@ -109,7 +110,10 @@ def repository(folder):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder into which a copy of this repository was installed, inside a repository of another project."""
+    """The folder into which a copy of this repository was installed.
+
+    It lies in a repository of another project.
+    """
     folder = tmp_path_factory.mktemp("installed")
     for top in {name.split(".")[0] for name in PACKAGES}:  # setuptools leaves build/ beside it
         shutil.copytree(

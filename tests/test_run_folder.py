@@ -38,7 +38,7 @@ class Module(torch.nn.Module):
 
 
 def checked(path, stored, config, module=None):
-    """The message with which a checkpoint of the config `stored` is refused; None where it is taken."""
+    """The message with which a checkpoint of the config `stored` is refused; None: it is taken."""
     module = module or Module(config)
     origin = {"experiment": config.experiment, "config": stored, "commit": "0123abc"}
     checkpoint = {"paperflows": origin, "state_dict": module.state_dict()}
@@ -49,7 +49,7 @@ def checked(path, stored, config, module=None):
 
 
 def test_a_key_that_a_recipe_has_got_since_counts_as_its_default(tmp_path):
-    """Until additive Glow extended glow_cifar10 its recipe had no min_scale; the flow's own is 0."""
+    """The recipe of additive Glow once had no min_scale; the flow's own default is 0."""
     path = tmp_path / "step-00000001.ckpt"
     config = compose("glow_cifar10_additive5bit", TINY_GLOW)
     old = OmegaConf.to_container(config)
@@ -80,7 +80,8 @@ def test_the_defaults_of_an_objective_count_too_also_those_that_it_hands_on(tmp_
 
     config = compose("glow_cifar10", TINY_GLOW)
     old = OmegaConf.to_container(config)
-    config.optim.betas, config.optim.lr = [0.9, 0.999], 0.25
+    config.optim.betas = [0.9, 0.999]
+    config.optim.lr = 0.25
     del old["optim"]["betas"], old["optim"]["lr"]
     assert checked(tmp_path, old, config, Objective(config)) is None
 
@@ -199,7 +200,8 @@ def test_the_one_before_is_taken_where_the_newest_is_no_file(tmp_path, caplog, p
 
 def test_a_folder_among_the_checkpoints_does_not_end_the_run_that_prunes_them(tmp_path):
     class Trainer:
-        global_step, is_global_zero = 8, True
+        global_step = 8
+        is_global_zero = True
 
     for step in (2, 4, 6):
         add_checkpoint(tmp_path, f"step-{step:08d}.ckpt")

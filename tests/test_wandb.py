@@ -1,4 +1,4 @@
-"""What a run leaves for W&B, read from the real .wandb file: curves, summary, config, table, pictures, its end."""
+"""What a run leaves for W&B, read from the real .wandb file, and how it does without W&B."""
 
 import contextlib
 import csv
@@ -51,7 +51,10 @@ RESULT = {  # of a run on the claim's own data
 
 @contextlib.contextmanager
 def nobody_logged_in(home):
-    """No W&B login, no settings of whoever runs the tests, and a wandb that reads the environment afresh."""
+    """No W&B login, no settings of whoever runs the tests.
+
+    wandb reads the environment afresh.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in (
             "WANDB_API_KEY",
@@ -87,10 +90,13 @@ def pixels(path):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """A run of 4 steps that went on to 7 in the same folder: the folder, both outputs, both results."""
-    folder, outputs, results = tmp_path_factory.mktemp("runs") / "a run", [], []
+    """A run of 4 steps that went on to 7 in the same folder: folder, both outputs, both results."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    outputs = []
+    results = []
     for steps in (4, 7):
-        out, err = io.StringIO(), io.StringIO()
+        out = io.StringIO()
+        err = io.StringIO()
         with (
             nobody_logged_in(folder.parent),
             contextlib.redirect_stdout(out),
@@ -130,7 +136,8 @@ def test_one_row_a_step_also_over_the_parts_of_a_run(resumed):
 
 def test_summary_is_what_was_tested(resumed):
     for part, result in zip(resumed.parts, resumed.results, strict=True):
-        summary, metrics = part.summary, result["metrics"]
+        summary = part.summary
+        metrics = result["metrics"]
         assert summary["test/bpd"] == metrics["test/bpd"]
         assert summary["test/bpd_reestimated"] == metrics["test/bpd_reestimated"]
         assert summary["best/val/bpd"] == metrics["val/bpd"]
@@ -156,11 +163,13 @@ def test_config_group_name_and_tags(resumed):
         assert (part.run.run_group, part.run.display_name, part.run.project) == (
             "realnvp_cifar10", "a run", "paperflows",
         )  # fmt: skip
-        assert list(part.run.tags) == [*([f"commit-{commit[:7]}"] if commit else []), "demo"]
+        tags = [f"commit-{commit[:7]}", "demo"] if commit else ["demo"]
+        assert list(part.run.tags) == tags
 
 
 def test_table_holds_the_printed_rows(resumed):
-    part, result = resumed.parts[1], resumed.results[1]
+    part = resumed.parts[1]
+    result = resumed.results[1]
     (path,) = (part.folder / "files" / "media" / "table").glob("comparison_*.table.json")
     table = json.loads(path.read_text())
     assert table["columns"] == ["experiment", "metric", "paper", "ours", "gap", "status"]
@@ -183,7 +192,8 @@ def test_pictures_are_those_of_the_run_folder(resumed):
     for part in resumed.parts:
         for row in part.rows:
             for key in [key for key in row if key.endswith(".filenames")]:
-                name, (path,) = key.removesuffix(".filenames").split("/")[1], row[key]
+                name = key.removesuffix(".filenames").split("/")[1]
+                [path] = row[key]
                 shown[f"{name}-{row['trainer/global_step']:07d}.png"] = pixels(
                     part.folder / "files" / path
                 )
@@ -229,7 +239,7 @@ def test_the_upload_is_named_once_and_takes_every_part(resumed):
     assert all(part.folder.name in listed for part in resumed.parts), listed
 
 
-# ------------------------------------------------------------------------------------------------ without training
+# --------------------------------------------------------------------------- without training
 
 
 def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys):
@@ -244,8 +254,9 @@ def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys
 
 
 def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
-    """early_terminate, or the button on the run's page: the sweep is not to start that run again."""
-    received, before = [], signal.getsignal(signal.SIGTERM)
+    """It is early_terminate, or a button on the run's page; the sweep shall not start it again."""
+    received = []
+    before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         run = make_logger(config_for(tmp_path / "run")).experiment
@@ -264,21 +275,21 @@ def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
     assert part.records["exit"][0].exit_code == 75
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wanted):
+@pytest.mark.parametrize(("wanted", "seconds"), [(True, 5.0), (False, 0.05)])
+def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wanted, seconds):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     marked = []
     run = SimpleNamespace(offline=False, mark_preempting=lambda: marked.append("preempting"))
     monkeypatch.setattr(loggers, "_active_run", lambda: run)
-    monkeypatch.setattr(loggers, "STOP_WITHIN", 5.0 if wanted else 0.05)
+    monkeypatch.setattr(loggers, "STOP_WITHIN", seconds)
     loggers._stop_wanted.clear()
     timer = threading.Timer(0.1, loggers._stop_wanted.set)
     if wanted:
         timer.start()
     mark_preempting()
     loggers._stop_wanted.clear()
-    assert marked == ([] if wanted else ["preempting"])
+    assert marked == ["preempting"] * (not wanted)
 
 
 def test_without_a_run_nothing_happens(monkeypatch, capsys, tmp_path):
