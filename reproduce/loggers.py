@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 STOP_WITHIN = 16.0
 ANSWER_WITHIN = 10.0  # seconds in which W&B's server has to answer before a run begins
 INIT_WITHIN = 60.0  # seconds in which it has to take a new run
-CLOUD = "api.wandb.ai"  # the host of W&B's own server, by which older logins are stored
+CLOUD = "api.wandb.ai"  # a host of W&B's own server, by which logins may be stored
 _stop_wanted = threading.Event()
 Mode = Literal["online", "offline", "shared", "disabled", "dryrun", "run"]
 
@@ -357,11 +357,15 @@ def _active_run() -> wandb.Run | None:
 
 def _logged_in(server: str) -> bool:
     """Whether there is a key for W&B's server, in the environment or in ~/.netrc."""
+    import wandb
+
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
         logins = netrc.netrc()
     except (OSError, netrc.NetrcParseError):
         return False
-    own = logins.authenticators(urlsplit(server).netloc)
-    return own is not None or logins.authenticators(CLOUD) is not None
+    hosts = [urlsplit(server).netloc]
+    if server == wandb.Settings().base_url:
+        hosts.append(CLOUD)
+    return any(logins.authenticators(host) is not None for host in hosts)

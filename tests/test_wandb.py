@@ -540,10 +540,21 @@ def test_a_login_is_looked_up_for_the_server_in_use(tmp_path, alone, host):
     alone.setenv("WANDB_BASE_URL", f"https://{host}")
     server = wandb.setup().settings.base_url
     assert not loggers._logged_in(server)
-    path = tmp_path / ".netrc"
+    write_login(tmp_path, host)
+    assert loggers._logged_in(server)
+
+
+def write_login(home, host):
+    path = home / ".netrc"
     path.write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
     path.chmod(0o600)
-    assert loggers._logged_in(server)
+
+
+def test_a_login_of_wandbs_cloud_counts_for_its_default_server_alone(tmp_path, alone):
+    """wandb would ask for the key of another server."""
+    write_login(tmp_path, "api.wandb.ai")
+    assert loggers._logged_in(wandb.Settings().base_url)
+    assert not loggers._logged_in("https://wandb.example.org")
 
 
 # ---------------------------------------------------------------------------------- sweeps
