@@ -62,8 +62,8 @@ def check_run_dir(config: DictConfig) -> None:
         rank_zero_only(say)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
     last_step = max((int(row["step"]) for row in read_curve(folder / "curve.csv")), default=0)
-    is_due = last_step >= config.checkpoint.every_n_steps
-    if is_due and not step_checkpoints(folder):
+    was_due = last_step >= config.checkpoint.every_n_steps
+    if was_due and best_checkpoint(folder).is_file() and not step_checkpoints(folder):
         raise ConfigError(
             f"{folder} holds the curve of {last_step} steps, but its step-*.ckpt are gone: "
             f"give another run_dir, or copy its {BEST} to step-00000000.ckpt to go on from that"
