@@ -26,7 +26,9 @@ def job() -> str | None:
             return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     index = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{index}" if array and index else os.environ["SLURM_JOB_ID"]
+    if array and index:
+        return f"{array}_{index}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def requeued() -> bool:
@@ -134,9 +136,11 @@ def _number_of(devices: object) -> int | None:
         return devices
     if isinstance(devices, str) and "," in devices:  # the devices' own numbers, as "0,1"
         return len([word for word in devices.split(",") if word.strip()])
-    if isinstance(devices, str):
-        return int(devices) if devices.isdecimal() else None
-    return len(devices) if isinstance(devices, Sized) else None
+    if isinstance(devices, str) and devices.isdecimal():
+        return int(devices)
+    if isinstance(devices, Sized) and not isinstance(devices, str):
+        return len(devices)
+    return None
 
 
 def requeue() -> None:

@@ -154,7 +154,9 @@ def make_logger(config: DictConfig) -> Logger | bool:
     _stop_wanted.clear()
     _leave_the_home_alone(folder)
     commit, _ = git_state()
-    tags = [] if commit is None else [f"commit-{commit[:7]}"]
+    tags = []
+    if commit is not None:
+        tags.append(f"commit-{commit[:7]}")
     if config.preset:
         tags.append(config.preset)
     return StepLogger(
@@ -231,7 +233,9 @@ def _wandb_id(folder: Path) -> str:
     A resumed run is therefore the same run at W&B.
     """
     path = folder / "wandb-run-id.txt"
-    earlier_id = path.read_text().strip() if path.is_file() else None
+    earlier_id = None
+    if path.is_file():
+        earlier_id = path.read_text().strip()
     run_id = earlier_id or secrets.token_hex(8)
     if in_sweep():
         run_id = os.environ["WANDB_RUN_ID"]
@@ -346,8 +350,8 @@ def _clear() -> None:
 
 
 def _in_short(error: Exception) -> str:
-    lines = str(error).splitlines()
-    text = lines[0] if lines else type(error).__name__
+    """The first line of an error, cut off where it is long; its class where it has no words."""
+    text = next(iter(str(error).splitlines()), type(error).__name__)
     return textwrap.shorten(text, 120, placeholder=" ...")
 
 
