@@ -137,7 +137,7 @@ def check_one_process(config: DictConfig) -> None:
 
 def check_settings(root: Path, overrides: list[str]) -> None:
     """ConfigError, one line: a finished run in `root`, to be compared, had other settings."""
-    wanted = settings(overrides, OWN)
+    own = settings(overrides, OWN)
     for folder, path in finished(root):
         result = read_json(path)
         used = settings(result.get("overrides", []), OWN)
@@ -146,10 +146,10 @@ def check_settings(root: Path, overrides: list[str]) -> None:
                 f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: "
                 "give another out=FOLDER"
             )
-        keys = [key for key in sorted(wanted | used) if wanted.get(key) != used.get(key)]
+        keys = [key for key in sorted(own | used) if own.get(key) != used.get(key)]
         if keys:
             raise ConfigError(
-                f"{folder} was run with {_listed(used, keys)}, not with {_listed(wanted, keys)}: "
+                f"{folder} was run with {_listed(used, keys)}, not with {_listed(own, keys)}: "
                 "say the same, or give another out=FOLDER"
             )
 

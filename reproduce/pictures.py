@@ -203,8 +203,8 @@ def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataMo
         raise ConfigError(
             f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
         )
-    wanted = {"download": False, "labels": True} | changes
-    known = {key: value for key, value in wanted.items() if key in parameters}
+    settings = {"download": False, "labels": True} | changes
+    known = {key: value for key, value in settings.items() if key in parameters}
     data = make_data(seed=config["seed"], **{**config["data"], **known})
     if None in data.shape:
         raise ConfigError(

@@ -260,11 +260,11 @@ def check_checkpoint(
             f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir"
         )
     trained_with = _settings(origin["config"], module)
-    wanted = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
+    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
     changed = [
         f"{key}={trained_with.get(key)}"
-        for key in sorted(trained_with | wanted)
-        if trained_with.get(key) != wanted.get(key)
+        for key in sorted(trained_with | settings)
+        if trained_with.get(key) != settings.get(key)
     ]
     if changed:
         raise ConfigError(

@@ -227,11 +227,11 @@ class Cluster:
 
     def wait(self, job: str, seconds: float, *states: str) -> dict[str, str]:
         """The job as it is when it reaches one of `states`, by default when it has ended."""
-        wanted = set(states) or ENDED
+        awaited = set(states) or ENDED
         wait_for(
-            lambda: self.job(job)["JobState"] in wanted,
+            lambda: self.job(job)["JobState"] in awaited,
             seconds,
-            lambda: f"{job} to be {wanted}: {self.job(job)}",
+            lambda: f"{job} to be {awaited}: {self.job(job)}",
         )
         return self.job(job)
 

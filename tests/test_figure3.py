@@ -317,16 +317,20 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
     script.ends = {first: SystemExit(DIVERGES)}
     content = figure3.main(["seeds=[0]"])
     assert names(script) == [f"{name}-seed0" for name in NAMES]
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     diverged = f"{NAMES[first - 1]}-seed0"
     assert (
         f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on"
-        in said.err
+        in output.err
     )
-    assert said.out.count("- (1 not finite)") == 7 - first  # in every table from then on
+    assert output.out.count("- (1 not finite)") == 7 - first  # in every table from then on
     runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
-    [found] = [run for run in runs if run["test/bpd"] is None]
-    assert (figure3_results.name(found), found["skipped_steps"], found["curve"]) == (
+    [diverged_run] = [run for run in runs if run["test/bpd"] is None]
+    assert (
+        figure3_results.name(diverged_run),
+        diverged_run["skipped_steps"],
+        diverged_run["curve"],
+    ) == (
         diverged,
         21,
         [[0, 1.0, 8.0]],

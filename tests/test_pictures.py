@@ -74,10 +74,10 @@ def labelled(monkeypatch):
 @pytest.fixture
 def conditional(monkeypatch, labelled):
     def read(folder):
-        flow, there = read_run(folder)
+        flow, origin = read_run(folder)
         other = Conditional(flow.shape, n_scales=2, hidden_channels=4, n_blocks=1).eval()
         other.load_state_dict(flow.state_dict())
-        return other, there
+        return other, origin
 
     monkeypatch.setattr(pictures, "read_run", read)
 
@@ -225,8 +225,8 @@ def test_attributes_of_data_with_labels(kind, finished, tmp_path, capsys, reques
     """The last class has the bright images: its direction brightens, that of the first darkens."""
     request.getfixturevalue(kind)
     draw(finished, f"out={tmp_path}")
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"{tmp_path / 'attributes.png'}: bee to ape, cat to bee, ape to cat"
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"{tmp_path / 'attributes.png'}: bee to ape, cat to bee, ape to cat"
     grid = cells(tmp_path / "attributes.png", 5)
     starts = [next(i for i in CHOSEN if i % 3 == label) for label in (1, 2, 0)]
     assert np.abs(grid[:, 2] - shown(starts, Labelled)).max() <= 1
@@ -255,8 +255,8 @@ def test_columns_of_a_conditional_flow_are_its_classes(finished, tmp_path, condi
 
 
 def test_an_unknown_class_is_one_line_and_nothing_is_written(finished, tmp_path, capsys, labelled):
-    said = mistake(capsys, finished, "attribute=catt", f"out={tmp_path / 'new'}")
-    assert said == "error: attribute=catt is not known (did you mean cat?): give ape, bee, cat"
+    line = mistake(capsys, finished, "attribute=catt", f"out={tmp_path / 'new'}")
+    assert line == "error: attribute=catt is not known (did you mean cat?): give ape, bee, cat"
     assert not (tmp_path / "new").exists()
 
 
@@ -293,7 +293,7 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("nimages=3", "did you mean n_images?"),
         ("sed=3", "did you mean seed?"),
@@ -304,8 +304,8 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
         ("cat", "'cat' is not of the form key=value"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(word, said, finished, tmp_path, capsys):
-    assert said in mistake(capsys, finished, f"out={tmp_path / 'new'}", word)
+def test_mistakes_are_one_line_and_nothing_is_written(word, message, finished, tmp_path, capsys):
+    assert message in mistake(capsys, finished, f"out={tmp_path / 'new'}", word)
     assert not (tmp_path / "new").exists()
 
 
@@ -333,6 +333,6 @@ def test_folders_without_pictures_are_one_line(tmp_path, capsys):
 
 def test_help_says_what_there_is(capsys):
     draw("--help")
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     keys = [*pictures.DEFAULTS, *(f"data.{key}" for key in pictures.DEFAULTS["data"])]
-    assert all(f"{key}=" in said for key in keys if key != "data")
+    assert all(f"{key}=" in text for key in keys if key != "data")

@@ -275,8 +275,8 @@ def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
     assert part.records["exit"][0].exit_code == 75
 
 
-@pytest.mark.parametrize(("wanted", "seconds"), [(True, 5.0), (False, 0.05)])
-def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wanted, seconds):
+@pytest.mark.parametrize(("wants_stop", "seconds"), [(True, 5.0), (False, 0.05)])
+def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wants_stop, seconds):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     marked = []
@@ -285,11 +285,11 @@ def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wa
     monkeypatch.setattr(loggers, "STOP_WITHIN", seconds)
     loggers._stop_wanted.clear()
     timer = threading.Timer(0.1, loggers._stop_wanted.set)
-    if wanted:
+    if wants_stop:
         timer.start()
     mark_preempting()
     loggers._stop_wanted.clear()
-    assert marked == ["preempting"] * (not wanted)
+    assert marked == ["preempting"] * (not wants_stop)
 
 
 def test_without_a_run_nothing_happens(monkeypatch, capsys, tmp_path):
@@ -503,8 +503,8 @@ def test_a_run_goes_on_without_a_wandb_that_was_killed(tmp_path, alone, caplog, 
     lines = [line for line in caplog.messages if line.endswith("this run goes on without it")]
     assert len(lines) == 1
     assert lines[0].startswith("W&B has failed (")
-    said = capsys.readouterr()
-    assert "Traceback" not in said.out + said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
     other = make_logger(config_for(tmp_path / "other"))
     other.log_metrics({"val/bpd": 3.8}, step=3)
     close(0)
