@@ -84,8 +84,9 @@ class Checkpoints(Checkpoint):
             return False
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            files = (path for path in self.folder.glob("step-*.ckpt") if not path.is_dir())
-            for path in sorted(path for path in files if path.name <= name)[:-KEPT]:
+            for path in sorted(p for p in self.folder.glob("step-*.ckpt") if p.name <= name)[
+                :-KEPT
+            ]:
                 path.unlink(missing_ok=True)
         return True
 
