@@ -1,7 +1,15 @@
 """One script per experiment; `experiment` is the only glue between them and the rest."""
 
+from __future__ import annotations
 
-def load(folder):
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flows.base import FlowModel
+
+
+def load(folder: str | Path) -> FlowModel:
     """The trained flow of a run folder (or of one checkpoint file), in eval mode on the CPU.
 
     >>> flow = load("outputs/realnvp_cifar10/20261122-231500-ab12")  # doctest: +SKIP

@@ -23,6 +23,7 @@ from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
+from reproduce.streams import flush_streams, open_missing_streams
 
 # How Python refuses a key of a recipe's section that the class which the section goes to does not
 # take.
@@ -48,6 +49,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @functools.wraps(main)
     def wrapped(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        open_missing_streams()
         handlers: dict = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in MEANING}
@@ -73,6 +75,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             sys.exit(f"error: {line}")
         finally:
             close(code)
+            flush_streams()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

@@ -37,9 +37,9 @@ from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
-from reproduce.launch import job, processes, requeued, run_id
+from reproduce.launch import check_processes, job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
-from reproduce.provenance import Provenance, best_precision, machine
+from reproduce.provenance import Provenance, best_precision, experiment_of, machine
 from reproduce.readiness import MPS_LACKS, Readiness, check_folder, check_settings, validates
 from reproduce.run_folder import (
     DIVERGED,
@@ -50,6 +50,7 @@ from reproduce.run_folder import (
     open_folder,
     selected_weights,
 )
+from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
@@ -64,7 +65,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     run is already finished. ConfigError, one line: a mistake in the settings, before anything
     starts.
     """
-    experiment = Path(script).stem
+    experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(words):
         print(describe(experiment, doc))
@@ -78,6 +79,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         sys.exit(0)
     check_settings(config)
+    check_processes(config.trainer)
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)
@@ -97,6 +99,7 @@ def _decide_run_dir(config: DictConfig) -> None:
     elif config.resume and not config.run_dir and job() is None:
         raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
     if config.run_dir:
+        config.run_dir = str(Path(str(config.run_dir)).expanduser())
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
@@ -481,8 +484,7 @@ def _callback(trainer: L.Trainer, kind: type[C]) -> C:
 
 
 def _say_what_there_is(folder: Path, result: dict) -> None:
-    print(f"\n{comparison_table(result)}\n")
+    say(f"\n{comparison_table(result)}\n")
     pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:]
     pictures += sorted(folder.glob("*.png"))
-    for path in [*pictures, folder / "result.json"]:
-        print(path)
+    say(*pictures, folder / "result.json")

@@ -1,23 +1,31 @@
-"""Glow's ablation (Kingma & Dhariwal 2018, Figure 3): {reverse, shuffle, invertible 1x1} x {additive, affine}, as runs.
+"""Glow's ablation (Kingma & Dhariwal 2018, Figure 3) as runs: three permutations x two couplings.
 
-python -m reproduce.figure3                                     # CIFAR-10, the paper's model, three seeds: 18 runs
-python -m reproduce.figure3 preset=cpu seeds=0                  # a smaller model for two cores, one seed
+python -m reproduce.figure3                     # CIFAR-10, the paper's model, three seeds: 18 runs
+python -m reproduce.figure3 preset=cpu seeds=0  # a smaller model for two cores, one seed
 
-Further key=value arguments go to every run, as in reproduce/glow_cifar10.py. The runs, figure3.json and figure3.png lie
-in out=FOLDER, by default outputs/figure3/<preset, or paper>. Seeds are the outermost loop. The same command, repeated,
-runs what is not finished and goes on where it was stopped; other seeds join those that are there. A run that diverges
-counts as not finite, and the others go on: delete its diverged.json to try again. One process: where there are several
-GPUs give each its seeds.
+The permutations are reverse, shuffle and invertible 1x1, the couplings additive and affine. Further
+key=value arguments go to every run, as in reproduce/glow_cifar10.py. The runs, figure3.json and
+figure3.png lie in out=FOLDER, by default outputs/figure3/<preset, or paper>. All combinations of
+one seed are run before the next seed.
+
+The same command, repeated, runs what is not finished, and goes on where it was stopped; other seeds
+join those that are there. A run that diverges counts as not finite, and the others go on: delete
+its diverged.json to try again. The ablation is one process: where there are several GPUs, start one
+ablation on each, with seeds of its own.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
 
 import contextlib
 import io
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -28,13 +36,17 @@ from reproduce.command import command
 from reproduce.config import ConfigError, arguments, compose
 from reproduce.launch import processes
 from reproduce.run_folder import DIVERGED
+from reproduce.streams import say
 from results import figure3, is_number
 from results.figure3 import COUPLINGS, NAME, PERMUTATIONS
 from results.files import write
 from results.runs import read_curve, read_json
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 EXPERIMENT = "glow_cifar10"
-SEEDS = (0, 1, 2)  # three, as the paper
+SEEDS = (0, 1, 2)  # three, as in the paper
 OWN = {  # keys that this command decides, and what to give in their place
     "flow.permutation": "it is what is compared",
     "flow.coupling": "it is what is compared",
@@ -42,43 +54,58 @@ OWN = {  # keys that this command decides, and what to give in their place
     "run_dir": "give out=FOLDER",
     "resume": "runs always go on from their checkpoints",
 }
+RECORDED = (  # keys of a run's result that figure3.json keeps
+    "seed",
+    "images",
+    "seconds",
+    "skipped_steps",
+    "commit",
+    "dirty",
+    "device",
+    "precision",
+    "parameters",
+)
 
 
 @command
-def main(argv: list[str] | None = None) -> dict | None:
-    """All runs that are missing, the table after each; returns the content of figure3.json."""
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    """Run all that is missing, with the table after each; return the content of figure3.json."""
     words = arguments(argv)
     if {"--help", "-h"} & set(words):
-        print(__doc__.strip())
+        say((__doc__ or "").strip())
         return None
     seeds, out, overrides = split(words)
-    config = compose(
-        EXPERIMENT, [*overrides, *run_arguments(PERMUTATIONS[0], COUPLINGS[0], seeds[0])]
-    )
+    first = run_arguments(PERMUTATIONS[0], COUPLINGS[0], seeds[0])
+    config = compose(EXPERIMENT, [*overrides, *first])
     check_one_process(config)
-    root = Path(out or Path("outputs", NAME, config.preset or "paper"))
+    root = out or Path("outputs", NAME, config.preset or "paper")
     check_settings(root, overrides)
-    todo = [(p, c, seed) for seed in seeds for c in COUPLINGS for p in PERMUTATIONS]
-    folders = {run: root / f"{run[0]}-{run[1]}-seed{run[2]}" for run in todo}
+    runs = [(p, c, seed) for seed in seeds for c in COUPLINGS for p in PERMUTATIONS]
     written = None
     with repeatable(words):
-        for n, (run, folder) in enumerate(folders.items(), 1):
+        for number, (permutation, coupling, seed) in enumerate(runs, 1):
+            folder = root / f"{permutation}-{coupling}-seed{seed}"
             if outcome(folder):
                 continue
-            print(f"\nrun {n} of {len(todo)}: {folder}", flush=True)
-            train([*overrides, *run_arguments(*run)], folder)
+            say(f"\nrun {number} of {len(runs)}: {folder}")
+            train([*overrides, *run_arguments(permutation, coupling, seed)], folder)
             written = conclude(root, overrides)
         return written or conclude(root, overrides)
 
 
 def run_arguments(permutation: str, coupling: str, seed: int) -> list[str]:
-    """What one run has of its own."""
+    """The key=value arguments in which a run differs from the others."""
     return [f"flow.permutation={permutation}", f"flow.coupling={coupling}", f"seed={seed}"]
 
 
-def split(words: list[str]) -> tuple[list[int], str | None, list[str]]:
-    """The arguments as seeds, `out` and what every run is given. ConfigError: not seeds, or a key of OWN."""
-    seeds, out, overrides = list(SEEDS), None, []
+def split(words: list[str]) -> tuple[list[int], Path | None, list[str]]:
+    """The arguments as seeds, the folder of `out`, and what every run is given.
+
+    ConfigError: the seeds are none, or a key is one of OWN.
+    """
+    seeds = list(SEEDS)
+    out = None
+    overrides = []
     for word in words:
         key, _, value = word.partition("=")
         if key in OWN:
@@ -86,73 +113,76 @@ def split(words: list[str]) -> tuple[list[int], str | None, list[str]]:
         if key == "seeds":
             seeds = parse_seeds(value)
         elif key == "out":
-            out = value
+            out = Path(value).expanduser()
         else:
             overrides.append(word)
     return seeds, out, overrides
 
 
 def check_one_process(config: DictConfig) -> None:
-    """ConfigError where a run would have several processes: each of them would repeat this whole command."""
-    trainer = {
-        "devices": config.trainer.devices,
-        "num_nodes": config.trainer.num_nodes,
-    } | processes()
-    on_cpu = config.trainer.accelerator == "cpu"
-    one = 1 if on_cpu or torch.cuda.device_count() < 2 else None
-    devices = one if trainer["devices"] in ("auto", -1, "-1") else trainer["devices"]
-    if (devices, trainer["num_nodes"]) != (1, 1):
+    """ConfigError: a run would have several processes, each of which would repeat this command."""
+    started = {"devices": config.trainer.devices, "num_nodes": config.trainer.num_nodes}
+    started |= processes()
+    devices = started["devices"]
+    all_there_are = devices in ("auto", -1, "-1")
+    has_one = config.trainer.accelerator == "cpu" or torch.cuda.device_count() < 2
+    is_one_device = has_one if all_there_are else devices == 1
+    if not is_one_device or started["num_nodes"] != 1:
         raise ConfigError(
-            f"the ablation is one process, not trainer.devices={trainer['devices']} on {trainer['num_nodes']} nodes: "
-            "give trainer.devices=1, and each GPU (CUDA_VISIBLE_DEVICES) seeds of its own"
+            f"the ablation is one process, not trainer.devices={started['devices']} on "
+            f"{started['num_nodes']} nodes: give trainer.devices=1, and each GPU "
+            "(CUDA_VISIBLE_DEVICES) seeds of its own"
         )
 
 
 def check_settings(root: Path, overrides: list[str]) -> None:
-    """ConfigError, one line, where finished runs in `root` had other settings: they would be compared with these."""
-    wanted = settings(overrides, OWN)
-    for folder in finished(root):
-        result = read_json(outcome(folder))
+    """ConfigError, one line: a finished run in `root`, to be compared, had other settings."""
+    own = settings(overrides, OWN)
+    for folder, path in finished(root):
+        result = read_json(path)
         used = settings(result.get("overrides", []), OWN)
         if result["experiment"] != EXPERIMENT:
             raise ConfigError(
-                f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: give another out=FOLDER"
+                f"{folder} is of {result['experiment']}, not of {EXPERIMENT}: "
+                "give another out=FOLDER"
             )
-        keys = [key for key in sorted(wanted | used) if wanted.get(key) != used.get(key)]
+        keys = [key for key in sorted(own | used) if own.get(key) != used.get(key)]
         if keys:
-            old, new = (
-                " ".join(f"{k}={d[k]}" if k in d else f"no {k}" for k in keys)
-                for d in (used, wanted)
-            )
             raise ConfigError(
-                f"{folder} was run with {old}, not with {new}: say the same, or give another out=FOLDER"
+                f"{folder} was run with {_listed(used, keys)}, not with {_listed(own, keys)}: "
+                "say the same, or give another out=FOLDER"
             )
+
+
+def _listed(values: dict[str, object], keys: list[str]) -> str:
+    """'a=1 no b': some keys of a command line, also those that it lacks."""
+    words = []
+    for key in keys:
+        words.append(f"{key}={values[key]}" if key in values else f"no {key}")
+    return " ".join(words)
 
 
 def train(words: list[str], folder: Path) -> None:
     """One run in this process. That it diverged is a result too."""
+    script = import_module(f"reproduce.{EXPERIMENT}")
     try:
-        import_module(f"reproduce.{EXPERIMENT}").main([*words, f"run_dir={folder}", "resume=auto"])
+        script.main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
         if (folder / DIVERGED).is_file():
-            print(
-                f"{end.code}\n{folder} has no number, the other runs go on",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif end.code:  # else it had been finished
+            line = f"{end.code}\n{folder} has no number, the other runs go on"
+            print(line, file=sys.stderr, flush=True)
+        elif end.code:  # without one the run had been finished
             raise
 
 
 @contextlib.contextmanager
 def repeatable(words: list[str]) -> Iterator[None]:
-    """Where the command was stopped, in a run or between two, say how to go on, and end with exit code 75."""
+    """Where the command was stopped, in a run or between two, say how to go on; exit code 75."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:
-        code = getattr(
-            end, "code", None
-        )  # of a run: 75, or the line of one that was interrupted twice
+        # A run that was stopped has code 75; one that was interrupted twice has a line for it.
+        code = getattr(end, "code", None)
         if code not in (None, TRY_AGAIN) and not str(code).startswith("stopped"):
             raise
         if isinstance(code, str):
@@ -162,40 +192,34 @@ def repeatable(words: list[str]) -> Iterator[None]:
         sys.exit(TRY_AGAIN)
 
 
-def finished(root: Path) -> list[Path]:
-    """The folders of runs with an outcome, of whatever seeds, in the order of the table."""
-    patterns = [
-        f"{permutation}-{coupling}-seed*" for coupling in COUPLINGS for permutation in PERMUTATIONS
-    ]
-    return [
-        folder for pattern in patterns for folder in sorted(root.glob(pattern)) if outcome(folder)
-    ]
+def finished(root: Path) -> Iterator[tuple[Path, Path]]:
+    """The folders of runs of whatever seeds, each with its `outcome`, in the order of the table."""
+    for coupling in COUPLINGS:
+        for permutation in PERMUTATIONS:
+            for folder in sorted(root.glob(f"{permutation}-{coupling}-seed*")):
+                path = outcome(folder)
+                if path is not None:
+                    yield folder, path
 
 
 def outcome(folder: Path) -> Path | None:
-    """The file that says what a run came to: result.json, or diverged.json; None as long as it has not ended."""
-    return next(
-        (path for name in ("result.json", DIVERGED) if (path := folder / name).is_file()), None
-    )
+    """The file with a run's outcome, result.json or diverged.json; None where it has not ended."""
+    for name in ("result.json", DIVERGED):
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
-def entry(folder: Path) -> dict:
-    """A finished run as figure3.json has it. curve: rows [images, seconds, val/bpd or None], from step 0 on."""
-    result, curve = read_json(outcome(folder)), read_curve(folder / "curve.csv")
+def entry(folder: Path, path: Path) -> dict[str, Any]:
+    """A finished run as figure3.json has it.
+
+    curve: rows [images, seconds, val/bpd or None], from step 0 on.
+    """
+    result = read_json(path)
+    curve = read_curve(folder / "curve.csv")
     flow = result["config"]["flow"]
     validated = [row["val/bpd"] for row in curve[1:] if is_number(row.get("val/bpd"))]
-    kept = (
-        "seed",
-        "images",
-        "seconds",
-        "skipped_steps",
-        "commit",
-        "dirty",
-        "device",
-        "precision",
-        "parameters",
-    )
-    return {key: result.get(key) for key in kept} | {
+    return {key: result.get(key) for key in RECORDED} | {
         "permutation": flow["permutation"],
         "coupling": flow["coupling"],
         "test/bpd": result["metrics"].get("test/bpd"),
@@ -204,70 +228,88 @@ def entry(folder: Path) -> dict:
     }
 
 
-def conclude(root: Path, overrides: list[str]) -> dict:
-    """Write figure3.json and figure3.png over all that is finished in `root`, print the table."""
-    folders = finished(root)
-    runs = [entry(folder) for folder in folders]
-    config = dict(read_json(outcome(folders[0]))["config"])
-    config["flow"] = {
-        key: value for key, value in config["flow"].items() if f"flow.{key}" not in OWN
-    }
-    shared = {key: value for key, value in config.items() if key not in (*OWN, "overrides")}
+def conclude(root: Path, overrides: list[str]) -> dict[str, Any]:
+    """Write figure3.json and figure3.png over all that is finished in `root`; print the table."""
+    ended = list(finished(root))
+    runs = [entry(folder, path) for folder, path in ended]
+    _, first = ended[0]
+    config = dict(read_json(first)["config"])
+    flow = config["flow"]
+    config["flow"] = {key: value for key, value in flow.items() if f"flow.{key}" not in OWN}
     content = {
         "experiment": EXPERIMENT,
         "ablation": NAME,
         "name": root.resolve().name,
         "overrides": overrides,
-        "config": shared,
+        "config": {key: config[key] for key in config if key not in (*OWN, "overrides")},
         "runs": runs,
     }
-    write(root / f"{NAME}.json", figure3.dump(content))
-    write(root / f"{NAME}.png", draw(runs))
-    print(
-        f"\n{figure3.report(runs)}\n\n{root / f'{NAME}.json'}\n{root / f'{NAME}.png'}", flush=True
-    )
+    table = root / f"{NAME}.json"
+    figure = root / f"{NAME}.png"
+    write(table, figure3.dump(content))
+    write(figure, draw(runs))
+    say(f"\n{figure3.report(runs)}\n", table, figure)
     return content
 
 
-def curves(runs: list[dict]) -> dict[int, list[float]]:
+def curves(runs: list[dict[str, Any]]) -> dict[int, list[float]]:
     """val/bpd of all seeds by images seen, where every seed has a finite one."""
-    each = [
-        {images: value for images, _, value in run["curve"] if is_number(value)} for run in runs
-    ]
-    shared = set.intersection(*(set(points) for points in each)) if each else set()
+    each = []
+    for run in runs:
+        each.append({images: value for images, _, value in run["curve"] if is_number(value)})
+    if not each:
+        return {}
+    shared = set.intersection(*(set(points) for points in each))
     return {images: [points[images] for points in each] for images in sorted(shared)}
 
 
-def draw(runs: list[dict]) -> bytes:
-    """The paper's figure as PNG: a panel a coupling, a colour a permutation, mean over seeds and from least to most."""
+def draw(runs: list[dict[str, Any]]) -> bytes:
+    """The paper's figure as PNG: a panel for each coupling, a colour for each permutation.
+
+    A line is the mean over seeds, the band around it reaches from the least to the greatest.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels, shown = figure.subplots(1, 2, sharey=True), []
+    panels = figure.subplots(1, 2, sharey=True)
+    shown: list[float] = []
     for axes, coupling in zip(panels, COUPLINGS, strict=True):
-        for k, permutation in enumerate(PERMUTATIONS):
-            points = curves(list(figure3.seeds_of(runs, permutation, coupling).values()))
-            means = [statistics.fmean(values) for values in points.values()]
-            low, high = (
-                [min(values) for values in points.values()],
-                [max(values) for values in points.values()],
-            )
-            axes.plot(list(points), means, color=f"C{k}", label=permutation, marker=".")
-            axes.fill_between(list(points), low, high, color=f"C{k}", alpha=0.2, linewidth=0)
-            shown += [value for images, values in points.items() if images > 0 for value in values]
-        axes.set(title=coupling, xlabel="training images seen")
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=5)  # with more their numbers touch
-    if shown:  # not the value before training, which would flatten the rest
-        low, high = min(shown), max(shown)
-        panels[0].set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+        shown += _draw_panel(axes, runs, coupling)
+    if shown:
+        least = min(shown)
+        height = max(shown) - least
+        panels[0].set_ylim(least - 0.05 * height - 0.01, least + 1.1 * height + 0.01)
     panels[0].set_ylabel("val/bpd")
     panels[1].legend()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
+
+
+def _draw_panel(axes: "Axes", runs: list[dict[str, Any]], coupling: str) -> list[float]:
+    """Draw one coupling; return the values shown, without those before training.
+
+    These would flatten the rest.
+    """
+    shown: list[float] = []
+    for number, permutation in enumerate(PERMUTATIONS):
+        points = curves(list(figure3.seeds_of(runs, permutation, coupling).values()))
+        images = list(points)
+        colour = f"C{number}"
+        means = [statistics.fmean(values) for values in points.values()]
+        low = [min(values) for values in points.values()]
+        high = [max(values) for values in points.values()]
+        axes.plot(images, means, color=colour, label=permutation, marker=".")
+        axes.fill_between(images, low, high, color=colour, alpha=0.2, linewidth=0)
+        for seen, values in points.items():
+            if seen > 0:
+                shown += values
+    axes.set(title=coupling, xlabel="training images seen")
+    axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", nbins=5)  # with more their numbers touch
+    return shown
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@ python reproduce/glow_cifar10_modern.py                # paper size
 python reproduce/glow_cifar10_modern.py preset=cpu     # a smaller model for two cores
 """
 
+import sys
+from pathlib import Path
+
 from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
 
 from datamodules import make_data
 from flows.glow import Glow

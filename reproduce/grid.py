@@ -11,6 +11,8 @@ python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+
 from reproduce.config import ConfigError, arguments, read
 from reproduce.kinds import one_text
 

@@ -5,6 +5,8 @@ import secrets
 import subprocess
 import time
 import warnings
+from collections.abc import Mapping, Sized
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -15,12 +17,18 @@ from reproduce.sweep import in_sweep
 
 
 def job() -> str | None:
-    """The Slurm job of this process, 17 or 16_3 (array_index), the same after a requeue; None outside of Slurm."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    """The Slurm job of this process: 17, or 16_3 (array_index); None outside of Slurm.
+
+    It stays the same when the job is queued again.
+    """
     with warnings.catch_warnings(action="ignore"):  # it warns where Slurm is installed and not used
         if not SLURMEnvironment.detect() or "SLURM_JOB_ID" not in os.environ:
             return None
-    return "_".join(array) if all(array) else os.environ["SLURM_JOB_ID"]
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and index:
+        return f"{array}_{index}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def requeued() -> bool:
@@ -29,7 +37,7 @@ def requeued() -> bool:
 
 
 def run_id() -> str:
-    """The name of the run's folder, the same on all ranks: the sweep's run, the job, or else new."""
+    """The name of the run's folder, the same on all ranks: the sweep's run, the job, or new."""
     if in_sweep():
         return os.environ["WANDB_RUN_ID"]
     if job() is not None:
@@ -37,52 +45,112 @@ def run_id() -> str:
     new = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _shared(new)
-    if (
-        "LOCAL_RANK" not in os.environ or "PAPERFLOWS_RUN_ID" not in os.environ
-    ):  # not started by another rank
+    started_by_another_rank = "LOCAL_RANK" in os.environ and "PAPERFLOWS_RUN_ID" in os.environ
+    if not started_by_another_rank:
         os.environ["PAPERFLOWS_RUN_ID"] = new
     return os.environ["PAPERFLOWS_RUN_ID"]
 
 
 def _shared(value: str) -> str:
-    """Rank 0's value on all ranks, over the store at which they meet; there is no process group yet."""
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
-    STORES.append(store)  # where torchrun does not keep it, rank 0 does, and others may still come
+    """Rank 0's value on all ranks, over the store at which they meet.
+
+    There is no process group yet.
+    """
+    store, rank, _ = next(iter(torch.distributed.rendezvous("env://")))
+    STORES.append(store)
     if rank == 0:
         store.set("paperflows/run_id", value)
     return store.get("paperflows/run_id").decode()
 
 
+# Where torchrun keeps no store, rank 0 has one, and other ranks may still have to read it.
 STORES: list[torch.distributed.Store] = []
 
 
-def processes() -> dict:
+def processes() -> dict[str, int]:
     """devices and num_nodes of the Trainer as srun or torchrun has started them; empty elsewhere.
 
-    ConfigError: several tasks were asked for, and this process is not one of them; it would wait for ever.
+    ConfigError: several tasks were asked for, and this process is not one of them. It would wait
+    for the others for ever.
     """
     if job() is not None:
-        tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
+        tasks = int(os.environ["SLURM_NTASKS"])
+        nodes = int(os.environ["SLURM_NNODES"])
         if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
             raise ConfigError(
-                f"this job has {tasks} tasks: start the script by srun, or sbatch reproduce/slurm.sh"
+                f"this job has {tasks} tasks: start the script by srun, "
+                "or sbatch reproduce/slurm.sh"
             )
         return {"devices": tasks // nodes, "num_nodes": nodes}
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        world = int(os.environ["WORLD_SIZE"])
         return {"devices": local, "num_nodes": world // local}
     return {}
 
 
+def check_processes(trainer: Mapping[str, Any]) -> None:
+    """ConfigError: a recipe's trainer asks for other processes than srun or torchrun has started.
+
+    Lightning would train with those that there are. What is left to it (auto, -1, one node) fits.
+    """
+    started = processes()
+    if not started:
+        return
+    if _tasks_without_layout():
+        raise ConfigError(
+            "Lightning needs --ntasks-per-node in the place of --ntasks: "
+            "sbatch --ntasks-per-node=N reproduce/slurm.sh"
+        )
+    devices = _number_of(trainer["devices"])
+    nodes = trainer["num_nodes"]
+    same_devices = devices in (None, 1, started["devices"])
+    same_nodes = nodes in (1, started["num_nodes"])
+    if same_devices and same_nodes:
+        return
+    per_node = devices or started["devices"]
+    if job() is not None:
+        kind = "tasks"
+        command = f"sbatch --nodes={nodes} --ntasks-per-node={per_node} reproduce/slurm.sh"
+    else:
+        kind = "processes"
+        command = f"torchrun --nnodes={nodes} --nproc-per-node={per_node}"
+    raise ConfigError(
+        f"trainer.devices={trainer['devices']} trainer.num_nodes={nodes} do not fit the number of "
+        f"{kind} that were started ({started['devices']} a node, nodes: {started['num_nodes']}): "
+        f"leave both keys out, or start with {command}"
+    )
+
+
+def _tasks_without_layout() -> bool:
+    """Whether srun has several tasks whose number on each node Lightning is not told."""
+    several = job() is not None and int(os.environ["SLURM_NTASKS"]) > 1
+    return several and "SLURM_NTASKS_PER_NODE" not in os.environ
+
+
+def _number_of(devices: object) -> int | None:
+    """How many devices `trainer.devices` means; None where Lightning is to choose."""
+    if devices in ("auto", -1, "-1"):
+        return None
+    if isinstance(devices, int):
+        return devices
+    if isinstance(devices, str) and "," in devices:  # the devices' own numbers, as "0,1"
+        return len([word for word in devices.split(",") if word.strip()])
+    if isinstance(devices, str) and devices.isdecimal():
+        return int(devices)
+    if isinstance(devices, Sized) and not isinstance(devices, str):
+        return len(devices)
+    return None
+
+
 def requeue() -> None:
-    """Ask Slurm to start this job again; where it will not, say so."""
+    """Ask Slurm to start this job again; where it refuses, say so."""
     name = job()
     if name is None:
         return
+    command = ["scontrol", "requeue", name]
     try:
-        subprocess.run(
-            ["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60
-        )
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         rank_zero_warn(f"Slurm does not queue job {name} again: {' '.join(reason.split())}")

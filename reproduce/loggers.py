@@ -1,70 +1,149 @@
 """Where metrics go: Weights & Biases, CSV files, or nowhere."""
 
+from __future__ import annotations
+
+import contextlib
+import netrc
 import os
 import secrets
 import shlex
 import signal
+import ssl
 import sys
+import textwrap
 import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import urlsplit
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
 from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
 from lightning_modules.lightning_internals import name_no_anonymous_mode
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
+from reproduce.streams import say
 from reproduce.sweep import in_sweep
 from results.files import write
 
-STOP_WITHIN = 16.0  # seconds in which a stop that W&B wants has reached the run: wandb asks its server every 15
+if TYPE_CHECKING:
+    import wandb
+
+# wandb asks its server every 15 seconds whether the run is to stop. Within this many seconds a
+# stop that a sweep or a person wants has therefore reached the run.
+STOP_WITHIN = 16.0
+ANSWER_WITHIN = 10.0  # seconds in which W&B's server has to answer before a run begins
+INIT_WITHIN = 60.0  # seconds in which it has to take a new run
+CLOUD = "api.wandb.ai"  # a host of W&B's own server, by which logins may be stored
 _stop_wanted = threading.Event()
+Mode = Literal["online", "offline", "shared", "disabled", "dryrun", "run"]
 
 
-class StepLogger(L.loggers.WandbLogger):
-    """W&B with one row an optimizer step, by trainer/global_step and trainer/images (seen in training, all ranks).
+class StepLogger(WandbLogger):
+    """W&B with one row an optimizer step, and a run that does not depend on W&B.
 
-    Lightning numbers the rows of training and validation one below those of callbacks, and W&B counts from 0 again in
-    every offline part of a run. Here both numbers are the trainer's, so that the parts of a run follow one another.
-    batch_size: the global one.
+    The rows have the numbers trainer/global_step and trainer/images (seen in training, over all
+    ranks). Lightning numbers the rows of training and validation one below those of callbacks, and
+    W&B counts from 0 again in every offline part of a run. Here both numbers are the trainer's, so
+    that the parts of a run follow one another.
+
+    A run is logged offline where W&B's server does not take it. Where wandb's own process ends
+    while the run is under way, one line says so and the run goes on without W&B.
+
+    Args:
+        batch_size: images in an optimizer step, over all ranks.
+        settings: wandb's settings.
+        arguments: those of Lightning's logger.
     """
 
-    def __init__(self, batch_size: int, **arguments) -> None:
-        super().__init__(**arguments)
+    def __init__(self, batch_size: int, settings: wandb.Settings, **arguments: Any) -> None:
+        super().__init__(settings=settings, **arguments)
         name_no_anonymous_mode(self)
         self.batch_size = batch_size
+        self.settings = settings
         self.trainer: L.Trainer | None = None
-        self.first: int | None = None
+        self.first_step: int | None = None
+        self.lost = False
+
+    @property
+    def experiment(self) -> wandb.Run:
+        """The run at W&B, which is begun when it is first asked for. ConfigError: wandb cannot."""
+        try:
+            return super().experiment
+        except Exception as error:  # as in `tell`
+            _clear()
+            if self.settings.mode == "offline":
+                raise ConfigError(
+                    f"wandb does not start ({_in_short(error)}): add logger.name=csv"
+                ) from error
+            _say_offline(_in_short(error))
+        self.settings.mode = "offline"
+        return self.experiment
 
     @rank_zero_only
-    def log_graph(self, model: L.LightningModule, input_array=None) -> None:
-        """What Lightning calls before it trains or tests: no graph is logged, but this says whose steps they are."""
-        self.trainer = model.trainer
+    def log_graph(self, model: nn.Module, input_array: object = None) -> None:
+        """Note whose steps are logged; no graph is.
+
+        Lightning calls this before it trains or tests.
+        """
+        self.trainer = cast(L.LightningModule, model).trainer
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-        if self.first is None:
-            self.first = (
-                self.experiment.step
-            )  # of an online run that is resumed: W&B drops rows below it
-        now = (step or 0) if self.trainer is None else self.trainer.global_step
+    def log_hyperparams(self, params: Any) -> None:
+        """Send the run's config."""
+        log = super().log_hyperparams
+        self.tell(lambda run: log(params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send one row. `step` counts only where no trainer has been seen yet."""
+        now = step or 0
+        if self.trainer is not None:
+            now = self.trainer.global_step
         row = {**metrics, "trainer/global_step": now, "trainer/images": now * self.batch_size}
-        self.experiment.log(row, step=max(now, self.first))
+        self.tell(lambda run: self._log(run, row, now))
+
+    def _log(self, run: wandb.Run, row: dict[str, Any], step: int) -> None:
+        if self.first_step is None:
+            self.first_step = run.step  # W&B drops rows below it where it resumes an online run
+        run.log(row, step=max(step, self.first_step))
+
+    def tell(self, action: Callable[[wandb.Run], None]) -> None:
+        """Call `action` with the run. Where wandb fails, say so, and leave it out from then on."""
+        if self.lost:
+            return
+        run = self.experiment
+        try:
+            action(run)
+        except Exception as error:  # wandb has no common class for what a dead process leads to
+            self.lost = True
+            _forget(error)
 
 
-def make_logger(config: DictConfig):
-    """W&B (offline where nobody is logged in, so that it never asks), CSV files, or none."""
-    folder, name = Path(config.run_dir), config.logger.name
+def make_logger(config: DictConfig) -> Logger | bool:
+    """The logger that `logger.name` asks for; False for none.
+
+    W&B is offline where nobody is logged in, so that it never asks, and where its server does not
+    answer.
+    """
+    folder = Path(config.run_dir)
+    name = config.logger.name
     if in_sweep() and name != "wandb":
         raise ConfigError(
-            f"logger.name={name} in a W&B sweep, which needs val/*: add logger.name=wandb to its command"
+            f"logger.name={name} in a W&B sweep, which needs val/*: "
+            "add logger.name=wandb to its command"
         )
     if name == "none":
         return False
     if name == "csv":
-        return L.loggers.CSVLogger(folder, name="logs")
+        return CSVLogger(folder, name="logs")
     try:
         import wandb
     except ImportError as error:
@@ -73,112 +152,224 @@ def make_logger(config: DictConfig):
         ) from error
 
     _stop_wanted.clear()
-    mode, (commit, _) = (
-        os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
-        git_state(),
-    )
+    _leave_the_home_alone(folder)
+    commit, _ = git_state()
+    tags = []
+    if commit is not None:
+        tags.append(f"commit-{commit[:7]}")
+    if config.preset:
+        tags.append(config.preset)
     return StepLogger(
         batch_size=config.data.batch_size,
         id=_wandb_id(folder),
         name=folder.name,
         project=config.logger.project,
         group=config.experiment,
-        tags=[
-            *([f"commit-{commit[:7]}"] if commit else []),
-            *([config.preset] if config.preset else []),
-        ],
+        tags=tags,
         save_dir=folder,
-        settings=wandb.Settings(mode=mode, silent=True, stop_fn=_stop),
+        settings=wandb.Settings(mode=_mode(), silent=True, init_timeout=INIT_WITHIN, stop_fn=_stop),
     )
+
+
+def _leave_the_home_alone(folder: Path) -> None:
+    """Have wandb keep its caches in the run's folder where the home cannot be written."""
+    if os.access(Path.home(), os.W_OK):
+        return
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(folder.resolve() / "wandb" / "cache"))
+
+
+def _mode() -> Mode:
+    """wandb's mode: $WANDB_MODE, or online where somebody is logged in; offline without an answer.
+
+    wandb alone would wait for its server for minutes, in silence, and then end the run.
+    """
+    import wandb
+
+    server = wandb.setup().settings.base_url
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        mode = "online" if _logged_in(server) else "offline"
+    if mode != "online" or _answers(server):
+        return cast(Mode, mode)
+    _say_offline(f"{server} does not answer")
+    return "offline"
+
+
+def _say_offline(problem: str) -> None:
+    rank_zero_info(f"W&B: {problem}: this run is logged offline")
+
+
+@rank_zero_only
+def _answers(url: str) -> bool:
+    """Whether a web server answers there within ANSWER_WITHIN seconds, whatever it answers.
+
+    The environment's proxies are used. In a thread, since looking up a name has no time limit.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=ANSWER_WITHIN).close()
+        except urllib.error.HTTPError:
+            pass  # an answer: the address alone is no page
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # wandb may know the certificate
+                return
+        except OSError:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_WITHIN)
+    return answered.is_set()
 
 
 @rank_zero_only
 def _wandb_id(folder: Path) -> str:
-    """The run's id at W&B: the agent's in a sweep, else kept in the folder, so that a resumed run is the same there."""
+    """The run's id at W&B: the agent's in a sweep, else the one that is kept in the run's folder.
+
+    A resumed run is therefore the same run at W&B.
+    """
     path = folder / "wandb-run-id.txt"
-    earlier_id = path.read_text().strip() if path.is_file() else None
-    run_id = os.environ["WANDB_RUN_ID"] if in_sweep() else earlier_id or secrets.token_hex(8)
+    earlier_id = None
+    if path.is_file():
+        earlier_id = path.read_text().strip()
+    run_id = earlier_id or secrets.token_hex(8)
+    if in_sweep():
+        run_id = os.environ["WANDB_RUN_ID"]
     if run_id != earlier_id:
         write(path, f"{run_id}\n")
     return run_id
 
 
-def report(logger, result: dict) -> None:
-    """The result of a finished run at W&B; nothing with another logger. result: what result.json holds.
+def report(logger: Logger | bool | None, result: dict[str, Any]) -> None:
+    """Send the result of a finished run to W&B; do nothing with another logger.
 
-    The summary gets what was tested, for each claim `paper/<name>` and `gap/<name>` (tested, not of a validation),
-    `status` (of the first claim) and, where the best weights were, `best/val/<name>`: `val/<name>` stays the last
-    value, a number, as sweeps want it. Table `comparison` has a row a claim; the statuses become tags.
+    The summary gets what was tested, for each claim `paper/<name>` and `gap/<name>` (of the test,
+    not of a validation), `status` (of the first claim) and, where the best weights were tested,
+    `best/val/<name>`. `val/<name>` stays the last value, a number, as sweeps want it. The table
+    `comparison` has a row for each claim; the statuses become tags.
+
+    Args:
+        logger: the trainer's.
+        result: what result.json holds.
     """
-    if not isinstance(logger, StepLogger):
-        return
+    if isinstance(logger, StepLogger):
+        logger.tell(lambda run: _report(run, result))
+
+
+def _report(run: wandb.Run, result: dict[str, Any]) -> None:
     import wandb
 
-    run, metrics = logger.experiment, result["metrics"]
+    table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in comparison_rows(result)])
+    # Before the summary, which a row that is still to be written would change.
+    run.log({"comparison": table}, commit=True)
+    run.summary.update(_summary(result))
+    statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
+    run.tags = (*(run.tags or ()), *(status for status in statuses if status != "-"))
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    metrics = result["metrics"]
     summary = {key: value for key, value in metrics.items() if not key.startswith("val/")}
     if result["tested"]["chosen"] == "best":
-        summary |= {
-            f"best/{key}": value for key, value in metrics.items() if key.startswith("val/")
-        }
+        validated = {key: value for key, value in metrics.items() if key.startswith("val/")}
+        summary |= {f"best/{key}": value for key, value in validated.items()}
     for comparison in result["comparisons"]:
         name = comparison["metric"].split("/")[-1]
-        summary |= {f"paper/{name}": comparison["value"]}
-        summary |= {f"gap/{name}": comparison["gap"]} if comparison["gap"] is not None else {}
-    table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in comparison_rows(result)])
-    run.log(
-        {"comparison": table}, commit=True
-    )  # before the summary, which a row still to be written would change
-    run.summary.update({**summary, "status": result["status"]})
-    statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
-    run.tags = (*run.tags, *(status for status in statuses if status != "-"))
+        summary[f"paper/{name}"] = comparison["value"]
+        if comparison["gap"] is not None:
+            summary[f"gap/{name}"] = comparison["gap"]
+    return {**summary, "status": result["status"]}
 
 
 def mark_preempting() -> None:
-    """Tell W&B that this run is stopped from outside, so that a sweep starts it again; nothing without a run.
+    """Tell W&B that this run is stopped from outside, so that a sweep starts it again.
 
-    Nor where W&B itself wants the stop, by a sweep's early_terminate or a person at its page: the sweep would start the
-    run again and again. Its agent only sends SIGTERM, as Slurm does, so in a sweep this waits for word from W&B.
+    Not where W&B itself wants the stop, by a sweep's early_terminate or a person at its page: the
+    sweep would start the run again and again. Its agent only sends SIGTERM, as Slurm does, so in a
+    sweep this waits for word from W&B.
     """
-    if (run := _active_run()) is None:
+    run = _active_run()
+    if run is None:
         return
-    if not _stop_wanted.wait(STOP_WITHIN if in_sweep() and not run.offline else 0):
+    seconds = STOP_WITHIN if in_sweep() and not run.offline else 0
+    if _stop_wanted.wait(seconds):
+        return
+    try:
         run.mark_preempting()
+    except Exception as error:  # as in StepLogger.tell
+        _forget(error)
 
 
 def _stop() -> None:
-    """What wandb calls, in its own thread, when the run is to stop: the same way out as for a preemption."""
+    """Leave as at a preemption. wandb calls this in a thread of its own when the run is to stop."""
     _stop_wanted.set()
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, signal.SIGTERM)
     else:  # Windows
         signal.raise_signal(signal.SIGTERM)
 
 
 def close(exit_code: int) -> None:
-    """End the W&B run, if there is one, with the process's exit code; of an offline one say how to upload it.
+    """End the W&B run, if there is one; of an offline run say how to upload it.
 
-    exit_code: 0 means finished, also to a sweep; anything else failed or, after mark_preempting, preempted.
+    Args:
+        exit_code: the process's. To W&B 0 means finished; anything else means failed or, after
+            `mark_preempting`, preempted.
     """
-    if (run := _active_run()) is None:
+    run = _active_run()
+    if run is None:
         return
-    offline, folder = run.offline, run.settings.wandb_dir
-    sys.modules["wandb"].finish(exit_code=exit_code)
-    if offline:  # every part of a resumed run: they have the same id, and are uploaded in the order of their start
-        print(
-            f"W&B was offline; upload this run with: wandb sync {shlex.quote(folder)}/offline-run-*"
-        )
+    offline = run.offline
+    folder = run.settings.wandb_dir
+    try:
+        sys.modules["wandb"].finish(exit_code=exit_code)
+    except Exception as error:  # as in StepLogger.tell
+        _forget(error)
+    if offline:  # all parts of a resumed run have the same id, and are uploaded in their order
+        parts = f"{shlex.quote(folder)}/offline-run-*"
+        say(f"W&B was offline; upload this run with: wandb sync {parts}")
 
 
-def _active_run():
+def _forget(error: Exception) -> None:
+    """Say that wandb has failed and is not used any more."""
+    _clear()
+    rank_zero_info(f"W&B has failed ({_in_short(error)}): this run goes on without it")
+
+
+def _clear() -> None:
+    """End wandb's process, if it lives, and its run: at exit it would raise what it has raised."""
+    wandb = sys.modules["wandb"]
+    vars(wandb)["run"] = None
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of an error, cut off where it is long; its class where it has no words."""
+    text = next(iter(str(error).splitlines()), type(error).__name__)
+    return textwrap.shorten(text, 120, placeholder=" ...")
+
+
+def _active_run() -> wandb.Run | None:
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def _logged_in() -> bool:
-    import netrc
+def _logged_in(server: str) -> bool:
+    """Whether there is a key for W&B's server, in the environment or in ~/.netrc."""
+    import wandb
 
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        logins = netrc.netrc()
     except (OSError, netrc.NetrcParseError):
         return False
+    hosts = [urlsplit(server).netloc]
+    if server == wandb.Settings().base_url:
+        hosts.append(CLOUD)
+    return any(logins.authenticators(host) is not None for host in hosts)

@@ -1,26 +1,40 @@
-"""Pictures of a run of an image flow: what it draws and what its latents hold (Glow, arXiv 1807.03039, section 6).
+"""Pictures of a run of an image flow: what it draws, and what its latents hold.
 
-python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12                   # all of them
+As in Glow (Kingma & Dhariwal 2018, arXiv 1807.03039), section 6.
+
+python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12      # all of them
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
 
-They go into <run folder>/pictures/. Latents are eps, standard normal on every level under the model.
-  temperature.png    rows: T = 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1 (authors' grids), the same base samples in each;
-                     columns: samples, or the classes of a class-conditional flow
-  interpolation.png  rows: two test images and what lies between them, linear in eps of all levels (figure 5)
-  levels.png         first row: test images; next: from only the coarsest level to all of them, the other eps 0; last:
-                     from only the coarsest to all but the finest, the other eps drawn at temperature 0.7
-  attributes.png     rows: the classes; a test image, in the middle, moved by -1.6 to 1.6 times mean(eps | class) -
-                     mean(eps | not class) of training images (figure 6). It is of the class after the row's, so what
-                     to the right turns into the row's class is of another. For data with labels.
+They go into <run folder>/pictures/. The latents of an image are called eps; under the model they
+are standard normal on every level.
+  temperature.png    rows: T = 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1 (as the authors' grids), with the
+                     same base samples in each; columns: samples, or the classes of a
+                     class-conditional flow
+  interpolation.png  rows: two test images and what lies between them, linear in eps of all levels
+                     (figure 5)
+  levels.png         first row: test images; next rows: the images from their coarsest level alone,
+                     then from one level more each time, up to all; the eps of the other levels are
+                     0; last rows: the same up to all but the finest level, with the other eps drawn
+                     at temperature 0.7
+  attributes.png     for data with labels; rows: the classes. In the middle is a test image of the
+                     next class (or of the first one after it that occurs); to both sides it is
+                     moved along the direction of the row's class, mean(eps | class) -
+                     mean(eps | not class) of training images, by -1.6 to 1.6 times (figure 6)
   attributes-X.png   in its place with attribute=X: test images of other classes, all moved along X
 
-keys: n=8 pictures a row, seed=0 of samples and of the choice of images, n_images=1000 training images for means,
-attribute=CLASS, device=cpu or cuda (default: cuda where there is one), out=FOLDER, data.root=FOLDER of the images where
-it is not the run's, data.download=true to fetch them
+keys: n=8 pictures in a row, seed=0 of samples and of the choice of images, n_images=1000 training
+images for the means, attribute=CLASS, device=cpu or cuda (default: cuda where there is one),
+out=FOLDER, data.root=FOLDER of the images where it is not the run's, data.download=true to fetch
+them
 """
 
-import inspect
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+
+import inspect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,6 +43,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
+from datamodules.stateless import StatelessDataModule
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import finite_share, picture
 from lightning_modules.density import drawn
@@ -37,38 +52,54 @@ from lightning_modules.precision import evaluation
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, nearest, parse
 from reproduce.run_folder import read_run
+from reproduce.streams import say
 
 Latents = tuple[Tensor, ...]
-DEFAULTS = {"n": 8, "seed": 0, "n_images": 1000, "attribute": None, "device": None, "out": None}
-DEFAULTS |= {"data": {"root": None, "download": False}}
+Rows = slice | list[int]
+DEFAULTS: dict[str, object] = {
+    "n": 8,
+    "seed": 0,
+    "n_images": 1000,
+    "attribute": None,
+    "device": None,
+    "out": None,
+    "data": {"root": None, "download": False},
+}
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # authors' code
 STRENGTHS = 0.8 * torch.arange(-2, 3)  # to 1.6, in five steps, as in the authors' demo
 N_PAIRS = 5  # rows of interpolation.png
 N_CANDIDATES = 256  # test images among which those for attributes.png are looked for
 CHUNK = 100  # images encoded at once
+ALL_ROWS = slice(None)
 
 
 def move(eps: Latents, direction: Latents, strengths: Tensor) -> Latents:
     """eps + s * direction for every strength s. Levels: (...) to (len(strengths), ...)."""
-    return tuple(
-        torch.stack([z + s * d for s in strengths]) for z, d in zip(eps, direction, strict=True)
-    )
+    levels = zip(eps, direction, strict=True)
+    return tuple(torch.stack([z + s * d for s in strengths]) for z, d in levels)
 
 
 def interpolate(eps_a: Latents, eps_b: Latents, n: int) -> Latents:
-    """eps_a + w (eps_b - eps_a) for n weights w from 0 to 1 (authors' demo). Levels: (...) to (n, ...)."""
-    return move(
-        eps_a, tuple(b - a for a, b in zip(eps_a, eps_b, strict=True)), torch.linspace(0, 1, n)
-    )
+    """eps_a + w (eps_b - eps_a) for n weights w from 0 to 1, as in the authors' demo.
+
+    Levels: (...) to (n, ...).
+    """
+    difference = tuple(b - a for a, b in zip(eps_a, eps_b, strict=True))
+    return move(eps_a, difference, torch.linspace(0, 1, n))
 
 
 def attribute_direction(eps: Latents, labels: Tensor, cls: int) -> Latents:
-    """mean(eps | cls) - mean(eps | not cls) (section 6). Levels: (N, ...) to (...). ValueError: one side is empty."""
-    if (labels == cls).all() or (labels != cls).all():
+    """mean(eps | cls) - mean(eps | not cls), section 6. Levels: (N, ...) to (...).
+
+    ValueError: one side is empty.
+    """
+    is_of_class = labels == cls
+    if is_of_class.all() or not is_of_class.any():
         raise ValueError(
-            f"all of {len(labels)} training images are of class {cls}, or none is: give more n_images"
+            f"all of {len(labels)} training images are of class {cls}, or none is: "
+            "give more n_images"
         )
-    return tuple(z[labels == cls].mean(0) - z[labels != cls].mean(0) for z in eps)
+    return tuple(z[is_of_class].mean(0) - z[~is_of_class].mean(0) for z in eps)
 
 
 def keep_levels(eps: Latents, k: int, others: Latents | None = None) -> Latents:
@@ -79,60 +110,73 @@ def keep_levels(eps: Latents, k: int, others: Latents | None = None) -> Latents:
 
 
 class Run:
-    """A trained flow and its data, not yet read. `labels` are (B,) int64 on the CPU, None where the data have none."""
+    """A trained flow and its data, which are not read before `read_data`.
+
+    Labels are (B,) int64 on the CPU; None where the data have none.
+    """
 
     def __init__(self, folder: Path, options: DictConfig) -> None:
         flow, origin = read_run(folder)
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
-        if problem := _not_drawn(flow, origin["parts"]):
+        problem = _not_drawn(flow, origin["parts"])
+        if problem is not None:
             raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
-        self.options, self.flow, config = options, flow.to(options.device), origin["config"]
-        name, overrides = (
-            config["data"]["name"],
-            {key: value for key, value in options.data.items() if value},
-        )
-        parameters = inspect.signature(DATA[name]).parameters
-        if unknown := sorted(overrides.keys() - parameters):
-            raise ConfigError(
-                f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
-            )
-        defaults = {
-            key: value
-            for key, value in {"download": False, "labels": True}.items()
-            if key in parameters
-        }
-        self.data = make_data(seed=config["seed"], **{**config["data"], **defaults, **overrides})
-        self.noise_seed = config["eval"]["noise_seed"]
-        if None in self.data.shape:
-            raise ConfigError(
-                f"{folder} has data of several sizes: give data.size=, where its data set has that key"
-            )
+        self.options = options
+        self.flow = flow.to(options.device)
+        config = origin["config"]
+        self.noise_seed: int = config["eval"]["noise_seed"]
+        self.data = _data_of(folder, config, options)
+
+    @property
+    def n_bits(self) -> int:
+        """Bits of the data's integers. Images that are real numbers are shown with 8."""
+        return self.data.n_bits or 8
+
+    def read_data(self) -> None:
+        """Look for the images, or fetch them, and read them."""
+        self.data.prepare_data()
+        self.data.setup("test")
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
-        """x, n images (or all there are) chosen by the seed, dequantised as in evaluation, and labels."""
+        """x, n images (or all there are) chosen by the seed, and labels.
+
+        They are dequantised as in evaluation.
+        """
         images = getattr(self.data, split)
         if len(images) < 2:
             raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
         order = np.random.default_rng(self.options.seed).permutation(len(images))
-        q, index, *labels = default_collate([images[0, i] for i in order[:n].tolist()])
-        x, _ = evaluation_input(self.data.dequantizer, q, index, self.noise_seed)
+        x, indices, *labels = default_collate([images[0, i] for i in order[:n].tolist()])
+        if self.data.dequantizer is not None:
+            x, _ = evaluation_input(self.data.dequantizer, x, indices, self.noise_seed)
         return x, labels[0] if labels else None
+
+    def labelled_images(self, split: str, n: int) -> tuple[Tensor, Tensor]:
+        """As `images`, of data that have labels."""
+        x, labels = self.images(split, n)
+        if labels is None:
+            raise ValueError(f"{type(self.data).__name__} has no labels")
+        return x, labels
 
     def encode(self, x: Tensor, labels: Tensor | None) -> Latents:
         """Latents of images, a tuple of (B, *latent_shape) on the flow's device."""
-        chunks = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
-        parts = [
-            self.flow(x[c].to(self.options.device), self._context(labels, c))[0] for c in chunks
-        ]
+        parts = []
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            latents, _ = self.flow(x[rows].to(self.options.device), self._context(labels, rows))
+            parts.append(latents)
         return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
-    def decode(self, eps: Latents, labels: Tensor | None, rows=slice(None)) -> Tensor:
+    def decode(self, eps: Latents, labels: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
         """Images of latents, on the CPU; `rows` of `labels` are theirs."""
-        return self.flow.inverse(eps, self._context(labels, rows))[0].cpu()
+        images, _ = self.flow.inverse(eps, self._context(labels, rows))
+        return images.cpu()
 
-    def _context(self, labels: Tensor | None, rows) -> Tensor | None:
-        return None if self.flow.n_classes is None else labels[rows].to(self.options.device)
+    def _context(self, labels: Tensor | None, rows: Rows) -> Tensor | None:
+        if self.flow.n_classes is None or labels is None:
+            return None
+        return labels[rows].to(self.options.device)
 
 
 def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
@@ -141,76 +185,126 @@ def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
         return "given something else than a class"
     if flow.noise_shape is not None:
         return "whose log-determinant is an estimate"
-    return "with a learned dequantiser" if "dequantizer" in parts else None
+    if "dequantizer" in parts:
+        return "with a learned dequantiser"
+    return None
+
+
+def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataModule:
+    """The data of a run, with labels where there are any, and with what `options.data` changes.
+
+    ConfigError: the data take no such key, or have images of several sizes.
+    """
+    name = config["data"]["name"]
+    changes = {key: value for key, value in options.data.items() if value}
+    parameters = inspect.signature(DATA[name]).parameters
+    unknown = sorted(changes.keys() - parameters)
+    if unknown:
+        raise ConfigError(
+            f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
+        )
+    settings = {"download": False, "labels": True} | changes
+    known = {key: value for key, value in settings.items() if key in parameters}
+    data = make_data(seed=config["seed"], **{**config["data"], **known})
+    if None in data.shape:
+        raise ConfigError(
+            f"{folder} has data of several sizes: give data.size=, where its data set has that key"
+        )
+    return data
 
 
 def temperature(run: Run) -> tuple[list[Tensor], str]:
-    """A row a temperature, and the shares of samples whose every value is finite."""
-    n = run.options.n if run.flow.n_classes is None else run.flow.n_classes
-    rows = [drawn(run.flow, n, t, run.options.seed, run.data.shape) for t in TEMPERATURES]
-    shares = ", ".join(
-        f"{finite_share(row):.0%} at T={t:g}" for row, t in zip(rows, TEMPERATURES, strict=True)
-    )
-    return rows, f"finite of {len(rows[0])} samples: {shares}"
+    """A row for each temperature, and the shares of samples whose every value is finite."""
+    n = run.flow.n_classes or run.options.n
+    rows = []
+    shares = []
+    for value in TEMPERATURES:
+        samples = drawn(run.flow, n, value, run.options.seed, run.data.shape)
+        if samples is None:  # not of a flow of the kinds that `Run` takes
+            raise ValueError(f"{type(run.flow).__name__} draws nothing without a context")
+        rows.append(samples)
+        shares.append(f"{finite_share(samples):.0%} at T={value:g}")
+    return rows, f"finite of {n} samples: {', '.join(shares)}"
 
 
 def interpolation(run: Run) -> tuple[list[Tensor], str]:
-    """A row a pair. A class-conditional flow has the first image's class in its first half, then the second's."""
-    (x, labels), n = run.images("test", 2 * N_PAIRS), run.options.n
-    eps, rows = run.encode(x, labels), []
+    """A row for each pair of test images.
+
+    A class-conditional flow has the first image's class in a row's first half, then the second's.
+    """
+    x, labels = run.images("test", 2 * N_PAIRS)
+    eps = run.encode(x, labels)
+    n = run.options.n
+    rows = []
     for i in range(0, len(x) - 1, 2):
-        between = interpolate(tuple(z[i] for z in eps), tuple(z[i + 1] for z in eps), n)
-        rows.append(run.decode(between, labels, [i] * (n - n // 2) + [i + 1] * (n // 2)))
+        first = tuple(z[i] for z in eps)
+        second = tuple(z[i + 1] for z in eps)
+        owners = [i] * (n - n // 2) + [i + 1] * (n // 2)
+        rows.append(run.decode(interpolate(first, second, n), labels, owners))
     return rows, f"{len(rows)} pairs of test images"
 
 
 def levels(run: Run) -> tuple[list[Tensor], str]:
-    """The images; from the coarsest level alone to all, the rest 0; the same with the rest drawn, but for all."""
+    """The images; from the coarsest level alone to all; the same with the rest drawn, but for all.
+
+    In the rows before the last kind the rest is 0.
+    """
     x, labels = run.images("test", run.options.n)
-    eps, generator = run.encode(x, labels), torch.Generator().manual_seed(run.options.seed)
-    others = run.flow.base.sample(
-        len(x), run.flow.latent_shapes(run.data.shape), 0.7, generator, eps[0]
-    )
+    eps = run.encode(x, labels)
+    generator = torch.Generator().manual_seed(run.options.seed)
+    shapes = run.flow.latent_shapes(run.data.shape)
+    others = run.flow.base.sample(len(x), shapes, 0.7, generator, eps[0])
     latents = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
     latents += [keep_levels(eps, k, others) for k in range(1, len(eps))]
-    return [
-        x,
-        *(run.decode(z, labels) for z in latents),
-    ], f"test images from 1 to {len(eps)} levels"
+    rows = [x, *(run.decode(z, labels) for z in latents)]
+    return rows, f"test images from 1 to {len(eps)} levels"
 
 
-def attributes(run: Run, cls: int | None) -> tuple[list[Tensor], str]:
-    """A row an image, and what becomes what. Directions are found, and followed, under each image's own label."""
-    (x_train, labels), (x, own) = (
-        run.images("train", run.options.n_images),
-        run.images("test", N_CANDIDATES),
-    )
-    eps_train, eps, names, rows = (
-        run.encode(x_train, labels),
-        run.encode(x, own),
-        run.data.class_names,
-        [],
-    )
-    if cls is None:  # classes after the row's: the nearest one that an image here is of
-        moves = [(int(np.argmin((own.numpy() - c - 1) % len(names))), c) for c in range(len(names))]
-    else:
-        moves = [(i, cls) for i in (own != cls).nonzero()[: run.options.n, 0].tolist()]
-    for i, c in moves:
-        direction = attribute_direction(eps_train, labels.to(run.options.device), c)
-        rows.append(
-            run.decode(
-                move(tuple(z[i] for z in eps), direction, STRENGTHS), own, [i] * len(STRENGTHS)
-            )
-        )
-    return rows, ", ".join(f"{names[own[i]]} to {names[c]}" for i, c in moves)
+def attributes(run: Run, names: Sequence[str], cls: int | None) -> tuple[list[Tensor], str]:
+    """A row for each image, and what becomes what.
+
+    Directions are found, and followed, under each image's own label.
+
+    Args:
+        run: the flow and its data.
+        names: of the classes.
+        cls: the class along which images are moved; None: each in turn.
+    """
+    x_train, labels_train = run.labelled_images("train", run.options.n_images)
+    x, labels = run.labelled_images("test", N_CANDIDATES)
+    eps_train = run.encode(x_train, labels_train)
+    eps = run.encode(x, labels)
+    labels_train = labels_train.to(run.options.device)
+    rows = []
+    captions = []
+    for i, target in _moves(labels, len(names), cls, run.options.n):
+        direction = attribute_direction(eps_train, labels_train, target)
+        moved = move(tuple(z[i] for z in eps), direction, STRENGTHS)
+        rows.append(run.decode(moved, labels, [i] * len(STRENGTHS)))
+        captions.append(f"{names[int(labels[i])]} to {names[target]}")
+    return rows, ", ".join(captions)
+
+
+def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tuple[int, int]]:
+    """Which image is moved along which class: pairs of an index into `labels`, and a class.
+
+    For one class: the first n images of others. Else for every class: an image of the first class
+    after it, in a circle, that an image is of.
+    """
+    own = labels.numpy()
+    if cls is not None:
+        others = np.flatnonzero(own != cls)[:n]
+        return [(i, cls) for i in others.tolist()]
+    distances = [(own - target - 1) % n_classes for target in range(n_classes)]
+    return [(int(np.argmin(steps)), target) for target, steps in enumerate(distances)]
 
 
 def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     """The run folder and the keys behind it. ConfigError: a mistake in them."""
-    if not words or not Path(words[0]).is_dir():
-        raise ConfigError(
-            f"{words[0] if words else 'nothing'} is no run's folder: give outputs/<experiment>/<run id>"
-        )
+    given_folder = words[0] if words else "nothing"
+    folder = Path(given_folder).expanduser()
+    if not words or not folder.is_dir():
+        raise ConfigError(f"{given_folder} is no run's folder: give outputs/<experiment>/<run id>")
     options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
     if min(options.n, options.n_images) < 2 or options.seed < 0:
         raise ConfigError("n and n_images must be at least 2, and seed at least 0")
@@ -218,7 +312,8 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     options.device = options.device or devices[0]
     if options.device not in devices:
         raise ConfigError(f"device={options.device} is not here: give {' or '.join(devices)}")
-    return Path(words[0]), options
+    options.out = str(Path(str(options.out or folder / "pictures")).expanduser())
+    return folder, options
 
 
 def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
@@ -227,41 +322,39 @@ def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(rows, n_bits).permute(1, 2, 0).numpy()).save(path, optimize=True)
-    print(f"{path}: {caption}", flush=True)
+    say(f"{path}: {caption}")
 
 
 @command
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Draw and write; one line and exit code 1 for a user's mistake, also where the run's data are missing."""
-    if {"--help", "-h"} & set(words := arguments(argv)):
-        return print(__doc__.strip())
+    """Draw and write; one line and exit code 1 for a user's mistake, or where data are missing."""
+    words = arguments(argv)
+    if {"--help", "-h"} & set(words):
+        say((__doc__ or "").strip())
+        return
     folder, options = read_options(words)
-    run, attribute, out = (
-        Run(folder, options),
-        options.attribute,
-        Path(str(options.out or folder / "pictures")),
-    )
-    if attribute is not None and attribute not in (names := run.data.class_names or [attribute]):
+    run = Run(folder, options)
+    names = list(run.data.class_names or [])
+    attribute = options.attribute
+    if attribute is not None and names and attribute not in names:
         raise ConfigError(
-            f"attribute={attribute} is not known{nearest(str(attribute), names)}: give {', '.join(names)}"
+            f"attribute={attribute} is not known{nearest(str(attribute), names)}: "
+            f"give {', '.join(names)}"
         )
-    n_bits = run.data.n_bits
+    out = Path(options.out)
     with evaluation(options.device):
-        write(out / "temperature.png", *temperature(run), n_bits)
-        run.data.prepare_data()
-        run.data.setup()
-        write(out / "interpolation.png", *interpolation(run), n_bits)
-        write(out / "levels.png", *levels(run), n_bits)
-        if names := run.data.class_names:
-            name = "attributes.png" if attribute is None else f"attributes-{attribute}.png"
-            write(
-                out / name,
-                *attributes(run, None if attribute is None else names.index(attribute)),
-                n_bits,
-            )
+        write(out / "temperature.png", *temperature(run), run.n_bits)
+        run.read_data()
+        write(out / "interpolation.png", *interpolation(run), run.n_bits)
+        write(out / "levels.png", *levels(run), run.n_bits)
+        if not names:
+            say(f"{type(run.data).__name__} has no labels: no attributes.png")
+        elif attribute is None:
+            write(out / "attributes.png", *attributes(run, names, None), run.n_bits)
         else:
-            print(f"{type(run.data).__name__} has no labels: no attributes.png")
+            path = out / f"attributes-{attribute}.png"
+            write(path, *attributes(run, names, names.index(attribute)), run.n_bits)
 
 
 if __name__ == "__main__":

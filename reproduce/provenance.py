@@ -1,43 +1,52 @@
-"""What a number rests on: commit, versions, device, precision."""
+"""What a number rests on: code, commit, versions, device, precision."""
 
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.objective import Objective
+from reproduce.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS_FILE = "reproduce/provenance.py"
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "numpy")
+# What `python -m results` writes, and prose: a change there changes no number.
+GENERATED = ("*.md", "results/runs", "results/ablations", "results/benchmarks", "results/stability")
 
 
 class Provenance(L.Callback):
-    """Writes the config into the run folder, and into every checkpoint, as plain dicts, with whose and what it is."""
+    """Writes the config into the run folder, and into every checkpoint with the code's commit.
+
+    Plain dicts, so that a checkpoint is read without running code.
+    """
 
     def __init__(self, config: DictConfig) -> None:
         self.commit, self.dirty = git_state()
-        self.config = OmegaConf.to_container(config)
+        self.config = cast(dict[str, Any], OmegaConf.to_container(config))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on the folder holds a run: the data have been found and everything has been built."""
+        """Write the config only now that the data were found and everything has been built."""
         if trainer.is_global_zero:
-            Path(self.config["run_dir"], "config.yaml").write_text(OmegaConf.to_yaml(self.config))
+            path = Path(self.config["run_dir"], "config.yaml")
+            path.write_text(OmegaConf.to_yaml(self.config))
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config)
 
     def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: Objective, checkpoint: dict
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        shape = cast(Objective, pl_module).shape
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
-            "shape": None if pl_module.shape is None else list(pl_module.shape),
+            "shape": None if shape is None else list(shape),
             "n_micro_batches": trainer.accumulate_grad_batches,
             "commit": self.commit,
             "dirty": self.dirty,
@@ -45,26 +54,46 @@ class Provenance(L.Callback):
         }
 
 
+def experiment_of(script: str) -> str:
+    """The name of the experiment that a script runs, also where it was started by a symbolic link.
+
+    ConfigError: the script is part of another clone than the packages that it has imported.
+    """
+    path = Path(script).resolve()
+    clone = path.parent.parent
+    if clone != ROOT and (clone / THIS_FILE).is_file():
+        raise ConfigError(
+            f"{path} has imported the code of another clone, {ROOT}: "
+            f"cd {clone} and run python -m reproduce.{path.stem}"
+        )
+    return path.stem
+
+
 def best_precision(accelerator: str) -> str:
-    """bf16-mixed where the hardware multiplies bf16 (GPU; CPU with AMX or AVX512-BF16), else 32-true."""
+    """bf16-mixed where the hardware multiplies bf16, else 32-true.
+
+    That is a GPU from Ampere on, or a CPU with AMX or AVX512-BF16.
+    """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    able = torch.cpu.get_capabilities()
-    return "bf16-mixed" if able.get("amx_bf16") or able.get("avx512_bf16") else "32-true"
+        multiplies_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        features = torch.cpu.get_capabilities()
+        multiplies_bf16 = features.get("amx_bf16") or features.get("avx512_bf16")
+    return "bf16-mixed" if multiplies_bf16 else "32-true"
 
 
-def machine(trainer: L.Trainer) -> dict:
-    """Versions, device ('2 x NVIDIA H200', or the CPU's name and threads) and whether TF32 was on in training."""
-    versions = {"python": sys.version.split()[0]} | {
-        name: metadata.version(name) for name in PACKAGES
-    }
-    cuda = trainer.strategy.root_device.type == "cuda"
-    processes = f"{trainer.world_size} x " if cuda or trainer.world_size > 1 else ""
-    device = f"{processes}{device_name(trainer.strategy.root_device)}"
+def machine(trainer: L.Trainer) -> dict[str, Any]:
+    """Versions, device ('2 x NVIDIA H200', or a CPU) and whether TF32 was on in training."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    name = device_name(device)
+    if on_gpu or trainer.world_size > 1:
+        name = f"{trainer.world_size} x {name}"
     return {
-        "versions": versions,
-        "device": device,
-        "tf32": cuda and torch.backends.cudnn.allow_tf32,
+        "versions": {"python": sys.version.split()[0], **versions},
+        "device": name,
+        "tf32": on_gpu and torch.backends.cudnn.allow_tf32,
     }
 
 
@@ -72,25 +101,27 @@ def device_name(device: torch.device) -> str:
     """'NVIDIA H200', or the CPU's name and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU').strip()}, {torch.get_num_threads()} threads"
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU").strip()
+    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 def git_state() -> tuple[str | None, bool]:
-    """The commit of this checkout and whether tracked files differ from it; (None, False) outside of one.
+    """The commit of this checkout, and whether tracked files differ from it, generated ones aside.
 
-    An installed copy is outside of one, even where its folder lies in a repository: that one is another project's.
+    (None, False) outside of a checkout. An installed copy is outside of one even where its folder
+    lies in a repository, which is then another project's.
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    excluded = [f":(exclude){path}" for path in GENERATED]
     try:
-        if (
-            git("ls-files", "--full-name", THIS_FILE) != THIS_FILE
-        ):  # not tracked, or not from ROOT on
+        # Empty where this file is not tracked, and another path where ROOT is not the top.
+        if git("ls-files", "--full-name", THIS_FILE) != THIS_FILE:
             return None, False
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+        return git("rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None, False

@@ -5,7 +5,12 @@ The best possible NLL is the entropy of the data, about 0.26 nats.
 python reproduce/realnvp_moons.py
 """
 
+import sys
+from pathlib import Path
+
 from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
 
 from datamodules import make_data
 from flows.realnvp import RealNVP2d

@@ -1,33 +1,43 @@
-"""A run's folder: outputs/<experiment>/<run id>/ with its config, log, curve, samples, checkpoints and result."""
+"""A run's folder: outputs/<experiment>/<run id>/, with its config, log, checkpoints and result."""
 
 import inspect
 import json
 import logging
 import sys
 import zipfile
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from flows.base import FlowModel
 from lightning_modules.checkpoint_io import PART
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
+from reproduce.streams import say
+from results.runs import read_curve
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+Checkpoint = dict[str, Any]
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
+BEST = "best.ckpt"
 
 
 def holds_run(folder: Path) -> bool:
     """Whether something was trained there: a run has a curve from step 0 on."""
-    return (folder / "curve.csv").is_file() or bool(step_checkpoints(folder))
+    files = (folder / "curve.csv", best_checkpoint(folder))
+    return any(path.is_file() for path in files) or bool(step_checkpoints(folder))
 
 
 def check_run_dir(config: DictConfig) -> None:
@@ -44,38 +54,74 @@ def check_run_dir(config: DictConfig) -> None:
             f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir"
         )
     if (folder / "result.json").is_file():
-        experiment = json.loads((folder / "result.json").read_text())["experiment"]
+        experiment = _result(folder, "experiment")
         if experiment != config.experiment:
             raise ConfigError(
                 f"{folder} holds a finished run of {experiment}: give another run_dir"
             )
-        rank_zero_only(print)(f"{folder} is finished: see {folder / 'result.json'}")
+        rank_zero_only(say)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
+    last_step = max((int(row["step"]) for row in read_curve(folder / "curve.csv")), default=0)
+    was_due = last_step >= config.checkpoint.every_n_steps
+    if was_due and best_checkpoint(folder).is_file() and not step_checkpoints(folder):
+        raise ConfigError(
+            f"{folder} holds the curve of {last_step} steps, but its step-*.ckpt are gone: "
+            f"give another run_dir, or copy its {BEST} to step-00000000.ckpt to go on from that"
+        )
+
+
+def _result(folder: Path, key: str) -> str:
+    """A text of a finished run's result. ConfigError: result.json holds no such text."""
+    path = folder / "result.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        content = None
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{path} is not the result of a run: delete it, and resume=auto goes on "
+            "from the newest checkpoint"
+        )
+    return value
 
 
 @rank_zero_only
 def open_folder(folder: Path) -> None:
-    """Make it and hold it as long as this process lives; write Lightning's and our messages into its log.txt.
+    """Make a run's folder, hold it as long as this process lives, and log into its log.txt.
 
-    ConfigError: another process holds it.
+    What is logged are Lightning's messages and ours. ConfigError: another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
         part.unlink()  # of a run that was killed while it saved
-    log, handler = logging.getLogger("lightning.pytorch"), logging.FileHandler(folder / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("lightning.pytorch")
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
         log.removeHandler(old)  # of an earlier run in this process
+    handler = LogFile(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
 
-def _lock(folder: Path) -> None:
-    """Hold a folder as long as this process lives. ConfigError: another one holds it.
+class LogFile(logging.FileHandler):
+    """A log that may be incomplete: a full disk does not end a run here, and gets no traceback.
 
-    A lock by fcntl goes with its process, also with one that is killed, and forked workers do not inherit it. Nothing
-    else has both: `filelock` takes flock, which workers of a killed run would still hold, and where that is missing a
-    file that a killed run leaves behind. So on Windows, and on a file system without locks, nothing is held.
+    The next file that matters cannot be written either, and then one line says so.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def _lock(folder: Path) -> None:
+    """Hold a folder as long as this process lives. ConfigError: another process holds it.
+
+    A lock by fcntl goes with its process, also with one that is killed, and forked workers do not
+    inherit it. Nothing else has both: `filelock` takes flock, which workers of a killed run would
+    still hold, and where that is missing a file that a killed run leaves behind. So on Windows, and
+    on a file system without locks, nothing is held.
     """
     if fcntl is None:
         return
@@ -90,7 +136,12 @@ def _lock(folder: Path) -> None:
         pass  # a file system without locks
 
 
-HELD: dict[Path, IO] = {}  # lock files of this process
+HELD: dict[Path, IO[str]] = {}  # lock files of this process
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """Where a run keeps the weights that were the best by validation."""
+    return folder / "checkpoints" / BEST
 
 
 def step_checkpoints(folder: Path) -> list[Path]:
@@ -98,33 +149,43 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.ckpt"), reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint of a run folder that loads, and its content; None where there are none.
 
-    Says which ones it passed over. ValueError, one line: there are some, but none loads.
+    That is the best one where the run was ended before it wrote its first periodic one. Says which
+    ones it passed over. ValueError, one line: there are some, but none loads.
     """
-    damaged = []
-    for path in step_checkpoints(folder):
+    damaged: list[str] = []
+    best = best_checkpoint(folder)
+    paths = step_checkpoints(folder)
+    if not paths and best.is_file():
+        rank_zero_info(f"{best.parent} holds no step-*.ckpt yet: taking {BEST}")
+        paths = [best]
+    for path in paths:
         try:
             checkpoint = read_checkpoint(path)
         except ValueError:
             damaged.append(path.name)
             continue
         if damaged:
-            rank_zero_info(
-                f"{', '.join(damaged)} in {path.parent} is damaged: taking {path.name} before it"
-            )
+            names = ", ".join(damaged)
+            rank_zero_info(f"{names} in {path.parent} is damaged: taking {path.name} before it")
         return path, checkpoint
     if damaged:
+        names = ", ".join(damaged)
         raise ValueError(
-            f"no checkpoint in {folder / 'checkpoints'} loads ({', '.join(damaged)} damaged): give another run_dir"
+            f"no checkpoint in {folder / 'checkpoints'} loads ({names} damaged): "
+            "give another run_dir"
         )
     return None
 
 
-def selected_weights(folder: Path, select: str) -> tuple[Path, dict]:
-    """The checkpoint that is tested: `best` by validation if there is one, else the newest. ValueError: none."""
-    best = folder / "checkpoints" / "best.ckpt"
+def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
+    """The checkpoint that is tested: `best` by validation if there is one, else the newest.
+
+    ValueError: there is none.
+    """
+    best = best_checkpoint(folder)
     if select == "best" and best.is_file():
         try:
             return best, read_checkpoint(best)
@@ -136,33 +197,39 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, dict]:
     return newest
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours on the CPU, plain tensors and dicts only. ValueError, one line: unreadable or not ours."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of ours on the CPU, plain tensors and dicts only.
+
+    ValueError, one line: it is damaged, of another program, or no file (a folder, or a link that
+    leads nowhere). FileNotFoundError: nothing has that name.
+    """
+    if not path.is_file() and (path.is_symlink() or path.exists()):
+        raise ValueError(f"{path} is no file: delete it to go on from another, or to begin")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (
-                part := archive.testzip()
-            ) is not None:  # torch does not look at the checksums that it writes
-                raise zipfile.BadZipFile(part)
+        _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["paperflows"]["experiment"], checkpoint["state_dict"]
     except OSError:
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} is damaged or not of this repository: delete it to go on from another, or to begin"
+            f"{path} is damaged or not of this repository: "
+            "delete it to go on from another, or to begin"
         ) from error
     return checkpoint
 
 
-SAME = (
-    "flow",
-    "data",
-    "optim",
-    "ema",
-    "eval",
-    "seed",
-)  # what a resumed run must have in common with its first part
+def _check_sums(path: Path) -> None:
+    """BadZipFile: a checksum in the file is wrong. torch writes them, and does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
+
+
+# Sections that a resumed run must have in common with its first part, and keys in them that may
+# differ all the same.
+SAME = ("flow", "data", "optim", "ema", "eval", "seed")
 FREE = (
     "root",
     "download",
@@ -171,126 +238,153 @@ FREE = (
     "bn_images",
     "noise_samples",
     "max_skipped",
-)  # but these
+)
 
 
 def check_checkpoint(
-    path: Path, checkpoint: dict, config: DictConfig, module: Objective, n_micro_batches: int
+    path: Path, checkpoint: Checkpoint, config: DictConfig, module: Objective, n_micro_batches: int
 ) -> None:
     """ConfigError, one line that names what differs, where a run would not go on as it began.
 
-    n_micro_batches: a process accumulates in a step; Lightning counts an epoch in them.
+    Args:
+        path: the checkpoint's, for the message.
+        checkpoint: its content.
+        config: of the run that is to go on.
+        module: the same run's, whose weights have to fit.
+        n_micro_batches: how many micro-batches a process accumulates in a step. Lightning counts
+            an epoch in them.
     """
     origin = checkpoint["paperflows"]
     if origin["experiment"] != config.experiment:
         raise ConfigError(
             f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir"
         )
-    trained_with, wanted = (
-        _settings(c, module) for c in (origin["config"], OmegaConf.to_container(config))
-    )
-    keys = sorted(trained_with | wanted)
+    trained_with = _settings(origin["config"], module)
+    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
     changed = [
-        f"{key}={trained_with.get(key)}" for key in keys if trained_with.get(key) != wanted.get(key)
+        f"{key}={trained_with.get(key)}"
+        for key in sorted(trained_with | settings)
+        if trained_with.get(key) != settings.get(key)
     ]
     if changed:
         raise ConfigError(
             f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir"
         )
-    if (before := origin.get("n_micro_batches", 1)) != n_micro_batches:
+    earlier_number = origin.get("n_micro_batches", 1)
+    if earlier_number != n_micro_batches:
         raise ConfigError(
-            f"{path} was trained with {before} micro-batches a step and process, now there are {n_micro_batches}: "
+            f"{path} was trained with {earlier_number} micro-batches a step and process, "
+            f"now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
-    if mismatch := _mismatch(checkpoint["state_dict"], module.state_dict()):
+    mismatch = _mismatch(checkpoint["state_dict"], module.state_dict())
+    if mismatch:
         raise ConfigError(
             f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}"
         )
 
 
-def _settings(config: dict, module: Objective) -> dict[str, object]:
-    """The values of a config that a resumed run must have in common with its first part, by dotted key.
+def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
+    """The values of a config that a resumed run must share with its first part, by dotted key.
 
-    A key that the recipe of then did not have is the constructor's default, with which that run was trained.
+    A key that the recipe of then did not have is the constructor's default, with which that run was
+    trained.
     """
-    return _defaults(module) | dict(
-        pair for section in SAME for pair in _flat(config[section], section)
-    )
+    settings = _defaults(module)
+    for section in SAME:
+        settings |= _flat(config[section], section)
+    return settings
 
 
 def _defaults(module: Objective) -> dict[str, object]:
     """Dotted key -> default, of the constructors to which a recipe's sections go."""
-    defaults = {}
+    defaults: dict[str, object] = {}
     for section, kind in module.constructors().items():
         for base in reversed(kind.__mro__):  # a constructor may hand on what it does not name
-            for name, parameter in inspect.signature(base.__init__).parameters.items():
+            constructor = base.__init__  # type: ignore[misc]  # of a class, not of an instance
+            parameters = inspect.signature(constructor).parameters
+            for name, parameter in parameters.items():
                 if parameter.default is not parameter.empty and name not in FREE:
-                    value = parameter.default
-                    defaults[f"{section}.{name}"] = (
-                        list(value) if isinstance(value, tuple) else value
-                    )
+                    defaults[f"{section}.{name}"] = _as_in_a_config(parameter.default)
     return defaults
 
 
-def _mismatch(weights: dict, expected: dict) -> str | None:
+def _as_in_a_config(default: object) -> object:
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """The first weight that one of the two has not, or in another shape, in words."""
-    keys = [k for k in sorted(weights | expected) if _shape(weights, k) != _shape(expected, k)]
-    if not keys:
-        return None
-    stored, needed = _shape(weights, keys[0]), _shape(expected, keys[0])
-    return f"does not fit this flow: {keys[0]} is {stored} there and {needed} here"
+    for key in sorted({*weights, *expected}):
+        stored = _shape(weights, key)
+        needed = _shape(expected, key)
+        if stored != needed:
+            return f"does not fit this flow: {key} is {stored} there and {needed} here"
+    return None
 
 
-def _shape(weights: dict, key: str) -> tuple[int, ...] | None:
+def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
     return tuple(weights[key].shape) if key in weights else None
 
 
-def _flat(value, key: str) -> list[tuple[str, object]]:
+def _flat(value: object, key: str) -> dict[str, object]:
     """Dotted keys and values of a section, without those that a resumed run may change."""
     if not isinstance(value, dict):
-        return [(key, value)]
-    return [pair for k, v in value.items() if k not in FREE for pair in _flat(v, f"{key}.{k}")]
+        return {key: value}
+    flat: dict[str, object] = {}
+    for name, part in value.items():
+        if name not in FREE:
+            flat |= _flat(part, f"{key}.{name}")
+    return flat
 
 
-def load_flow(folder: str | Path):
+def load_flow(folder: str | Path) -> FlowModel:
     """The flow of a finished or running run, or of one checkpoint file, in eval mode on the CPU.
 
-    A learned dequantiser stays behind: with the flow alone, data are dequantised uniformly. Batch-norm statistics are
-    the running ones. ValueError or FileNotFoundError, one line: nothing there to load.
+    A learned dequantiser stays behind: with the flow alone, data are dequantised uniformly. The
+    statistics of batch norms are the running ones. ConfigError, ValueError or FileNotFoundError,
+    one line: there is nothing to load.
     """
-    return read_run(folder)[0]
+    flow, _ = read_run(folder)
+    return flow
 
 
-def read_run(folder: str | Path):
-    """The flow as `load_flow` gives it, and what its checkpoint says of the run: experiment, config, shape, commit.
+def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
+    """The flow as `load_flow` gives it, and what its checkpoint says of the run.
 
-    Under `parts` it also names the parts of the module that have weights or buffers, as "flow" and "dequantizer".
+    That is its experiment, config, shape and commit, and under `parts` the names of the module's
+    parts that have weights or buffers, as "flow" and "dequantizer".
     """
-    path = Path(folder)
-    finished = path / "result.json"
-    if path.is_dir() and not finished.is_file():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise FileNotFoundError(
-                f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
-            )
-        path, checkpoint = newest
-    else:
-        path = path / json.loads(finished.read_text())["checkpoint"] if path.is_dir() else path
-        checkpoint = read_checkpoint(path)
+    path, checkpoint = _checkpoint_of(Path(folder).expanduser())
     origin = checkpoint["paperflows"]
     script = import_module(f"reproduce.{origin['experiment']}")
     if not hasattr(script, "make_flow"):
         raise ConfigError(
             f"{path} is of {origin['experiment']}, which trains no flow: there is none to load"
         )
-    flow = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
+    flow: FlowModel = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
     weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
     stored = {
         key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")
     }
-    if mismatch := _mismatch(stored, weights):
+    mismatch = _mismatch(stored, weights)
+    if mismatch:
         raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
     flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
     parts = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
     return flow.eval(), {**origin, "parts": parts}
+
+
+def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
+    """The checkpoint of a run: the tested one of a finished run, else the newest; or the file."""
+    if not path.is_dir():
+        return path, read_checkpoint(path)
+    if (path / "result.json").is_file():
+        tested = path / _result(path, "checkpoint")
+        return tested, read_checkpoint(tested)
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
+        )
+    return newest

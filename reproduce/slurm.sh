@@ -5,22 +5,26 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
 #
-# An experiment as a SLURM job, from the repository's root. Partition, account, time and GPUs are flags of sbatch or its
-# environment (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT ...).
+# An experiment as a SLURM job, from the repository's root. Partition, account, time and GPUs are
+# flags of sbatch, or its environment (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT ...).
 #
 #   sbatch reproduce/slurm.sh realnvp_cifar10 seed=1
-#   sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=8 reproduce/slurm.sh realnvp_cifar10 preset=gpu
-#   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 reproduce/slurm.sh realnvp_cifar10 preset=gpu
-#   sbatch --array=0-4 reproduce/slurm.sh realnvp_cifar10                      # seeds 0 to 4
-#   sbatch --array=0-11 reproduce/slurm.sh realnvp_cifar10 --grid configs/sweeps/realnvp_cifar10_grid.yaml
-#                                                                              # rows 0 to 11 of the grid
+#   sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=8 \
+#       reproduce/slurm.sh realnvp_cifar10 preset=gpu
+#   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 \
+#       reproduce/slurm.sh realnvp_cifar10 preset=gpu
+#   sbatch --array=0-4 reproduce/slurm.sh realnvp_cifar10            # seeds 0 to 4
+#   sbatch --array=0-11 reproduce/slurm.sh realnvp_cifar10 \
+#       --grid configs/sweeps/realnvp_cifar10_grid.yaml              # rows 0 to 11 of the grid
 #
-# The run folder is outputs/<experiment>/slurm-<job> or slurm-<array job>_<index>, or that of run_dir=. Two minutes
-# before the time limit the job saves, requeues itself and goes on from there later; so it does after a preemption. A
-# cancelled job has saved too: the same command with run_dir=<its folder> goes on.
+# The run folder is outputs/<experiment>/slurm-<job> or slurm-<array job>_<index>, or that of
+# run_dir=. Two minutes before the time limit the job saves and queues itself again, and goes on
+# from there later; so it does after a preemption. A cancelled job has saved too: the same command
+# with run_dir=<its folder> goes on.
 #
-# One task a GPU, and every task has to see all GPUs of its node: --gpus-per-node, not --gpus-per-task.
-# PYTHON=... chooses the interpreter; otherwise .venv/bin/python, and where there is none python.
+# Start one task for each GPU. Every task has to see all GPUs of its node: give --gpus-per-node, not
+# --gpus-per-task. PYTHON=... chooses the interpreter; the default is .venv/bin/python, or python
+# where there is none.
 
 set -euo pipefail
 
@@ -29,8 +33,10 @@ fail() {
     exit 1
 }
 
-# sbatch runs a copy of this file from its spool folder: the repository is where the job was submitted.
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job script: sbatch reproduce/slurm.sh ${*:-EXPERIMENT key=value ...}"
+# sbatch runs a copy of this file from a folder of its own: the repository is where the job was
+# submitted.
+[ -n "${SLURM_JOB_ID:-}" ] ||
+    fail "this is a job script: sbatch reproduce/slurm.sh ${*:-EXPERIMENT key=value ...}"
 cd "$SLURM_SUBMIT_DIR"
 if [ ! -f reproduce/slurm.sh ] || [ ! -d configs ]; then
     fail "$PWD is not the repository's root: submit from there, sbatch reproduce/slurm.sh $*"
@@ -41,12 +47,15 @@ for recipe in configs/*.yaml; do
     name=$(basename "$recipe" .yaml)
     if [ -f "reproduce/$name.py" ]; then known+="${known:+, }$name"; fi
 done
-[ $# -gt 0 ] || fail "no experiment given: sbatch reproduce/slurm.sh EXPERIMENT key=value ..., with one of $known"
+usage="sbatch reproduce/slurm.sh EXPERIMENT key=value ..., with one of $known"
+[ $# -gt 0 ] || fail "no experiment given: $usage"
 experiment=$1
 shift
-[[ ", $known," == *", $experiment,"* ]] || fail "experiment $experiment is not known: give one of $known"
+[[ ", $known," == *", $experiment,"* ]] ||
+    fail "experiment $experiment is not known: give one of $known"
 
-grid="" words=""
+grid=""
+words=""
 overrides=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -55,7 +64,10 @@ while [ $# -gt 0 ]; do
             grid=$2
             shift
             ;;
-        -*) fail "$1 is not known: give key=value or --grid FILE; sbatch's own flags stand before reproduce/slurm.sh" ;;
+        -*)
+            fail "$1 is not known: give key=value or --grid FILE;" \
+                "sbatch's own flags stand before reproduce/slurm.sh"
+            ;;
         *)
             words+=" $1"
             overrides+=("$1")
@@ -73,17 +85,20 @@ else
 fi
 
 task=${SLURM_ARRAY_TASK_ID:-}
-# One task of an array has the array's number as its SLURM_JOB_ID, by which Slurm understands the whole array.
+# One of the tasks of an array has the array's number as its SLURM_JOB_ID, which to Slurm's commands
+# is the whole array. So a task is named by the array and its index.
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$task}
 id=${id:-$SLURM_JOB_ID}
 if [ -n "$task" ] && [[ $words == *" run_dir="* ]]; then
     fail "run_dir= is one folder for all tasks of an array: leave it out, every task makes its own"
 elif [ -n "$grid" ]; then
-    [ -n "$task" ] || fail "--grid without an array: sbatch --array=0-N, a task for each row of the grid"
+    [ -n "$task" ] ||
+        fail "--grid without an array: sbatch --array=0-N, a task for each row of the grid"
     row=$("$python" -m reproduce.grid "$grid" "$task") || exit 1
     mapfile -t -O "${#overrides[@]}" overrides <<<"$row"
 elif [ -n "$task" ]; then
-    [[ $words != *" seed="* ]] || fail "the index of an array is the seed: leave seed= out, or give a --grid"
+    [[ $words != *" seed="* ]] ||
+        fail "the index of an array is the seed: leave seed= out, or give a --grid"
     overrides+=("seed=$task")
 fi
 
@@ -91,15 +106,17 @@ fi
 if [ "${SLURM_JOB_NAME:-paperflows}" = paperflows ]; then
     scontrol update "JobId=$id" "JobName=$experiment" 2>/dev/null || true
 fi
-export SLURM_JOB_NAME=$experiment # of the step; Lightning takes a job called bash or interactive for none
+# The step's name too: Lightning takes a job called bash or interactive for none.
+export SLURM_JOB_NAME=$experiment
 # Since Slurm 22.05 srun does not take this one from sbatch.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 nodes=$SLURM_NNODES tasks=${SLURM_NTASKS_PER_NODE:-1}
 all=$((nodes * tasks))
 [ "${SLURM_NTASKS:-$all}" -eq "$all" ] ||
-    fail "$SLURM_NTASKS tasks on $nodes nodes of $tasks: give --nodes and --ntasks-per-node, and no --ntasks"
-own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
+    fail "$SLURM_NTASKS tasks on $nodes nodes of $tasks: give --nodes and --ntasks-per-node," \
+        "and no --ntasks"
+own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks" resume=auto)
 [ "$all" -eq 1 ] || own+=(trainer.strategy=ddp)
 layout=()
 for word in "${own[@]}"; do # a key that is given twice is refused: the user's words stand
@@ -110,8 +127,9 @@ where="$SLURM_JOB_NODELIST, $tasks a node"
 echo "$(date '+%F %T') $experiment, job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $where"
 code=0
 srun --kill-on-bad-exit --nodes="$nodes" --ntasks="$all" --ntasks-per-node="$tasks" \
-    "$python" -m "reproduce.$experiment" "${layout[@]+"${layout[@]}"}" "${overrides[@]}" resume=auto || code=$?
-# Slurm requeues what it preempts at the end of the grace time, and not if it has ended before: it has saved and left.
+    "$python" -m "reproduce.$experiment" "${layout[@]+"${layout[@]}"}" "${overrides[@]}" || code=$?
+# Slurm queues a preempted job again where the grace time has ended it. This one has saved and left
+# before that.
 if [ "$code" -ne 0 ] && scontrol show job "$id" | grep "PreemptTime=[0-9]" >/dev/null; then
     scontrol requeue "$id"
 fi

@@ -1,4 +1,7 @@
-"""Runs as processes of their own that can be killed: forks of the test process, so that nothing is imported twice."""
+"""Runs as processes of their own, which can be killed.
+
+They are forks of the test process, so that nothing is imported twice.
+"""
 
 import logging
 import multiprocessing
@@ -35,7 +38,8 @@ class Run:
     """One run of a recipe's main, of one process or several ranks, in the background."""
 
     def __init__(self, folder: Path, *arguments: str, ranks: int = 1, **options) -> None:
-        self.folder, self.log = Path(folder), Path(f"{folder}.log")
+        self.folder = Path(folder)
+        self.log = Path(f"{folder}.log")
         words = override([*TINY, f"run_dir={folder}"], arguments)
         self.processes = start(ranks, _run, words, Path(f"{folder}.trace"), options, log=self.log)
 
@@ -50,16 +54,16 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
-        for process in (
-            self.processes
-        ):  # all before the first is waited for: a rank that is left alone ends by itself
+        # All before the first is waited for: a rank that is left alone ends by itself.
+        for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
 
     def signal(self, number: int, rank: int = 0, group: bool = False) -> None:
         """To one rank, or to it and all that it has started."""
-        (os.killpg if group else os.kill)(self.processes[rank].pid, number)
+        send = os.killpg if group else os.kill
+        send(self.processes[rank].pid, number)
 
     def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
@@ -69,17 +73,21 @@ class Run:
             time.sleep(0.02)
 
     def output(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        if not self.log.exists():
+            return ""
+        return self.log.read_text()
 
     def losses(self, rank: int = 0) -> dict[tuple[int, int], str]:
-        """(steps done, batch of the epoch) -> the bits of the loss there; a batch seen twice has to agree."""
-        found: dict[tuple[int, int], str] = {}
+        """(steps done, batch of the epoch) -> the bits of the loss there.
+
+        A batch that was seen twice has to have had the same loss.
+        """
+        losses: dict[tuple[int, int], str] = {}
         for line in Path(f"{self.folder}.trace{rank}").read_text().splitlines():
             step, batch, bits = line.split()
-            assert found.setdefault((int(step), int(batch)), bits) == bits, (
-                f"step {step} went differently"
-            )
-        return found
+            first = losses.setdefault((int(step), int(batch)), bits)
+            assert first == bits, f"step {step} went differently"
+        return losses
 
     def final(self) -> dict:
         """The newest checkpoint."""
@@ -87,7 +95,10 @@ class Run:
 
 
 def start(ranks: int, function: Callable, *arguments, log: Path) -> list[multiprocessing.Process]:
-    """`function(rank, *arguments)` in forked processes that see themselves as torchrun's ranks, where several."""
+    """`function(rank, *arguments)` in forked processes.
+
+    Several of them see themselves as ranks that torchrun has started.
+    """
     port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
@@ -101,7 +112,10 @@ def start(ranks: int, function: Callable, *arguments, log: Path) -> list[multipr
 
 
 def free_port() -> int:
-    """A port that nobody has, and that no run of this test process was given before: theirs may not be bound yet."""
+    """A port that nobody has, and that no run of this test process was given before.
+
+    Such a run may not have bound its port yet.
+    """
     while True:
         with socket.socket() as candidate:
             candidate.bind(("127.0.0.1", 0))
@@ -122,7 +136,8 @@ def _child(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
     for logger in map(logging.getLogger, list(logging.root.manager.loggerDict)):
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
@@ -143,9 +158,10 @@ def _child(
         function(rank, *arguments)
         code = 0
     except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -163,24 +179,27 @@ def _run(rank: int, words: list[str], trace: Path, options: dict) -> None:
 class Spy(L.Callback):
     """Notes every loss, and does harm.
 
-    plain: a flow without batch norm. kill: (steps done, batch of the epoch) before which the process is killed.
-    poison: {(steps done, rank)} whose likelihood is infinite, with a finite gradient. slow: seconds added to a batch.
-    full: steps done, after which no file can grow beyond 10,000 bytes. stop: steps done, after which it is asked to, or
-    the hook in which it is.
+    Args:
+        path: the file into which losses are written.
+        rank: of this process.
+        plain: whether the run has a flow without batch norm.
+        kill: (steps done, batch of the epoch) before which the process is killed.
+        poison: {(steps done, rank)} at which the likelihood is infinite, with a finite gradient.
+        slow: seconds added to a batch.
+        full: steps done, after which no file can grow beyond 10,000 bytes.
+        stop: steps done, after which the run is asked to stop, or the hook in which it is.
     """
 
     def __init__(
         self, path, rank, plain=False, kill=None, poison=frozenset(), slow=0.0, full=None, stop=None
     ) -> None:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.rank, self.plain, self.kill, self.poison, self.slow, self.full = (
-            rank,
-            plain,
-            kill,
-            poison,
-            slow,
-            full,
-        )
+        self.rank = rank
+        self.plain = plain
+        self.kill = kill
+        self.poison = poison
+        self.slow = slow
+        self.full = full
         self.stop = stop
         if isinstance(stop, str):
             setattr(self, stop, lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
@@ -195,7 +214,7 @@ class Spy(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         if (trainer.global_step, self.rank) in self.poison:
             log_prob = pl_module.flow.log_prob
-            pl_module.flow.log_prob = lambda *given: log_prob(*given) + float("inf")
+            pl_module.flow.log_prob = lambda *arguments: log_prob(*arguments) + float("inf")
         else:
             vars(pl_module.flow).pop("log_prob", None)
         self.before = trainer.global_step

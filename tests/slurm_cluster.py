@@ -1,8 +1,8 @@
-"""A real Slurm, one controller and two nodes on the loopback address, that lives as long as a test session.
+"""A real Slurm for as long as a test session: a controller and two nodes on the loopback address.
 
-Its configuration, keys, sockets and logs are in a folder of its own and its ports are free ones, so that it touches no
-other cluster and several sessions may run at once. Two cores pose as two nodes of eight. Jobs of the partition urgent
-preempt others, which have a minute of grace.
+Its configuration, keys, sockets and logs are in a folder of its own, and its ports are free ones,
+so that it touches no other cluster and several sessions may run at once. Two cores pose as two
+nodes of eight. Jobs of the partition urgent preempt others, which have a minute of grace.
 """
 
 import contextlib
@@ -74,21 +74,31 @@ def missing() -> list[str]:
 
 
 def wait_for(condition, seconds: float, what: str):
-    """The first true value of `condition()`; AssertionError, so that a hang is a failure, after `seconds`."""
+    """The first true value of `condition()`.
+
+    AssertionError, so that a hang is a failure: there is none within `seconds`. `what` was waited
+    for, a text or a function that returns one.
+    """
     deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, (
-            f"waited {seconds:.0f} s in vain for {what() if callable(what) else what}"
-        )
+    value = condition()
+    while not value:
+        if time.monotonic() > deadline:
+            text = what() if callable(what) else what
+            raise AssertionError(f"waited {seconds:.0f} s in vain for {text}")
         time.sleep(0.1)
+        value = condition()
     return value
 
 
 class Cluster:
-    """Start with `with Cluster(folder) as cluster:`; `cluster.folder` holds slurm.conf and the daemons' logs."""
+    """A cluster inside `with Cluster(folder) as cluster:`.
+
+    `cluster.folder` holds slurm.conf and the daemons' logs.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.daemons = Path(folder), []
+        self.folder = Path(folder)
+        self.daemons = []
         ours = {
             k: v
             for k, v in os.environ.items()
@@ -118,16 +128,15 @@ class Cluster:
 
     def _configure(self) -> None:
         host = socket.gethostname()
-        address, listen = "127.0.0.1", ""
+        address = "127.0.0.1"
+        listen = ""
         with contextlib.suppress(OSError):
-            if (resolved := socket.gethostbyname(host)).startswith("127."):
-                address, listen = (
-                    resolved,
-                    "NoInAddrAny,NoCtldInAddrAny",
-                )  # daemons bind to where the host resolves to
-        first_job = random.SystemRandom().randrange(
-            1, 9000
-        )  # the rendezvous port follows from the job's number
+            resolved = socket.gethostbyname(host)
+            if resolved.startswith("127."):  # daemons bind to where the host resolves to
+                address = resolved
+                listen = "NoInAddrAny,NoCtldInAddrAny"
+        # The port at which ranks meet follows from the job's number.
+        first_job = random.SystemRandom().randrange(1, 9000)
         settings = {
             "folder": self.folder,
             "host": host,
@@ -218,11 +227,11 @@ class Cluster:
 
     def wait(self, job: str, seconds: float, *states: str) -> dict[str, str]:
         """The job as it is when it reaches one of `states`, by default when it has ended."""
-        wanted = set(states) or ENDED
+        awaited = set(states) or ENDED
         wait_for(
-            lambda: self.job(job)["JobState"] in wanted,
+            lambda: self.job(job)["JobState"] in awaited,
             seconds,
-            lambda: f"{job} to be {wanted}: {self.job(job)}",
+            lambda: f"{job} to be {awaited}: {self.job(job)}",
         )
         return self.job(job)
 

@@ -1,4 +1,7 @@
-"""The ablation as one command: which runs it starts, how it goes on, what it refuses, what it writes. No training."""
+"""The ablation as one command: which runs it starts, how it goes on, what it refuses and writes.
+
+Nothing is trained here.
+"""
 
 import io
 import json
@@ -18,7 +21,12 @@ from results import figure3 as figure3_results
 NAMES = [f"{p}-{c}" for c in ("additive", "affine") for p in ("reverse", "shuffle", "invertible")]
 BETTER = {"reverse": 0.0, "shuffle": 0.02, "invertible": 0.05, "additive": 0.0, "affine": 0.1}
 DIVERGES = "error: stopped at step 300: the loss or its gradient was not finite in 21 steps"
-CURVE = "step,images,seconds,lr,train/bpd,val/bpd\n0,0,1.0,0.0,,8.0\n2,64,3.0,0.1,4.1,{}\n4,128,{},0.1,4.0,{}\n"
+CURVE = """step,images,seconds,lr,train/bpd,val/bpd
+0,0,1.0,0.0,,8.0
+2,64,3.0,0.1,4.1,{}
+4,128,{},0.1,4.0,{}
+"""
+SECONDS = {"reverse": 5.0, "shuffle": 5.0, "invertible": 5.5}
 
 
 def value(words, key):
@@ -27,7 +35,10 @@ def value(words, key):
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """In place of reproduce/glow_cifar10.py: `calls` are its arguments, `ends[n]` is raised in the n-th call."""
+    """A stand-in for reproduce/glow_cifar10.py.
+
+    `calls` are its arguments; `ends[n]` is raised in the n-th call.
+    """
     fake = SimpleNamespace(calls=[], ends={}, bpd={})
 
     def main(words):
@@ -35,20 +46,25 @@ def script(monkeypatch, tmp_path):
         end = fake.ends.get(len(fake.calls))
         if end is not None and str(end) != DIVERGES:
             raise end
-        permutation, coupling = value(words, "flow.permutation"), value(words, "flow.coupling")
-        folder, seed = tmp_path / value(words, "run_dir"), int(value(words, "seed"))
+        permutation = value(words, "flow.permutation")
+        coupling = value(words, "flow.coupling")
+        folder = tmp_path / value(words, "run_dir")
+        seed = int(value(words, "seed"))
         bpd = 3.8 - BETTER[permutation] - BETTER[coupling] + 0.01 * seed
         bpd = fake.bpd.get(folder.name, bpd)
         result = {
-            "experiment": "glow_cifar10", "run": folder.name, "preset": value(words, "preset"), "seed": seed,
+            "experiment": "glow_cifar10", "run": folder.name, "preset": value(words, "preset"),
             "overrides": [word for word in words if not word.startswith(("run_dir=", "resume="))],
-            "metrics": {"test/bpd": bpd, "val/bpd": bpd}, "paper": None, "budget": None, "commit": "0123456789abcdef",
-            "dirty": True, "config": {
-                "seed": seed, "run_dir": str(folder), "resume": "auto", "overrides": words, "data": {"name": "photos"},
+            "metrics": {"test/bpd": bpd, "val/bpd": bpd}, "paper": None, "budget": None,
+            "commit": "0123456789abcdef", "dirty": True, "seed": seed,
+            "config": {
+                "seed": seed, "run_dir": str(folder), "resume": "auto", "overrides": words,
+                "data": {"name": "photos"},
                 "flow": {"depth": 4, "permutation": permutation, "coupling": coupling},
             },
-            "versions": {}, "device": "CPU", "precision": "32-true", "tf32": False, "deterministic": False,
-            "images": 128, "seconds": 6.5, "n_train": 100, "skipped_steps": 1, "parameters": 1000,
+            "versions": {}, "device": "CPU", "precision": "32-true", "tf32": False,
+            "deterministic": False, "images": 128, "seconds": 6.5, "n_train": 100,
+            "skipped_steps": 1, "parameters": 1000,
         }  # fmt: skip
         if not math.isfinite(bpd):  # JSON has no NaN
             result["metrics"] = {"test/bpd": None, "val/bpd": None}
@@ -62,9 +78,7 @@ def script(monkeypatch, tmp_path):
             )
             raise end
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "curve.csv").write_text(
-            CURVE.format(bpd - 0.05, 5.5 if permutation == "invertible" else 5.0, bpd)
-        )
+        (folder / "curve.csv").write_text(CURVE.format(bpd - 0.05, SECONDS[permutation], bpd))
         return result
 
     fake.main = main
@@ -141,8 +155,9 @@ def test_what_is_written_and_printed(script, tmp_path, capsys):
         "flow": {"depth": 4},
     }  # what all runs share
     assert written["runs"][5] == {
-        "permutation": "invertible", "coupling": "additive", "seed": 1, "test/bpd": 3.76, "val/bpd": 3.71,
-        "images": 128, "seconds": 6.5, "skipped_steps": 1, "commit": "0123456789abcdef", "dirty": True,
+        "permutation": "invertible", "coupling": "additive", "seed": 1,
+        "test/bpd": 3.76, "val/bpd": 3.71, "images": 128, "seconds": 6.5,
+        "skipped_steps": 1, "commit": "0123456789abcdef", "dirty": True,
         "device": "CPU", "precision": "32-true", "parameters": 1000,
         "curve": [[0, 1.0, 8.0], [64, 3.0, 3.71], [128, 5.5, 3.76]],
     }  # fmt: skip
@@ -203,7 +218,8 @@ def test_a_stopped_run_ends_all_and_the_same_command_goes_on(script, tmp_path, c
         lines[-1]
         == "the ablation goes on with: python -m reproduce.figure3 preset=cpu 'seeds=[0, 1]'"
     )
-    assert lines[:-1] == ([end.code] if isinstance(getattr(end, "code", None), str) else [])
+    code = getattr(end, "code", None)
+    assert lines[:-1] == [code] * isinstance(code, str)
     assert len(json.loads((tmp_path / "outputs/figure3/cpu/figure3.json").read_text())["runs"]) == 3
     assert shlex.split(lines[-1].partition("figure3 ")[2]) == argv
     figure3.main(argv)
@@ -267,8 +283,8 @@ def test_several_gpus_are_not_taken_by_one_ablation(script, monkeypatch):
 def test_runs_of_other_settings_are_not_mixed(script):
     figure3.main(["preset=cpu", "trainer.max_steps=4", "seeds=[0]", "optim.lr=1e-3"])
     assert stopped("preset=cpu", "trainer.max_steps=5", "optim.lr=0.001") == (
-        "error: outputs/figure3/cpu/reverse-additive-seed0 was run with trainer.max_steps=4, not with "
-        "trainer.max_steps=5: say the same, or give another out=FOLDER"
+        "error: outputs/figure3/cpu/reverse-additive-seed0 was run with trainer.max_steps=4, "
+        "not with trainer.max_steps=5: say the same, or give another out=FOLDER"
     )
     assert "was run with trainer.max_steps=4, not with no trainer.max_steps:" in stopped(
         "preset=cpu", "optim.lr=1e-3"
@@ -303,16 +319,20 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
     script.ends = {first: SystemExit(DIVERGES)}
     content = figure3.main(["seeds=[0]"])
     assert names(script) == [f"{name}-seed0" for name in NAMES]
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     diverged = f"{NAMES[first - 1]}-seed0"
     assert (
         f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on"
-        in said.err
+        in output.err
     )
-    assert said.out.count("- (1 not finite)") == 7 - first  # in every table from then on
+    assert output.out.count("- (1 not finite)") == 7 - first  # in every table from then on
     runs = figure3_results.read(tmp_path / "outputs/figure3/paper/figure3.json")["runs"]
-    [found] = [run for run in runs if run["test/bpd"] is None]
-    assert (figure3_results.name(found), found["skipped_steps"], found["curve"]) == (
+    [diverged_run] = [run for run in runs if run["test/bpd"] is None]
+    assert (
+        figure3_results.name(diverged_run),
+        diverged_run["skipped_steps"],
+        diverged_run["curve"],
+    ) == (
         diverged,
         21,
         [[0, 1.0, 8.0]],

@@ -1,6 +1,7 @@
 """Rows of a sweep grid, and the command that the job script makes of them; no Slurm needed."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -201,7 +202,8 @@ def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_arra
     """The last task of an array has the array's own number as its SLURM_JOB_ID."""
     array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     asked = tmp_path / "asked"
-    told = f'echo "$@" >> {asked}; echo "PreemptTime=2026-11-26T00:00:00"'
+    asks = f'echo "$@" >> {shlex.quote(str(asked))}'
+    told = f'{asks}; echo "PreemptTime=2026-11-26T00:00:00"'
     done = run_script(
         tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=told, **{**JOB, **array}
     )
@@ -212,8 +214,6 @@ def test_a_preempted_task_of_an_array_queues_itself_again_and_not_the_whole_arra
         "requeue 7_2",
     ]
     asked.unlink()
-    done = run_script(
-        tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=f"echo $@ >> {asked}", **JOB
-    )
+    done = run_script(tmp_path, "realnvp_cifar10", srun="exit 75", scontrol=asks, **JOB)
     assert done.returncode == 75  # stopped, but not by Slurm
     assert "requeue" not in asked.read_text()

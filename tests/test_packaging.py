@@ -1,4 +1,4 @@
-"""What is installed: the versions that pyproject.toml allows, those that were tested, and all files that code reads."""
+"""What is installed: allowed versions, tested versions, and all files that code reads."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from results import load_papers
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PROJECT, PACKAGES = SETTINGS["project"], SETTINGS["tool"]["setuptools"]["packages"]
+PROJECT = SETTINGS["project"]
+PACKAGES = SETTINGS["tool"]["setuptools"]["packages"]
 REQUIREMENTS = {
     requirement.name.lower(): requirement
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
@@ -82,7 +83,7 @@ def test_every_paper_with_claims_is_cited():
     ] == []
 
 
-# ---------------------------------------------------------------------------------------------- pip install .
+# ------------------------------------------------------------------------------- pip install .
 
 
 def git(folder, *words):
@@ -109,7 +110,10 @@ def repository(folder):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder into which a copy of this repository was installed, inside a repository of another project."""
+    """The folder into which a copy of this repository was installed.
+
+    It lies in a repository of another project.
+    """
     folder = tmp_path_factory.mktemp("installed")
     for top in {name.split(".")[0] for name in PACKAGES}:  # setuptools leaves build/ beside it
         shutil.copytree(
@@ -223,6 +227,22 @@ def test_how_to_go_on_is_a_command_that_works_there(monkeypatch, cwd, program):
     )
 
 
+GENERATED_FILES = (
+    "README.md",
+    "results/README.md",
+    "results/runs/realnvp_moons/a.json",
+    "results/ablations/a.png",
+    "results/benchmarks/a.json",
+    "results/stability/a.json",
+)
+
+
+def change(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("a line\n")
+
+
 def test_a_commit_is_reported_only_of_a_checkout_of_this_repository(tmp_path, monkeypatch):
     """Not of a repository in which the package lies unknown to it, or in a folder of it."""
 
@@ -240,6 +260,19 @@ def test_a_commit_is_reported_only_of_a_checkout_of_this_repository(tmp_path, mo
     assert state(checkout) == (git(checkout, "rev-parse", "HEAD"), False)
     file.write_text("a = 2\n")
     assert state(checkout) == (git(checkout, "rev-parse", "HEAD"), True)
+    git(checkout, "commit", "--quiet", "--all", "-m", "changed")
+    for name in GENERATED_FILES:  # as `python -m results add` rewrites them
+        change(checkout / name)
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "-m", "with results")
+    head = git(checkout, "rev-parse", "HEAD")
+    for name in GENERATED_FILES:
+        change(checkout / name)
+    assert state(checkout) == (head, False)
+    change(checkout / "results" / "page.py")
+    assert state(checkout) == (head, False)  # not tracked
+    git(checkout, "add", ".")
+    assert state(checkout) == (head, True)
     vendor = repository(tmp_path / "project") / "vendor"
     (vendor / "reproduce").mkdir(parents=True)
     (vendor / "reproduce" / "provenance.py").write_text("a = 1\n")

@@ -1,4 +1,4 @@
-"""reproduce.pictures: what is done to latents, by values; the command on a tiny run; its mistakes in one line."""
+"""reproduce.pictures: what is done to latents, by values; the command on a tiny run; mistakes."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,16 @@ from reproduce.run_folder import load_flow, read_run
 
 CASE = next(case for case in MODELS if case.name == "RealNVP-3scales")
 NAMES = ("ape", "bee", "cat")
-N_TRAIN, N_TEST, SIZE = 64, 40, 8  # as TINY has it
+N_TRAIN = 64  # these as TINY has them
+N_TEST = 40
+SIZE = 8
 
 
 class Labelled(Photos):
-    """Photos of three classes, the index modulo 3; the higher a class, the brighter are its images."""
+    """Photos of three classes, the index modulo 3; the higher a class, the brighter its images."""
 
-    class_names, n_classes = NAMES, len(NAMES)
+    class_names = NAMES
+    n_classes = len(NAMES)
 
     def __init__(self, labels=False, **arguments):
         super().__init__(**arguments)
@@ -37,11 +40,9 @@ class Labelled(Photos):
             images = np.stack(
                 [getattr(self, split)[0, i][0].numpy() // 4 + 64 * labels[i] for i in range(n)]
             )
-            setattr(
-                self,
-                split,
-                ImageArray(images.astype(np.uint8), labels=labels if self.labels else None),
-            )
+            if not self.labels:
+                labels = None
+            setattr(self, split, ImageArray(images.astype(np.uint8), labels=labels))
 
 
 class Conditional(RealNVP):
@@ -76,10 +77,10 @@ def labelled(monkeypatch):
 @pytest.fixture
 def conditional(monkeypatch, labelled):
     def read(folder):
-        flow, there = read_run(folder)
+        flow, origin = read_run(folder)
         other = Conditional(flow.shape, n_scales=2, hidden_channels=4, n_blocks=1).eval()
         other.load_state_dict(flow.state_dict())
-        return other, there
+        return other, origin
 
     monkeypatch.setattr(pictures, "read_run", read)
 
@@ -99,7 +100,10 @@ def mistake(capsys, *words):
 
 
 def cells(path, columns):
-    """The images of a picture as (rows, columns, 8, 8, 3) integers; each pixel is drawn 8 x 8, borders are 2 pixels."""
+    """The images of a picture as (rows, columns, 8, 8, 3) integers.
+
+    Each pixel of an image is drawn as 8 x 8, and the borders are 2 pixels of an image wide.
+    """
     pixels = np.asarray(Image.open(path)).astype(int)[::8, ::8]
     assert pixels.shape[1] == 10 * columns + 2
     rows = range(2, pixels.shape[0] - 2, 10)
@@ -122,7 +126,8 @@ CHOSEN = np.random.default_rng(0).permutation(N_TEST)  # seed=0
 
 @torch.no_grad()
 def test_the_ends_of_an_interpolation_are_the_images():
-    flow, x = trained(CASE), CASE.data(2)
+    flow = trained(CASE)
+    x = CASE.data(2)
     eps, _ = flow(x)
     between = interpolate(tuple(z[0] for z in eps), tuple(z[1] for z in eps), 5)
     assert [z.shape for z in between] == [(5, *shape) for shape in flow.latent_shapes()]
@@ -155,7 +160,8 @@ def test_an_attribute_is_a_difference_of_means_and_is_followed_level_by_level():
 
 @torch.no_grad()
 def test_levels_are_kept_from_the_coarsest_on():
-    flow, x = trained(CASE), CASE.data(2)
+    flow = trained(CASE)
+    x = CASE.data(2)
     eps, _ = flow(x)
     assert eps[-1][0].shape[-1] < eps[0][0].shape[-1], "the last is not the coarsest"
     torch.testing.assert_close(flow.inverse(keep_levels(eps, 3))[0], x, atol=1e-4, rtol=0)
@@ -219,11 +225,11 @@ def test_what_the_pictures_show(finished, tmp_path):
 
 @pytest.mark.parametrize("kind", ["labelled", "conditional"])
 def test_attributes_of_data_with_labels(kind, finished, tmp_path, capsys, request):
-    """Bright images are of the last class, so its direction is brightness, and that of the first darkness."""
+    """The last class has the bright images: its direction brightens, that of the first darkens."""
     request.getfixturevalue(kind)
     draw(finished, f"out={tmp_path}")
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"{tmp_path / 'attributes.png'}: bee to ape, cat to bee, ape to cat"
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"{tmp_path / 'attributes.png'}: bee to ape, cat to bee, ape to cat"
     grid = cells(tmp_path / "attributes.png", 5)
     starts = [next(i for i in CHOSEN if i % 3 == label) for label in (1, 2, 0)]
     assert np.abs(grid[:, 2] - shown(starts, Labelled)).max() <= 1
@@ -252,8 +258,8 @@ def test_columns_of_a_conditional_flow_are_its_classes(finished, tmp_path, condi
 
 
 def test_an_unknown_class_is_one_line_and_nothing_is_written(finished, tmp_path, capsys, labelled):
-    said = mistake(capsys, finished, "attribute=catt", f"out={tmp_path / 'new'}")
-    assert said == "error: attribute=catt is not known (did you mean cat?): give ape, bee, cat"
+    line = mistake(capsys, finished, "attribute=catt", f"out={tmp_path / 'new'}")
+    assert line == "error: attribute=catt is not known (did you mean cat?): give ape, bee, cat"
     assert not (tmp_path / "new").exists()
 
 
@@ -265,7 +271,8 @@ def test_missing_data_are_said_after_the_samples(finished, tmp_path, capsys, mon
     class Missing(Photos):
         def __init__(self, root="data", download=True, **arguments):
             super().__init__(**arguments)
-            self.root, self.download = root, download
+            self.root = root
+            self.download = download
 
         def prepare_data(self):
             raise FileNotFoundError(f"not in data.root={self.root}, download={self.download}")
@@ -289,7 +296,7 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("nimages=3", "did you mean n_images?"),
         ("sed=3", "did you mean seed?"),
@@ -300,8 +307,8 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
         ("cat", "'cat' is not of the form key=value"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(word, said, finished, tmp_path, capsys):
-    assert said in mistake(capsys, finished, f"out={tmp_path / 'new'}", word)
+def test_mistakes_are_one_line_and_nothing_is_written(word, message, finished, tmp_path, capsys):
+    assert message in mistake(capsys, finished, f"out={tmp_path / 'new'}", word)
     assert not (tmp_path / "new").exists()
 
 
@@ -329,6 +336,6 @@ def test_folders_without_pictures_are_one_line(tmp_path, capsys):
 
 def test_help_says_what_there_is(capsys):
     draw("--help")
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     keys = [*pictures.DEFAULTS, *(f"data.{key}" for key in pictures.DEFAULTS["data"])]
-    assert all(f"{key}=" in said for key in keys if key != "data")
+    assert all(f"{key}=" in text for key in keys if key != "data")

@@ -1,4 +1,7 @@
-"""Windows and macOS, simulated on this machine: what is missing there is taken away, or said to be there."""
+"""Windows and macOS, simulated on this machine.
+
+What they lack is taken away; what they have beyond it is said to be there.
+"""
 
 import os
 import subprocess

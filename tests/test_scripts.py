@@ -435,10 +435,10 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(tmp_path):
     assert process.returncode == 75, output
     assert "Traceback" not in output
     saved = read_checkpoint(newest(tmp_path / "run"))["global_step"]
-    settings = f"{shlex.join(TINY)} trainer.max_steps=100000 run_dir="
-    again = f"go on with: python reproduce/realnvp_cifar10.py {settings}"
+    words = [*TINY, "trainer.max_steps=100000", f"run_dir={tmp_path / 'run'}", "resume=auto"]
+    again = shlex.join(["python", "reproduce/realnvp_cifar10.py", *words])
     last_line = output.strip().splitlines()[-1]
-    assert last_line.startswith(f"stopped at step {saved}, which is saved; {again}")
+    assert last_line == f"stopped at step {saved}, which is saved; go on with: {again}"
     load(tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""reproduce/slurm.sh on a real Slurm: layouts, arrays, and preempt -> save -> requeue -> resume, ten times over."""
+"""reproduce/slurm.sh on a real Slurm: layouts, arrays, and jobs that are preempted and go on."""
 
 import csv
 import json
@@ -45,15 +45,17 @@ TINY = [
     "trainer.precision=32-true",
 ]
 PAIR = ["--nodes=1", "--ntasks-per-node=2"]
-SECONDS = 240  # that anything may take: a job needs some fifteen alone on two cores, most of them for its imports
+# That anything may take. Alone on two cores a job needs some fifteen, most of them for imports.
+SECONDS = 240
 CYCLES = 10
 
 
 class Checkout:
-    """A repository's root of its own, so that outputs/ and slurm-<job>.out land in a temporary folder."""
+    """A repository's root of its own: outputs/ and slurm-<job>.out land in a temporary folder."""
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
-        self.folder, self.cluster = folder, cluster
+        self.folder = folder
+        self.cluster = cluster
         packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
         for name in {*packages, "configs", "results"} - {"tests"}:
             (folder / name).symlink_to(ROOT / name)
@@ -77,9 +79,9 @@ class Checkout:
         return self.run_folder(job)
 
     def start_again(self, job: str, restarts: int) -> None:
-        """Wait until the job is queued again, and spare it the two minutes that Slurm then lets it wait.
+        """Wait until the job is queued again, and spare it the two minutes of Slurm's own delay.
 
-        Not all of them: a node refuses a job that it has ended in the same second.
+        A moment of it stays: a node refuses a job that it has ended in the same second.
         """
         state = self.cluster.wait(job, SECONDS, "PENDING", *ENDED)
         assert (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts)), self.output(
@@ -91,12 +93,12 @@ class Checkout:
     def wait_for_step(self, job: str, step: int) -> None:
         """Until the job has trained to `step`, as its curve says."""
 
-        def there():
+        def has_come_so_far():
             state = self.cluster.job(job)["JobState"]
             assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state}: {self.output(job)}"
             return last_step(self.run_folder(job)) >= step
 
-        wait_for(there, SECONDS, lambda: f"step {step}: {self.output(job)}")
+        wait_for(has_come_so_far, SECONDS, lambda: f"step {step}: {self.output(job)}")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,9 @@ def checkout(tmp_path, cluster):
 def read_curve(folder):
     """The rows of a run's curve, none where it has not begun."""
     path = folder / "curve.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    if not path.is_file():
+        return []
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def curve(folder, *without):
@@ -130,9 +134,9 @@ def last_step(folder):
 
 def newest(folder):
     """The newest checkpoint; none is a failure."""
-    found = newest_checkpoint(folder)
-    assert found is not None, f"no checkpoint in {folder}"
-    return found[1]
+    newest_of_all = newest_checkpoint(folder)
+    assert newest_of_all is not None, f"no checkpoint in {folder}"
+    return newest_of_all[1]
 
 
 def result(folder):
@@ -140,13 +144,19 @@ def result(folder):
 
 
 def same_weights(one, other):
-    one, other = newest(one)["state_dict"], newest(other)["state_dict"]
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    weights = newest(one)["state_dict"]
+    others = newest(other)["state_dict"]
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[key], others[key]) for key in weights
+    )
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory, cluster):
-    """The run folders of the same run as two tasks of one node and as one task on each of two, and the jobs' names."""
+    """The same run as two tasks of one node, and as one task on each of two.
+
+    Returns the run folders and the jobs' names.
+    """
     checkout = Checkout(tmp_path_factory.mktemp("layouts"), cluster)
     jobs = [
         checkout.sbatch(flags, [*TINY, "trainer.max_steps=20"]) for flags in (PAIR, ["--nodes=2"])
@@ -193,7 +203,10 @@ def test_an_array_is_seeds_or_rows_of_a_grid_each_in_a_folder_of_its_own(checkou
 
 
 def enough_steps(folder):
-    """More than ten cycles can take, on a fast machine too: from one validation to the next, and a second, for each."""
+    """More than ten cycles can take, also on a fast machine.
+
+    Each may take as long as it is from one validation to the next, and a second.
+    """
     times = [float(row["seconds"]) for row in read_curve(folder)]
     return int(CYCLES * (6 + last_step(folder) / (times[-1] - times[0] + 0.1)))
 
@@ -202,7 +215,9 @@ def test_ten_times_preempted_and_requeued_without_a_hang_and_bit_identical(check
     """Each cycle at a moment of its own; every wait has an end, so that a hang is a failure."""
     arguments = [*TINY, f"trainer.max_steps={enough_steps(layouts[0][0])}"]
     job, other = (checkout.sbatch(PAIR, arguments) for _ in range(2))
-    folder, moment, saved = checkout.run_folder(job), random.Random(0), [0]
+    folder = checkout.run_folder(job)
+    moment = random.Random(0)
+    saved = [0]
     for cycle in range(1, CYCLES + 1):
         checkout.wait_for_step(job, saved[-1] + 1)
         time.sleep(moment.uniform(0, 0.3))
@@ -229,7 +244,8 @@ def test_ten_times_preempted_and_requeued_without_a_hang_and_bit_identical(check
 def test_a_job_preempted_by_slurm_goes_on_and_a_cancelled_one_has_saved_and_stays_cancelled(
     checkout,
 ):
-    cluster, job = checkout.cluster, checkout.sbatch(PAIR, [*TINY, "trainer.max_steps=100000"])
+    cluster = checkout.cluster
+    job = checkout.sbatch(PAIR, [*TINY, "trainer.max_steps=100000"])
     checkout.wait_for_step(job, 5)
     urgent = cluster.run(
         "sbatch",
@@ -294,7 +310,9 @@ def test_a_mistake_is_one_line_and_exit_code_1(checkout):
     elsewhere.mkdir()
     jobs = {}
     for name, (flags, arguments, _) in MISTAKES.items():
-        folder = elsewhere if "elsewhere" in flags else checkout.folder
+        folder = checkout.folder
+        if "elsewhere" in flags:
+            folder = elsewhere
         output = f"--output={checkout.folder / name.replace(' ', '-')}.out"
         jobs[name] = checkout.sbatch(
             [output, *(f for f in flags if f != "elsewhere")], arguments, folder

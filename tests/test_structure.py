@@ -48,6 +48,8 @@ def imports(path, top_level_only=False):
     nodes = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
+        if top_level_only and is_for_type_checkers(node):
+            continue
         if isinstance(node, ast.Import | ast.ImportFrom):
             statements += [(node.lineno, name) for name in imported(node, path)]
         if not (
@@ -55,6 +57,19 @@ def imports(path, top_level_only=False):
         ):
             nodes += ast.iter_child_nodes(node)
     return sorted(statements)
+
+
+def is_for_type_checkers(node):
+    """Whether a statement is `if TYPE_CHECKING:`, which is not run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_what_type_checkers_alone_read_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "a.py"
+    path.write_text("if TYPE_CHECKING:\n    import wandb\nif True:\n    import json\n")
+    assert imports(path, top_level_only=True) == [(4, "json")]
+    assert imports(path) == [(2, "wandb"), (4, "json")]
 
 
 def violations(patterns, forbidden, top_level_only=False):

@@ -1,15 +1,19 @@
-"""What a run leaves for W&B, read from the real .wandb file: curves, summary, config, table, pictures, its end."""
+"""What a run leaves for W&B, read from the real .wandb file, and how it does without W&B."""
 
 import contextlib
 import csv
 import glob
+import http.server
 import io
 import json
+import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,10 +51,14 @@ RESULT = {  # of a run on the claim's own data
 
 @contextlib.contextmanager
 def nobody_logged_in(home):
-    """No W&B login, no settings of whoever runs the tests, and a wandb that reads the environment afresh."""
+    """No W&B login, no settings of whoever runs the tests.
+
+    wandb reads the environment afresh.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in (
             "WANDB_API_KEY",
+            "WANDB_BASE_URL",
             "WANDB_MODE",
             "WANDB_DIR",
             "WANDB_RUN_ID",
@@ -82,10 +90,13 @@ def pixels(path):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """A run of 4 steps that went on to 7 in the same folder: the folder, both outputs, both results."""
-    folder, outputs, results = tmp_path_factory.mktemp("runs") / "a run", [], []
+    """A run of 4 steps that went on to 7 in the same folder: folder, both outputs, both results."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    outputs = []
+    results = []
     for steps in (4, 7):
-        out, err = io.StringIO(), io.StringIO()
+        out = io.StringIO()
+        err = io.StringIO()
         with (
             nobody_logged_in(folder.parent),
             contextlib.redirect_stdout(out),
@@ -125,7 +136,8 @@ def test_one_row_a_step_also_over_the_parts_of_a_run(resumed):
 
 def test_summary_is_what_was_tested(resumed):
     for part, result in zip(resumed.parts, resumed.results, strict=True):
-        summary, metrics = part.summary, result["metrics"]
+        summary = part.summary
+        metrics = result["metrics"]
         assert summary["test/bpd"] == metrics["test/bpd"]
         assert summary["test/bpd_reestimated"] == metrics["test/bpd_reestimated"]
         assert summary["best/val/bpd"] == metrics["val/bpd"]
@@ -151,11 +163,13 @@ def test_config_group_name_and_tags(resumed):
         assert (part.run.run_group, part.run.display_name, part.run.project) == (
             "realnvp_cifar10", "a run", "paperflows",
         )  # fmt: skip
-        assert list(part.run.tags) == [*([f"commit-{commit[:7]}"] if commit else []), "demo"]
+        tags = [f"commit-{commit[:7]}", "demo"] if commit else ["demo"]
+        assert list(part.run.tags) == tags
 
 
 def test_table_holds_the_printed_rows(resumed):
-    part, result = resumed.parts[1], resumed.results[1]
+    part = resumed.parts[1]
+    result = resumed.results[1]
     (path,) = (part.folder / "files" / "media" / "table").glob("comparison_*.table.json")
     table = json.loads(path.read_text())
     assert table["columns"] == ["experiment", "metric", "paper", "ours", "gap", "status"]
@@ -178,7 +192,8 @@ def test_pictures_are_those_of_the_run_folder(resumed):
     for part in resumed.parts:
         for row in part.rows:
             for key in [key for key in row if key.endswith(".filenames")]:
-                name, (path,) = key.removesuffix(".filenames").split("/")[1], row[key]
+                name = key.removesuffix(".filenames").split("/")[1]
+                [path] = row[key]
                 shown[f"{name}-{row['trainer/global_step']:07d}.png"] = pixels(
                     part.folder / "files" / path
                 )
@@ -224,7 +239,7 @@ def test_the_upload_is_named_once_and_takes_every_part(resumed):
     assert all(part.folder.name in listed for part in resumed.parts), listed
 
 
-# ------------------------------------------------------------------------------------------------ without training
+# --------------------------------------------------------------------------- without training
 
 
 def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys):
@@ -239,8 +254,9 @@ def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys
 
 
 def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
-    """early_terminate, or the button on the run's page: the sweep is not to start that run again."""
-    received, before = [], signal.getsignal(signal.SIGTERM)
+    """It is early_terminate, or a button on the run's page; the sweep shall not start it again."""
+    received = []
+    before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         run = make_logger(config_for(tmp_path / "run")).experiment
@@ -259,21 +275,21 @@ def test_a_stop_by_wandb_is_no_preemption(tmp_path, alone):
     assert part.records["exit"][0].exit_code == 75
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wanted):
+@pytest.mark.parametrize(("wants_stop", "seconds"), [(True, 5.0), (False, 0.05)])
+def test_in_a_sweep_the_agents_sigterm_waits_for_word_from_wandb(monkeypatch, wants_stop, seconds):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     marked = []
     run = SimpleNamespace(offline=False, mark_preempting=lambda: marked.append("preempting"))
     monkeypatch.setattr(loggers, "_active_run", lambda: run)
-    monkeypatch.setattr(loggers, "STOP_WITHIN", 5.0 if wanted else 0.05)
+    monkeypatch.setattr(loggers, "STOP_WITHIN", seconds)
     loggers._stop_wanted.clear()
     timer = threading.Timer(0.1, loggers._stop_wanted.set)
-    if wanted:
+    if wants_stop:
         timer.start()
     mark_preempting()
     loggers._stop_wanted.clear()
-    assert marked == ([] if wanted else ["preempting"])
+    assert marked == ["preempting"] * (not wants_stop)
 
 
 def test_without_a_run_nothing_happens(monkeypatch, capsys, tmp_path):
@@ -365,6 +381,183 @@ def test_the_last_weights_are_not_called_best(tmp_path, alone):
     (part,) = parts_of(tmp_path / "run")
     assert not {key for key in part.summary if key.startswith(("best/", "paper/", "gap/"))}
     assert part.summary["test/bpd"] == 3.6
+
+
+# ----------------------------------------------------------------------- without a server, or wandb
+
+
+def log_in(patch, address, answer_within=10.0):
+    """As somebody with a key for W&B's server at host:port."""
+    patch.setenv("WANDB_API_KEY", "a" * 40)
+    patch.setenv("WANDB_BASE_URL", f"http://{address[0]}:{address[1]}")
+    patch.setattr(loggers, "ANSWER_WITHIN", answer_within)
+    patch.setattr(loggers, "INIT_WITHIN", 2.0)
+
+
+def offline_lines(caplog):
+    return [line for line in caplog.messages if line.endswith(": this run is logged offline")]
+
+
+@pytest.fixture
+def closed_port():
+    """An address where nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()
+
+
+@pytest.fixture
+def silent_port():
+    """An address where somebody listens and never answers, as behind many a firewall."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()
+
+
+@pytest.fixture
+def strange_server():
+    """A web server that knows no W&B."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address
+        server.shutdown()
+
+
+@pytest.mark.parametrize("address", ["closed_port", "silent_port"])
+def test_without_an_answer_the_run_is_offline_and_says_so(
+    tmp_path, alone, caplog, request, address
+):
+    """A cluster's node with a login and no internet: wandb alone waits for minutes, then raises."""
+    caplog.set_level("INFO")
+    log_in(alone, request.getfixturevalue(address), answer_within=0.5)
+    begin = time.monotonic()
+    logger = make_logger(config_for(tmp_path / "run"))
+    assert time.monotonic() - begin < 5
+    assert logger.settings.mode == "offline"
+    [line] = offline_lines(caplog)
+    assert line.startswith("W&B: http://127.0.0.1:")
+    assert "does not answer" in line
+
+
+def test_a_server_that_refuses_the_run_leaves_it_offline(
+    tmp_path, alone, caplog, strange_server, capsys
+):
+    caplog.set_level("INFO")
+    log_in(alone, strange_server)
+    logger = make_logger(config_for(tmp_path / "run"))
+    assert logger.settings.mode == "online"
+    logger.log_metrics({"val/bpd": 4.0}, step=3)
+    [line] = offline_lines(caplog)
+    assert line.startswith("W&B: ")
+    assert len(line) < 200
+    close(0)
+    assert "W&B was offline; upload this run with: wandb sync" in capsys.readouterr().out
+    part = parts_of(tmp_path / "run")[-1]
+    assert [row["val/bpd"] for row in part.rows] == [4.0]
+
+
+def test_where_wandb_does_not_start_at_all_one_line_names_another_logger(
+    tmp_path, alone, monkeypatch
+):
+    def refuse(**arguments):
+        raise wandb.Error("no wandb-core\nfor this machine")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    logger = make_logger(config_for(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"no wandb-core.: add logger\.name=csv$"):
+        logger.log_metrics({"val/bpd": 4.0}, step=3)
+
+
+def kill_wandb():
+    """The process that wandb has started for this one."""
+    own = f"port-{os.getpid()}.txt"
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if own in (folder / "cmdline").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+                time.sleep(0.5)
+                return
+    raise AssertionError("wandb has no process of its own")
+
+
+def test_a_run_goes_on_without_a_wandb_that_was_killed(tmp_path, alone, caplog, capsys):
+    """Also to its end, and the next run of this process has its own."""
+    caplog.set_level("INFO")
+    logger = make_logger(config_for(tmp_path / "run"))
+    logger.log_metrics({"val/bpd": 4.0}, step=3)
+    kill_wandb()
+    logger.log_metrics({"val/bpd": 3.9}, step=6)
+    logger.log_hyperparams({"seed": 1})
+    report(logger, RESULT)
+    mark_preempting()
+    close(0)
+    lines = [line for line in caplog.messages if line.endswith("this run goes on without it")]
+    assert len(lines) == 1
+    assert lines[0].startswith("W&B has failed (")
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    other = make_logger(config_for(tmp_path / "other"))
+    other.log_metrics({"val/bpd": 3.8}, step=3)
+    close(0)
+    [part] = parts_of(tmp_path / "other")
+    assert [row["val/bpd"] for row in part.rows] == [3.8]
+
+
+def test_a_wandb_that_dies_at_the_end_ends_nothing(tmp_path, alone, caplog):
+    caplog.set_level("INFO")
+    make_logger(config_for(tmp_path / "run")).log_metrics({"val/bpd": 4.0}, step=3)
+    kill_wandb()
+    close(0)
+    assert wandb.run is None
+    assert "this run goes on without it" in caplog.text
+
+
+def test_where_the_home_is_read_only_wandb_writes_into_the_run(tmp_path, alone):
+    """Its table of the comparison, and its own log, would go to the home."""
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        alone.setenv(name, "")  # so that what make_logger sets is taken back
+        alone.delenv(name)
+    alone.setenv("HOME", "/proc/self")  # read-only, for root too
+    logger = make_logger(config_for(tmp_path / "run"))
+    report(logger, RESULT)
+    close(0)
+    [part] = parts_of(tmp_path / "run")
+    assert part.summary["status"] == "shortened"
+    assert (tmp_path / "run" / "wandb" / "cache").is_dir()
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example.org:8080"])
+def test_a_login_is_looked_up_for_the_server_in_use(tmp_path, alone, host):
+    alone.setenv("WANDB_BASE_URL", f"https://{host}")
+    server = wandb.setup().settings.base_url
+    assert not loggers._logged_in(server)
+    write_login(tmp_path, host)
+    assert loggers._logged_in(server)
+
+
+def write_login(home, host):
+    path = home / ".netrc"
+    path.write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
+    path.chmod(0o600)
+
+
+def test_a_login_of_wandbs_cloud_counts_for_its_default_server_alone(tmp_path, alone):
+    """wandb would ask for the key of another server."""
+    write_login(tmp_path, "api.wandb.ai")
+    assert loggers._logged_in(wandb.Settings().base_url)
+    assert not loggers._logged_in("https://wandb.example.org")
+
+
+# ---------------------------------------------------------------------------------- sweeps
 
 
 def test_in_a_sweep_the_run_is_the_agents(tmp_path, alone):

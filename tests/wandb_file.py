@@ -1,4 +1,7 @@
-"""What an offline run leaves for W&B, read from the .wandb file itself: wandb 0.31 has no reader any more."""
+"""What an offline run leaves for W&B, read from the .wandb file itself.
+
+wandb 0.31 has no reader of its own any more.
+"""
 
 import json
 import struct
@@ -10,7 +13,10 @@ def records(path):
     """All records of a .wandb file: a header of 7 bytes, then LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, position, payload, found = path.read_bytes(), 7, b"", []
+    data = path.read_bytes()
+    position = 7
+    payload = b""
+    messages = []
     assert data[:4] == b":W&B"
     while position + 7 <= len(data):
         left = 32768 - position % 32768
@@ -21,9 +27,9 @@ def records(path):
         payload += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(payload))
+            messages.append(Record.FromString(payload))
             payload = b""
-    return found
+    return messages
 
 
 class Part:
@@ -68,6 +74,9 @@ class Part:
 
 
 def parts_of(folder):
-    """The offline parts of a run, in order, once all has been written: wandb's own process does that, and may lag."""
+    """The offline parts of a run, in order, once all has been written.
+
+    wandb's own process writes, and may be behind.
+    """
     wandb.teardown()
     return [Part(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
