@@ -64,7 +64,8 @@ def test_every_dependency_has_a_lower_bound():
 def imported_packages():
     """The packages that our code imports, tests included."""
     names = set()
-    for path in sources("*/**/*.py"):
+    paths = [path for package in ("tests", *ARROWS) for path in sources(f"{package}/**/*.py")]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
