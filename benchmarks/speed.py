@@ -2,7 +2,6 @@
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class Candidate:
         with self._autocast():
             if self.graph is None:
                 return -self.flow.log_prob(self.x).mean()
-            return -cast(Tensor, self.graph(self.flow.log_prob, self.x)).mean()
+            return -self.graph(self.flow.log_prob, self.x).mean()
 
     def step(self) -> None:
         """A training step without Lightning."""

@@ -20,8 +20,11 @@ NETWORK = 2
 class Dequantization(Protocol):
     """What an objective asks of a dequantiser: `Dequantizer` in datamodules/ describes it."""
 
-    noise: str
-    kind: str
+    @property
+    def noise(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
 
     def __call__(
         self, q: Tensor, noise: Tensor, context: Tensor | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar, cast
 
 import lightning.pytorch as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -90,6 +91,8 @@ def mistake(error: Exception) -> str | None:
     argument = UNKNOWN_ARGUMENT.search(str(error))
     if isinstance(error, TypeError) and argument is not None:
         return f"{argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help"
+    if isinstance(error, torch.linalg.LinAlgError):
+        return f"a matrix of the model cannot be inverted: give a smaller optim.lr ({line[:200]})"
     is_too_large = isinstance(error, RuntimeError) and TOO_LARGE.search(line) is not None
     if is_too_large or isinstance(error, MemoryError):
         return f"not enough memory: give a smaller model or data.batch_size ({line[:200]})"

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -465,7 +465,7 @@ def _outcome(
         "deterministic": bool(config.trainer.deterministic),
         "images": images,
         "seconds": round(curve.seconds, 1),
-        "skipped_steps": int(cast("torch.Tensor", module.skipped)),
+        "skipped_steps": int(module.skipped),
         "n_train": data.n_train,
         "parameters": module.n_parameters,
     }

@@ -64,7 +64,7 @@ def test_every_dependency_has_a_lower_bound():
 def imported_packages():
     """The packages that our code imports, tests included."""
     names = set()
-    paths = [path for folder in ("tests", *ARROWS) for path in sources(f"{folder}/**/*.py")]
+    paths = [path for package in ("tests", *ARROWS) for path in sources(f"{package}/**/*.py")]
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

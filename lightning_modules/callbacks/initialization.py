@@ -24,7 +24,7 @@ class Initialization(L.Callback):
         objective = as_objective(pl_module)
         if stage != "fit" or not objective.needs_initialization():
             return
-        # The weights are still on the CPU, and so is this batch: Lightning moves them after `setup`.
+        # Lightning moves the weights to a GPU after `setup`: until then both are on the CPU.
         objective.initialize(data_of(trainer).initialization_batch(n_data(objective.shape)))
         if objective.needs_initialization():
             raise RuntimeError(
