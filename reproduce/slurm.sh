@@ -116,12 +116,13 @@ all=$((nodes * tasks))
 [ "${SLURM_NTASKS:-$all}" -eq "$all" ] ||
     fail "$SLURM_NTASKS tasks on $nodes nodes of $tasks: give --nodes and --ntasks-per-node," \
         "and no --ntasks"
-own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks" resume=auto)
+own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
 [ "$all" -eq 1 ] || own+=(trainer.strategy=ddp)
 layout=()
 for word in "${own[@]}"; do # a key that is given twice is refused: the user's words stand
     [[ $words == *" ${word%%=*}="* ]] || layout+=("$word")
 done
+[[ $words == *" resume="* ]] || overrides+=(resume=auto)
 
 where="$SLURM_JOB_NODELIST, $tasks a node"
 echo "$(date '+%F %T') $experiment, job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $where"

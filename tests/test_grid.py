@@ -175,6 +175,8 @@ def test_several_nodes_are_ddp_and_the_users_words_stand(tmp_path):
     assert srun[1:4] == ["--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
     layout = ["trainer.num_nodes=2", "trainer.devices=4"]
     assert python[1:] == [*layout, "trainer.strategy=auto", "resume=auto"]
+    _, python = command_line(tmp_path, "realnvp_cifar10", "resume=auto")
+    assert python.count("resume=auto") == 1
     _, python = command_line(
         tmp_path, "realnvp_cifar10", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4"
     )
