@@ -11,14 +11,13 @@ import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+import results
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS_FILE = "reproduce/provenance.py"
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "numpy")
-# What `python -m results` writes, and prose: a change there changes no number.
-GENERATED = ("*.md", "results/runs", "results/ablations", "results/benchmarks", "results/stability")
 
 
 class Provenance(L.Callback):
@@ -116,7 +115,7 @@ def git_state() -> tuple[str | None, bool]:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    excluded = [f":(exclude){path}" for path in GENERATED]
+    excluded = [f":(exclude){path}" for path in results.GENERATED]
     try:
         # Empty where this file is not tracked, and another path where ROOT is not the top.
         if git("ls-files", "--full-name", THIS_FILE) != THIS_FILE:
