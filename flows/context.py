@@ -54,7 +54,7 @@ class Images:
     channels: int
 
     def check(self, context: object, model: str) -> None:
-        """Refuse a context that holds no such images. Raises ValueError. model: the model's name."""
+        """Refuse a context that holds no such images. Raises ValueError. model: its name."""
         request = (
             f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
         )

@@ -65,8 +65,9 @@ class Glow(FlowModel):
     Each of n_levels (L) levels is a squeeze and depth (K) steps, where a step is an actnorm, a
     permutation of the channels and a coupling. After every level but the last, half of the channels
     is factored out, with a Gaussian prior that depends on the other half (`SplitPrior`). The prior
-    of the last level is learned too (`TopPrior`). Both are bijections onto a standard normal, so
-    all latents returned are standard normal.
+    of the last level is learned too (`TopPrior`). Both are bijections onto a standard normal, which
+    is therefore the base distribution of all latents returned. (In the table, n_bits and batch are
+    settings of the data, not of the model.)
 
     Where the paper and the authors' code differ, this model follows the code, which produced the
     published numbers: the scale sigmoid(. + 2) (`SigmoidCoupling`), actnorms inside of the networks
