@@ -1,7 +1,7 @@
-"""Data sets as Lightning datamodules, whose order depends on the seed alone.
+"""Data sets as Lightning datamodules, whose order depends only on the seed.
 
-Batches hold integers where the data are images. A datamodule knows the shape of one datum, the
-number of bits and how the integers are dequantised.
+Batches of images hold integers. A datamodule knows the shape of one datum, the number of bits and
+the dequantiser that turns the integers into real numbers.
 """
 
 from typing import Any
@@ -21,7 +21,8 @@ DATA: dict[str, type[StatelessDataModule]] = {
 def make_data(name: str, seed: int, **arguments: Any) -> StatelessDataModule:
     """Make the datamodule called `name`, one of the keys of `DATA`.
 
-    arguments: those of its constructor. ValueError, one line: one of them is out of its range.
+    arguments: the other arguments of its constructor. Raises ValueError: one of them is out of its
+    range.
 
     >>> data = make_data("two_moons", seed=0, batch_size=100, n_train=1000)
     >>> data.shape

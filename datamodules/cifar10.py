@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.checks import check_count, check_share, expanded
+from datamodules.checks import check_count, check_share, expand_home
 from datamodules.dequantization import UniformDequantizer
 from datamodules.images import ImageArray
 from datamodules.samplers import check_batch_size
@@ -24,24 +24,24 @@ TRAIN_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 TEST_MD5 = {"test_batch": "40351d587109b95175f43aff81a1287e"}
-N_IMAGES = 50_000  # that are not for the test
+N_IMAGES = 50_000  # for training and validation
 SPLIT_SEED = 0  # the validation split is the same in every run, whatever the run's seed
 
 
 class CIFAR10(StatelessDataModule):
     """50,000 training and 10,000 test images, (3, 32, 32), uint8, of ten classes.
 
-    root: the folder that holds cifar-10-batches-py/, or the archive cifar-10-python.tar.gz, which
-        is then unpacked. `~` is the home folder.
-    n_val: training images that are held out for validation. This split is our own, since the
-        authors publish none; 0 for a final run on all 50,000.
+    root: the folder that contains cifar-10-batches-py/, or the archive cifar-10-python.tar.gz,
+        which is then unpacked. `~` is the home folder.
+    n_val: how many training images are held out for validation. This split is our own, since the
+        data set has none. 0 for a final run on all 50,000.
     hflip: whether half of the training images are mirrored (Dinh et al. 2017, section 4.1).
     download: whether to fetch the official archive where the files are missing.
     n_bits: how many bits of a pixel are kept, the most significant ones.
     shift: the largest shift along each axis in training, as a share of the side (openai/glow,
         --dal 1: 0.1).
-    labels: whether batches are (image, index, label), with the class's number in `class_names`.
-    The other arguments are those of `StatelessDataModule`. ValueError, one line: a value is out of
+    labels: whether batches are (image, index, label), where the label is an index of `class_names`.
+    The other arguments are those of `StatelessDataModule`. Raises ValueError: a value is out of
     its range.
     """
 
@@ -80,7 +80,7 @@ class CIFAR10(StatelessDataModule):
         check_share("data.shift", shift)
         check_batch_size(batch_size, N_IMAGES)
         check_count("data.n_val", n_val, least=0, most=N_IMAGES - batch_size)
-        self.root = expanded("data.root", root)
+        self.root = expand_home("data.root", root)
         self.n_val = n_val
         self.hflip = hflip
         self.download = download
@@ -89,11 +89,10 @@ class CIFAR10(StatelessDataModule):
         self.labels = labels
 
     def prepare_data(self) -> None:
-        """Make sure that the pickles are under `root`.
+        """Make sure that the pickles are under `root`, if they are not in memory yet.
 
-        They are taken as they are, from the archive beside them, or from the official host. Nothing
-        is looked for once the images are in memory: a test at the end of a run needs no files.
-        FileNotFoundError, one line: they are missing.
+        If they are missing, they are unpacked from the archive in `root`, or else from a download
+        of the official archive. Raises FileNotFoundError: they could not be obtained.
         """
         if hasattr(self, "test"):
             return
@@ -107,7 +106,10 @@ class CIFAR10(StatelessDataModule):
         extract_archive(str(archive), str(self.root))
 
     def _fetch(self, archive: Path) -> None:
-        """Download the archive. FileNotFoundError, one line: it may not or could not be."""
+        """Download the archive.
+
+        Raises FileNotFoundError: `download` is false, or the download has failed.
+        """
         from torchvision.datasets.utils import download_url
 
         advice = f"put {ARCHIVE} (md5 {ARCHIVE_MD5}, any mirror's copy) into {self.root}/"
@@ -122,7 +124,7 @@ class CIFAR10(StatelessDataModule):
             flush=True,
         )
         try:
-            if archive.exists():  # an incomplete download or another file, which is kept
+            if archive.exists():  # keep it: it may be an incomplete download or another file
                 archive.replace(archive.with_name(f"{ARCHIVE}.bad"))
             download_url(URL, str(self.root), ARCHIVE, ARCHIVE_MD5)
         except (OSError, RuntimeError) as error:
@@ -131,7 +133,10 @@ class CIFAR10(StatelessDataModule):
             ) from error
 
     def setup(self, stage: str | None = None) -> None:
-        """Read all images into memory, once. ValueError or FileNotFoundError, one line."""
+        """Read all images into memory, once.
+
+        Raises FileNotFoundError: a file is missing. Raises ValueError: a file is damaged.
+        """
         if hasattr(self, "test"):
             return
         images, labels = self._read_all(TRAIN_MD5)
@@ -144,16 +149,16 @@ class CIFAR10(StatelessDataModule):
             hflip=self.hflip,
             shift=self.shift,
             n_bits=self.n_bits,
-            labels=self._kept(labels[train]),
+            labels=self._labels_if_used(labels[train]),
         )
-        self.val = self._fixed(images[val], labels[val])
-        self.test = self._fixed(*self._read_all(TEST_MD5))
+        self.val = self._evaluation_set(images[val], labels[val])
+        self.test = self._evaluation_set(*self._read_all(TEST_MD5))
 
-    def _fixed(self, images: np.ndarray, labels: np.ndarray) -> ImageArray:
-        """Images that are not augmented."""
-        return ImageArray(images, n_bits=self.n_bits, labels=self._kept(labels))
+    def _evaluation_set(self, images: np.ndarray, labels: np.ndarray) -> ImageArray:
+        """A data set of images that are not augmented."""
+        return ImageArray(images, n_bits=self.n_bits, labels=self._labels_if_used(labels))
 
-    def _kept(self, labels: np.ndarray) -> np.ndarray | None:
+    def _labels_if_used(self, labels: np.ndarray) -> np.ndarray | None:
         return labels if self.labels else None
 
     def _read_all(self, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -164,13 +169,13 @@ class CIFAR10(StatelessDataModule):
     def _read(self, name: str, md5: str) -> tuple[np.ndarray, list[int]]:
         """The images of one pickle, (N, 3, 32, 32) uint8, and their classes.
 
-        The md5 also makes unpickling safe: only the official content is unpickled.
+        The md5 is checked first, since unpickling other content could run arbitrary code.
         """
         path = self.root / FOLDER / name
         if not path.is_file():
             raise FileNotFoundError(
                 f"CIFAR-10 is not in {path.parent}: "
-                f"set data.root to the folder that holds {FOLDER}/"
+                f"set data.root to the folder that contains {FOLDER}/"
             )
         content = path.read_bytes()
         if hashlib.md5(content).hexdigest() != md5:

@@ -1,4 +1,4 @@
-"""From integers to real numbers: a flow needs a density, and pixels have none."""
+"""Dequantisation: real numbers from integers, since a flow models the density of real numbers."""
 
 from abc import ABC, abstractmethod
 from typing import Literal
@@ -10,22 +10,23 @@ from torch import Tensor, nn
 class Dequantizer(nn.Module, ABC):
     """Turns integers q into x in [0, 1), whose density bounds the probability of q from below.
 
-        x = (q + u) / 2^n_bits, u ~ q(u | q, context),
-        log P(q) >= E[log p(x) - log q(u | q, context)]
+        x = (q + u) / 2^n_bits,    u in [0, 1)^D,    u ~ r(u | q, context),
+        log P(q) >= E[log p(x) - D n_bits ln 2 - log r(u | q, context)]
 
-    with p the density of q + u, in units of a bin (Theis et al. 2016; Ho et al. 2019, Flow++). A
-    dequantiser's parameters, if it has any, belong to the objective that it is handed to: they are
-    trained, clipped, averaged, saved and loaded together with the flow's.
+    Here p is the density of x in [0, 1]^D, so that log p(x) - D n_bits ln 2 is that of q + u (Theis
+    et al. 2016; Ho et al. 2019, Flow++, who write q(u | x) for r). The parameters of a dequantiser,
+    if it has any, belong to the objective that it is passed to: they are trained, clipped,
+    averaged, saved and loaded together with the flow's.
 
     A subclass implements `forward` and declares two things:
 
     noise: which noise `forward` takes, "uniform" on [0, 1) or "normal". The caller draws it.
-    kind: what a flow's figure says about the integers. "exact": the noise is uniform, and the
-        figure is the density of dequantised data, which papers compare. "bound": q(u | q) is
-        learned, and the figure is a variational bound. "noisy": the noise leaves the bin, and the
-        figure bounds nothing (`KINDS` in results/metrics.py).
+    kind: what the reported likelihood says about the integers. "exact": the noise is uniform, and
+        the likelihood is the density of the dequantised data, which papers compare. "bound":
+        r(u | q) is learned, and the likelihood is a variational bound. "noisy": q + u leaves the
+        bin of q, and the likelihood is not a bound (`KINDS` in results/metrics.py).
 
-    n_bits: the integers are 0 .. 2^n_bits - 1. ValueError: it is not 1 to 8.
+    n_bits: the integers are 0 .. 2^n_bits - 1. Raises ValueError: it is not 1 to 8.
     """
 
     noise: Literal["uniform", "normal"] = "uniform"
@@ -35,22 +36,21 @@ class Dequantizer(nn.Module, ABC):
         super().__init__()
         is_whole = isinstance(n_bits, int) and not isinstance(n_bits, bool)
         if not is_whole or not 1 <= n_bits <= 8:
-            raise ValueError(f"data.n_bits={n_bits} does not fit integers of 8 bits: give 1 to 8")
+            raise ValueError(f"data.n_bits={n_bits} does not fit 8-bit integers: give 1 to 8")
         self.n_bits = n_bits
 
     @abstractmethod
     def forward(
         self, q: Tensor, noise: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return x and log_weight, both of the dtype of the noise, also under autocast.
+        """Return x and log_weight, both in the dtype of the noise, even under autocast.
 
         q: (B, *shape), uint8. noise: (B, *shape), floating point. context: what the flow is
         conditioned on, (B, ...), or None.
 
-        x: (B, *shape), in [0, 1). log_weight: (B,), -log q(x - q | q, context) in nats, with the
-        density of the noise included and x - q in units of a bin; 0 for uniform noise. Then
-        log p(x) + log_weight is the integrand of the bound, and
-        n_bits - (log p(x) + log_weight) / (D ln 2) are bits per dimension.
+        x: (B, *shape), in [0, 1). log_weight: (B,), -log r(u | q, context) in nats, where
+        u = 2^n_bits x - q; 0 for uniform noise. The bits per dimension are then
+        n_bits - (log p(x) + log_weight) / (D ln 2).
         """
 
     def initialize(self, q: Tensor, noise: Tensor, context: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Images in memory, augmented as functions of (seed, epoch, index)."""
+"""Images in memory, whose augmentation is a function of (seed, epoch, index)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Item = tuple[Tensor, int] | tuple[Tensor, int, int]  # image, index and, with labels, the class
+Item = tuple[Tensor, int] | tuple[Tensor, int, int]  # image, index and, with labels, the label
 
 
 class Draws(NamedTuple):
@@ -23,13 +23,14 @@ class Draws(NamedTuple):
 
 
 class ImageArray(Dataset[Item]):
-    """Images in memory; item (epoch, index) is (image, index), with labels (image, index, label).
+    """Images in memory. The item of key (epoch, index) is (image, index), or (image, index, label).
 
-    images: (N, C, H, W), uint8. An item's image is (C, H, W), uint8, of n_bits.
-    seed: of flips and shifts. hflip: whether half of the images are mirrored.
+    images: (N, C, H, W), uint8. The image of an item is (C, H, W), uint8, from 0 to 2^n_bits - 1.
+    seed: the seed of flips and shifts.
+    hflip: whether half of the images are mirrored.
     shift: the largest shift along each axis, as a share of the side.
-    n_bits: how many bits are kept, the most significant ones. They are taken after the shift, which
-        interpolates 8 bits (openai/glow).
+    n_bits: how many bits of a pixel are kept, the most significant ones. The others are dropped
+        after the shift, which interpolates 8-bit values (openai/glow).
     labels: the classes, (N,), or None.
     """
 
@@ -58,7 +59,7 @@ class ImageArray(Dataset[Item]):
         draws = self._draws_of(epoch)
         pixels = self.images[index]
         if self.shift:
-            pixels = shifted(pixels, draws.shifts[index])
+            pixels = shift_image(pixels, draws.shifts[index])
         image = torch.from_numpy(pixels >> (8 - self.n_bits))
         if self.hflip and draws.flips[index]:
             image = image.flip(-1)
@@ -67,7 +68,7 @@ class ImageArray(Dataset[Item]):
         return image, index, int(self.labels[index])
 
     def _draws_of(self, epoch: int) -> Draws:
-        """The draws of an epoch: flips and shifts, each from a stream of its own."""
+        """The random numbers of an epoch: flips and shifts, each from its own generator."""
         if self._draws is None or self._draws.epoch != epoch:
             flips = np.random.default_rng([self.seed, epoch, 1]).random(len(self)) < 0.5
             shares = np.random.default_rng([self.seed, epoch, 2]).uniform(
@@ -77,19 +78,19 @@ class ImageArray(Dataset[Item]):
         return self._draws
 
 
-def shifted(image: np.ndarray, by: np.ndarray | tuple[float, float]) -> np.ndarray:
-    """Move an image (C, H, W), uint8, by (down, right) pixels.
+def shift_image(image: np.ndarray, offset: np.ndarray | tuple[float, float]) -> np.ndarray:
+    """Shift an image, (C, H, W) uint8, by `offset` = (down, right) pixels.
 
-    Linear interpolation, edges repeated, and the fraction cut off, as openai/glow's `--dal 1` does
-    (keras 2.2.0, then `x_to_uint8`). Like theirs, the interpolation returns float32: in float64 the
-    sum of the weights may fall short of 1 by 1e-16, and cutting the fraction off would then lower
-    even areas by one level.
+    As with `--dal 1` of openai/glow (keras 2.2.0, then `x_to_uint8`), values are interpolated
+    linearly, the border is repeated, and fractions are cut off. The interpolation returns float32,
+    as theirs does: in float64 the interpolation weights may add up to 1 - 1e-16, and cutting off
+    fractions would then lower uniform areas by one level.
 
-    >>> shifted(np.array([[[0, 100, 200]]], dtype=np.uint8), by=(0, 1)).tolist()
+    >>> shift_image(np.array([[[0, 100, 200]]], dtype=np.uint8), offset=(0, 1)).tolist()
     [[[0, 0, 100]]]
     """
     from scipy.ndimage import shift
 
-    # Plane by plane takes half the time of one three-dimensional call.
-    planes = [shift(plane, by, np.float32, order=1, mode="nearest") for plane in image]
-    return np.stack(planes).astype(np.uint8)
+    # Shifting each channel separately takes half the time of one three-dimensional call.
+    channels = [shift(channel, offset, np.float32, order=1, mode="nearest") for channel in image]
+    return np.stack(channels).astype(np.uint8)

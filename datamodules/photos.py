@@ -1,4 +1,4 @@
-"""Crops of the colour photographs inside scikit-image and scikit-learn.
+"""Crops of the colour photographs that scikit-image and scikit-learn contain.
 
 They are real images that need no download.
 """
@@ -15,10 +15,10 @@ from datamodules.images import ImageArray, Item
 from datamodules.samplers import check_batch_size
 from datamodules.stateless import StatelessDataModule
 
-# Columns of every photograph, as fractions of its width: the splits share no pixel.
+# The columns of every photograph in each split, as fractions of its width. No pixel is in two.
 REGIONS = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
-LARGEST_SIZE = 67  # columns of the narrowest region, that of the cat for validation
-DRAW_BYTES = 32  # of a training crop: its place in the order, its position and its flip
+LARGEST_SIZE = 67  # width in pixels of the narrowest region: the validation region of the cat
+DRAW_BYTES = 32  # memory for a training crop: its place in the order, its position and its flip
 NAMES = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 
 
@@ -46,7 +46,8 @@ def region(photo: np.ndarray, split: str) -> np.ndarray:
 class Draws(NamedTuple):
     """The random numbers of one epoch, for n crops.
 
-    positions: (n,), numbers of positions, counted through all photographs. flips: (n,) bool.
+    positions: (n,), the position of each crop, as a number that counts all positions in all
+    photographs. flips: (n,) bool, whether a crop is mirrored.
     """
 
     epoch: int
@@ -55,10 +56,10 @@ class Draws(NamedTuple):
 
 
 class Crops(Dataset[Item]):
-    """n crops an epoch, size x size, uniform over all positions in the photographs.
+    """n random crops per epoch, size x size, uniform over all positions in the photographs.
 
-    Item (epoch, index) is (crop, index), or with `labels` (crop, index, number of the photograph).
-    A crop, (3, size, size), uint8, is a function of (seed, epoch, index).
+    The item of key (epoch, index) is (crop, index), or with `labels` (crop, index, number of the
+    photograph). A crop, (3, size, size), uint8, is a function of (seed, epoch, index).
 
     photos: arrays (H, W, 3), uint8. hflip: whether half of the crops are mirrored.
     """
@@ -111,11 +112,12 @@ class Photos(StatelessDataModule):
     """Random crops of seven photographs; the splits are disjoint regions of the same photographs.
 
     size: the side of a crop, in pixels.
-    n_train, n_val, n_test: crops an epoch; those of validation and test are always the same.
+    n_train, n_val, n_test: the numbers of crops per epoch. The crops for validation and test are
+        the same in every epoch and for every seed.
     hflip: whether half of the training crops are mirrored.
     n_bits: how many bits of a pixel are kept, the most significant ones.
-    labels: whether batches also hold the number of the photograph that a crop is of.
-    The other arguments are those of `StatelessDataModule`. ValueError, one line: a value is out of
+    labels: whether batches also contain the number of the photograph of each crop.
+    The other arguments are those of `StatelessDataModule`. Raises ValueError: a value is out of
     its range.
     """
 
@@ -158,18 +160,18 @@ class Photos(StatelessDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the photographs, and cut out the crops of validation and test."""
-        # Bits can be taken here, since crops and flips move pixels only.
+        # Bits can be dropped before cropping, since crops and flips do not change any pixel.
         photos = [photo >> (8 - self.n_bits) for photo in photographs()]
         parts = {split: [region(photo, split) for photo in photos] for split in REGIONS}
         check_size(self.size, min(part.shape[1] for split in REGIONS for part in parts[split]))
         self.train = Crops(
             parts["train"], self.sizes["train"], self.size, self.seed, self.hflip, self.labels
         )
-        self.val = self._fixed(parts["val"], self.sizes["val"])
-        self.test = self._fixed(parts["test"], self.sizes["test"])
+        self.val = self._evaluation_set(parts["val"], self.sizes["val"])
+        self.test = self._evaluation_set(parts["test"], self.sizes["test"])
 
-    def _fixed(self, photos: list[np.ndarray], n: int) -> ImageArray:
-        """n crops of the regions in memory, the same for every seed."""
+    def _evaluation_set(self, photos: list[np.ndarray], n: int) -> ImageArray:
+        """A data set in memory of n crops of `photos`, the same for every seed."""
         crops = Crops(photos, n, self.size, seed=0, hflip=False, labels=True)
         images = np.empty((n, *self.shape), np.uint8)
         numbers = np.empty(n, int)
@@ -181,9 +183,9 @@ class Photos(StatelessDataModule):
 
 
 def check_size(size: int, largest: int) -> None:
-    """Refuse a size of crops that does not fit the photographs' regions. ValueError, one line."""
+    """Refuse a crop size that does not fit the regions of the photographs. Raises ValueError."""
     is_whole = isinstance(size, int) and not isinstance(size, bool)
     if not is_whole or not 1 <= size <= largest:
         raise ValueError(
-            f"data.size={size} does not fit the photographs' regions: give 1 to {largest}"
+            f"data.size={size} does not fit the regions of the photographs: give 1 to {largest}"
         )

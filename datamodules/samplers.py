@@ -1,6 +1,6 @@
 """The order of data as a function of (seed, epoch).
 
-A run that was killed therefore goes on with exactly the batches that it lacks.
+A run that was killed can therefore be resumed with exactly the batches that it has not yet seen.
 """
 
 from collections.abc import Iterator
@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-Key = tuple[int, int]  # (epoch, index), what a data set is asked for
+Key = tuple[int, int]  # (epoch, index), the key of an item of a data set
 
 
 def n_micro_batches(batch_size: int, micro_batch: int | None, world_size: int) -> int:
     """The number of batches that a process accumulates in an optimizer step.
 
-    batch_size: of a step, over all `world_size` processes. micro_batch: data that a process holds
-    at once; None: all of its share. ValueError, one line: the micro-batches would be uneven.
+    batch_size: the batch size of a step, over all `world_size` processes. micro_batch: the number
+    of data that a process handles at once; None: all of its share. Raises ValueError: the
+    micro-batches would have different sizes.
 
     >>> n_micro_batches(batch_size=64, micro_batch=8, world_size=2)
     4
@@ -33,7 +34,7 @@ def n_micro_batches(batch_size: int, micro_batch: int | None, world_size: int) -
 
 
 def check_batch_size(batch_size: int, n: int) -> None:
-    """Refuse a batch size that does not fit n training items. ValueError, one line."""
+    """Refuse a batch size that does not fit n training items. Raises ValueError."""
     is_whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     if not is_whole or not 1 <= batch_size <= n:
         raise ValueError(
@@ -42,13 +43,14 @@ def check_batch_size(batch_size: int, n: int) -> None:
 
 
 class TrainSampler(Sampler[Key]):
-    """Yields the (epoch, index) pairs of this rank, in an order given by seed and epoch alone.
+    """Yields the (epoch, index) pairs of this rank, in an order that depends on seed and epoch.
 
-    The order is cut into global batches of `batch_size`; an incomplete last one is dropped. Each
-    rank takes its contiguous slice of every batch. So one process with batches of 64 and two with
-    32, whole or in micro-batches, see the same images in the same steps.
+    The order is divided into global batches of `batch_size`; an incomplete last one is dropped.
+    Each rank takes its contiguous slice of every batch. So one process with batches of 64 and two
+    processes with 32 each, with or without micro-batches, see the same images in the same steps.
 
-    n: the number of training items. ValueError, one line: the batch size does not fit.
+    n: the number of training items. Raises ValueError: the batch size does not fit n, or is not a
+    multiple of world_size.
 
     >>> sampler = TrainSampler(n=10, batch_size=4, seed=0)
     >>> len(list(sampler))
@@ -61,7 +63,7 @@ class TrainSampler(Sampler[Key]):
         if batch_size % world_size:
             raise ValueError(
                 f"data.batch_size={batch_size} is the global batch: "
-                f"give a multiple of {world_size} processes"
+                f"give a multiple of the {world_size} processes"
             )
         check_batch_size(batch_size, n)
         self.n = n
@@ -70,7 +72,7 @@ class TrainSampler(Sampler[Key]):
         self.rank = rank
         self.local = batch_size // world_size
         self.epoch = 0
-        self.skip = 0  # items of the epoch that a resumed run has already seen
+        self.skip = 0  # number of items of the epoch that a resumed run has already seen
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is yielded. Lightning calls it before every epoch."""
@@ -87,9 +89,10 @@ class TrainSampler(Sampler[Key]):
 
 
 class EvalSampler(Sampler[Key]):
-    """Yields (0, index) for every world_size-th index.
+    """Yields (0, index) for every world_size-th index, beginning at `rank`.
 
-    The shards of the ranks are not padded to equal size, so no image counts twice.
+    Ranks may get different numbers of indices: none are repeated to make the numbers equal, so no
+    image counts twice.
     """
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1) -> None:
@@ -103,17 +106,17 @@ class EvalSampler(Sampler[Key]):
 
 
 class TrainLoader(DataLoader):
-    """A DataLoader that Lightning can checkpoint.
+    """A DataLoader whose state Lightning can save in a checkpoint.
 
-    Its whole state is the number of batches that it has yielded in this epoch. That number is equal
-    on all ranks, as it has to be: Lightning stores the state of rank 0 for all of them.
+    The state is the number of batches that were yielded in this epoch. It has to be the same on all
+    ranks, since Lightning stores only the state of rank 0.
     """
 
     sampler: TrainSampler
     batch_size: int
     yielded = 0
 
-    # torch declares an iterator class of its own.
+    # torch declares its own iterator class as the return type.
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.sampler.skip // self.batch_size
         for number, batch in enumerate(super().__iter__(), start=start + 1):
@@ -122,10 +125,10 @@ class TrainLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The number of batches that were yielded in this epoch; 0 at its end."""
+        """The number of batches that were yielded in this epoch, but 0 at the end of the epoch."""
         return {"batch": self.yielded % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that the state counts."""
+        """Skip the batches that were already yielded when the state was saved."""
         self.yielded = state["batch"]
         self.sampler.skip = state["batch"] * self.batch_size

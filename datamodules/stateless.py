@@ -1,4 +1,4 @@
-"""What every datamodule shares: data are pure functions of (seed, epoch, index)."""
+"""The base class of all datamodules, whose data are pure functions of (seed, epoch, index)."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from datamodules.checks import check_count
 from datamodules.dequantization import Dequantizer
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
-WORKERS_A_CORE = 32  # more processes than this would only wait for one another
+WORKERS_PER_CORE = 32  # more processes than this would only wait for one another
 
 
 def ignore_signals(worker: int) -> None:
-    """Let the worker process ignore signals: whether to stop is decided by the main process.
+    """Let a worker process ignore signals to stop, since the main process decides when to stop.
 
-    A signal of a job or a terminal reaches every process of the run.
+    A signal from a scheduler or a terminal is sent to all processes of a run.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -29,32 +29,32 @@ def ignore_signals(worker: int) -> None:
 
 
 class StatelessDataModule(L.LightningDataModule):
-    """The base class of every datamodule, and all that a script or an objective may use of one.
+    """The base class of all datamodules. Scripts and objectives use nothing else of a datamodule.
 
-    Known from construction on, so that a script can build the model before it reads any data:
-        shape           of one datum.
-        n_bits          of integers, 0 .. 2^n_bits - 1, as uint8; None for real numbers.
-        dequantizer     a `Dequantizer` of these integers; None for real numbers.
-        labels          whether batches hold the number of a class; then n_classes counts them.
+    These are known from construction on, so that a script can build the model before data are read:
+        shape           the shape of one datum.
+        n_bits          for integer data, uint8 from 0 to 2^n_bits - 1; None for real numbers.
+        dequantizer     a `Dequantizer` for integer data; None for real numbers.
+        labels          whether batches contain class labels.
         n_classes, class_names
-                        None where the data have no classes.
-    Set by `setup`, after `prepare_data` has made sure that the files are there:
+                        the number and the names of the classes; None if the data have no classes.
+    These are set by `setup`, after `prepare_data` has made sure that the files exist:
         train, val, test
-                        data sets whose item (epoch, index) is (datum, index), with labels
-                        (datum, index, label), a pure function of seed, epoch and index; `val` and
-                        `test` do not depend on the epoch. `val` may be empty.
+                        data sets, indexed by a key (epoch, index). An item is (datum, index), or
+                        with labels (datum, index, label), and a pure function of the seed and the
+                        key. `val` and `test` do not depend on the epoch. `val` may be empty.
 
-    Batches are collated items. A data set without a validation split of its own takes `n_val` as an
-    argument, so that a recipe has the key data.n_val: how many training data are held out, 0 for a
-    run without validation. A data set with such a split needs no such key;
-    `trainer.limit_val_batches=0` then leaves it out.
+    Batches are collated items. If a data set has no validation split of its own, the datamodule
+    takes an argument `n_val` (data.n_val in a recipe): how many training data are held out for
+    validation, 0 for a run without validation. If it has one, no such argument is needed, and
+    `trainer.limit_val_batches=0` turns validation off.
 
-    batch_size: of an optimizer step, over all processes.
-    micro_batch: data that one process holds at once; None: all of its share. An optimizer step then
-        accumulates several micro-batches.
-    num_workers: processes that load data.
-    seed: of the order, and of flips and crops in training.
-    ValueError, one line: one of them is out of its range.
+    batch_size: the number of data in an optimizer step, over all processes.
+    micro_batch: the number of data that one process handles at once; an optimizer step accumulates
+        the gradients of several micro-batches. None: all of the process's share at once.
+    num_workers: the number of worker processes that load data, for each training process.
+    seed: the seed of the order, and of flips, shifts and crops in training.
+    Raises ValueError: one of them is out of its range.
     """
 
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class StatelessDataModule(L.LightningDataModule):
         check_count("data.batch_size", batch_size, least=1)
         if micro_batch is not None:
             check_count("data.micro_batch", micro_batch, least=1)
-        most_workers = WORKERS_A_CORE * (os.cpu_count() or 1)
+        most_workers = WORKERS_PER_CORE * (os.cpu_count() or 1)
         check_count("data.num_workers", num_workers, least=0, most=most_workers)
         check_count("seed", seed, least=0)
         self.batch_size = batch_size
@@ -95,7 +95,7 @@ class StatelessDataModule(L.LightningDataModule):
         return TrainLoader(self.train, size, sampler=sampler, **self._workers())
 
     def val_dataloader(self) -> DataLoader | list:
-        """The validation data of this rank; an empty list where there is no validation."""
+        """The validation data of this rank; an empty list if there are none."""
         if n_items(self.val) == 0:
             return []
         return self._eval_loader(self.val)
@@ -105,9 +105,9 @@ class StatelessDataModule(L.LightningDataModule):
         return self._eval_loader(self.test)
 
     def train_batches(self, n: int) -> Iterator[list[Tensor]]:
-        """This rank's share of the first epoch's batches, until n items came over all ranks.
+        """This rank's share of the first batches of epoch 0, with at least n items over all ranks.
 
-        Batch-norm statistics are estimated on them.
+        Batch-norm statistics are estimated on them. There are fewer items if an epoch has fewer.
         """
         rank, world_size = self._rank_and_world()
         size = min(self.batch_size, self.n_train, n)
@@ -117,10 +117,10 @@ class StatelessDataModule(L.LightningDataModule):
         return islice(loader, -(-n // size))
 
     def initialization_batch(self, n: int) -> list[Tensor]:
-        """The first n training data of epoch 0, or all where there are fewer, as one batch.
+        """The first n training data of epoch 0, or all if there are fewer, as one batch.
 
-        It is equal on every rank. Data-dependent initialisation sees it (Kingma & Dhariwal 2018,
-        section 3.1). It does not come from a loader, which would draw from torch's generator.
+        It is the same on every rank. Data-dependent initialisation uses it (Kingma & Dhariwal 2018,
+        section 3.1). No DataLoader is used, since one would draw from torch's global generator.
         """
         sampler = TrainSampler(self.n_train, min(n, self.n_train), self.seed)
         return default_collate([self.train[key] for key in islice(sampler, sampler.batch_size)])
@@ -130,14 +130,15 @@ class StatelessDataModule(L.LightningDataModule):
         n = n_items(data)
         if n < world_size:
             raise ValueError(
-                f"{n} items to evaluate on cannot be shared by {world_size} processes: give more"
+                f"{n} items for evaluation are too few for {world_size} processes: "
+                "give more items or fewer processes"
             )
         share = self.batch_size // world_size
         local = max(1, min(share, self.micro_batch or share))
         return DataLoader(data, local, sampler=EvalSampler(n, rank, world_size), **self._workers())
 
     def _workers(self) -> dict[str, Any]:
-        """The arguments of a loader that are about its worker processes."""
+        """The arguments of a DataLoader that concern worker processes and pinned memory."""
         workers: dict[str, Any] = {
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
@@ -153,5 +154,5 @@ class StatelessDataModule(L.LightningDataModule):
 
 
 def n_items(data: Dataset) -> int:
-    """The length of a data set: torch's base class does not declare one."""
+    """The length of a data set; torch's base class declares no `__len__`."""
     return len(cast(Sized, data))

@@ -1,7 +1,4 @@
-"""Two moons: points in the plane whose entropy is known.
-
-It is about ln(2 pi) + 1/2 ln(2 pi e noise^2) nats.
-"""
+"""Two moons: points in the plane, whose entropy is about ln(2 pi) + 1/2 ln(2 pi e noise^2) nats."""
 
 import torch
 from torch import Tensor
@@ -11,11 +8,11 @@ from datamodules.checks import check_count, check_deviation, check_memory
 from datamodules.samplers import check_batch_size
 from datamodules.stateless import StatelessDataModule
 
-POINT_BYTES = 64  # of a point while it is made: float64 twice, noise and a copy in float32
+POINT_BYTES = 64  # memory for a point while it is made, in float64, with its noise and copies
 
 
 class Points(Dataset[tuple[Tensor, int]]):
-    """Points in the plane, (N, 2); item (epoch, index) is (point, index)."""
+    """Points in the plane, (N, 2). The item of key (epoch, index) is (point, index)."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points
@@ -29,11 +26,11 @@ class Points(Dataset[tuple[Tensor, int]]):
 
 
 class TwoMoons(StatelessDataModule):
-    """scikit-learn's `make_moons` in raw coordinates, float32.
+    """Points from scikit-learn's `make_moons`, not rescaled, float32.
 
     noise: the standard deviation around the two half circles of radius 1.
-    n_train, n_val, n_test: the number of points; the splits are drawn independently.
-    The other arguments are those of `StatelessDataModule`. ValueError, one line: a value is out of
+    n_train, n_val, n_test: the numbers of points; the splits are drawn independently.
+    The other arguments are those of `StatelessDataModule`. Raises ValueError: a value is out of
     its range.
     """
 
@@ -68,6 +65,6 @@ class TwoMoons(StatelessDataModule):
         from sklearn.datasets import make_moons
 
         for number, (split, n) in enumerate(self.sizes.items()):
-            seed = (3 * self.seed + number) % 2**32  # scikit-learn takes no larger one
+            seed = (3 * self.seed + number) % 2**32  # scikit-learn takes no larger seeds
             points, _ = make_moons(max(n, 1), noise=self.noise, random_state=seed)
             setattr(self, split, Points(torch.from_numpy(points[:n]).float()))

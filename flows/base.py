@@ -1,19 +1,19 @@
 """The contract that every layer and every model keeps.
 
-What torch may do with a flow, in eval mode (tests/test_interoperability.py):
+Which parts of torch work on a flow in eval mode (tests/test_interoperability.py):
 
 * torch.func (vmap, grad, jvp, jacrev, hessian, functional_call, ...), forward-mode AD and batched
-  gradients work, of `forward`, `inverse` and `log_prob`. vmap over single data calls the flow with
-  batches of one, `x[None]`. Exceptions: `sample`, which draws numbers, and a model that calls
-  autograd itself (`FlowModel.needs_autograd`).
-* `FlowModel.compile` compiles the networks. torch.export.export works for the sizes of its
-  example. torch.jit.trace, which torch has deprecated, works for these sizes too, under
-  torch.no_grad().
-* Built under `torch.device("meta")`, a flow has no memory. `to_empty(device=...)` gives it some,
-  and `load_state_dict` fills it. A mask has to be a list of values then, or a tensor on another
+  gradients can be applied to `forward`, `inverse` and `log_prob`. A function that vmap maps over
+  single data calls the flow on a batch of one, `x[None]`. Exceptions: `sample`, which draws random
+  numbers, and a model that calls autograd itself (`FlowModel.needs_autograd`).
+* `FlowModel.compile` compiles the networks. torch.export.export works; the exported graph takes
+  only the sizes of its example input. So does torch.jit.trace, which torch has deprecated and which
+  has to be called under torch.no_grad().
+* A flow built under `torch.device("meta")` has no memory. `to_empty(device=...)` allocates it, and
+  `load_state_dict` fills it. In such a flow give masks as lists of values, or as tensors on another
   device: a tensor on the meta device has no values.
 * safetensors.torch.save_model(flow, path) and load_model(flow, path) save and load the weights.
-  `save_file` takes contiguous tensors alone, and convolutions keep their weights channels_last:
+  `save_file` takes only contiguous tensors, whereas convolutions keep their weights channels_last:
   `save_file({name: tensor.contiguous() for name, tensor in flow.state_dict().items()}, path)`.
 """
 
@@ -33,7 +33,7 @@ Latent = TypeVar("Latent", Tensor, tuple[Tensor, ...])
 class Bijection(nn.Module, ABC, Generic[Latent]):
     """An invertible map z = f(x) with its log|det df/dx|: what `Flow` and `FlowModel` share.
 
-    `log_det` is in nats, one number for each datum, shape (B,), and at least float32.
+    `log_det` has shape (B,): one number for each datum, in nats, at least float32.
     """
 
     @abstractmethod
@@ -51,16 +51,16 @@ class Bijection(nn.Module, ABC, Generic[Latent]):
 class Flow(Bijection[Tensor]):
     """A layer: a bijection from a tensor (B, ...) to a tensor of the same number of elements.
 
-    `context` is what a conditional flow depends on, encoded (`FlowModel.encode_context`). A layer
-    that holds other layers, or a network, hands it on to all of them. A layer that has no use for
-    a context ignores it.
+    `context` is what a conditional flow depends on, as `FlowModel.encode_context` encodes it. A
+    layer that holds other layers, or a network, passes the context on to all of them. A layer that
+    needs no context ignores it.
     """
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Set what depends on data (`ActNorm`) from a first batch, and return f(x).
+        """Set the parameters that depend on data (`ActNorm`) from a first batch; return f(x).
 
-        It is set once: a second call changes nothing. A layer that holds others initialises them in
-        the order of `forward`. Call it under `torch.no_grad()`.
+        They are set once: a second call changes nothing. A layer that holds others initialises them
+        in the order of `forward`. Call it under `torch.no_grad()`.
         """
         z, _ = self(x, context)
         return z
@@ -107,7 +107,7 @@ class Compose(Flow):
 
 
 class Inverted(Flow):
-    """The same bijection read backwards: `forward` is the `inverse` of the wrapped flow.
+    """The inverse of a flow: `forward` is the `inverse` of the wrapped flow, and vice versa.
 
     >>> from flows.reshape import Squeeze
     >>> x, _ = Inverted(Squeeze())(torch.zeros(1, 4, 1, 1))
@@ -127,11 +127,11 @@ class Inverted(Flow):
 
 
 class FlowModel(Bijection[tuple[Tensor, ...]]):
-    """A whole model: a bijection from data of `shape` onto a base distribution of equal size.
+    """A whole model: a bijection from data of `shape` to latents, and the latents' distribution.
 
-    It differs from a layer in two things. Its latents are a tuple with one tensor for each level,
-    also where there is one level. And it takes the raw context (labels, a low-resolution image),
-    which `context_encoder` turns into what the layers take, once in each call.
+    It differs from a layer in two ways. Its latents are a tuple with one tensor for each level,
+    even if there is only one level. And it takes the raw context (labels, a low-resolution image),
+    which `context_encoder` encodes once in each call for all layers.
 
     >>> from flows.realnvp import RealNVP2d
     >>> flow = RealNVP2d(hidden_channels=8).eval()
@@ -140,27 +140,27 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
     >>> flow.sample(3, temperature=0.7).shape
     torch.Size([3, 2])
 
-    A subclass sets `shape`, and declares what else is true of it:
+    A subclass sets `shape`, and those of the other attributes whose defaults do not fit it:
 
-    shape: of one datum. Entries may be None, e.g. (3, None, None): any size that the model can
-        halve.
+    shape: the shape of one datum. An entry of None, as in (3, None, None), allows any size that the
+        model can halve as often as it needs to.
     base: the distribution of the latents.
-    conditioned_on: what the context is (`Classes`, `Images`); None where the model takes none.
-    context_encoder: a module that maps a context to what the layers take: a tensor, or a tuple with
-        one for each level. Their first dimension is that of the context. None: the layers take the
-        context itself.
-    noise_shape: None where the log-determinant is exact. Where it is an estimate (FFJORD, Residual
-        Flow) it is a function of noise that is uniform in [0, 1), and this is the shape of one
-        datum's noise. `forward`, `inverse` and `log_prob` then take `noise`, (B, *noise_shape),
-        after the context. `sample` calls `inverse` without it, and drops the log-determinant.
-    needs_autograd: whether evaluation needs gradients too, as an estimate by autograd does. Such a
-        model cannot be evaluated in inference mode.
+    conditioned_on: the kind of context (`Classes`, `Images`); None if the model takes none.
+    context_encoder: a module that maps a raw context to what the layers take: a tensor, or a tuple
+        with one tensor for each level. Their first dimension is the batch, as in the raw context.
+        None: the layers take the raw context.
+    noise_shape: None if the log-determinant is exact. Otherwise it is an estimate (FFJORD, Residual
+        Flow), computed from noise that is uniform in [0, 1), and this is the shape of the noise of
+        one datum. `forward`, `inverse` and `log_prob` then take `noise`, (B, *noise_shape), after
+        the context. `sample` calls `inverse` without noise, since it needs no log-determinant.
+    needs_autograd: whether evaluation calls autograd too, as some estimates do. Such a model cannot
+        be evaluated in inference mode.
     """
 
     shape: tuple[int | None, ...]
     base: Base = StandardNormal()
     conditioned_on: ContextKind | None = None
-    context_encoder: nn.Module | None  # of an instance: a class attribute would hide the module
+    context_encoder: nn.Module | None  # set by __init__: a class attribute would hide the module
     noise_shape: tuple[int, ...] | None = None
     needs_autograd: bool = False
 
@@ -172,7 +172,7 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Map x, (B, *shape), to latents, a tuple of (B, *latent_shape), and log_det, (B,) nats.
 
-        A model that hands a context on to its layers takes `self.encoded(context)` first.
+        A model passes `self.encoded(context)`, not the raw context, to its layers.
         """
 
     @abstractmethod
@@ -183,7 +183,7 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         """The shape of the latents of each level, for data of `shape` (None: the model's own).
 
-        ValueError, one line: the shape does not fit the model.
+        Raises ValueError: the shape does not fit the model.
         """
 
     @property
@@ -195,10 +195,10 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
     def log_prob(self, x: Tensor, context: Context = None, noise: Tensor | None = None) -> Tensor:
         """log p(x) = log p(z) + log|det dz/dx|, nats, (B,) (Dinh et al. 2017, section 3.1).
 
-        noise: (B, *noise_shape), where the log-determinant is an estimate.
+        noise: (B, *noise_shape), for a model whose log-determinant is an estimate.
 
-        ValueError, one line: x has another shape; the context does not fit the model or the data;
-        the noise is missing, or the model takes none.
+        Raises ValueError: x has another shape than the model; the context does not fit the model or
+        the data; the noise is missing, or the model takes none.
 
         >>> from flows.realnvp import RealNVP
         >>> flow = RealNVP((3, 8, 8), n_scales=2, hidden_channels=4, n_blocks=1).eval()
@@ -213,7 +213,9 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         self.check_noise(noise)
         encoding = self.encode_context(context)
         if encoding is not None and len(encoding) != len(x):
-            raise ValueError(f"{len(encoding)} contexts for {len(x)} data: give one each")
+            raise ValueError(
+                f"the context has {len(encoding)} rows for {len(x)} data: give one row for each"
+            )
         if noise is None:
             latents, log_det = self(x, encoding)
         else:
@@ -221,9 +223,9 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         return self.base.log_prob(latents) + log_det
 
     def encode_context(self, context: Context) -> Encoded | None:
-        """Encode a context for several calls with the same one.
+        """Encode a context once, to be passed to several calls of the model.
 
-        ValueError, one line: the context is not what the model is conditioned on.
+        Raises ValueError: the context is not what the model is conditioned on.
         """
         if self.conditioned_on is None:
             if context is not None:
@@ -240,18 +242,18 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         return Encoded(self.context_encoder(context))
 
     def encoded(self, context: Context) -> Encoding | None:
-        """The context as the layers take it; an `Encoded` one is not encoded again."""
+        """The context as the layers take it. An `Encoded` context is not encoded again."""
         encoding = self.encode_context(context)
         return None if encoding is None else encoding.value
 
     def compile(self, *args: object, **kwargs: object) -> None:
-        """torch.compile each conditioner; compiling the whole flow would take minutes.
+        """Apply torch.compile to each conditioner; compiling the whole flow would take minutes.
 
-        All conditioners run the same code, and those of one shape share their graphs. There is a
-        graph for each shape, and for each batch size and mode that they are called in. torch stops
-        compiling after 8 graphs, with no more than a line in a log, so that limit is raised. Sizes
-        are constants of a graph (dynamic=False), since tensors that depend on sizes alone are
-        constants too (`constant`).
+        All conditioners run the same code, and those of one shape share their compiled graphs.
+        torch makes one graph for each shape of a conditioner, each batch size and each mode
+        (training or eval). After 8 graphs it would stop compiling and only log a line, so that
+        limit is raised. Sizes are constants of a graph (dynamic=False), because tensors that depend
+        only on sizes are constants too (flows/constants.py).
         """
         kwargs.setdefault("dynamic", False)
         limit = torch._dynamo.config.recompile_limit
@@ -261,11 +263,14 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
             if conditioner is not None:
                 conditioner.compile(*args, **kwargs)
             if hasattr(layer, "by_hand"):
-                # Else the layer would not call its conditioners.
+                # Otherwise the layer would not call its conditioners, which are now compiled.
                 cast(_WrittenByHand, layer).by_hand = False
 
     def check_shape(self, x: Tensor) -> None:
-        """ValueError, one line: x is not (B, *shape), or the model cannot halve its size."""
+        """Refuse x that is not (B, *shape), or whose size the model cannot halve.
+
+        Raises ValueError.
+        """
         actual = tuple(x.shape[1:])
         fits = len(actual) == len(self.shape)
         fits = fits and all(
@@ -280,7 +285,10 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
             self.latent_shapes(actual)
 
     def check_noise(self, noise: Tensor | None) -> None:
-        """ValueError, one line: an estimate lacks its noise, or an exact model is given some."""
+        """Refuse missing noise of an estimated log-determinant, and noise for an exact one.
+
+        Raises ValueError.
+        """
         name = type(self).__name__
         if self.noise_shape is not None and noise is None:
             shape = f"(B, {', '.join(map(str, self.noise_shape))})"
@@ -292,9 +300,9 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
             raise ValueError(f"the log-determinant of {name} is exact: leave the noise out")
 
     def initialize(self, x: Tensor, context: Context = None) -> None:
-        """Set what depends on data from a first batch, (B, *shape).
+        """Set the parameters that depend on data (`ActNorm`) from a first batch, (B, *shape).
 
-        A model without such layers does nothing. Call it under `torch.no_grad()`.
+        A model without such parameters does nothing. Call it under `torch.no_grad()`.
         """
 
     def sample(
@@ -306,14 +314,14 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         shape: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n data, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
+        """Draw n samples, (n, *shape): x = f^-1(tau * eps), eps ~ base. Call it in eval mode.
 
-        With a context of B rows, n data are drawn for each row: (n, B, *shape). The context is
-        encoded once. Images lie in about [0, 1]; a model whose data passed a logit reaches a little
-        beyond.
+        With a context of B rows, n samples are drawn for each row: (n, B, *shape). Images are not
+        clipped: their values lie in about [0, 1], but may lie outside of it.
 
-        temperature: tau. shape: of one datum, for a model of any size; None: that of
-        `sample_shape`. ValueError, one line: it does not fit the model, or the context does not.
+        temperature: tau.
+        shape: the shape of one sample, for a model of data of any size; None: `sample_shape`.
+        Raises ValueError: the shape or the context does not fit the model.
 
         >>> from flows.glow import Glow
         >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4, n_classes=10).eval()
@@ -333,11 +341,12 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
         return x.unflatten(0, (n, rows))
 
     def sample_shape(self, encoding: Encoded | None) -> tuple[int, ...]:
-        """The shape of a sample where the caller names none: the model's own.
+        """The shape of a sample if the caller of `sample` gives none: the model's own shape.
 
-        A model of any size whose context decides it (super-resolution) overrides this.
+        A model of data of any size overrides this if its context determines the shape
+        (super-resolution).
 
-        encoding: the encoded context. ValueError, one line: nothing decides the shape.
+        encoding: the encoded context. Raises ValueError: the model does not fix the shape.
         """
         sides = tuple(side for side in self.shape if side is not None)
         if len(sides) < len(self.shape):
@@ -349,7 +358,7 @@ class FlowModel(Bijection[tuple[Tensor, ...]]):
 
 
 class _WrittenByHand(Protocol):
-    """A layer that computes what its networks would, while `by_hand` is true."""
+    """A layer that computes the outputs of its networks itself while `by_hand` is true."""
 
     by_hand: bool
 
@@ -358,7 +367,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def module_list(modules: Iterable[Layer]) -> Sequence[Layer]:
-    """nn.ModuleList, of which a type checker knows what it holds."""
+    """An nn.ModuleList, typed so that a type checker knows the class of its modules."""
     return cast(Sequence[Layer], nn.ModuleList(modules))
 
 

@@ -1,4 +1,4 @@
-"""Base distributions: what the latents of a flow are distributed as."""
+"""Base distributions: the distributions of a flow's latents."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Base(ABC):
-    """A distribution of independent, identically distributed dimensions, over all levels."""
+    """A distribution of latents whose dimensions are independent and identically distributed."""
 
     @abstractmethod
     def log_prob_of_level(self, z: Tensor) -> Tensor:
@@ -41,13 +41,14 @@ class Base(ABC):
     ) -> tuple[Tensor, ...]:
         """tau * eps for each shape, (n, *shape), with the dtype and the device of `like`.
 
-        The numbers are drawn on the generator's device, so that a seed means the same everywhere.
+        The numbers are drawn on the generator's device, so that the samples of a seed do not depend
+        on the device of the flow.
         """
         if generator is None:
             return tuple(temperature * self.draw((n, *shape), None, like) for shape in shapes)
-        place = torch.empty(0, dtype=like.dtype, device=generator.device)
+        on_generator = torch.empty(0, dtype=like.dtype, device=generator.device)
         return tuple(
-            temperature * self.draw((n, *shape), generator, place).to(like.device)
+            temperature * self.draw((n, *shape), generator, on_generator).to(like.device)
             for shape in shapes
         )
 
@@ -60,8 +61,8 @@ class StandardNormal(Base):
     """
 
     def log_prob_of_level(self, z: Tensor) -> Tensor:
-        # The factor is taken of the sum. Inside, it would make the gradient of channels_last
-        # latents contiguous.
+        # The factor multiplies the sum from outside of flatten: inside, it would make the gradient
+        # of channels_last latents contiguous.
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
     def draw(
@@ -86,6 +87,6 @@ class StandardLogistic(Base):
         self, shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor
     ) -> Tensor:
         uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
-        # torch.rand may return 0, whose logit is infinite.
+        # torch.rand may return 0, whose logit is -inf.
         smallest = torch.finfo(like.dtype).eps / 4
         return uniform.clamp(min=smallest).logit()

@@ -1,4 +1,4 @@
-"""Values that depend on the weights alone, computed once while the weights do not change."""
+"""Values that depend only on the weights, computed once while the weights do not change."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ T = TypeVar("T")
 class CachedValues(dict):
     """The values that a module has computed, by name.
 
-    A copy of the module starts without any, since its weights may change.
+    Deep-copying a module copies none of them (the copy's cache is None), since the weights of the
+    copy may change.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -24,11 +25,11 @@ class CachedValues(dict):
 
 @contextlib.contextmanager
 def cached(flow: nn.Module) -> Iterator[None]:
-    """Within the block, and without gradients, `once` keeps what it has computed.
+    """Keep the results of `once` for the duration of the block, where no gradients are computed.
 
     Inverses of matrices and folded weights are then computed once for many samples. Do not change
-    the weights within the block. (It is a block since no version counter of torch tells of every
-    change: an average of the weights that is swapped in writes to `.data`.)
+    the weights within the block. (A cache without a block could not notice every change: averaged
+    weights, for example, are swapped in through `.data`, which torch's version counters miss.)
 
     >>> from flows.glow import Glow
     >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4).eval()
@@ -37,23 +38,24 @@ def cached(flow: nn.Module) -> Iterator[None]:
     >>> torch.cat(batches).shape
     torch.Size([12, 3, 8, 8])
     """
-    before = {module: module.__dict__.get("made_once") for module in flow.modules()}
+    before = {module: module.__dict__.get("cached_values") for module in flow.modules()}
     for module, values in before.items():
         if values is None:
-            module.__dict__["made_once"] = CachedValues()
+            module.__dict__["cached_values"] = CachedValues()
     try:
         yield
     finally:
         for module, values in before.items():
-            module.__dict__["made_once"] = values
+            module.__dict__["cached_values"] = values
 
 
 def once(module: nn.Module, name: str, make: Callable[[], T], size: tuple[int, ...] = ()) -> T:
-    """make(), or within a block of `cached` what it returned the first time.
+    """Return make(); within a block of `cached`, return what it returned the first time.
 
-    size: of the images, where the value depends on it; the value of the newest size is kept.
+    name: the key of the value in the cache of `module`.
+    size: the size of the images, if the value depends on it; only the newest size is cached.
     """
-    values = module.__dict__.get("made_once")
+    values = module.__dict__.get("cached_values")
     if values is None or torch.is_grad_enabled() or in_transform():
         return make()
     if name not in values or values[name][0] != size:

@@ -18,11 +18,11 @@ from flows.normalization import BiasOnlyBatchNorm2d
 class WeightNormConv2d(nn.Conv2d):
     """A "same" convolution whose weight is W / |W| per output channel, times a `magnitude`.
 
-    Salimans & Kingma 2016. Without a learned magnitude the norm is 1, as in RealNVP's code, whose
-    initialisation this is: W ~ U(-s, s) and magnitude = s sqrt(C_in k^2 / 12), s = sqrt(2 / C_in);
-    biases are 0.
+    Salimans & Kingma 2016. Without a learned magnitude the norm of the weight is 1. This and the
+    initialisation are those of RealNVP's code: W ~ U(-s, s) and magnitude = s sqrt(C_in k^2 / 12)
+    with s = sqrt(2 / C_in); biases are 0.
 
-    magnitude: whether there is a learned one, (C_out, 1, 1, 1).
+    magnitude: whether to learn a magnitude, (C_out, 1, 1, 1).
     """
 
     magnitude: nn.Parameter | None
@@ -52,7 +52,7 @@ class WeightNormConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     def normalized(self) -> Tensor:
-        """The weight that the convolution applies, (C_out, C_in, k, k)."""
+        """The normalised weight, which the convolution applies: (C_out, C_in, k, k)."""
         norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
         factor = 1 / norm if self.magnitude is None else self.magnitude / norm
         return self.weight * factor
@@ -80,9 +80,9 @@ class ResidualBlock(nn.Module):
         return x + self.layers[5](h)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the first convolution and the batch norm after it, as one convolution.
+        """Weight and bias of one convolution that equals the first one and its batch norm in eval.
 
-        The batch norm takes its running averages.
+        The batch norm is that with its running averages.
         """
         conv = cast(WeightNormConv2d, self.layers[2])
         norm = cast(BiasOnlyBatchNorm2d, self.layers[3])
@@ -93,15 +93,15 @@ class ResidualBlock(nn.Module):
 class ResidualConditioner(nn.Module):
     """RealNVP's network: one net with two outputs, shift and raw log-scale, each (B, C, H, W).
 
-    BN -> [h, -h] -> ReLU -> 3x3 -> n_blocks residual blocks. A 1x1 convolution of every block's
-    output is summed ("skip"), then BN -> ReLU -> 1x1. The paper's section 4.1 only sketches this;
-    the details are those of the authors' code.
+    BN -> [h, -h] -> ReLU -> 3x3 -> n_blocks residual blocks. The input and the output of every
+    block pass a 1x1 convolution each, and the sum of these ("skip") passes BN -> ReLU -> 1x1. The
+    paper's section 4.1 only sketches this; the details are those of the authors' code.
 
     With a checkerboard `mask` the input is doubled after its BN, since half of it is 0, and the
     mask is one more input channel.
 
-    x: (B, C, H, W), zero where it is masked. mask: a tensor (H, W), or a module that gives it for
-    x. A context is ignored.
+    x: (B, C, H, W), zero on the changed elements. mask: 1 on the kept elements; a tensor (H, W), or
+    a module that returns it for x. A context is ignored.
 
     >>> net = ResidualConditioner(channels=2, hidden_channels=8, n_blocks=1).eval()
     >>> shift, log_scale = net(torch.rand(5, 2, 4, 6))
@@ -148,7 +148,7 @@ class ResidualConditioner(nn.Module):
 class MLPConditioner(nn.Module):
     """Two separate three-layer ReLU networks for points: shift t(x) and raw log-scale s(x).
 
-    x: (B, D). Returns two tensors (B, D). A context is ignored.
+    x: (B, D), zero in the changed dimensions. Returns two tensors (B, D). A context is ignored.
 
     >>> shift, log_scale = MLPConditioner(n_dims=2, hidden_channels=8)(torch.rand(5, 2))
     >>> shift.shape, log_scale.shape

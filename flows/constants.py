@@ -1,4 +1,4 @@
-"""Tensors that no weight decides: those of an image's size, and those of a module's arguments."""
+"""Tensors that depend on no weight, but only on the size of an image or a module's arguments."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 def constant(make: Callable[..., Tensor], *arguments: int, like: Tensor) -> Tensor:
-    """make(*arguments) with the dtype and the device of `like`, computed once for each of them.
+    """make(*arguments) with the dtype and the device of `like`, computed once and then cached.
 
-    Nobody may change the tensor, since all callers share it. A compiled graph holds it as a
+    Do not change the tensor in place, since all callers share it. A compiled graph holds it as a
     constant.
 
-    make: a function at the top level of a module, of integers alone.
+    make: a function of integers only, defined at the top level of a module.
     """
     if torch.compiler.is_compiling():
         return _constant_of_a_graph(make, arguments, like.dtype, like.device)
     tensor = _computed_once(make, arguments, like.dtype, like.device)
     if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The passes before a capture have computed it. The graph reads its memory from now on.
+        # The CUDA graph being captured will read this memory at every replay: keep it allocated.
         READ_BY_GRAPHS[make, arguments, like.dtype, like.device] = tensor
     return tensor
 
 
-READ_BY_GRAPHS: dict[tuple, Tensor] = {}
+READ_BY_GRAPHS: dict[tuple, Tensor] = {}  # tensors whose memory captured CUDA graphs read
 
 
 @lru_cache(maxsize=64)
@@ -53,15 +53,15 @@ def _constant_of_a_graph(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """`_computed_once`, hidden from torch.compile, which would look through `lru_cache`."""
+    """`_computed_once`, hidden from torch.compile, which would ignore `lru_cache` and trace it."""
     return _computed_once(make, arguments, dtype, device)
 
 
 class FixedBuffers(nn.Module):
-    """A module with buffers that its arguments decide, and that are not in its state dict.
+    """A module with buffers that follow from its arguments and are not in its state dict.
 
     `to_empty()` gives every buffer memory with arbitrary contents, which loading a state dict would
-    not mend. Wherever the buffers get other memory, their values are written into it.
+    not overwrite. So whenever the buffers get new memory, their values are written into it.
     """
 
     def fixed_values(self) -> dict[str, Tensor]:

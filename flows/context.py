@@ -1,4 +1,4 @@
-"""What a conditional flow depends on beside its input: a class, an image."""
+"""The context of a conditional flow: what it depends on besides its input, a class or an image."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ class Classes:
     n_classes: int
 
     def check(self, context: object, model: str) -> None:
-        """ValueError, one line: `context` holds no classes. model: the name of the flow's class."""
+        """Refuse a context that holds no classes. Raises ValueError. model: the model's name."""
         request = f"this {model} is class-conditional: give the classes as context, (B,) int64"
         if not isinstance(context, Tensor):
             raise ValueError(f"{request}, not {type(context).__name__}")
         if context.dim() != 1 or context.dtype != torch.int64:
             raise ValueError(f"{request}, not {tuple(context.shape)} {context.dtype}")
-        # On a GPU the values are not looked at, since every step would wait for the device. A
-        # compiler and the transforms of torch.func do not show them.
+        # On a GPU the values are not checked, since every step would wait for the device. In a
+        # compiled graph and in a transform of torch.func they cannot be read.
         on_cpu = context.device.type == "cpu"
         if on_cpu and not torch.compiler.is_compiling() and not in_transform() and len(context):
             low = context.min()
@@ -44,7 +44,7 @@ class Classes:
 
     def __post_init__(self) -> None:
         if self.n_classes < 1:
-            raise ValueError(f"flow.n_classes={self.n_classes} are no classes: give at least 1")
+            raise ValueError(f"flow.n_classes={self.n_classes} is out of range: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Images:
     channels: int
 
     def check(self, context: object, model: str) -> None:
-        """ValueError, one line: `context` holds no such images. model: the flow's class."""
+        """Refuse a context that holds no such images. Raises ValueError. model: its name."""
         request = (
             f"this {model} is conditioned on images: give (B, {self.channels}, H, W) as context"
         )
@@ -67,7 +67,7 @@ class Images:
             )
 
     def examples(self, n: int, device: torch.device) -> None:
-        """None: images cannot be made up, so pictures take those of the validation data."""
+        """None: images cannot be made up, so pictures use contexts from the validation data."""
 
 
 ContextKind = Classes | Images
@@ -78,9 +78,9 @@ Encoding = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A context as the layers of a flow take it, made once by `FlowModel.encode_context`.
+    """A context as the layers of a flow take it, the result of `FlowModel.encode_context`.
 
-    value: a tensor, or a tuple with one for each level. The first dimension counts the rows.
+    value: a tensor, or a tuple with one tensor for each level. The first dimension is the batch.
 
     >>> labels = Encoded(torch.tensor([4, 7]))
     >>> len(labels)
@@ -97,16 +97,16 @@ class Encoded:
         return len(self.value)
 
     def repeated(self, n: int) -> "Encoded":
-        """All rows n times over: B rows become n * B."""
+        """Repeat all B rows n times, one copy after the other: n * B rows."""
         return Encoded(repeated(self.value, n))
 
 
-# What a model takes: a raw context, an encoded one, or none.
+# What the methods of a model take: a raw context, an encoded one, or none.
 Context = Tensor | Encoded | None
 
 
 def repeated(value: Encoding, n: int) -> Encoding:
-    """All rows n times over, of a tensor or of each tensor of a tuple: B rows become n * B."""
+    """Repeat all B rows of a tensor, or of each tensor of a tuple, n times: n * B rows."""
     if isinstance(value, tuple):
         return tuple(_rows_repeated(part, n) for part in value)
     return _rows_repeated(value, n)

@@ -14,12 +14,15 @@ class AffineCoupling(Flow):
 
         s = a tanh(raw),    (t, raw) = conditioner(kept part),    log_det = sum s
 
-    Dinh et al. 2017, section 3.2, write x exp(s) + t. The authors' code shifts first, which is
-    followed here: the maps are the same, with another t. The scalar a is learned.
+    Dinh et al. 2017, section 3.2, write x exp(s) + t. The authors' code shifts first, and so does
+    this class: the maps are the same, with another t. The scalar a is learned.
 
-    conditioner: maps the kept part and the context to (t, raw). log_scale_factor: a at first.
-    norm: an optional flow of the changed part after the affine map (`CouplingBatchNorm`).
-    The attribute `recompute`: the conditioner keeps its inputs alone for the backward pass.
+    conditioner: maps the kept part and the context to (t, raw).
+    log_scale_factor: the initial value of a.
+    norm: an optional flow that is applied after the affine map (`CouplingBatchNorm`).
+
+    If the attribute `recompute` is true, the conditioner keeps only its inputs for the backward
+    pass, where its activations are computed again (flows/recompute.py).
     """
 
     recompute = False
@@ -35,7 +38,7 @@ class AffineCoupling(Flow):
     def _shift_and_log_scale(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """t and s."""
         shift, raw = recomputed(
-            nn.Module.__call__, self.conditioner, kept, context, on=self.recompute
+            nn.Module.__call__, self.conditioner, kept, context, enabled=self.recompute
         )
         return shift, self.log_scale_factor * torch.tanh(raw)
 
@@ -65,8 +68,8 @@ class MaskedCoupling(AffineCoupling):
     elements enter the log-determinant. (A well-known notebook sums s over the kept ones too, which
     is wrong by sum(mask * s).)
 
-    mask: 0 and 1, broadcast over the batch: a tensor or a list, (D,) for points, or a module that
-    gives the mask for x (`Checkerboard`, for images of any size).
+    mask: zeros and ones, broadcast over the batch: a tensor or a list, (D,) for points, or a module
+    that returns the mask for x (`Checkerboard`, for images of any size).
 
     >>> from flows.conditioners import MLPConditioner
     >>> coupling = MaskedCoupling([1.0, 0.0], MLPConditioner(2, hidden_channels=8), 1.0)
@@ -183,7 +186,7 @@ class AdditiveCoupling(Flow):
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """y2 and log_det, (B,), from x2 and the network's output h.
 
-        The third value is what `gradients` takes beside y2.
+        The third value holds the tensors that `gradients` needs in addition to y2.
         """
         return x + h, no_log_det(x), ()
 
@@ -206,12 +209,14 @@ class SigmoidCoupling(AdditiveCoupling):
 
         scale = m + (1 - m) sigmoid(r + 2),    (t, r) = conditioner(x1),    log_det = sum ln scale
 
-    Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. The published numbers came from the
-    authors' code, which is followed here: it shifts first, and bounds the scale by 1, since without
-    a bound training did not converge (openai/glow issue 62). There m = 0. Small scales make the
-    inverse inexact in float32; what a bound m > 0 changes is measured in results/README.md.
+    Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. This class follows the authors' code,
+    which produced the published numbers: it shifts first, and bounds the scale above by 1, since
+    without a bound training did not converge (openai/glow issue 62). The code has no lower bound,
+    m = 0. Small scales make the inverse inexact in float32; results/README.md measures the effect
+    of m > 0.
 
-    conditioner: maps the first half of the channels and the context to (t, r), (B, C, H, W).
+    conditioner: maps the first half of the channels and the context to t and r, concatenated along
+        the channels: (B, C, H, W).
     min_scale: m, from 0 to less than 1, else ValueError.
 
     >>> from flows.glow.conditioner import GlowConditioner
@@ -226,7 +231,7 @@ class SigmoidCoupling(AdditiveCoupling):
         super().__init__(conditioner)
         if not 0 <= min_scale < 1:
             raise ValueError(
-                f"flow.min_scale={min_scale} bounds no scale below 1: give 0 to less than 1"
+                f"flow.min_scale={min_scale} is out of range: give a number from 0 to less than 1"
             )
         self.min_scale = min_scale
 
@@ -241,13 +246,13 @@ class SigmoidCoupling(AdditiveCoupling):
     def gradients(
         self, grad: Tensor, grad_log_det: Tensor, y: Tensor, *state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As in the base class, with
+        """The gradients of x2 and h, from those of y2 and log_det, by
 
-        dy / dx2 = dy / dt = scale,    dy / dr = y d ln(scale) / dr,
+        dy2 / dx2 = dy2 / dt = scale,    dy2 / dr = y2 d ln(scale) / dr,
         d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
         """
         (scale,) = state
-        grad_x = grad * scale  # t has the same
+        grad_x = grad * scale  # this is the gradient of t too
         grad_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
         grad_raw = grad_log_scale * (1 - scale)
         if self.min_scale:
@@ -262,5 +267,5 @@ class SigmoidCoupling(AdditiveCoupling):
         if self.min_scale:
             scale = self.min_scale + (1 - self.min_scale) * scale
             return shift, scale, scale.log().sum((1, 2, 3))
-        # The logarithm is finite also where the scale has become 0.
+        # logsigmoid is finite even where the sigmoid has rounded to 0.
         return shift, scale, F.logsigmoid(raw).sum((1, 2, 3))

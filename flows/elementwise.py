@@ -1,4 +1,4 @@
-"""Bijections that act on each dimension alone."""
+"""Bijections that act on each dimension separately."""
 
 import math
 
@@ -30,11 +30,11 @@ class Shift(Flow):
 class Logit(Flow):
     """y = logit(p), p = alpha + (1 - 2 alpha) x, for x in [0, 1] (Dinh et al. 2017, section 4.1).
 
-    The paper prints logit(alpha + (1 - alpha) x), which is infinite at x = 1. The published numbers
-    came from the authors' code, which is symmetric (`data_constraint` .9); it is followed here.
+    The paper prints logit(alpha + (1 - alpha) x), which is infinite at x = 1. This class follows
+    the authors' code, which produced the published numbers and is symmetric (`data_constraint` .9).
     dy/dx = (1 - 2 alpha) / (p (1 - p)), hence
 
-        log_det = sum softplus(y) + softplus(-y) + ln(1 - 2 alpha)
+        log_det = sum (softplus(y) + softplus(-y) + ln(1 - 2 alpha))
 
     >>> import torch
     >>> y, log_det = Logit(alpha=0.05)(torch.tensor([[0.5]]))
@@ -48,7 +48,7 @@ class Logit(Flow):
         super().__init__()
         if not 0 <= alpha < 0.5:
             raise ValueError(
-                f"alpha={alpha} leaves no interval to take the logit on: give 0 <= alpha < 0.5"
+                f"flow.alpha={alpha} is out of range: give a number from 0 to less than 0.5"
             )
         self.alpha = alpha
 

@@ -10,9 +10,9 @@ def bits_per_dim(log_prob: Tensor, n_dims: int, n_bits: int) -> Tensor:
 
         bpd = (-log p(x) + D n_bits ln 2) / (D ln 2)
 
-    The second term is the volume of a bin: x = (q + u) / 2^n_bits has a density 2^(n_bits D) times
-    that of q + u (Theis et al. 2016; RealNVP's code). A uniform density on [0, 1]^D therefore gives
-    exactly n_bits:
+    The second term accounts for the volume of a bin: the density of x = (q + u) / 2^n_bits is
+    2^(n_bits D) times that of q + u (Theis et al. 2016; RealNVP's code). A uniform density on
+    [0, 1]^D therefore gives exactly n_bits:
 
     >>> import torch
     >>> bits_per_dim(torch.zeros(2), n_dims=3 * 32 * 32, n_bits=8)

@@ -1,4 +1,4 @@
-"""Linear maps over the channels of a pixel: the permutations of Glow's steps.
+"""Linear maps of the channels of a pixel: the "permutations" of Glow's steps.
 
 Kingma & Dhariwal 2018, section 3.2.
 """
@@ -15,15 +15,15 @@ from flows.base import Flow, no_log_det
 class ChannelPermutation(Flow):
     """y_c = x_order[c]; log_det is 0. The order is reversed (RealNVP, NICE) or a fixed shuffle.
 
-    order: (C,) int64, a buffer that is saved with the weights. (The authors of Glow seed their
-    shuffle with Python's hash of a name, which differs from process to process.)
+    order: (C,) int64. It is a buffer saved with the weights, so a loaded flow has the same shuffle.
+    (The authors of Glow seed theirs with Python's hash of a name, which differs between processes.)
 
     >>> y, log_det = ChannelPermutation(torch.tensor([2, 0, 1]))(torch.arange(3.0).view(1, 3, 1, 1))
     >>> y.flatten(), log_det
     (tensor([2., 0., 1.]), tensor([0.]))
     """
 
-    PARTS: tuple[str, ...] = ("order",)  # what `product` takes
+    PARTS: tuple[str, ...] = ("order",)  # the attributes that `product` takes
 
     order: Tensor
 
@@ -50,9 +50,9 @@ class InvertibleConv1x1(Flow):
 
         log_det = H W ln|det W|
 
-    W, (C, C), starts as a random rotation, and is itself the parameter, as in the authors' code by
-    default. ln|det W| and W^-1 are computed in float64. The product is not autocast, since in
-    bfloat16 it would not be invertible.
+    W, (C, C), is the parameter, as by default in the authors' code, and is a random rotation at
+    first. ln|det W| and W^-1 are computed in float64. The product W x is never autocast: rounded to
+    bfloat16 it could not be inverted accurately.
 
     >>> conv = InvertibleConv1x1(channels=4)
     >>> x = torch.rand(2, 4, 6, 6)
@@ -63,7 +63,7 @@ class InvertibleConv1x1(Flow):
     True
     """
 
-    PARTS: tuple[str, ...] = ("weight",)  # what `product` takes
+    PARTS: tuple[str, ...] = ("weight",)  # the attributes that `product` takes
 
     weight: nn.Parameter
 
@@ -89,11 +89,11 @@ class InvertibleConv1x1(Flow):
 class InvertibleConv1x1LU(InvertibleConv1x1):
     """The same map with W = P (L + I) (U + diag(d)) (section 3.2, equations 10 and 11).
 
-        d = sign e^s,    log_det = H W sum(s)
+        d = sign e^s,    log_det = H W sum(s)    (H, W: height and width)
 
-    L is strictly lower and U strictly upper triangular. P and the signs stay as they are drawn, as
-    in the authors' code. W cannot become singular as long as s is finite; W as a parameter can
-    ("input is not invertible" of public Glows).
+    L is strictly lower and U strictly upper triangular. P and the signs keep their initial values,
+    as in the authors' code. This W cannot become singular as long as s is finite. A W that is
+    itself the parameter can ("input is not invertible", a known error of public Glows).
 
     >>> sorted(name for name, _ in InvertibleConv1x1LU(4).named_parameters())
     ['log_scale', 'lower', 'upper']
@@ -116,7 +116,7 @@ class InvertibleConv1x1LU(InvertibleConv1x1):
 
     @staticmethod
     def product(*parts: Tensor) -> tuple[Tensor, Tensor]:
-        # float64 products are not autocast.
+        # Autocast leaves float64 products as they are.
         permutation, lower, upper, sign, log_scale = (part.double() for part in parts)
         lower = lower.tril(-1) + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
         upper = upper.triu(1) + torch.diag_embed(sign * log_scale.exp())
@@ -126,9 +126,9 @@ class InvertibleConv1x1LU(InvertibleConv1x1):
 def matrices(
     layers: Sequence[ChannelPermutation | InvertibleConv1x1],
 ) -> tuple[Tensor, Tensor]:
-    """W of n layers of one class, (n, C, C), and their ln|det W|, (n,); float64.
+    """W of n layers of the same class, (n, C, C), and their ln|det W|, (n,); float64.
 
-    A few batched operations make all of them.
+    All of them are computed together, in a few batched operations.
     """
     kind = type(layers[0])
     parts = (torch.stack([getattr(layer, part) for layer in layers]) for part in kind.PARTS)
@@ -136,16 +136,16 @@ def matrices(
 
 
 def multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b at every pixel; never autocast.
+    """W x + b at every pixel, never autocast. weight: W, (C, C). bias: b, (C,).
 
-    It is one matrix product over the pixels of channels_last images.
+    For channels_last images this is a single matrix product over all pixels.
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def volume(log_det: Tensor, x: Tensor) -> Tensor:
-    """The log-determinant, (B,), of a map that has `log_det`, one number, at every pixel of x."""
+    """The log-determinant, (B,), of a map whose log-determinant at each pixel of x is `log_det`."""
     return (x.shape[2] * x.shape[3] * log_det).to(no_log_det(x).dtype).expand(len(x))
 
 

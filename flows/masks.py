@@ -21,7 +21,7 @@ def checkerboard(height: int, width: int, parity: int) -> Tensor:
 
 
 class Checkerboard(nn.Module):
-    """The `checkerboard` of the size of the images that it is called with."""
+    """A `checkerboard` mask of the same size as the images it is called with."""
 
     def __init__(self, parity: int) -> None:
         super().__init__()
@@ -39,8 +39,10 @@ class Checkerboard(nn.Module):
 class FixedMask(FixedBuffers):
     """A mask that is the same for all data, broadcast over the batch.
 
-    mask: (D,) for points, (1, H, W) for images; a tensor, or its values as a list. RuntimeError,
-    one line, at `to_empty()`: it was a tensor on the meta device, which has no values.
+    mask: (D,) for points, (1, H, W) for images; a tensor, or its values as a list.
+
+    Raises RuntimeError at `to_empty()` if the mask was a tensor on the meta device, which has no
+    values.
     """
 
     mask: Tensor
@@ -57,7 +59,7 @@ class FixedMask(FixedBuffers):
     def fixed_values(self) -> dict[str, Tensor]:
         if self.values is None:
             raise RuntimeError(
-                "the values of a mask on the meta device are not known: build the mask on the CPU"
+                "the mask was built on the meta device and has no values: build the mask on the CPU"
             )
         return {"mask": torch.tensor(self.values)}
 
@@ -69,5 +71,5 @@ Mask = Tensor | list[float] | nn.Module
 
 
 def as_mask(mask: Mask) -> nn.Module:
-    """A module that gives the mask for x: a tensor, or a list of values, becomes a `FixedMask`."""
+    """A module that returns the mask for x; a tensor or a list becomes a `FixedMask`."""
     return mask if isinstance(mask, nn.Module) else FixedMask(mask)

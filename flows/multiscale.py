@@ -1,4 +1,4 @@
-"""What the multi-scale models of images share: their sizes, and how they pass their levels."""
+"""What multi-scale models of images share: checks of sizes, and the loops over their levels."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -11,7 +11,7 @@ from flows.context import Encoding
 from flows.reshape import factor_in, factor_out
 from flows.transforms import in_transform
 
-# (C, H, W); None is any size.
+# (C, H, W), where None means any size.
 ImageShape = tuple[int, int | None, int | None]
 
 
@@ -20,10 +20,9 @@ def check_image_shape(
 ) -> ImageShape:
     """The shape as (C, H, W).
 
-    ValueError, one line: it is none, or the model halves the image to odd sizes.
-
-    n_halvings: how often the model halves the image. key, value: the setting that decides it, for
-    the message.
+    n_halvings: how often the model halves the image.
+    key, value: the setting that determines n_halvings, for the message.
+    Raises ValueError: it is not of this form, or a side cannot be halved n_halvings times.
 
     >>> check_image_shape("Glow", (3, None, 32), 3, "flow.n_levels", 3)
     (3, None, 32)
@@ -43,10 +42,10 @@ def check_image_shape(
     return channels, height, width
 
 
-def halved(channels: int, shape: ImageShape, times: int) -> tuple[int, ...]:
-    """(channels, H / 2^times, W / 2^times) for images of `shape`; a side of any size stays None.
+def halved_shape(channels: int, shape: ImageShape, times: int) -> tuple[int, ...]:
+    """(channels, H / 2^times, W / 2^times) for images of `shape`, (C, H, W); None stays None.
 
-    >>> halved(48, (3, 32, 16), 3)
+    >>> halved_shape(48, (3, 32, 16), 3)
     (48, 4, 2)
     """
     sides = (None if side is None else side // 2**times for side in shape[1:])
@@ -61,8 +60,8 @@ def levels_forward(
     After every level but the last the first half of the channels goes on and the second half is
     latent (Dinh et al. 2017, section 3.6).
 
-    x: (B, C, H, W). log_det: (B,), of the maps before. context: a tensor for all levels, or a tuple
-    with one for each.
+    x: (B, C, H, W). log_det: (B,), the log-determinant of the maps before the levels. context: a
+    tensor for all levels, or a tuple with one tensor for each level.
     """
     latents = []
     for i, level in enumerate(levels[:-1]):
@@ -80,7 +79,7 @@ def levels_inverse(
     log_det: Tensor,
     context: Encoding | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of `levels_forward`: x, (B, C, H, W), and the sum of the log_det, (B,)."""
+    """The inverse of `levels_forward`: x, (B, C, H, W), and the sum of the log_dets, (B,)."""
     x, level_log_det = levels[-1].inverse(latents[-1], of_level(context, -1))
     log_det = log_det + level_log_det
     for i in reversed(range(len(levels) - 1)):
@@ -90,7 +89,7 @@ def levels_inverse(
 
 
 def levels_initialize(levels: Sequence[Flow], x: Tensor, context: Encoding | None = None) -> Tensor:
-    """`Flow.initialize` of every level, in the order of `levels_forward`.
+    """Call `Flow.initialize` of every level, in the order of `levels_forward`.
 
     Returns the output of the last level.
     """
@@ -100,15 +99,14 @@ def levels_initialize(levels: Sequence[Flow], x: Tensor, context: Encoding | Non
 
 
 def of_level(context: Encoding | None, i: int) -> Tensor | None:
-    """The part of an encoded context that level i takes: a tuple holds one for each."""
+    """The part of an encoded context that level i takes: a tuple has one part for each level."""
     return context[i] if isinstance(context, tuple) else context
 
 
 def channels_last(x: Tensor) -> Tensor:
     """The same images in the memory format in which convolutions are fastest.
 
-    Within a transform of torch.func the format is not changed, since vmap knows the contiguous one
-    alone.
+    Within a transform of torch.func the format stays, since vmap supports only contiguous tensors.
     """
     if in_transform():
         return x

@@ -1,4 +1,4 @@
-"""Normalisation by the batch (RealNVP) and by a first batch (Glow), in networks and as flows."""
+"""Batch normalisation (RealNVP) and actnorm (Glow), in networks and as flows."""
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,7 +11,7 @@ from flows.masks import Mask, as_mask
 
 
 def n_ranks() -> int:
-    """The number of processes that train together: 1 outside of torch.distributed."""
+    """The number of processes that train together; 1 without torch.distributed."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return 1
@@ -22,24 +22,26 @@ def over_ranks(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (C,), over the elements of all ranks; differentiable.
 
     The variance is the mean of the ranks' variances plus the variance of their means (Chan et al.
-    1983): no difference of large numbers is taken. torch's SyncBatchNorm refuses CPU tensors.
+    1983), which subtracts no large numbers from each other. torch's SyncBatchNorm would do the
+    same, but refuses CPU tensors.
 
-    mean, var: (C,), of this rank. Every rank has to hold equally many elements, and to call it.
+    mean, var: (C,), the moments of this rank's elements. All ranks have to call this function, with
+    equal numbers of elements.
     """
     moments = mean.new_zeros(n_ranks(), 2, len(mean))
     moments[distributed.get_rank()] = torch.stack([mean, var])
-    # A sum is a gather here: the rows of the other ranks are 0.
+    # Each rank fills its own row and leaves the others 0, so the sum over ranks has all rows.
     means, variances = SumOverRanks.apply(moments).unbind(1)
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Every rank gets the sum; the gradient of a rank's term is the sum of all ranks' gradients."""
+    """The sum of a tensor over ranks; its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        # A reduction takes contiguous tensors alone, and gradients have any strides.
+        # all_reduce takes only contiguous tensors, and gradients may have any strides.
         total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
@@ -53,9 +55,9 @@ class SumOverRanks(torch.autograd.Function):
 class BiasOnlyBatchNorm2d(FixedBuffers, nn.BatchNorm2d):
     """y = (x - mu) / sqrt(var + 1e-4) + beta: RealNVP's networks have no gamma.
 
-    Authors' code, `scale=False`. Running averages are new = .9 old + .1 batch, as there; torch's
-    running variance is the unbiased one, a factor 1 + 1/(B H W) above the code's. In training on
-    several ranks mu, var and B are those of the global batch.
+    Authors' code, `scale=False`. Running averages are new = .9 old + .1 batch, as in the code, but
+    torch averages the unbiased variance, which is larger by a factor N / (N - 1), N = B H W. In
+    training on several ranks mu, var and B are those of the global batch.
     """
 
     running_mean: Tensor
@@ -64,7 +66,7 @@ class BiasOnlyBatchNorm2d(FixedBuffers, nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.1)
-        # Ones that are not learned. Without any weight, CUDA kernels have no gradient for the bias.
+        # A fixed weight of ones: without any weight, CUDA kernels give no gradient for the bias.
         del self.weight
         self.register_buffer("weight", torch.ones(channels), persistent=False)
 
@@ -90,14 +92,14 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         y = (x - mu) exp(-1/2 ln(var + 1e-4)),
         log_det = -1/2 sum ln(var + 1e-4) over the changed elements
 
-    In training mu and var are the batch's (on several ranks the global one's), and gradients pass
-    through them. In eval, and in `inverse` always, they are running averages: new = .9 old + .1
-    batch. The paper's appendix E normalises with the running averages in training too. In the
-    authors' code (`bn_out`) that is an option, `bn_lag`, whose default 0 is off; it is followed
-    here.
+    In training mu and var are the moments of the batch (on several ranks, of the global batch), and
+    gradients pass through them. In eval mode, and always in `inverse`, they are the running
+    averages, new = .9 old + .1 batch. The paper's appendix E normalises with running averages in
+    training too. In the authors' code (`bn_out`) that is an option, `bn_lag`, which is off by
+    default (0); this class follows the code.
 
     mask: 1 on the elements that the coupling changed, 0 on those that it kept, broadcast over
-    (B, C, H, W): a tensor, or a module that gives the mask for x; None where all are changed. The
+    (B, C, H, W): a tensor, or a module that returns the mask for x. None: all were changed. The
     kept elements pass unchanged, but count as zeros in the moments, as in the code.
 
     >>> norm = CouplingBatchNorm(channels=3).eval()  # its running averages are 0 and 1 at first
@@ -115,8 +117,8 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
         self.mask = None if mask is None else as_mask(mask)
 
-    # torch's batch norms return y alone. This class takes their buffers, and is a _BatchNorm for
-    # code that treats all batch norms alike.
+    # Unlike torch's batch norms, `forward` also returns the log-determinant. The class is a
+    # _BatchNorm for its buffers, and for code that treats all batch norms alike.
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         return z * torch.exp(log_std) + mean, self._volume(log_std, z)
 
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, (C,) each, of the global batch; moves the running averages."""
+        """Mean and variance, (C,) each, of the global batch; also updates the running averages."""
         if self.mask is not None:
             x = x * self.mask(x)
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -142,7 +144,7 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         return mean, var
 
     def _on_changed(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and ln(std), 0 on the kept elements; they broadcast to x."""
+        """Mean and ln(std), which broadcast to x and are 0 on the kept elements."""
         mean = mean[:, None, None]
         log_std = 0.5 * torch.log(var + self.eps)[:, None, None]
         if self.mask is None:
@@ -161,8 +163,7 @@ def update_running(
 ) -> None:
     """Move the running averages of `norm` towards the moments of a batch, (C,) each.
 
-    A momentum of None means a cumulative average, by torch's own convention
-    (torch.optim.swa_utils.update_bn).
+    A momentum of None means a plain mean of all batches so far, as in torch's own batch norms.
     """
     norm.num_batches_tracked += 1
     rate: Tensor | float | None = norm.momentum
@@ -175,7 +176,7 @@ def update_running(
 def scales_and_biases(log_scales: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
     """exp(3 s) and b exp(3 s) of n layers (x + b) exp(3 s), to be folded into linear maps.
 
-    log_scales, biases: s and b, n tensors of C elements each. Returns two tensors (n, C).
+    log_scales, biases: the s and the b of the layers, C elements each. Returns two tensors (n, C).
     """
     scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack(log_scales).flatten(1))
     return scales, torch.stack(biases).flatten(1) * scales
@@ -186,10 +187,11 @@ class ActNorm(Flow):
 
         log_det = H W sum(3 s)
 
-    It is the identity until `initialize` sets b = -mean and 3 s = -ln(std + 1e-6) of each channel
-    over a first batch, after which y has mean 0 and variance 1 there. It is set once: the buffer
-    `initialized` is saved with the weights, so that a loaded flow is never set anew. The factor 3
-    multiplies the step size of s (authors' code, `logscale_factor`).
+    It is the identity until `initialize` sets b = -mean and 3 s = -ln(std + 1e-6), from the mean
+    and the standard deviation of each channel in a first batch; y then has mean 0 and variance 1 on
+    that batch. This happens once: the buffer `initialized` is saved with the weights, so a loaded
+    flow is not initialised again. The factor 3 makes steps in the log-scale 3 s larger (authors'
+    code, `logscale_factor`).
 
     >>> norm = ActNorm(channels=3)
     >>> with torch.no_grad():
@@ -217,7 +219,7 @@ class ActNorm(Flow):
         return z * torch.exp(-self.LOG_SCALE_FACTOR * self.log_scale) - self.bias, -self._log_det(z)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """y alone, for networks, which have no log-determinant."""
+        """y without the log-determinant, for actnorms inside of networks."""
         return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """RealNVP: Density estimation using Real NVP.
 
-Dinh, Sohl-Dickstein, Bengio; ICLR 2017, arXiv 1605.08803. "The paper" and "section" mean it.
+Dinh, Sohl-Dickstein, Bengio; ICLR 2017, arXiv 1605.08803. "The paper", sections and figures below
+refer to it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from flows.multiscale import (
     ImageShape,
     channels_last,
     check_image_shape,
-    halved,
+    halved_shape,
     levels_forward,
     levels_inverse,
     of_level,
@@ -32,26 +33,28 @@ class RealNVP(FlowModel):
 
     | data                 | n_scales | hidden_channels | n_blocks | source                       |
     |----------------------|----------|-----------------|----------|------------------------------|
-    | 32x32 (ImageNet)     | 4        | 32              | 4        | section 4.1; until 4x4       |
-    | 64x64 (LSUN, CelebA) | 5        | 32              | 2        | section 4.1; the code says 4 |
+    | 32x32 (ImageNet)     | 4        | 32              | 4        | section 4.1: halved to 4x4   |
+    | 64x64 (LSUN, CelebA) | 5        | 32              | 2        | section 4.1 (code: 4 blocks) |
     | CIFAR-10             | 2        | 64              | 8        | section 4.1                  |
 
     Each scale but the last: three checkerboard couplings, squeeze, three channel couplings,
-    unsqueeze, ordered squeeze, half of the channels factored out. The last scale: four checkerboard
-    couplings.
+    unsqueeze, ordered squeeze (`OrderedSqueeze`), half of the channels factored out. The last
+    scale: four checkerboard couplings.
 
-    Where the paper and the authors' code differ, the published numbers came from the code, which is
-    followed here: the symmetric logit (`Logit`), shift before scale (`AffineCoupling`), the batch's
-    moments in training (`CouplingBatchNorm`), the ordered squeeze, and widths that double per scale
-    and once more for channel couplings (the paper is ambiguous for CIFAR-10).
+    Where the paper and the authors' code differ, this model follows the code, which produced the
+    published numbers: the symmetric logit (`Logit`), shift before scale (`AffineCoupling`), the
+    batch's moments in training (`CouplingBatchNorm`), the ordered squeeze, and widths that double
+    with each scale and once more for channel couplings (the paper is ambiguous for CIFAR-10).
 
     shape: (C, H, W); H and W may be None, for images of any size that can be halved n_scales - 1
         times.
-    n_scales, hidden_channels, n_blocks: as in the table; the width is that of the first scale.
-    alpha: of the logit.
+    n_scales, hidden_channels, n_blocks: as in the table; hidden_channels is the width of the
+        networks of the first scale, n_blocks the number of residual blocks in a network.
+    alpha: the alpha of `Logit`.
 
-    x: (B, *shape) in [0, 1]. Latents: one for each scale; all but the last are the halves that are
-    factored out, (2 C_i, H_i/2, W_i/2). ValueError, one line: an argument is out of range.
+    x: (B, *shape) in [0, 1]. Latents: one tensor for each scale. If the images of scale i are
+    (C_i, H_i, W_i), its latents, which are factored out, are (2 C_i, H_i/2, W_i/2); those of the
+    last scale are (C_i, H_i, W_i). Raises ValueError: an argument is out of range.
 
     >>> flow = RealNVP((3, 8, 8), n_scales=2, hidden_channels=4, n_blocks=1).eval()
     >>> latents, log_det = flow(torch.rand(5, 3, 8, 8))
@@ -87,13 +90,13 @@ class RealNVP(FlowModel):
         last = n_scales - 1
         scales.append(_last_scale(channels * 2**last, hidden_channels * 2**last, n_blocks))
         self.scales = module_list(scales)
-        # As `forward` and `inverse` make the images: convolutions are faster then.
+        # `forward` and `inverse` use this memory format for images: convolutions are faster in it.
         self.to(memory_format=torch.channels_last)
 
     def check_image_shape(self, shape: Sequence[int | None]) -> ImageShape:
         """The shape as (C, H, W).
 
-        ValueError, one line: it is none, or the scales halve its sides to odd ones.
+        Raises ValueError: it is not of this form, or a side cannot be halved n_scales - 1 times.
         """
         return check_image_shape(
             "RealNVP", shape, self.n_scales - 1, "flow.n_scales", self.n_scales
@@ -102,7 +105,7 @@ class RealNVP(FlowModel):
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         image = self.check_image_shape(shape or self.shape)
         last = self.n_scales - 1
-        return tuple(halved(image[0] * 2**i, image, i) for i in (*range(1, last + 1), last))
+        return tuple(halved_shape(image[0] * 2**i, image, i) for i in (*range(1, last + 1), last))
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
         encoding = self.encoded(context)
@@ -118,11 +121,12 @@ class RealNVP(FlowModel):
         return x, log_det + logit_log_det
 
     def l2_penalty(self) -> Tensor:
-        """The sum of magnitude^2 of convolutions and of a^2 of checkerboard couplings, a scalar.
+        """Return the sum of squares of the parameters that the authors' code regularises, a scalar.
 
-        The authors' code regularises the variables named `magnitude` and `rescaling_scale`; the
-        `scale` of channel couplings is not among them. The paper says "L2 regularization on the
-        weight scale parameters" (section 4.1).
+        They are every `magnitude` of a `WeightNormConv2d` and every `log_scale_factor` of a
+        checkerboard coupling: in the code, the variables named `magnitude` and `rescaling_scale`.
+        The factor of channel couplings, called `scale` there, is not among them. The paper says "L2
+        regularization on the weight scale parameters" (section 4.1).
         """
         magnitudes = [
             module.magnitude
@@ -141,20 +145,24 @@ class RealNVP(FlowModel):
 
 
 def _scale(channels: int, hidden_channels: int, n_blocks: int) -> Compose:
-    """A scale of the model but the last, for images of so many channels."""
+    """A scale that is not the last, for images with `channels` channels.
 
-    def checker(parity: int) -> MaskedCoupling:
+    Its channel couplings work on 4 * channels channels, since they follow a squeeze.
+    """
+
+    def checkerboard_coupling(parity: int) -> MaskedCoupling:
         return _checkerboard_coupling(channels, hidden_channels, n_blocks, parity)
 
-    def channel(swap: bool) -> ChannelCoupling:
+    def channel_coupling(swap: bool) -> ChannelCoupling:
         conditioner = ResidualConditioner(2 * channels, 2 * hidden_channels, n_blocks)
-        return ChannelCoupling(conditioner, swap, 1.0, CouplingBatchNorm(2 * channels))
+        norm = CouplingBatchNorm(2 * channels)
+        return ChannelCoupling(conditioner, swap, log_scale_factor=1.0, norm=norm)
 
     return Compose(
         [
-            *[checker(1), checker(0), checker(1)],
+            *[checkerboard_coupling(parity) for parity in (1, 0, 1)],
             Squeeze(),
-            *[channel(False), channel(True), channel(False)],
+            *[channel_coupling(swap) for swap in (False, True, False)],
             Inverted(Squeeze()),
             OrderedSqueeze(channels),
         ]
@@ -162,6 +170,7 @@ def _scale(channels: int, hidden_channels: int, n_blocks: int) -> Compose:
 
 
 def _last_scale(channels: int, hidden_channels: int, n_blocks: int) -> Compose:
+    """The last scale, for images with `channels` channels."""
     return Compose(
         _checkerboard_coupling(channels, hidden_channels, n_blocks, parity)
         for parity in (1, 0, 1, 0)
@@ -174,16 +183,16 @@ def _checkerboard_coupling(
     mask = Checkerboard(parity)
     conditioner = ResidualConditioner(channels, hidden_channels, n_blocks, mask)
     norm = CouplingBatchNorm(channels, mask.complement())
-    return MaskedCoupling(mask, conditioner, 0.0, norm)
+    return MaskedCoupling(mask, conditioner, log_scale_factor=0.0, norm=norm)
 
 
 class RealNVP2d(FlowModel):
-    """RealNVP for points in the plane: couplings that change one coordinate after the other.
+    """RealNVP for points in the plane: couplings that change the two coordinates in turn.
 
-    It is the model of a widely copied two-moons notebook (two separate three-layer networks of 256,
-    tanh on s) with a right log-determinant: the notebook sums s over the kept coordinate too (see
-    `MaskedCoupling`). It also differs in the learned factor before tanh, and in shifting before
-    scaling as RealNVP for images does here.
+    It is the model of a widely copied two-moons notebook (separate three-layer networks of width
+    256 for s and t, tanh on s) with a correct log-determinant: the notebook sums s over the kept
+    coordinate too (see `MaskedCoupling`). It differs from the notebook in two more points: a
+    learned factor multiplies the tanh, and x is shifted before it is scaled, as in `RealNVP`.
 
     shape: (2,), else ValueError. x: (B, 2). Latents: one tensor (B, 2).
 
@@ -207,7 +216,7 @@ class RealNVP2d(FlowModel):
             raise ValueError(
                 f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"
             )
-        # As values: tensors could be on the meta device, which has none.
+        # Lists, because tensors would have no values under torch.device("meta").
         masks = [[0.0, 1.0], [1.0, 0.0]]
         self.couplings = Compose(
             MaskedCoupling(masks[i % 2], MLPConditioner(2, hidden_channels), 1.0)

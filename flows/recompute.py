@@ -1,4 +1,4 @@
-"""Memory for time: activations of the forward pass are computed again in the backward pass."""
+"""Save memory at the cost of time: the backward pass computes activations again."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ class _Recomputing(Protocol):
 
 
 def recompute(flow: nn.Module) -> None:
-    """Let every layer with an attribute `recompute` keep no more than its inputs.
+    """Let every layer that has an attribute `recompute` keep little more than its inputs.
 
     >>> from flows.glow import Glow
     >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
@@ -42,23 +42,23 @@ def is_random(module: nn.Module) -> bool:
 
 
 def draws(module: nn.Module) -> bool:
-    """`is_random` of the module by itself, without its parts."""
+    """Whether the module itself, apart from its parts, draws random numbers (see `is_random`)."""
     dropout = isinstance(module, _DropoutNd) and module.training and module.p > 0
     return dropout or bool(getattr(module, "is_random", False))
 
 
 def recomputed(
-    function: Callable[..., Output], module: nn.Module, *inputs: Tensor | None, on: bool
+    function: Callable[..., Output], module: nn.Module, *inputs: Tensor | None, enabled: bool
 ) -> Output:
-    """function(module, *inputs); with `on` only the inputs are kept for the backward pass.
+    """function(module, *inputs); if `enabled`, only the inputs are kept for the backward pass.
 
-    Gradients are the same to the bit. Batch norms of `module` see the batch again and do not count
-    it twice. A module that `is_random` draws the same numbers again.
+    Gradients are the same to the bit. Batch norms of `module` see the batch twice, but their
+    running averages count it once. A module that `is_random` draws the same numbers again.
 
-    RuntimeError: a module draws numbers and does not declare it. The backward pass would be that of
-    other networks.
+    Raises RuntimeError: a module draws random numbers without declaring it, so the backward pass
+    would draw others and its gradients would be wrong.
     """
-    if not on or not torch.is_grad_enabled() or in_transform():
+    if not enabled or not torch.is_grad_enabled() or in_transform():
         return function(module, *inputs)
     random = is_random(module)
     check: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -77,9 +77,9 @@ def recomputed(
 
 @contextlib.contextmanager
 def _nothing_is_drawn(module: nn.Module, inputs: tuple[Tensor | None, ...]) -> Iterator[None]:
-    """RuntimeError where torch's generator has moved at the end of the block.
+    """Raise RuntimeError if the state of a torch generator has changed at the end of the block.
 
-    Compiled and captured code is not looked at.
+    Compiled code, and code that is being captured as a CUDA graph, is not checked.
     """
     devices = {value.device for value in inputs if isinstance(value, Tensor)}
     if torch.compiler.is_compiling() or (
@@ -101,17 +101,17 @@ def _nothing_is_drawn(module: nn.Module, inputs: tuple[Tensor | None, ...]) -> I
 def _generator_states(devices: set[torch.device]) -> list[Tensor]:
     """The states of the generators of the CPU and of the GPUs among `devices`.
 
-    Reading them waits for no device.
+    Reading them does not wait for the device.
     """
     gpus = [device for device in devices if device.type == "cuda"]
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in gpus)]
 
 
 class _RunningAveragesKept:
-    """Puts the running averages of batch norms back after a forward pass is run again.
+    """Restores the running averages of batch norms after a forward pass was computed again.
 
-    It enters and exits for every such run, since the backward pass may go through a graph twice,
-    and a run may end before it has reached all batch norms.
+    It is entered and left once for each such pass: the backward pass may go through a graph twice,
+    and a repeated forward pass may end before it has reached all batch norms.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -127,5 +127,5 @@ class _RunningAveragesKept:
 
     def __exit__(self, *error: object) -> None:
         for buffer, value in zip(self.buffers, self.before, strict=True):
-            # By `.data`: autograd holds the buffers too, and would take this for a change.
+            # Through `.data`, since autograd would count a direct copy as an in-place change.
             buffer.data.copy_(value)

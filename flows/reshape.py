@@ -1,4 +1,4 @@
-"""Bijections that move pixels and change no value: their log_det is 0."""
+"""Bijections that rearrange the elements of images: their log_det is 0."""
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ class Squeeze(Flow):
 
 
 class OrderedSqueeze(FixedBuffers, Flow):
-    """(C, H, W) -> (4C, H/2, W/2), so that half of the channels is one colour of a checkerboard.
+    """(C, H, W) -> (4C, H/2, W/2), where each half of the channels is one colour of a checkerboard.
 
     The new channels are [TL of all c | BR of all c | TR of all c | BL of all c], where TL is the
-    top left pixel of a 2x2 block. The first half is one colour of the checkerboard and the second
-    half the other. RealNVP factors out after this squeeze, not after the plain one (authors' code;
-    the paper's section 3.6 does not say).
+    top left pixel of a 2x2 block, BR the bottom right one, and so on. RealNVP factors out half of
+    the channels after this squeeze, not after a plain `Squeeze` (authors' code; the paper's section
+    3.6 does not say).
 
     >>> z, _ = OrderedSqueeze(1)(torch.arange(4.0).view(1, 1, 2, 2))
     >>> z.flatten()
@@ -41,7 +41,7 @@ class OrderedSqueeze(FixedBuffers, Flow):
     CORNERS = (0, 3, 1, 2)  # TL, BR, TR, BL as dy*2 + dx
 
     order: Tensor
-    unorder: Tensor
+    inverse_order: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,17 +52,17 @@ class OrderedSqueeze(FixedBuffers, Flow):
     def fixed_values(self) -> dict[str, Tensor]:
         channels = range(self.channels)
         order = torch.tensor([4 * c + corner for corner in self.CORNERS for c in channels])
-        return {"order": order, "unorder": order.argsort()}
+        return {"order": order, "inverse_order": order.argsort()}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return reordered(F.pixel_unshuffle(x, 2), self.order), no_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(reordered(z, self.unorder), 2), no_log_det(z)
+        return F.pixel_shuffle(reordered(z, self.inverse_order), 2), no_log_det(z)
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
-    """x[:, order] as channels_last images; indexing the second dimension would not keep that."""
+    """x[:, order], computed so that channels_last images stay channels_last."""
     return x.movedim(1, -1)[..., order].movedim(-1, 1)
 
 
@@ -76,5 +76,5 @@ def factor_out(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factor_in(x: Tensor, z: Tensor) -> Tensor:
-    """Join what `factor_out` has split."""
+    """Join two halves of the channels: the inverse of `factor_out`."""
     return torch.cat([x, z], dim=1)

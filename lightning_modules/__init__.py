@@ -1,1 +1,1 @@
-"""One LightningModule per objective; what to log beside it lives in `callbacks`."""
+"""One LightningModule for each objective; `callbacks` has what else runs during training."""

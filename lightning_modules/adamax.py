@@ -15,15 +15,16 @@ class Adamax(torch.optim.Adamax):
         u = max(beta2 u, |g| + eps)
         w = w - lr / (1 - beta1^t) m / u
 
-    A step takes a dozen operations. torch's own takes ten for every weight, and it knows no
-    `found_inf`: a tensor by which, as in torch's fused optimizers, a step can be told on the device
-    to leave weights and moments as they are. (u is then at least eps.)
+    A step takes a dozen operations, whereas torch's own takes ten for each weight tensor. torch's
+    own also lacks `found_inf`: as in torch's fused optimizers, this tensor tells a step, without
+    waiting for the device, to leave weights and moments as they are. (In such a step u is raised to
+    eps where it was smaller.)
 
-    Checkpoints are torch's. There is one group of weights, of one dtype and on one device. Weights
-    without a gradient are left out; they have to be the same ones in every step.
+    Checkpoints have the format of torch's Adamax. There is one group of weights, of one dtype and
+    on one device. Weights without a gradient are left out; they have to be the same in every step.
 
-    params: the weights. lr: the learning rate. betas, eps: as above. weight_decay: this times the
-    weights is added to the gradient.
+    params: the weights. lr: the learning rate. betas, eps: as above. weight_decay: the multiple of
+    the weights that is added to the gradient.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     >>> optimizer = Adamax([weight], lr=0.1)
@@ -42,25 +43,25 @@ class Adamax(torch.optim.Adamax):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
-        self._forget()
+        self._reset_vectors()
 
-    def _forget(self) -> None:
-        """Empty what is kept beside torch's state; the first step makes it again."""
+    def _reset_vectors(self) -> None:
+        """Empty the vectors that exist in addition to torch's state; the next step fills them."""
         self.found_inf: Tensor | None = None
-        self._weights: list[Tensor] = []  # those with gradients
+        self._weights: list[Tensor] = []  # the weights that have gradients
         self._moments: dict[str, Tensor] = {}  # their moments as vectors; `state` holds views
         self._grad = torch.empty(0)  # their gradients as one vector
-        self._grads: list[Tensor] = []  # views of it, one a weight
+        self._grads: list[Tensor] = []  # views of `_grad`, one for each weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a copy, or of a checkpoint that is loaded."""
+        """Take the state of a copy, or of a loaded checkpoint."""
         super().__setstate__(state)
-        self._forget()
+        self._reset_vectors()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's Adamax has it.
+        """The state in the format of torch's Adamax.
 
-        Every weight gets a count of steps of its own, since torch adds to each of them in place.
+        Every weight gets its own copy of the step count, which torch increments in place.
         """
         state = super().state_dict()
         state["state"] = {
@@ -69,7 +70,7 @@ class Adamax(torch.optim.Adamax):
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the one group of weights. ValueError, one line: there is one already."""
+        """Set the only group of weights. Raises ValueError: there is one already."""
         if self.param_groups:
             raise ValueError(
                 "Adamax takes one group of weights: use torch.optim.Adamax for several"
@@ -78,9 +79,9 @@ class Adamax(torch.optim.Adamax):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the weights; return what `closure` returns, the loss, or None.
+        """Update the weights. Returns the result of `closure`, the loss, or None without one.
 
-        ValueError, one line: other weights than in the first step have a gradient.
+        Raises ValueError: other weights than in the first step have a gradient.
         """
         loss = None
         if closure is not None:
@@ -106,23 +107,23 @@ class Adamax(torch.optim.Adamax):
         return loss
 
     def _update(self, grad: Tensor, beta1: float, beta2: float, lr: float, eps: float) -> None:
-        """Update the moments, and put into `grad` what is to be subtracted from the weights."""
+        """Update the moments, and overwrite `grad` with the decrease of the weights."""
         step = self._moments["step"]
         exp_avg = self._moments["exp_avg"]
         exp_inf = self._moments["exp_inf"]
-        taken = torch.ones_like(step)
+        applied = torch.ones_like(step)  # 1, or 0 for a step that is skipped
         if self.found_inf is not None:
-            taken = (self.found_inf == 0).to(step)
-            grad.masked_fill_(taken == 0, 0)  # a factor of 0 would not do: 0 times NaN is NaN
-        step += taken
-        rate = taken * lr / (1 - beta1 ** step.clamp(min=1))
-        exp_avg.lerp_(grad, ((1 - beta1) * taken).to(grad.dtype))
-        exp_inf.mul_((1 - (1 - beta2) * taken).to(grad.dtype))
+            applied = (self.found_inf == 0).to(step)
+            grad.masked_fill_(applied == 0, 0)  # not by a factor 0, since 0 * NaN is NaN
+        step += applied
+        rate = applied * lr / (1 - beta1 ** step.clamp(min=1))
+        exp_avg.lerp_(grad, ((1 - beta1) * applied).to(grad.dtype))
+        exp_inf.mul_((1 - (1 - beta2) * applied).to(grad.dtype))
         torch.maximum(exp_inf, grad.abs_().add_(eps), out=exp_inf)
         torch.div(exp_avg, exp_inf, out=grad).mul_(rate.to(grad.dtype))
 
     def _flatten(self, weights: list[Tensor]) -> None:
-        """Gather in vectors what `state` holds: the moments of a checkpoint, or nothing yet."""
+        """Make the vectors, with the moments of a loaded checkpoint in `state`, or else zeros."""
         self._grad = weights[0].new_empty(sum(p.numel() for p in weights))
         self._grads = _views(self._grad, weights)
         no_state: dict[str, Tensor] = {}
@@ -147,7 +148,7 @@ class Adamax(torch.optim.Adamax):
 
 
 def _views(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a vector, with the shapes and strides of some dense tensors."""
+    """Consecutive parts of a vector as views, with the shapes and strides of the tensors `like`."""
     parts = vector.split([x.numel() for x in like])
     return [
         part.as_strided(x.shape, x.stride(), part.storage_offset())

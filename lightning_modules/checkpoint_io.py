@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a file is whole or is not there at all."""
+"""Writing checkpoints so that a file is either complete or does not exist."""
 
 import contextlib
 import os
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-PART = ".part"  # ends the name of a file that is being written
+PART = ".part"  # suffix of a file that is being written
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, forces it to the disk, and renames it.
 
-    A kill, a crash of the machine or a full disk at any moment leaves the target as it was.
-    Lightning's own writer makes its file in $TMPDIR. Where that is another file system, a kill
-    during the move leaves a broken file.
+    If the process is killed, the machine crashes or the disk is full at any moment, the target
+    stays as it was. Lightning's own writer first writes to $TMPDIR. If that is on another file
+    system, a kill during the move leaves a broken file.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`, whose folder is made.
+        """Write `checkpoint` to `path`; create the folder if it does not exist.
 
-        OSError, one line: it cannot be written; the file that was there before is still there.
+        Raises OSError: it cannot be written. An older file of that name then still exists.
         """
         target = Path(path)
         part = target.with_name(f"{target.name}{PART}")
@@ -36,10 +36,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(target)
             flush_folder(target.parent)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch.save raises RuntimeError for a failed write
+        except (OSError, RuntimeError) as error:  # torch.save raises either for a failed write
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise OSError(f"{target} could not be written: {reason(error)}") from error
@@ -60,9 +57,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The operating system's words for an error, or the error's own in one line.
+    """The operating system's message for an error, or the error's own message in one line.
 
-    They are taken from the first error of the chain of causes that has some.
+    It is taken from the first error in the chain of causes that has one.
 
     >>> reason(OSError(28, "No space left on device"))
     'No space left on device'

@@ -1,4 +1,4 @@
-"""Checks of settings: a value that is out of its range ends in one line that says what to give."""
+"""Checks of settings: a value that is out of range raises an error that says what to give."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ from results import is_number
 
 
 def check_count(key: str, value: int, least: int = 0, most: int | None = None) -> None:
-    """Refuse a value that is not a whole number from `least` to `most`; None is no upper bound.
+    """Refuse a value that is not a whole number from `least` to `most` (None: no upper bound).
 
-    key: the name of the setting, for the message. ValueError, one line: the value is refused.
+    key: the name of the setting, for the message. Raises ValueError: the value is refused.
 
     >>> check_count("samples.n", 64, least=1)
     >>> check_count("samples.n", 0, least=1)
@@ -24,9 +24,9 @@ def check_count(key: str, value: int, least: int = 0, most: int | None = None) -
 
 
 def check_number(key: str, value: float, request: str, fits: Callable[[float], bool]) -> None:
-    """Refuse a value that is not a finite number, or that does not fit.
+    """Refuse a value that is not a finite number, or for which `fits` returns False.
 
-    request: what to give instead, for the message. ValueError, one line: the value is refused.
+    request: what to give instead, for the message. Raises ValueError: the value is refused.
 
     >>> check_number("optim.lr", float("nan"), "0 or a positive number", lambda lr: lr >= 0)
     Traceback (most recent call last):
@@ -38,5 +38,5 @@ def check_number(key: str, value: float, request: str, fits: Callable[[float], b
 
 
 def check_not_negative(key: str, value: float) -> None:
-    """Refuse a value that is negative or not a finite number. ValueError, one line."""
+    """Refuse a value that is negative or not a finite number. Raises ValueError."""
     check_number(key, value, "0 or a positive number", lambda number: number >= 0)

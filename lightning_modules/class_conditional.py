@@ -1,7 +1,4 @@
-"""Maximum likelihood given the class, with a classifier on the last level.
-
-This is Glow's class-conditional objective.
-"""
+"""Glow's class-conditional objective: the likelihood given the class, plus a classifier's loss."""
 
 from typing import Any, Protocol, cast
 
@@ -30,14 +27,14 @@ class ClassConditionalModule(DensityModule):
     Batches are (image, index, class). D is the number of dimensions of an image, and CE the cross
     entropy in nats.
 
-    In the code of Kingma & Dhariwal 2018 (`ycond`, `weight_y`) the class term is .01 bits for each
-    bit of cross entropy, added to bits *per dimension*. For an image in nats that is .01 D CE.
+    In the code of Kingma & Dhariwal 2018 (`ycond`, `weight_y`) the loss is bits *per dimension*
+    plus .01 times the cross entropy in bits. In nats per image, the second term is .01 D CE.
 
-    It logs `train/class_loss` (CE, nats) and `val/accuracy`, `test/accuracy` of the classifier.
-    `test/bpd` is that of p(x | y), given the true class.
+    It logs `train/class_loss` (CE, nats) and the classifier's `val/accuracy` and `test/accuracy`.
+    `test/bpd` is computed from p(x | y) with the true class y.
 
     class_weight: .01 in the authors' code. The other arguments are those of `DensityModule`.
-    ValueError, one line: the flow has no classes, or the weight is negative.
+    Raises ValueError: the flow has no classes, or the weight is negative.
     """
 
     extra_metrics = (Metric("accuracy", "higher", "share of images"),)

@@ -1,4 +1,4 @@
-"""Maximum likelihood: the objective of every flow that models p(x)."""
+"""Maximum likelihood: the objective of every flow that models p(x) or p(x | context)."""
 
 import contextlib
 import math
@@ -25,12 +25,12 @@ from lightning_modules.optimization import OptimizedModule, OptimizerName, Sched
 from lightning_modules.precision import evaluation
 from results.metrics import Metric
 
-REESTIMATED = "_reestimated"  # ends the names of metrics under re-estimated batch-norm statistics
+REESTIMATED = "_reestimated"  # suffix of metrics measured with re-estimated batch-norm statistics
 T = TypeVar("T")
 
 
 class Penalized(Protocol):
-    """A flow whose weights have a penalty, a scalar."""
+    """A flow that has a penalty on its weights, a scalar."""
 
     def l2_penalty(self) -> Tensor: ...
 
@@ -39,33 +39,35 @@ class DensityModule(OptimizedModule):
     """Minimises the mean of -log p(x) in nats per datum, plus l2 * flow.l2_penalty() where l2 > 0.
 
     With n_bits (images) it logs `train/bpd`, `val/bpd` and `test/bpd` in bits/dim; without (points)
-    `train/nll` and so on, in nats. The name says what kind of figure it is: `bpd_bound` with a
-    learned dequantiser, whose log_weight is added to log p(x), in training too; `bpd_noisy` with
-    one whose noise leaves the bin; `bpd_estimate` with a flow whose log-determinant is an estimate.
-    Evaluation runs in float32.
+    `train/nll` and so on, in nats. The name of the metric says what kind of figure it is:
+    `bpd_bound` with a learned dequantiser, whose log_weight is added to log p(x), in training too;
+    `bpd_noisy` with a dequantiser whose noise leaves the bin; `bpd_estimate` with a flow whose
+    log-determinant is an estimate. Evaluation runs in float32.
 
-    A flow with batch norm is tested twice in one pass: `test/bpd` with its running statistics, and
-    `test/bpd_reestimated` after estimating them on `bn_images` training images. Averaged weights
-    (EMA) have no running statistics of their own, so for them every evaluation uses re-estimated
-    ones.
+    A flow with batch norm is tested twice in one pass: `test/bpd` uses its running statistics, and
+    `test/bpd_reestimated` uses statistics estimated anew on `bn_images` training images. Averaged
+    weights (EMA) have no running statistics of their own, so with them every evaluation uses
+    re-estimated statistics, without the suffix.
 
-    flow: the model. A subclass that adds to the likelihood replaces `objective`, `evaluate` and
-        `extra_metrics`.
+    To add a term to the likelihood, a subclass replaces `objective`, `evaluate` and
+    `extra_metrics`.
+
+    flow: the model.
     dequantizer: a `Dequantizer`, whose parameters, if any, are trained with the flow's; None for
         real numbers.
-    n_bits: of the data's integers; None for real numbers.
-    seed: of the training noise. noise_seed: of the evaluation noise.
-    l2: the weight of the flow's own penalty.
-    bn_images: see above; 0: statistics are never estimated again.
-    noise_samples: k > 1 adds the bound of k noise samples an image to evaluation, `bpd_iw<k>`
-        (Burda et al. 2016), log 1/k sum_i p(x_i) / q(x_i | q). `bpd` stays that of the first
-        sample.
-    shape: of one datum; None: the flow's.
-    The other arguments are those of `OptimizedModule`. ValueError, one line: one of them is out of
+    n_bits: the number of bits of integer data; None for real numbers.
+    seed, noise_seed: the seeds of the training noise and of the evaluation noise.
+    l2: the weight of `flow.l2_penalty()`.
+    bn_images: see above; 0: statistics are never re-estimated.
+    noise_samples: k; if k > 1, evaluation adds the importance-weighted bound of k noise samples per
+        image, `bpd_iw<k>`: log 1/k sum_i p(x_i) exp(log_weight_i) (Burda et al. 2016). `bpd` stays
+        the value of the first sample.
+    shape: the shape of one datum; None: the flow's.
+    The other arguments are those of `OptimizedModule`. Raises ValueError: one of them is out of
     its range, or does not fit the others.
     """
 
-    extra_metrics: tuple[Metric, ...] = ()  # what `evaluate` measures beside the likelihood
+    extra_metrics: tuple[Metric, ...] = ()  # what `evaluate` measures besides the likelihood
     flow: FlowModel
     dequantizer: nn.Module | None
     shape: tuple[int | None, ...]
@@ -106,13 +108,13 @@ class DensityModule(OptimizedModule):
         )
         check_not_negative("optim.l2", l2)
         if l2 and not hasattr(flow, "l2_penalty"):
-            raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no such penalty, give 0")
+            raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no L2 penalty: give 0")
         check_count("eval.bn_images", bn_images)
         check_count("eval.noise_samples", noise_samples, least=1)
         if dequantizer is not None and has_batch_norm(dequantizer):
             raise ValueError(
                 f"{type(dequantizer).__name__} has batch norms, "
-                "whose statistics would not be re-estimated"
+                "whose statistics would not be re-estimated: use another normalisation"
             )
         self.flow = flow
         self.dequantizer = dequantizer
@@ -121,7 +123,7 @@ class DensityModule(OptimizedModule):
         self.l2 = l2
         self.bn_images = bn_images
         self.noise_samples = noise_samples
-        self.cuda_graph: CudaGraph | None = None  # of training steps; `capture` sets it
+        self.cuda_graph: CudaGraph | None = None  # replays training steps; set by `capture`
         self.metrics = (*self._likelihoods(), *self.extra_metrics)
         self.eval_means = nn.ModuleDict()
         for metric in self.metrics:
@@ -137,7 +139,11 @@ class DensityModule(OptimizedModule):
         data: Data,
         dequantizer: nn.Module | None = None,
     ) -> Self:
-        """The module of a recipe. model: a `FlowModel`. dequantizer: in the place of the data's."""
+        """Make the module that a recipe describes.
+
+        config: the whole recipe. model: a `FlowModel`. data: the datamodule, before its `setup`.
+        dequantizer: replaces the dequantiser of the data.
+        """
         if dequantizer is None:
             dequantizer = data.dequantizer
         settings = {**config.optim, **config.eval}
@@ -145,9 +151,9 @@ class DensityModule(OptimizedModule):
         return cls(flow, dequantizer, data.n_bits, config.seed, shape=data.shape, **settings)
 
     def _likelihoods(self) -> list[Metric]:
-        """The metric of one noise sample and, where more are taken, that of all of them.
+        """The metric of one noise sample and, if several are drawn, the bound of all of them.
 
-        ValueError, one line: several samples give no bound.
+        Raises ValueError: several samples would not give a tighter bound.
         """
         kind = "exact" if self.dequantizer is None else self._dequantization.kind
         if self.flow.noise_shape is not None:
@@ -165,7 +171,7 @@ class DensityModule(OptimizedModule):
         if self.dequantizer is None:
             reason = "no noise is drawn"
         elif self.flow.noise_shape is not None or kind.startswith("noisy"):
-            reason = f"{single.name} is no bound to tighten"
+            reason = f"{single.name} is not a bound, so more samples would not tighten it"
         if reason is not None:
             raise ValueError(f"eval.noise_samples={k}, but {reason}: give 1")
         return [single, Metric(quantity, "lower", unit, "iw", k)]
@@ -174,7 +180,7 @@ class DensityModule(OptimizedModule):
 
     @property
     def trained(self) -> nn.Module:
-        """The flow; with a dequantiser that has parameters both, the flow first."""
+        """The flow; if the dequantiser has parameters, the flow and the dequantiser."""
         if self.dequantizer is None or next(self.dequantizer.parameters(), None) is None:
             return self.flow
         return nn.ModuleList([self.flow, self.dequantizer])
@@ -192,7 +198,7 @@ class DensityModule(OptimizedModule):
 
     @property
     def _dequantization(self) -> Dequantization:
-        """The dequantiser, of data that have one."""
+        """The dequantiser, typed for data that have one."""
         return cast(Dequantization, self.dequantizer)
 
     @property
@@ -201,9 +207,9 @@ class DensityModule(OptimizedModule):
         return cast(tuple[int, ...], self.flow.noise_shape)
 
     def check_data(self, data: Data) -> None:
-        """Refuse data without the classes that the flow is conditioned on. ValueError, one line.
+        """Refuse data without the classes that the flow is conditioned on. Raises ValueError.
 
-        A context of another kind is checked by the flow, in the first batch.
+        The flow itself checks other kinds of context, in the first batch.
         """
         n_classes = self.flow.n_classes
         if n_classes is None:
@@ -225,9 +231,9 @@ class DensityModule(OptimizedModule):
 
     @torch.no_grad()
     def initialize(self, batch: list[Tensor]) -> None:
-        """Set the ActNorms of the dequantiser, then the flow's, with the noise of a first step.
+        """Set the ActNorms of the dequantiser and then those of the flow, in float32.
 
-        It computes in float32.
+        The batch is dequantised with the noise of the first training step.
         """
         first = Position(epoch=0, step=0)
         with evaluation(self.device.type):
@@ -238,7 +244,7 @@ class DensityModule(OptimizedModule):
             self.flow.initialize(x, context)
 
     def trial(self, n: int) -> Tensor | None:
-        """The loss of n random images; None for points, and where no context can be made up."""
+        """The loss on n random images; None for points, and if no context can be made up."""
         if len(self.shape) != 3 or None in self.shape:
             return None
         datum = torch.rand(n, *cast(tuple[int, ...], self.shape))
@@ -254,15 +260,15 @@ class DensityModule(OptimizedModule):
         return -(self.flow.log_prob(*sample.arguments) + sample.log_weight).mean()
 
     def capture(self) -> None:
-        """Capture the passes of the flow; a dequantiser stays outside of the graph."""
+        """Capture the forward and backward pass of the flow; dequantisation stays outside."""
         self.cuda_graph = CudaGraph(self.flow)
 
     def draw(
         self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None
     ) -> Tensor | None:
-        """n samples, (n, *shape); of data of several sizes as large as the validation data.
+        """Draw n samples, (n, *shape); without a fixed size, of the size of the validation data.
 
-        None where the size, or the context, is missing.
+        None if the size or the context is missing.
         """
         context = None if batch is None else self.context(batch)
         shape = self.shape
@@ -270,48 +276,45 @@ class DensityModule(OptimizedModule):
             if batch is None:
                 return None
             shape = tuple(batch[0].shape[1:])
-        whole = cast(tuple[int, ...], shape)
+        sizes = cast(tuple[int, ...], shape)
         with self._gradients():
-            samples = drawn(self.flow, n, temperature, seed, whole, context)
+            samples = draw_samples(self.flow, n, temperature, seed, sizes, context)
         return None if samples is None else samples.detach()
 
     def reconstruct(self, batch: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The data and f^-1(f(x)), (B, *shape) each; None for data that are not dequantised."""
+        """x and f^-1(f(x)), (B, *shape) each; None for data that are not dequantised."""
         if self.dequantizer is None:
             return None
         with self._gradients():
             x, *rest = self.input_of(batch).arguments
             latents, _ = self.flow(x, *rest)
-            again, _ = self.flow.inverse(latents, *rest)
-        return x.detach(), again.detach()
+            reconstruction, _ = self.flow.inverse(latents, *rest)
+        return x.detach(), reconstruction.detach()
 
     # ----------------------------------------------------------------------------- inputs
 
     def context(self, batch: list[Tensor]) -> Tensor | None:
-        """What the flow is conditioned on.
-
-        None for a flow that is conditioned on nothing, whatever the batch holds.
-        """
+        """The context of a batch; None if the flow is not conditioned on anything."""
         if self.flow.conditioned_on is None:
             return None
         return context_of(batch)
 
-    def training_input(self, batch: list[Tensor], at: Position) -> Input:
-        """A micro-batch, dequantised with the noise of its place in training."""
+    def training_input(self, batch: list[Tensor], position: Position) -> Input:
+        """The input made from a micro-batch, with the noise of its place in training."""
         q = batch[0]
         context = self.context(batch)
         noise = None
         if self.flow.noise_shape is not None:
             shape = (len(q), *self.flow.noise_shape)
-            noise = self.training_noise(shape, at, stream=FLOW, device=q.device)
+            noise = self.training_noise(shape, position, stream=FLOW, device=q.device)
         if self.dequantizer is None:
             return Input(q, context, torch.zeros(len(q), device=q.device, dtype=q.dtype), noise)
-        dequantization_noise = self._dequantization_noise(q, at)
+        dequantization_noise = self._dequantization_noise(q, position)
         x, log_weight = self._dequantization(q, dequantization_noise, context)
         return Input(x, context, log_weight, noise)
 
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
-        """A batch with each datum's own noise, keyed (noise_seed, index, k)."""
+        """The input made from a batch, where a datum's noise depends on (noise_seed, index, k)."""
         q, indices, *_ = batch
         context = self.context(batch)
         noise = None
@@ -328,9 +331,9 @@ class DensityModule(OptimizedModule):
         noise = image_noise(indices, self._noise_shape, self.noise_seed, k, stream=FLOW)
         return noise.to(device, self.float_dtype)
 
-    def _dequantization_noise(self, q: Tensor, at: Position) -> Tensor:
+    def _dequantization_noise(self, q: Tensor, position: Position) -> Tensor:
         kind = self._dequantization.noise
-        return self.training_noise(tuple(q.shape), at, kind, device=q.device)
+        return self.training_noise(tuple(q.shape), position, kind, device=q.device)
 
     # ----------------------------------------------------------------------------- training
 
@@ -341,7 +344,7 @@ class DensityModule(OptimizedModule):
         loss = penalty - integrand.mean()
         per_datum = self.loss_per_datum(integrand.detach(), sample.x[0].numel())
         self.train_mean.update(per_datum)
-        # The progress bar shows the mean of this rank; the curve has that of all ranks.
+        # The progress bar shows the mean on this rank; the curve shows the mean over all ranks.
         self.log(f"train/{self.metric.name}", per_datum.mean(), prog_bar=True)
         if self.l2:
             loss = loss + self.l2 * cast(Penalized, self.flow).l2_penalty()
@@ -350,22 +353,22 @@ class DensityModule(OptimizedModule):
     def objective(
         self, x: Tensor, context: Tensor | None = None, *noise: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """log p(x | context), (B,) nats, and a scalar that is added to the mean of its negative.
+        """log p(x | context), (B,) nats, and a scalar penalty that is added to the loss.
 
-        A subclass calls the flow by way of `run`.
+        A subclass has to call the flow through `run`, which may replay a CUDA graph.
         """
         return self.run(self.flow.log_prob, x, context, *noise), 0.0
 
     def run(self, method: Callable[..., T], *inputs: Tensor | None) -> T:
-        """method(*inputs) of the flow in training, as a CUDA graph where that is wanted."""
+        """Call method(*inputs) of the flow, as a CUDA graph if `capture` was called."""
         if self.cuda_graph is None:
             return method(*inputs)
         return self.cuda_graph(method, *inputs)
 
     def loss_per_datum(self, log_prob: Tensor, n_dims: int | None = None) -> Tensor:
-        """What is logged of log p(x), (B,) nats: bits/dim of images, nats of points, (B,).
+        """The values, (B,), logged for log p(x), (B,) nats: bits/dim for images, nats for points.
 
-        n_dims: the number of dimensions of a datum; None: that of `shape`.
+        n_dims: the number of dimensions of a datum; None: computed from `shape`.
         """
         if self.n_bits is None:
             return -log_prob
@@ -378,18 +381,17 @@ class DensityModule(OptimizedModule):
     def evaluate(
         self, flow: FlowModel, x: Tensor, context: Tensor | None = None, *noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(x | context) under `flow`, (B,) nats, and by name `extra_metrics`, (B,) each.
+        """log p(x | context) under `flow`, (B,) nats, and name -> values, (B,), of `extra_metrics`.
 
-        flow: this module's, or a copy with other batch-norm statistics, whose metrics are logged
-        under names of their own.
+        flow: this module's flow, or a copy with re-estimated batch-norm statistics.
         """
         return flow.log_prob(x, context, *noise), {}
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context), (B,) nats, of data that need no dequantisation.
 
-        It is that of the flow itself, without re-estimated statistics. An estimated log-determinant
-        takes the noise of data whose indices are 0 .. B - 1.
+        Batch norms use their running statistics. An estimated log-determinant uses the noise of
+        data with indices 0 .. B - 1.
         """
         noise: list[Tensor] = []
         if self.flow.noise_shape is not None:
@@ -404,13 +406,13 @@ class DensityModule(OptimizedModule):
         self._measure(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        self._prepare_evaluation(both=False)
+        self._prepare_evaluation(testing=False)
 
     def on_test_epoch_start(self) -> None:
-        self._prepare_evaluation(both=True)
+        self._prepare_evaluation(testing=True)
 
     def _measure(self, batch: list[Tensor], split: str) -> None:
-        """Log every metric of a batch, under each flow that is evaluated."""
+        """Update and log every metric with a batch, for each of the evaluated flows."""
         integrands: dict[str, list[Tensor]] = {suffix: [] for suffix in self._evaluated}
         with evaluation(self.device.type), self._gradients():
             for k in range(self.noise_samples):
@@ -428,7 +430,7 @@ class DensityModule(OptimizedModule):
                 self._log(split, suffix, {name: self.loss_per_datum(log_mean_exp(samples), n_dims)})
 
     def _log(self, split: str, suffix: str, measures: dict[str, Tensor]) -> None:
-        """Log means over all data of an evaluation. measures: name -> (B,)."""
+        """Log means over all data of an evaluation. measures: name -> values of a batch, (B,)."""
         for name, values in measures.items():
             mean = cast(MeanMetric, self.eval_means[f"{name}{suffix}"])
             mean.update(values.detach())
@@ -437,38 +439,39 @@ class DensityModule(OptimizedModule):
 
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[None]:
-        """Compute with gradients if the flow's evaluation takes some, and else without."""
+        """Enable gradients in the block if evaluation needs them, and else disable them."""
         with torch.set_grad_enabled(self.needs_autograd):
             yield
 
-    def _prepare_evaluation(self, both: bool) -> None:
-        """Decide which flows are evaluated, and estimate batch-norm statistics where they are due.
+    def _prepare_evaluation(self, testing: bool) -> None:
+        """Choose the flows to evaluate, and re-estimate batch-norm statistics where needed.
 
-        both: whether also weights that are not averaged are evaluated with estimated statistics.
+        The flow's own statistics are used in validation, both kinds in a test, and for averaged
+        weights only re-estimated ones.
         """
         self._evaluated = {"": self.flow}
         averaged = any(isinstance(c, WeightAveraging) for c in callbacks_of(self.trainer))
-        due = self.bn_images > 0 and (both or averaged)
-        if not due or self.trainer.sanity_checking or not has_batch_norm(self.flow):
+        reestimates = self.bn_images > 0 and (testing or averaged)
+        if not reestimates or self.trainer.sanity_checking or not has_batch_norm(self.flow):
             return
         with evaluation(self.device.type), self._gradients():
             batches = enumerate(data_of(self.trainer).train_batches(self.bn_images))
             inputs = (
                 self._reestimation_input(batch, number).arguments for number, batch in batches
             )
-            fresh = reestimated(self.flow, inputs)
-        self._evaluated = {"": self.flow, REESTIMATED: fresh}
+            reestimated_flow = reestimated(self.flow, inputs)
+        self._evaluated = {"": self.flow, REESTIMATED: reestimated_flow}
         if averaged:
-            self._evaluated = {"": fresh}
+            self._evaluated = {"": reestimated_flow}
 
     def _reestimation_input(self, batch: list[Tensor], number: int) -> Input:
-        """A batch of the first epoch, with the noise that it has there."""
-        at = Position(0, number, self.trainer.global_rank, self.trainer.world_size)
-        return self.training_input([part.to(self.device) for part in batch], at)
+        """The input made from batch `number` of the first epoch, with its training noise."""
+        position = Position(0, number, self.trainer.global_rank, self.trainer.world_size)
+        return self.training_input([part.to(self.device) for part in batch], position)
 
 
 def log_mean_exp(samples: list[Tensor]) -> Tensor:
-    """log of the mean of exp over samples of (B,) each, in float64, (B,).
+    """ln(mean of exp(sample)) over the samples, (B,) each; computed in float64, (B,).
 
     >>> log_mean_exp([torch.tensor([0.0]), torch.tensor([0.0])]).tolist()
     [0.0]
@@ -476,7 +479,7 @@ def log_mean_exp(samples: list[Tensor]) -> Tensor:
     return torch.stack(samples).double().logsumexp(0) - math.log(len(samples))
 
 
-def drawn(
+def draw_samples(
     flow: FlowModel,
     n: int,
     temperature: float,
@@ -484,16 +487,16 @@ def drawn(
     shape: tuple[int, ...] | None = None,
     context: Tensor | None = None,
 ) -> Tensor | None:
-    """n samples, (n, *shape), of the same base sample at every temperature.
+    """Draw n samples, (n, *shape), whose base samples are the same at every temperature.
 
-    A class-conditional flow draws its classes in turn. A flow whose contexts cannot be made up
-    takes those of `context`, (B, ...), in turn; None where there are none.
+    Classes, for a class-conditional flow, are taken in turn. A flow whose contexts cannot be made
+    up takes the rows of `context`, (B, ...), in turn. None if it has none.
 
-    shape: of one datum, for a flow of any size.
+    shape: the shape of a sample, for a flow of data of any size.
     """
     generator = torch.Generator().manual_seed(seed)
-    decides_itself = type(flow).sample_shape is not FlowModel.sample_shape
-    if decides_itself or None not in flow.shape:
+    context_sets_shape = type(flow).sample_shape is not FlowModel.sample_shape
+    if context_sets_shape or None not in flow.shape:
         shape = None
     if flow.conditioned_on is None:
         return flow.sample(n, temperature, shape=shape, generator=generator)

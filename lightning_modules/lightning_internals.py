@@ -1,9 +1,9 @@
-"""What this repository changes inside Lightning 2.6, because no argument of Lightning's does it.
+"""All changes of Lightning 2.6 that need its private attributes, for want of a public argument.
 
-All of it is here, and nowhere else. Each function names the release that it was written for and
-says why it is needed. Private attributes may change with any release. pyproject.toml therefore has
-an upper bound, and tests/test_lightning_internals.py asserts that every attribute still exists and
-still has its effect. Read both before the bound is moved.
+Each function says why it is needed, and for which release it was written. Private attributes may
+change with any release. So pyproject.toml has an upper bound for Lightning, and
+tests/test_lightning_internals.py asserts that every attribute still exists and has its effect. Read
+both before you raise the bound.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 
 def set_signal_handlers_with(trainer: L.Trainer, listen: Callable[[], None]) -> None:
-    """Have `listen()` set the signal handlers at every start of a loop, instead of Lightning.
+    """Let `listen()` set the signal handlers whenever a loop starts, instead of Lightning.
 
     Lightning 2.6.6 calls collectives inside its handlers. That deadlocks when one rank is in the
     middle of a backward pass (Lightning-AI/pytorch-lightning issue 20806). It also sets the
@@ -28,7 +28,7 @@ def set_signal_handlers_with(trainer: L.Trainer, listen: Callable[[], None]) -> 
 
 
 def broadcast_no_signals(trainer: L.Trainer) -> None:
-    """Leave out the flag that Lightning 2.6.6 broadcasts in every batch of several ranks.
+    """Turn off the flag that Lightning 2.6.6 broadcasts between ranks in every batch.
 
     The broadcast waits for the GPU, and the flag belongs to the handlers that
     `set_signal_handlers_with` replaces.
@@ -37,20 +37,20 @@ def broadcast_no_signals(trainer: L.Trainer) -> None:
 
 
 def broadcast_signals(trainer: L.Trainer) -> None:
-    """Undo `broadcast_no_signals`, for a benchmark of what it saves."""
+    """Undo `broadcast_no_signals`, for a benchmark of the time that it saves."""
     vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
 
 
 def _nothing() -> None:
-    """Do nothing, in the place of a method."""
+    """Do nothing: the replacement of a method that is turned off."""
 
 
 def send_no_buffers(trainer: L.Trainer) -> None:
-    """Keep DDP from sending the buffers around in every step: here they are equal on all ranks.
+    """Stop DDP from broadcasting buffers in every step, since here they are equal on all ranks.
 
-    Lightning 2.6 passes on the keywords of a `DDPStrategy` that a user makes, but takes none for a
-    strategy that it chooses by itself. The keyword is `forward_sync_buffers` from torch 2.14 on,
-    and `broadcast_buffers` before.
+    Lightning 2.6 accepts keyword arguments of DDP only for a `DDPStrategy` that the user makes, not
+    for one that it chooses itself. The keyword is `forward_sync_buffers` from torch 2.14 on, and
+    `broadcast_buffers` before.
     """
     if not isinstance(trainer.strategy, DDPStrategy):
         return
@@ -62,20 +62,20 @@ def send_no_buffers(trainer: L.Trainer) -> None:
 
 
 def kill_ranks(trainer: L.Trainer) -> None:
-    """End the processes that this one has started as further ranks: they wait for it.
+    """Kill the other ranks that this process has started, which would wait for it forever.
 
-    Does nothing where Slurm or torchrun started the ranks. The launcher of Lightning 2.6 has the
-    method, though its documentation does not name it.
+    Does nothing if Slurm or torchrun has started the ranks. The method `kill` of the launcher of
+    Lightning 2.6 is not documented.
     """
     if trainer.strategy.launcher is not None:
-        # Windows has no SIGKILL; its SIGTERM kills.
+        # Windows has no SIGKILL; SIGTERM kills there.
         trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def count_running_epoch(checkpoint: dict[str, Any]) -> None:
-    """Count the epoch that is running as begun, in a checkpoint that is about to be saved.
+    """Count the current epoch as begun, in a checkpoint that is about to be saved.
 
-    Lightning 2.6.6 forgets to do so after a resume from the last batch of an epoch. A second resume
+    Lightning 2.6.6 does not do so after a resume from the last batch of an epoch. A second resume
     from such a batch would then repeat the epoch's number, and with it the order and the noise.
     """
     for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
@@ -85,11 +85,11 @@ def count_running_epoch(checkpoint: dict[str, Any]) -> None:
 
 
 def name_no_anonymous_mode(logger: WandbLogger) -> None:
-    """Remove the argument `anonymous`, which Lightning 2.6 always passes and wandb warns about."""
+    """Remove the argument `anonymous` that Lightning 2.6 always passes; wandb warns about it."""
     logger._wandb_init.pop("anonymous", None)
 
 
-# The following attributes are public, and Lightning 2.6 sets them without declaring them.
+# The following attributes are public, but Lightning 2.6 does not declare them for type checkers.
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
@@ -98,7 +98,7 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def datamodule_of(trainer: L.Trainer) -> Any:
-    """The datamodule that the trainer was handed, of whatever class."""
+    """The datamodule that was passed to the trainer, of any class."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Means over images."""
+"""Means over images or other data."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, Metric
 def image_mean() -> MeanMetric:
     """A mean over images that never waits for the device.
 
-    It is exact also where ranks have unequal numbers of images; Lightning's `sync_dist` is not.
+    It is exact even if ranks have unequal numbers of images; Lightning's `sync_dist` is not.
 
     >>> mean = image_mean()
     >>> mean.update(torch.tensor([1.0, 2.0]))
@@ -20,10 +20,10 @@ def image_mean() -> MeanMetric:
 
 
 class FiniteMean(Metric):
-    """A mean over those images whose value is finite; NaN where there was none.
+    """A mean over the images whose value is finite; NaN if there is none.
 
-    It never waits for the device. torchmetrics' MeanMetric leaves NaN out only after asking the
-    device, and when it does not ask it ignores weights.
+    It never waits for the device. torchmetrics' MeanMetric waits for it to leave out NaN, and with
+    nan_strategy="disable", which does not wait, it ignores the weights that could leave it out.
 
     >>> mean = FiniteMean()
     >>> mean.update(torch.tensor([1.0, float("nan"), 3.0]))
@@ -40,7 +40,7 @@ class FiniteMean(Metric):
         self.add_state("n", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
-        """Count values, (B,), one an image."""
+        """Add values, (B,), one for each image."""
         finite = values.isfinite()
         self.total += values.where(finite, 0).sum()
         self.n += finite.sum()

@@ -1,4 +1,4 @@
-"""Noise as a function of the place where it is used, not of what was drawn before."""
+"""Noise that depends only on where it is used, not on what was drawn before."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-KINDS = ("uniform", "normal")  # on [0, 1), and standard normal
+KINDS = ("uniform", "normal")  # uniform on [0, 1), standard normal
 GENERATOR_METHODS = {"uniform": "random", "normal": "standard_normal"}  # of numpy
 
-# Streams of random numbers: noise of one stream does not depend on that of another.
+# Numbers of independent streams of random numbers.
 DATA = 0
 FLOW = 1
 NETWORK = 2
 
 
 class Dequantization(Protocol):
-    """What an objective asks of a dequantiser: `Dequantizer` in datamodules/ describes it."""
+    """What an objective needs from a dequantiser, as `Dequantizer` in datamodules/ explains."""
 
     @property
     def noise(self) -> str: ...
@@ -37,12 +37,13 @@ class Dequantization(Protocol):
 
 @dataclass(frozen=True)
 class Position:
-    """The place of a micro-batch in training: a slice of a global batch.
+    """The place of a micro-batch in training.
 
-    Ranks and micro-batches share a global batch: each takes a slice.
+    A global batch is divided into `parts` slices of equal size: one for each micro-batch of each
+    rank.
 
-    epoch: number of the epoch. step: number of the global batch in its epoch. part: number of the
-    slice among `parts` slices of equal size.
+    epoch: the number of the epoch. step: the number of the global batch in its epoch. part: the
+    number of the slice, from 0 to parts - 1.
     """
 
     epoch: int
@@ -54,12 +55,12 @@ class Position:
 def part_noise(
     shape: tuple[int, ...],
     seed: int,
-    at: Position,
+    position: Position,
     device: torch.device,
     kind: str = "uniform",
     stream: int = DATA,
 ) -> Tensor:
-    """Noise of a micro-batch, float32 of `shape` = (b, ...): its slice of the global batch's noise.
+    """The slice of the global batch's noise for one micro-batch: float32, of `shape` (b, ...).
 
     The other arguments are those of `batch_noise`.
 
@@ -70,8 +71,9 @@ def part_noise(
     True
     """
     n, *rest = shape
-    whole = batch_noise((at.parts * n, *rest), seed, at.epoch, at.step, device, kind, stream)
-    return whole[at.part * n : (at.part + 1) * n]
+    global_shape = (position.parts * n, *rest)
+    noise = batch_noise(global_shape, seed, position.epoch, position.step, device, kind, stream)
+    return noise[position.part * n : (position.part + 1) * n]
 
 
 def batch_noise(
@@ -83,10 +85,10 @@ def batch_noise(
     kind: str = "uniform",
     stream: int = DATA,
 ) -> Tensor:
-    """Noise of a whole global training batch, float32 of `shape`.
+    """Noise for a whole global training batch, float32 of `shape`.
 
-    It is a function of seed, epoch and `batch`, the number of the global batch in the epoch, and of
-    the kind of device: it is drawn there, and a GPU's generator gives other numbers than a CPU's.
+    It is a function of the seed, the epoch, `batch` (the number of the global batch in the epoch),
+    and the kind of device on which it is drawn: a GPU's generator draws other numbers than a CPU's.
 
     kind: one of KINDS. stream: DATA, or another number for noise that is independent of it.
     """
@@ -109,7 +111,8 @@ def image_noise(
     An image's noise is a function of the noise seed, the image's index and k. So the bits/dim of an
     image depend neither on the batch size nor on the number of ranks.
 
-    indices: (B,). k: number of the noise sample of an image. kind, stream: as in `batch_noise`.
+    indices: (B,). k: the number of the noise sample, if there are several for each image. kind,
+    stream: as in `batch_noise`.
 
     >>> noise = image_noise(torch.tensor([7, 8, 9]), (3, 8, 8), seed=0)
     >>> torch.equal(image_noise(torch.tensor([9]), (3, 8, 8), seed=0), noise[2:])
@@ -132,25 +135,25 @@ def evaluation_input(
     k: int = 0,
     context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, *shape) and log_weight (B,) of integers q (B, *shape), on their device.
+    """x, (B, *shape), and log_weight, (B,), of integers q, (B, *shape), on the device of q.
 
-    Each image has its own `image_noise`, whose arguments are indices, seed and k.
+    Each image is dequantised with its `image_noise`, which depends on its index, the seed and k.
     """
     noise = image_noise(indices, q.shape[1:], seed, k, dequantizer.noise)
     return dequantizer(q, noise.to(q.device, dtype), context)
 
 
-def network_seed(seed: int, at: Position) -> int:
-    """A seed for torch's generator in a pass through a network that draws numbers (dropout).
+def network_seed(seed: int, position: Position) -> int:
+    """A seed for torch's generator in a pass through networks that draw random numbers (dropout).
 
     It is a function of the run's seed and the place in training.
     """
-    key = [*_key(seed, at.epoch, at.step, NETWORK), at.part]
+    key = [*_key(seed, position.epoch, position.step, NETWORK), position.part]
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _key(seed: int, first: int, second: int, stream: int) -> list[int]:
-    """The key of a generator. DATA is left out, as in the keys that earlier runs were made with."""
+    """The key of a generator; without DATA, so that the noise of earlier runs stays the same."""
     key = [seed, first, second]
     if stream != DATA:
         key.append(stream)

@@ -1,19 +1,19 @@
-"""Computations that fail because of the numbers in a model, not because of the code."""
+"""Failures of a computation that are due to the numbers in a model, not to the code."""
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-# A matrix that cannot be inverted or decomposed, an overflow, and a GPU whose memory is full.
+# A matrix that cannot be inverted or decomposed, an overflow, a GPU whose memory is full.
 FAILURES = (torch.linalg.LinAlgError, ArithmeticError, torch.OutOfMemoryError)
 
 
-def say_failed(what: str, error: BaseException) -> None:
-    """Say in one line what could not be computed, and why; the run goes on.
+def report_failure(name: str, error: BaseException) -> None:
+    """Print in one line what could not be computed, and why; the run continues.
 
-    A picture is not worth a run. Weights that have grown until a layer's matrix is singular are
-    counted where steps are not finite, which ends a run with a message of its own.
+    A missing picture is no reason to end a run. If weights have grown until a layer's matrix is
+    singular, training steps are skipped as not finite, and too many of those end the run.
 
-    what: the beginning of the line, such as "samples at T=1". error: one of FAILURES.
+    name: what could not be computed, such as "samples at T=1". error: one of FAILURES.
     """
     reason = str(error).partition("\n")[0]
-    rank_zero_info(f"{what} cannot be computed: {reason}")
+    rank_zero_info(f"{name} cannot be computed: {reason}")

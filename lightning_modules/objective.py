@@ -1,4 +1,4 @@
-"""The contract of an objective: all that callbacks, scripts and results know of what is trained."""
+"""The contract of an objective: all that callbacks, scripts and results may use of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,13 +17,12 @@ from results.metrics import Metric
 
 
 class Input(NamedTuple):
-    """What a batch becomes.
+    """The input of a model, made from a batch.
 
     x: (B, *shape), the data that are modelled.
     context: what they are conditioned on, (B, ...), or None.
-    log_weight: (B,) nats, what a dequantiser adds to log p(x) (`Dequantizer`); zeros where nothing
-        is dequantised.
-    noise: of an estimated log-determinant, (B, *noise_shape), or None.
+    log_weight: (B,) nats, what a dequantiser adds to log p(x) (`Dequantizer`); zeros without one.
+    noise: (B, *noise_shape), for an estimated log-determinant (`FlowModel.noise_shape`), or None.
     """
 
     x: Tensor
@@ -33,14 +32,14 @@ class Input(NamedTuple):
 
     @property
     def arguments(self) -> tuple:
-        """What a flow's methods take: x, the context and, if it is not None, the noise."""
+        """The arguments of a flow's methods: x, the context and, if it is not None, the noise."""
         if self.noise is None:
             return self.x, self.context
         return self.x, self.context, self.noise
 
 
 class Data(Protocol):
-    """What an objective and the callbacks ask of a datamodule; see `StatelessDataModule`."""
+    """What objectives and callbacks need from a datamodule, as `StatelessDataModule` explains."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -63,66 +62,67 @@ class Data(Protocol):
 
 
 class Objective(L.LightningModule, ABC):
-    """A LightningModule of this repository: one for each kind of training.
+    """The base class of this repository's LightningModules: one subclass for each objective.
 
-    Kinds are likelihood, super-resolution, denoising and so on. To add one, subclass
-    `OptimizedModule`, which is an `Objective` that updates weights as a recipe's `optim` section
-    says, and define what is listed here. `DensityModule` is the example that has everything;
-    tests/test_objective.py has one without a flow. A callback or a script may use nothing else of a
-    module.
+    An objective is what training optimises: a likelihood, super-resolution, denoising and so on. To
+    add one, subclass `OptimizedModule`, an `Objective` that updates its weights according to the
+    `optim` section of a recipe, and define what is listed here. Callbacks and scripts use nothing
+    else of a module. `DensityModule` is an example that defines everything; the one in
+    tests/test_objective.py has no flow.
 
     A subclass has to define:
-        metrics         what is measured. The first one chooses the best weights and is shown by the
-                        curve. The subclass logs them, in training as `train/<name>` and in
-                        evaluation as `val/<name>` and `test/<name>`.
-        trained         the module whose parameters are optimised, clipped, counted, and checked for
-                        being finite, and whose parts are compiled or recomputed. (Averages and
-                        checkpoints are of all parameters of the LightningModule.)
-        training_step   updates `train_mean` with the first metric of each datum, (B,), which the
-                        curve shows for training; returns `OptimizedModule.finite_or_nan` of the
-                        loss.
+        metrics         what is measured. The first metric chooses the best checkpoint and is
+                        plotted in the learning curve. The subclass logs each metric as
+                        `val/<name>` and `test/<name>`, and may log it as `train/<name>`.
+        trained         the module whose parameters are optimised, clipped and counted, whose
+                        gradients are checked for being finite, and whose parts are compiled or
+                        recomputed. (Weight averages and checkpoints contain all parameters of the
+                        LightningModule.)
+        training_step   updates `train_mean` with the first metric of each datum, (B,), for the
+                        training curve, and returns `OptimizedModule.finite_or_nan(loss)`.
         validation_step, test_step
-                        log the metrics as means over data: torchmetrics objects (`image_mean`), one
-                        for each metric.
+                        log each metric as a mean over data, with one torchmetrics object for each
+                        (`image_mean`).
         of              the constructor that a script calls.
 
     A subclass may define or replace the following. The defaults mean "none":
-        shape           of one datum; None among its entries is any size. Where it is (C, H, W), x
-                        is an image in [0, 1] and pictures are drawn.
-        n_bits          of the data's integers; None for real numbers.
-        needs_autograd  whether evaluation takes gradients: then Lightning's inference mode is off.
+        shape           the shape of one datum, in which None is any size. If it is (C, H, W), x is
+                        an image in [0, 1], and pictures are drawn.
+        n_bits          the number of bits of integer data; None for real numbers.
+        needs_autograd  whether evaluation computes gradients, so that Lightning's inference mode
+                        has to be off.
         model_name, n_parameters
-                        what messages and results call the model, and how many numbers are trained.
-        input_of        how a batch becomes what evaluation sees; `benchmarks.stability` calls it.
+                        the name of the model in messages and results, and how many numbers are
+                        trained.
+        input_of        makes the input of evaluation from a batch; `benchmarks.stability` uses it.
         has_temperature, draw, reconstruct
-                        what is drawn for pictures, and whether samples have a temperature.
+                        the pictures that are drawn, and whether samples have a temperature.
         needs_initialization, initialize
-                        what is set from a first batch, before training; not where a run goes on.
-        check_data      whether the data are those that the model is for.
-        trial           a loss of made-up data, by which the duration of a run is estimated.
+                        what is set from a first batch before training, except in a resumed run.
+        check_data      refuses data that do not fit the model.
+        trial           the loss on made-up data, which is timed to estimate how long a run takes.
         compile_networks, capture
-                        how its networks are compiled and its steps captured as CUDA graphs.
-        constructors    the classes whose arguments the sections of a recipe are; a run that goes
-                        on is compared with its first part by them.
+                        how the networks are compiled, and how steps are captured as CUDA graphs.
+        constructors    the classes that take the sections of a recipe as keyword arguments.
 
-    A subclass inherits `metric`, `train_mean`, and the counts of steps that were skipped because
-    they were not finite: `skipped` (in the whole run), `skipped_last` (whether the newest was) and
-    `check_skipped()`.
+    A subclass inherits `metric`, `train_mean`, and what is known of the steps that were skipped
+    because they were not finite: `skipped` (their number in the whole run), `skipped_last` (whether
+    the newest step was one) and `check_skipped()`.
 
-    Batches are (datum, index) or (datum, index, context), as `StatelessDataModule` gives them.
-    Noise is a function of the place where it is used: `training_noise` in training, `image_noise`
-    with `noise_seed` in evaluation.
+    Batches are (datum, index) or (datum, index, context), as `StatelessDataModule` yields them.
+    Noise depends only on where it is used, not on what was drawn before: `training_noise` in
+    training, `image_noise` with `noise_seed` in evaluation.
 
-    seed: of the training noise. noise_seed: of the evaluation noise. ValueError, one line: one of
-    them is negative.
+    seed: the seed of the training noise. noise_seed: the seed of the evaluation noise. Raises
+    ValueError: one of them is negative.
     """
 
     metrics: tuple[Metric, ...]
     shape: tuple[int | None, ...] | None = None
     n_bits: int | None = None
     has_temperature: bool = True
-    skipped: Tensor  # steps that were not finite, in the whole run; int64, a scalar
-    skipped_last: Tensor  # whether the newest step was not finite; bool, a scalar
+    skipped: Tensor  # number of skipped steps in the whole run; int64, a scalar
+    skipped_last: Tensor  # whether the newest step was skipped; bool, a scalar
 
     def __init__(self, seed: int = 0, noise_seed: int = 0) -> None:
         super().__init__()
@@ -130,37 +130,37 @@ class Objective(L.LightningModule, ABC):
         check_count("eval.noise_seed", noise_seed)
         self.seed = seed
         self.noise_seed = noise_seed
-        self.train_mean = FiniteMean()  # steps that are skipped do not count
+        self.train_mean = FiniteMean()  # values that are not finite, of skipped steps, do not count
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_last", torch.zeros((), dtype=torch.bool))
 
     @classmethod
     @abstractmethod
     def of(cls, config: DictConfig, model: nn.Module, data: Data) -> Self:
-        """The objective that a recipe describes.
+        """Make the objective that a recipe describes.
 
-        config: the whole recipe. model: what the script made of `config.flow`. data: not yet set
-        up; their `shape`, `n_bits` and `dequantizer` are known.
+        config: the whole recipe. model: the model that the script has built from `config.flow`.
+        data: the datamodule, before its `setup`, which knows `shape`, `n_bits` and `dequantizer`.
         """
 
     @property
     def metric(self) -> Metric:
-        """The metric that chooses the best weights."""
+        """The metric that chooses the best checkpoint."""
         return self.metrics[0]
 
     @property
     @abstractmethod
     def trained(self) -> nn.Module:
-        """The module whose parameters are trained; a ModuleList where there are several parts."""
+        """The module whose parameters are trained; a ModuleList if it has several parts."""
 
     @property
     def needs_autograd(self) -> bool:
-        """Whether evaluation takes gradients."""
+        """Whether evaluation computes gradients."""
         return False
 
     @property
     def model_name(self) -> str:
-        """What a message calls the model."""
+        """The name of the model in messages."""
         return type(self.trained).__name__
 
     @property
@@ -170,44 +170,47 @@ class Objective(L.LightningModule, ABC):
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """The dtype of the module. Lightning declares that it may be a string, which it is not."""
+        """The dtype of the module, without the strings that Lightning's type allows as well."""
         return cast(torch.dtype, self.dtype)
 
     def constructors(self) -> dict[str, type]:
-        """For each section of a recipe the class whose keyword arguments its keys are.
+        """For each section of a recipe, the class that takes its keys as keyword arguments.
 
-        Where a run goes on, a key that its recipe did not have at first counts as the default of
-        the constructor.
+        A run is resumed only with the recipe that it began with. If that recipe was saved before a
+        key existed, the key counts as the default value of the class.
         """
         return {"optim": type(self), "eval": type(self)}
 
     # ----------------------------------------------------------------------------- before training
 
     def check_data(self, data: Data) -> None:
-        """Refuse data that the model is not for. ValueError, one line that says what to give."""
+        """Refuse data that do not fit the model.
+
+        Raises ValueError with one line that says which settings to change.
+        """
 
     def needs_initialization(self) -> bool:
-        """Whether something has still to be set from data.
+        """Whether some parameters still have to be set from data.
 
-        False where a run goes on, since its weights are loaded.
+        False in a resumed run, whose weights are loaded from a checkpoint.
         """
         return False
 
     def initialize(self, batch: list[Tensor]) -> None:
-        """Set what depends on data from a batch that is equal on every rank.
+        """Set the parameters that depend on data, from a batch that is the same on every rank.
 
         It is called once, and needs no gradients.
         """
 
     def trial(self, n: int) -> Tensor | None:
-        """The loss of n made-up data, a scalar, to measure the time of a step on a copy.
+        """The loss on n made-up data, a scalar; None if that would not show how long a step takes.
 
-        None where that would say nothing.
+        A script times it and its backward pass on a copy of the module.
         """
         return None
 
     def compile_networks(self) -> None:
-        """Compile with torch.compile what is trained. Keys of the state dict stay."""
+        """Apply torch.compile to the parts of `trained`. The keys of the state dict stay."""
         trained = self.trained
         parts: list[nn.Module] = [trained]
         if isinstance(trained, nn.ModuleList):
@@ -216,21 +219,22 @@ class Objective(L.LightningModule, ABC):
             part.compile()
 
     def capture(self) -> None:
-        """Have training steps replayed as CUDA graphs. ValueError, one line: it cannot be done."""
+        """Have training steps replayed as CUDA graphs. Raises ValueError if there are none."""
         raise ValueError(
-            f"{type(self).__name__} captures no CUDA graphs: give trainer.cuda_graph=false"
+            f"{type(self).__name__} cannot be captured as CUDA graphs: "
+            "give trainer.cuda_graph=false"
         )
 
     # ----------------------------------------------------------------------------- in training
 
     def input_of(self, batch: list[Tensor], k: int = 0) -> Input:
-        """A batch as evaluation sees it, the same at every call. k: number of the noise sample."""
+        """The input of evaluation, the same at every call. k: the number of the noise sample."""
         datum = batch[0]
         log_weight = datum.new_zeros(len(datum), dtype=self.float_dtype)
         return Input(datum, context_of(batch), log_weight)
 
     def position(self, batch_idx: int) -> Position:
-        """The place in training of the micro-batch that `training_step` has been handed."""
+        """The place in training of micro-batch `batch_idx` of this rank's epoch."""
         n_micro = self.trainer.accumulate_grad_batches
         step, micro = divmod(batch_idx, n_micro)
         part = self.trainer.global_rank * n_micro + micro
@@ -239,54 +243,54 @@ class Objective(L.LightningModule, ABC):
     def training_noise(
         self,
         shape: tuple[int, ...],
-        at: Position,
+        position: Position,
         kind: str = "uniform",
         stream: int = DATA,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Noise of a micro-batch, `shape` = (b, ...).
+        """Noise for a micro-batch, of `shape` (b, ...).
 
-        It is a function of seed, epoch and the number of the global batch. So batches of 64, of
-        2 x 32 on two ranks and of 2 x 32 accumulated have the same noise, and so has a run that
-        goes on.
+        It is a function of the seed, the epoch and the number of the global batch. So a batch of 64
+        has the same noise on one rank, on two ranks of 32 each, and accumulated from two
+        micro-batches of 32; and a resumed run has the noise of one that was never stopped.
 
-        kind: "uniform" on [0, 1) or "normal". stream: another number than DATA for noise that is
-        independent of that of the data. device: where the data are, if that is not the module's
-        device. In the hook `setup` Lightning already calls the GPU the module's device, but the
-        weights are still on the CPU.
+        position: the place of the micro-batch in training.
+        kind: "uniform" on [0, 1), or "normal".
+        stream: a number other than DATA gives noise that is independent of the data's noise.
+        device: the device of the data; None: `self.device`. They differ in the hook `setup`, where
+            Lightning already reports the GPU while weights and data are still on the CPU.
         """
         if device is None:
             device = self.device
-        noise = part_noise(shape, self.seed, at, device, kind, stream)
+        noise = part_noise(shape, self.seed, position, device, kind, stream)
         return noise.to(self.float_dtype)
 
     def check_skipped(self) -> None:
-        """Raise `Diverged` where more steps than are allowed were skipped as not finite."""
+        """Raise `Diverged` if more steps than allowed were skipped because they were not finite."""
 
     # ----------------------------------------------------------------------------- pictures
 
     def draw(
         self, n: int, temperature: float, seed: int, batch: list[Tensor] | None = None
     ) -> Tensor | None:
-        """n samples, (n, *shape), of the same base sample at every temperature.
+        """Draw n samples, (n, *shape), whose base samples are the same at every temperature.
 
-        None where nothing can be drawn. It is called in eval mode and in float32, and so is
-        `reconstruct`.
+        None if nothing can be drawn. `draw` and `reconstruct` are called in eval mode and float32.
 
-        batch: of validation data, if there are any, for a context that cannot be made up.
+        batch: validation data, if there are any, with contexts for a model that needs some.
         """
         return None
 
     def reconstruct(self, batch: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Validation data and what the model makes of them, (B, *shape) each.
+        """Validation data and the model's reconstructions of them, (B, *shape) each.
 
-        A picture shows one above the other. None where there is nothing to show.
+        A picture shows the data in one row and the reconstructions below. None if there are none.
         """
         return None
 
 
 def as_objective(module: L.LightningModule) -> Objective:
-    """The module of a run: Lightning's hooks declare any module, and here it is an objective."""
+    """The module of a run, typed as an `Objective`: Lightning's hooks declare a LightningModule."""
     return cast(Objective, module)
 
 
@@ -296,7 +300,7 @@ def data_of(trainer: L.Trainer) -> Data:
 
 
 def context_of(batch: list[Tensor]) -> Tensor | None:
-    """The third part of a batch, on which its data are conditioned; None where it has none."""
+    """The third part of a batch, the context of its data; None if there is none."""
     if len(batch) > 2:
         return batch[2]
     return None

@@ -34,22 +34,24 @@ class OptimizedModule(Objective):
 
     A step whose loss or gradient is not finite changes neither weights nor moments nor running
     statistics. It is counted in the buffer `skipped`, which is read every
-    `trainer.log_every_n_steps`; above `max_skipped` the run ends.
+    `trainer.log_every_n_steps`. If it exceeds `max_skipped`, the run ends.
 
-    The gradient norm decides, on the device, so that no step waits for it (in fp16 the scaler
-    waits). A loss that is not finite makes its gradient NaN (`finite_or_nan`), and DDP's mean over
-    ranks carries a NaN to all of them, so ranks agree without another message. In fp16 (16-mixed)
-    the gradient scaler skips steps itself, and does so on purpose when it tries a larger scale;
-    there the first skipped step in a row does not count.
+    Whether a step is skipped depends on the norm of its gradient and is decided on the device, so
+    that the host never waits for it (only in fp16 the gradient scaler does). A loss that is not
+    finite makes its gradient NaN (`finite_or_nan`), and DDP averages gradients, so that a NaN on
+    one rank reaches all ranks and they decide alike. In fp16 (16-mixed) the gradient scaler skips
+    steps itself, and does so on purpose when it tries a larger scale. There a step counts only if
+    the step before it was skipped too.
 
     name, lr, betas, weight_decay: the optimizer and its arguments.
-    warmup_steps: optimizer steps in which the rate rises linearly from 0.
-    schedule: after the warm-up, `constant`, or a `cosine` to 0 at the last step.
-    cooldown_steps: the last steps, in which a constant rate falls linearly to 0.
-    clip_norm: the largest global gradient norm, in the unit of the loss; None: it is not clipped.
-    max_skipped: how many steps may be skipped.
-    seed, noise_seed: of an `Objective`.
-    ValueError, one line: one of them is out of its range.
+    warmup_steps: the number of steps in which the learning rate rises linearly from 0.
+    schedule: the learning rate after the warm-up: `constant`, or `cosine`, which reaches 0 at the
+        last step.
+    cooldown_steps: the number of last steps, in which a constant rate falls linearly to 0.
+    clip_norm: the largest global gradient norm, in the unit of the loss; None: no clipping.
+    max_skipped: how many steps may be skipped before the run ends.
+    seed, noise_seed: the seeds of an `Objective`.
+    Raises ValueError: one of them is out of its range.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class OptimizedModule(Objective):
             )
         if cooldown_steps and schedule == "cosine":
             raise ValueError(
-                f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself, give 0"
+                f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself: give 0"
             )
         self.name = name
         self.lr = lr
@@ -99,15 +101,14 @@ class OptimizedModule(Objective):
         self.cooldown_steps = cooldown_steps
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
-        self._statistics: list[Tensor] = []  # running means and variances, in training
-        self._before = torch.empty(0)  # their values before the step
-        self._is_random = False
+        self._statistics: list[Tensor] = []  # running means and variances, during training
+        self._statistics_before = torch.empty(0)  # their values before the step, as one vector
+        self._is_random = False  # whether the networks draw random numbers in training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer, and the schedule of its rate. ValueError, one line: see `_last_step`."""
+        """The optimizer and its learning-rate schedule. Raises ValueError as `_last_step` does."""
         options: dict[str, Any] = {}
-        # The gradient scaler of fp16 and a fused optimizer each unscale: clipping would see scaled
-        # gradients.
+        # With fp16, a fused optimizer unscales gradients itself, but only after they are clipped.
         if self.name != "adamax" and not self._scaled():
             options["fused"] = True
         optimizer = OPTIMIZERS[self.name](
@@ -124,10 +125,9 @@ class OptimizedModule(Objective):
         }
 
     def _last_step(self) -> int | None:
-        """The step at which the rate is 0; None where it stays.
+        """The step at which the learning rate reaches 0; None if it stays constant.
 
-        ValueError, one line: no step ends the run, or it comes before warm-up and cooldown are
-        over.
+        Raises ValueError: the run has no last step, or too few steps for warm-up and cooldown.
         """
         if self.schedule != "cosine" and not self.cooldown_steps:
             return None
@@ -148,24 +148,24 @@ class OptimizedModule(Objective):
         return last
 
     def on_train_start(self) -> None:
-        """Collect the running statistics, and see whether the networks draw random numbers."""
+        """Collect the running statistics, and check whether the networks draw random numbers."""
         norms = [m for m in self.trained.modules() if isinstance(m, _BatchNorm)]
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
         self._statistics = [b for b in buffers if b is not None]
         self._is_random = is_random(self.trained)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed networks that draw, and keep the running statistics of before the step."""
+        """Seed networks that draw random numbers, and store the statistics before the step."""
         if self._is_random:
-            # Dropout draws from torch's own generator, which no checkpoint holds. Seeded by the
-            # place in training, it draws the same in a run that goes on; each rank and each
-            # micro-batch has numbers of its own.
+            # Dropout draws from torch's global generator, whose state is not in a checkpoint.
+            # Seeded by the place in training, a resumed run draws the same numbers, and each rank
+            # and micro-batch draws its own.
             torch.manual_seed(network_seed(self.seed, self.position(batch_idx)))
         if batch_idx % self.trainer.accumulate_grad_batches == 0 and self._statistics:
-            self._before = flattened(self._statistics)
+            self._statistics_before = flattened(self._statistics)
 
     def finite_or_nan(self, loss: Tensor) -> Tensor:
-        """The same loss, a scalar, whose gradient is NaN where the loss is not finite.
+        """The same loss, a scalar, but with a NaN gradient if the loss is not finite.
 
         `training_step` has to return it.
         """
@@ -179,9 +179,9 @@ class OptimizedModule(Objective):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global gradient norm, and have the step skipped where it is not finite.
+        """Clip the global gradient norm, and let the step be skipped if the norm is not finite.
 
-        Lightning's own clipping refuses a fused optimizer with mixed precision.
+        Lightning's own clipping refuses fused optimizers in mixed precision.
         """
         parameters = [p for p in self.trained.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -193,22 +193,22 @@ class OptimizedModule(Objective):
         if self._scaled():
             counted = counted & self.skipped_last
         else:
-            # Fused optimizers and our Adamax read it on the device; others would wait for it here.
+            # Fused optimizers and our Adamax read this on the device; others would have to wait.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.skipped += counted
         self.skipped_last.copy_(~finite)
         self.log_dict({"train/grad_norm": norm, "train/skipped_steps": self.skipped.float()})
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Read the count of skipped steps, every `trainer.log_every_n_steps`."""
+        """Check the number of skipped steps, every `trainer.log_every_n_steps`."""
         due = self.trainer.global_step % steps_between_logs(self.trainer) == 0
         if due and ends_step(self.trainer, batch_idx):
             self.check_skipped()
 
     def check_skipped(self) -> None:
-        """Raise `Diverged` where more than `max_skipped` steps were skipped.
+        """Raise `Diverged` if more than `max_skipped` steps were skipped.
 
-        It waits for the device.
+        The host waits for the device.
         """
         n = self.skipped.item()
         if n > self.max_skipped:
@@ -224,12 +224,12 @@ class OptimizedModule(Objective):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _restore_statistics(self, finite: Tensor) -> None:
-        """Restore the running statistics where the step is not finite.
+        """Restore the running statistics if the step is not finite.
 
-        finite: a scalar on the device, where it stays: the host does not wait for it.
+        finite: a scalar that stays on the device, so that the host does not wait for it.
         """
         if self._statistics:
-            statistics = torch.where(finite, flattened(self._statistics), self._before)
+            statistics = torch.where(finite, flattened(self._statistics), self._statistics_before)
             parts = statistics.split([b.numel() for b in self._statistics])
             torch._foreach_copy_(
                 self._statistics,
@@ -238,7 +238,7 @@ class OptimizedModule(Objective):
 
 
 def check_betas(betas: Sequence[float]) -> None:
-    """Refuse what are not two numbers in [0, 1). ValueError, one line."""
+    """Refuse anything but two numbers in [0, 1). Raises ValueError."""
     values = list(betas) if isinstance(betas, Sequence) and not isinstance(betas, str) else []
     if len(values) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in values):
         raise ValueError(
@@ -248,7 +248,7 @@ def check_betas(betas: Sequence[float]) -> None:
 
 
 def flattened(tensors: list[Tensor]) -> Tensor:
-    """One vector with the elements of all tensors, a copy.
+    """A new vector with the elements of all tensors.
 
     >>> flattened([torch.ones(2, 1), torch.zeros(1)])
     tensor([1., 1., 0.])

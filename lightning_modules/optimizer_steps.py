@@ -1,4 +1,4 @@
-"""Where a run stands, in optimizer steps.
+"""The progress of a run in optimizer steps.
 
 Lightning's hooks count batches, and an optimizer step may accumulate several of them.
 """
@@ -9,15 +9,15 @@ import lightning.pytorch as L
 
 
 def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the weights were updated after this batch.
+    """Whether an optimizer step ended with this batch.
 
-    Global batches are whole, so no epoch ends in the middle of a step.
+    Incomplete global batches are dropped, so no epoch ends in the middle of a step.
     """
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def last_step(trainer: L.Trainer) -> int | None:
-    """The optimizer step that ends the run; None where neither steps nor epochs do.
+    """The last optimizer step of the run; None if neither steps nor epochs are limited.
 
     It is trainer.max_steps, or the end of trainer.max_epochs if that comes first.
     """

@@ -1,4 +1,4 @@
-"""The precision in which everything but a training step is computed."""
+"""The precision of everything but training steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 
 @contextlib.contextmanager
 def evaluation(device_type: str) -> Iterator[None]:
-    """Compute in float32, whatever the training precision is, and without compiled graphs.
+    """Compute in float32, whatever the training precision, and without compiled graphs.
 
-    Evaluation would need further graphs, and compiling them would take a minute.
+    Evaluation would need compiled graphs of its own, which would take a minute to compile.
 
     device_type: "cpu" or "cuda".
     """

@@ -8,14 +8,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warm_up(steps: int, total: int | None, cooldown: int = 0) -> Callable[[int], float]:
-    """The factor of the learning rate at step i, as a function of i.
+    """Return the factor of the learning rate as a function of the step i.
 
-    It is i / steps in the first `steps` steps, and then 1. Where `total` is given it falls to 0 at
-    step `total`: along a half cosine from the end of the warm-up, or with `cooldown` along a line
-    in the last `cooldown` steps, for which `total` has to be given.
+    It is i / steps in the first `steps` steps, and then 1. If `total` is given, it falls to 0 at
+    step `total`: along a half cosine from the end of the warm-up, or, if `cooldown` is given,
+    linearly in the last `cooldown` steps. `cooldown` needs `total`.
 
-    A function is returned because a checkpoint would hold the attributes of an object: a resumed
-    run is to have the end that it is given now.
+    A closure is returned, not an object with attributes, because a checkpoint would store those
+    attributes, and a resumed run has to use the `total` of its own settings.
 
     >>> factor = warm_up(steps=10, total=100, cooldown=20)
     >>> [factor(step) for step in (0, 5, 10, 80, 90, 100)]
@@ -35,13 +35,13 @@ def warm_up(steps: int, total: int | None, cooldown: int = 0) -> Callable[[int],
 
 
 class Schedule(LambdaLR):
-    """A schedule whose checkpoint holds the step, but not the factors.
+    """A schedule whose checkpoint contains the step, but not the factors.
 
-    In a resumed run the factors given now decide the rate at that step and at those that follow.
+    A resumed run computes the learning rate from that step on with its own factors.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step of the checkpoint, at the rate that the factors have there now."""
+        """Continue from the step of the checkpoint, at this run's own rate for that step."""
         super().load_state_dict(state_dict)
         for group, base, factor in zip(
             self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True

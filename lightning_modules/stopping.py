@@ -1,4 +1,4 @@
-"""Ends of a run that are meant: all ranks leave at the same step, and nothing is lost."""
+"""Stopping a run on purpose: all ranks leave at the same step, and nothing is lost."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import lightning.pytorch as L
 
 from lightning_modules.checkpoint_io import reason
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, and resume=auto goes on
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, and resume=auto continues
 
 
 class RunStopped(SystemExit):
@@ -18,8 +18,9 @@ class RunStopped(SystemExit):
 
     message: one line that says why the run ends and what to do.
     code: the exit code of the process.
-    requeue: whether the scheduler is to start the job again.
-    agreed: False where this process alone knows, outside of training, where nothing can be saved.
+    requeue: whether the scheduler should start the job again.
+    agreed: whether all ranks have agreed to stop; False if only this process stops, outside of
+        training, where there is nothing to save.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class RunStopped(SystemExit):
 
 
 class Diverged(RunStopped):
-    """Too many steps were not finite: the run has an outcome, and nothing to go on with."""
+    """Raised if too many steps were not finite: the run has diverged and cannot be resumed."""
 
 
 def stop_all_ranks(trainer: L.Trainer, problem: str | None) -> None:
-    """Raise RunStopped on every rank where rank 0 has a problem; every rank has to call it.
+    """Raise RunStopped on all ranks if rank 0 has a problem. All ranks have to call it.
 
-    problem: what has gone wrong, as far as this rank knows; only that of rank 0 counts.
+    problem: what has gone wrong on this rank, or None; only the problem of rank 0 counts.
     """
     problem = trainer.strategy.broadcast(problem)
     if problem is not None:
@@ -49,9 +50,9 @@ def stop_all_ranks(trainer: L.Trainer, problem: str | None) -> None:
 
 @contextlib.contextmanager
 def writing(trainer: L.Trainer, path: Path) -> Iterator[None]:
-    """Write a file in the block, on rank 0 alone; where that fails, all ranks stop at this step.
+    """Stop all ranks at this step if the block, which writes a file on rank 0, fails.
 
-    Every rank has to enter the block. RunStopped, one line: the file could not be written.
+    All ranks have to enter the block. Raises RunStopped: the file could not be written.
     """
     problem = None
     try:

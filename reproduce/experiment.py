@@ -374,7 +374,7 @@ def record(
     with resumable(config, trainer):
         trainer.test(module, datamodule=data, verbose=False, weights_only=True)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    validated = curve.validated(module.metric, weights.stem == "best")
+    validated = curve.validation_result(module.metric, weights.stem == "best")
     result = outcome | {
         "metrics": {**samples.finite, **validated, **tested},
         "checkpoint": str(weights.relative_to(folder)),

@@ -46,7 +46,7 @@ from datamodules import DATA, make_data
 from datamodules.stateless import StatelessDataModule
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import finite_share, picture
-from lightning_modules.density import drawn
+from lightning_modules.density import draw_samples
 from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
 from reproduce.command import command
@@ -219,7 +219,7 @@ def temperature(run: Run) -> tuple[list[Tensor], str]:
     rows = []
     shares = []
     for value in TEMPERATURES:
-        samples = drawn(run.flow, n, value, run.options.seed, run.data.shape)
+        samples = draw_samples(run.flow, n, value, run.options.seed, run.data.shape)
         if samples is None:  # not of a flow of the kinds that `Run` takes
             raise ValueError(f"{type(run.flow).__name__} draws nothing without a context")
         rows.append(samples)

@@ -19,7 +19,7 @@ from flows.linear import InvertibleConv1x1
 from flows.multiscale import (
     channels_last,
     check_image_shape,
-    halved,
+    halved_shape,
     levels_forward,
     levels_initialize,
     levels_inverse,
@@ -88,7 +88,7 @@ class SuperResolution(FlowModel):
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         image = check_image_shape("SuperResolution", shape or self.shape, 2, "flow.n_levels", 2)
-        return halved(2 * image[0], image, 1), halved(8 * image[0], image, 2)
+        return halved_shape(2 * image[0], image, 1), halved_shape(8 * image[0], image, 2)
 
     def sample_shape(self, encoding: Encoded | None) -> tuple[int, ...]:
         height, width = encoding.value[-1].shape[-2:]

@@ -125,11 +125,14 @@ def test_share_of_finite_samples_is_counted_in_whole_samples(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperatures": [-1]}, r"samples\.temperatures=\[-1\] is no list of numbers"),
-        ({"temperatures": [0.7, float("nan")]}, r"samples\.temperatures=\[0\.7, nan\] is no list"),
-        ({"temperatures": []}, r"samples\.temperatures=\[\] is no list"),
-        ({"temperatures": {}}, r"samples\.temperatures=\{\} is no list"),
-        ({"temperatures": 1.0}, r"samples\.temperatures=1\.0 is no list"),
+        ({"temperatures": [-1]}, r"samples\.temperatures=\[-1\] is not a list of numbers"),
+        (
+            {"temperatures": [0.7, float("nan")]},
+            r"samples\.temperatures=\[0\.7, nan\] is not a list",
+        ),
+        ({"temperatures": []}, r"samples\.temperatures=\[\] is not a list"),
+        ({"temperatures": {}}, r"samples\.temperatures=\{\} is not a list"),
+        ({"temperatures": 1.0}, r"samples\.temperatures=1\.0 is not a list"),
         ({"n": 0}, r"samples\.n=0 is out of range: give a whole number from 1 to 100000"),
         ({"n": 10**9}, r"samples\.n=1000000000 is out of range: give a whole number from 1"),
         ({"every_n_steps": -1}, r"samples\.every_n_steps=-1 is out of range: .* at least 1"),
@@ -364,7 +367,7 @@ def test_curve_keeps_its_seconds_and_rows_over_a_resume(tmp_path):
     after.load_state_dict(before.state_dict())
     assert after.rows == before.rows
     assert after.seconds_before >= 100
-    assert before.validated(BPD, best=True) == {}  # step 0 does not count
+    assert before.validation_result(BPD, best=True) == {}  # step 0 does not count
 
 
 @pytest.mark.parametrize(("metric", "best"), [(BPD, 20.0), (PSNR, 30.0)])
@@ -376,8 +379,8 @@ def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
         {"step": i, key: value}
         for i, value in enumerate((10.0, 20.0, 30.0, float("nan"), None, 25.0))
     ]
-    assert curve.validated(metric, best=True) == {key: best}
-    assert curve.validated(metric, best=False) == {key: 25.0}
+    assert curve.validation_result(metric, best=True) == {key: best}
+    assert curve.validation_result(metric, best=False) == {key: 25.0}
 
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):

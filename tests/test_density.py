@@ -725,9 +725,7 @@ def test_the_noise_of_an_estimate_is_a_function_of_the_global_batch(ranks, n_mic
 
 def test_several_samples_of_an_estimate_are_no_bound():
     """The mean of exp of an estimate is too large."""
-    with pytest.raises(
-        ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is no bound to tighten"
-    ):
+    with pytest.raises(ValueError, match=r"eval\.noise_samples=8, but bpd_estimate is not a bound"):
         density(Estimated(), noise_samples=8)
 
 

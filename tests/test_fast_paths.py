@@ -24,11 +24,11 @@ from flows.glow.conditioner import GlowConditioner
 from flows.glow.edges import ZeroConv2d
 from flows.glow.kernels import (
     add_relu,
+    conv3x3_by_patches,
+    conv3x3_by_shifts,
     conv3x3_gradients,
-    gathered,
     relu_gradient,
     scaled,
-    scattered,
 )
 from flows.glow.steps import Steps
 from flows.linear import InvertibleConv1x1LU
@@ -254,7 +254,7 @@ def test_gradients_of_a_convolution(c_in, c_out, channels_last, dtype):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("product", [gathered, scattered])
+@pytest.mark.parametrize("product", [conv3x3_by_patches, conv3x3_by_shifts])
 @pytest.mark.parametrize(("c_in", "c_out"), [(7, 3), (3, 8), (8, 1)])
 def test_a_convolution_as_a_matrix_product(product, c_in, c_out):
     inputs = [
@@ -289,11 +289,11 @@ def test_on_tensor_cores_a_conditioner_is_the_same(monkeypatch):
     assert products == [2, 9]
 
 
-def test_the_sums_of_a_scattered_convolution_are_float32_under_autocast():
+def test_the_sums_of_a_convolution_by_shifts_are_float32_under_autocast():
     x = randn(2, 64, 5, 5).float()
     weight = randn(3, 64, 3, 3, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
-        half = scattered(x, weight)
+        half = conv3x3_by_shifts(x, weight)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     assert half.dtype == torch.float32
     # The products are bfloat16.

@@ -274,11 +274,11 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
         ("glow_photos", ["data.size=12"], "flow.n_levels=3 halves a 12x12 image to odd sizes"),
         ("glow_photos", ["flow.depth=0"], "flow.depth and flow.hidden_channels must be at least 1"),
         ("glow_photos", ["flow.n_classes=7"], "flow.n_classes is no key of this recipe"),
-        ("glow_photos", ["optim.l2=0.1"], "Glow has no such penalty"),
+        ("glow_photos", ["optim.l2=0.1"], "Glow has no L2 penalty"),
         (
             "glow_cifar10",
             ["data.n_bits=9"],
-            "data.n_bits=9 does not fit integers of 8 bits: give 1 to 8",
+            "data.n_bits=9 does not fit 8-bit integers: give 1 to 8",
         ),
         ("glow_cifar10_conditional", ["data.labels=false"], "give data.labels=true"),
         (

@@ -191,7 +191,7 @@ def test_the_defaults_of_an_objective_mean_that_there_is_none():
     )
     assert plain.skipped.item() == plain.skipped_last.item() == 0
     with pytest.raises(
-        ValueError, match=r"Bare captures no CUDA graphs: give trainer.cuda_graph=false"
+        ValueError, match=r"Bare cannot be captured as CUDA graphs: give trainer.cuda_graph=false"
     ):
         plain.capture()
     with pytest.raises(TypeError, match=r"abstract methods? .*\bof\b.*\btrained\b"):

@@ -395,9 +395,7 @@ def test_wandb_runs_offline_and_never_asks(tmp_path, monkeypatch):
 
 def test_resume_needs_a_folder_and_moons_no_penalty(capsys):
     assert "add run_dir=FOLDER" in mistake(capsys, *TINY, "resume=auto")
-    assert "RealNVP2d has no such penalty" in mistake(
-        capsys, "optim.l2=0.1", main=realnvp_moons.main
-    )
+    assert "RealNVP2d has no L2 penalty" in mistake(capsys, "optim.l2=0.1", main=realnvp_moons.main)
 
 
 def test_help_and_print_config(capsys):

@@ -156,7 +156,7 @@ def test_asked_to_stop_in_a_step_that_is_not_finite_it_does_not_say_that_it_has_
     run = Run(tmp_path / "run", "trainer.max_steps=20", poison={(4, 0)}, stop=5)
     assert run.wait() == [75], run.output()
     assert (
-        "stopped at step 5, which is not finite: the newest checkpoint is of an earlier one; go on"
+        "stopped at step 5, which is not finite: the newest checkpoint is of an earlier step; go on"
         in run.output()
     )
     assert run.final()["global_step"] == 4

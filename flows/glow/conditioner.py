@@ -1,4 +1,4 @@
-"""The network in Glow's couplings, and its gradients by hand."""
+"""The network in Glow's couplings, with hand-written gradients."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,11 +24,12 @@ from flows.normalization import ActNorm, scales_and_biases
 
 
 class Folded(NamedTuple):
-    """The tensors of a `GlowConditioner` with its actnorms and factors folded in.
+    """The tensors of a `GlowConditioner` with its actnorms and factors folded into convolutions.
 
-    Of each layer: the weight as it is learned; the scale of its rows, (C_out,); the bias that is
-    added after that, (C_out,). Of the 3x3 layers also the border's weight as it is learned,
-    (C_out, 1, 3, 3), or None without edges. The gradients of these tensors are a `Folded` too.
+    For each of the three layers (in, mid, out): the weight, as it is learned; the scale that
+    multiplies its rows, (C_out,); the bias that is added after the scaling, (C_out,). For the two
+    3x3 layers also the border's weight (`EdgeConv2d`), as it is learned, (C_out, 1, 3, 3), or None
+    without edges. The gradients of these tensors are a `Folded` too.
     """
 
     weight_in: Tensor
@@ -51,9 +52,8 @@ PerLayer = tuple[Tensor, Tensor, Tensor]
 class GlowConditioner(nn.Module):
     """3x3 -> actnorm -> ReLU -> 1x1 -> actnorm -> ReLU -> zero-initialised 3x3 (authors' code).
 
-    The paper's text does not mention the actnorms. A public Glow without them, and without a
-    warm-up, turns NaN (rosinality/glow-pytorch issue 25). They are folded into the convolutions
-    before them.
+    The paper does not mention the actnorms. A public Glow that lacks them and a warm-up diverges to
+    NaN (rosinality/glow-pytorch issue 25). Each actnorm is folded into the convolution before it.
 
     x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W). A context is ignored.
 
@@ -87,14 +87,15 @@ class GlowConditioner(nn.Module):
         return first, images(second, first)
 
     def last(self, second: Tensor, weights: PerLayer, biases: PerLayer) -> Tensor:
-        """The output, in the dtype of its bias, from the second hidden layer."""
+        """The network's output, in the dtype of the last bias, from the second ReLU's output."""
         return conv3x3(second, weights[2]).to(biases[2].dtype) + biases[2]
 
     @staticmethod
     def fold(nets: Sequence["GlowConditioner"]) -> list[Folded]:
         """Fold the actnorms of n networks of one shape into the convolutions before them.
 
-        All at once: for each network alone the small operations would take a part of a step's time.
+        This takes a few batched operations. One network at a time, the many small operations would
+        take a noticeable part of a training step.
         """
         scales_in, biases_in = scales_and_biases(
             [net.norm_in.log_scale for net in nets], [net.norm_in.bias for net in nets]
@@ -162,9 +163,10 @@ class GlowConditioner(nn.Module):
         weights: PerLayer,
         folded: Folded,
     ) -> tuple[Tensor, Folded]:
-        """The gradients of x and of all in `folded`, from that of the output.
+        """The gradients of x and of every tensor in `folded`, from the gradient of the output.
 
-        It is the chain rule, from the last layer to the first.
+        They follow by the chain rule from the last layer to the first. hidden: the outputs of both
+        ReLUs.
         """
         first, second = hidden
         bias_out, edge_out, edge_scale_out = self.conv_out.bias_gradients(
@@ -203,13 +205,13 @@ class GlowConditioner(nn.Module):
         )
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Set both actnorms from their own inputs; here they are not folded."""
+        """Set each actnorm from the batch that reaches it; nothing is folded here."""
         h = self.norm_in.initialize(self.conv_in(x)).relu()
         self.norm_mid.initialize(self.conv_mid(h))
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """The dtype of autocast where it is on, else that of x; float64 stays, as under autocast."""
+    """The dtype of autocast if it is on, else that of x; float64 stays, as autocast leaves it."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -1,6 +1,6 @@
-"""Convolutions that know where the border is, and layers that start at zero.
+"""Convolutions that know where the border of the image is, and layers that start at zero.
 
-Glow's networks and priors are made of them.
+Glow's networks and priors are built from them.
 """
 
 import torch
@@ -14,13 +14,14 @@ from flows.normalization import scales_and_biases
 
 
 class EdgeConv2d(nn.Conv2d):
-    """A 3x3 "same" convolution without bias that knows where the border is; weights N(0, .05).
+    """A 3x3 "same" convolution without bias that knows where the border of the image is.
 
     The authors of Glow pad with zeros and append a channel that is 1 on the padding and 0 inside
-    (`add_edge_padding`). Its convolution does not depend on the image. Here it is a map,
-    (C_out, H, W), that is added to every image.
+    (`add_edge_padding`). The convolution of that channel does not depend on the image, so here it
+    is a map, (C_out, H, W), that is added to the convolution of the image. Initial weights are
+    normal with standard deviation .05.
 
-    edges: whether the border is marked; public ports leave it out.
+    edges: whether to mark the border in this way; public ports of Glow do not.
     """
 
     edge: "Edge | None"
@@ -49,13 +50,15 @@ class EdgeConv2d(nn.Conv2d):
     def bias_gradients(
         self, grad: Tensor, edge: Tensor | None, scale: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradients of bias, edge and scale of `scaled_bias`; those of an edge may be None.
+        """The gradients of the arguments bias, edge and scale of `scaled_bias`.
 
-        grad: the gradient of images, (B, C_out, H, W), to which the scaled bias was added.
+        Without edges, those of edge and scale are None.
+
+        grad: the gradient of the images, (B, C_out, H, W), to which the scaled bias was added.
         """
         if edge is None:
             return pixels(grad).sum(0, dtype=scale.dtype), None, None
-        # The batch is summed in rows: much faster than autograd's sum of channels_last gradients.
+        # Summing one row per image is much faster than autograd's sum of channels_last gradients.
         rows = grad.permute(0, 2, 3, 1).flatten(1)
         grad_map = rows.sum(0, dtype=scale.dtype).view(-1, grad.shape[1])
         grad_weight = (grad_map.T @ border(*size_of(grad), like=scale)).view_as(edge)
@@ -64,7 +67,7 @@ class EdgeConv2d(nn.Conv2d):
 
 
 class Edge(nn.Module):
-    """A 3x3 convolution of a padding of ones around zeros, (C_out, H, W), float32."""
+    """The 3x3 convolution of an image that is 1 on the padding and 0 inside: (C_out, H, W)."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -76,9 +79,9 @@ class Edge(nn.Module):
 
 
 def border(height: int, width: int, like: Tensor) -> Tensor:
-    """The 3x3 patch of every pixel in a padding of ones around zeros, (H W, 9).
+    """The 3x3 patch around every pixel of an image that is 1 on the padding and 0 inside.
 
-    Its dtype and device are those of `like`.
+    Returns (H W, 9), with the dtype and the device of `like`.
     """
     return constant(_border, height, width, like=like)
 
@@ -89,18 +92,19 @@ def _border(height: int, width: int) -> Tensor:
 
 
 def edge_map(weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """The border's convolution with a weight (C_out, 9), plus a bias (C_out,): (C_out, H, W)."""
+    """The convolution of `border` with a weight (C_out, 9), plus a bias (C_out,): (C_out, H, W)."""
     with torch.autocast(weight.device.type, enabled=False):
         return F.linear(border(*size, like=weight), weight, bias).view(*size, -1).permute(2, 0, 1)
 
 
 def scaled_bias(bias: Tensor, edge: Tensor | None, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """The bias that remains where the rows of an `EdgeConv2d`'s weight are scaled: e s + b.
+    """The bias e s + b of an `EdgeConv2d` whose output is scaled by s and shifted by b.
 
         (W x + e) s + b = (W s) x + (e s + b)
 
-    bias b and scale s: (C_out,). edge: the border's weight, (C_out, 1, 3, 3), or None without
-    edges. size: (H, W) of the images. Returns (C_out, H, W), or without edges (C_out, 1, 1).
+    e is the map of the border. bias b and scale s: (C_out,). edge: the border's weight,
+    (C_out, 1, 3, 3), or None without edges. size: (H, W) of the images. Returns (C_out, H, W), or
+    without edges (C_out, 1, 1).
     """
     if edge is None:
         return bias[:, None, None]
@@ -108,10 +112,10 @@ def scaled_bias(bias: Tensor, edge: Tensor | None, scale: Tensor, size: tuple[in
 
 
 class ZeroConv2d(EdgeConv2d):
-    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first.
+    """(conv(x) + b) exp(3 s), with all weights, b and s 0 at first (authors' code, `conv2d_zeros`).
 
-    What starts from it starts as the identity (authors' code, `conv2d_zeros`). The bias is added in
-    float32: bfloat16 would round the numbers that couplings and priors are made of.
+    A flow whose parameters it computes is therefore a fixed simple map at first. The bias is added
+    in float32, since bfloat16 would round the parameters of couplings and priors.
 
     >>> ZeroConv2d(3, 2, edges=True)(torch.rand(1, 3, 4, 4)).abs().max().item()
     0.0
@@ -132,7 +136,7 @@ class ZeroConv2d(EdgeConv2d):
         return conv3x3(x, weight).to(shift.dtype) + shift
 
     def _folded(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the factor inside, for images of size (H, W)."""
+        """Weight and bias with the factor exp(3 s) folded in, for images of size (H, W)."""
         (scale,), (bias,) = scales_and_biases([self.log_scale], [self.shift])
         weight = scaled(self.weight, scale, self.weight.dtype)
         return weight, scaled_bias(bias, self.edge_weight, scale, size)

@@ -1,4 +1,4 @@
-"""The convolutions of Glow's networks and their gradients by hand, in few passes over memory."""
+"""The convolutions of Glow's networks and their hand-written gradients, with few memory passes."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, padding=1)
     c_out, c_in = weight.shape[:2]
     if c_out < c_in:
-        return scattered(x, weight)
-    return gathered(x, weight)
+        return conv3x3_by_shifts(x, weight)
+    return conv3x3_by_patches(x, weight)
 
 
 def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight, from that of the convolution's output.
+    """The gradients of x and weight, from the gradient of the output of `conv3x3`.
 
-    For few channels out of many, both are products with the 3x3 patches of the few, which on a CPU
-    is faster than oneDNN at Glow's sizes.
+    On a CPU, if C_out < C_in, both are matrix products with the 3x3 patches of `grad`, which at
+    Glow's sizes are faster than oneDNN.
     """
-    few_of_many = weight.shape[0] < weight.shape[1]
-    if few_of_many and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return _products_with_patches(grad, x, weight)
+    reduces = weight.shape[0] < weight.shape[1]
+    if reduces and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _gradients_by_patches(grad, x, weight)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad,
         x,
@@ -35,26 +35,26 @@ def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, 
         False,  # transposed
         (0, 0),  # output padding
         1,  # groups
-        (True, True, False),  # which gradients are wanted
+        (True, True, False),  # which gradients to compute: x, weight, not the bias
     )
     return grad_x, grad_weight
 
 
 def _for_tensor_cores(x: Tensor) -> bool:
-    """Whether to convolve by matrix products, which fill tensor cores better.
+    """Whether to convolve by matrix products, which use tensor cores better.
 
-    cuDNN's convolutions of few channels took a third of a step of Glow on a GPU. The products have
-    run on one, but were not timed. They are used in compiled code only, where the operations around
-    a product become one kernel.
+    cuDNN's convolutions of few channels took a third of a training step of Glow on a GPU. The
+    matrix products have been run on a GPU, but not timed. They are used only in compiled code,
+    where the operations around a product are fused into one kernel.
     """
     device = x.device.type
     return device == "cuda" and torch.is_autocast_enabled(device) and torch.compiler.is_compiling()
 
 
-def gathered(x: Tensor, weight: Tensor) -> Tensor:
-    """`conv3x3` for few channels in, as a matrix product with the 3x3 patches of x.
+def conv3x3_by_patches(x: Tensor, weight: Tensor) -> Tensor:
+    """`conv3x3` for few input channels: a matrix product with the 3x3 patches of x.
 
-    Zeros fill the channels up to a multiple of 8, so that rows are aligned.
+    The channels are padded with zeros to a multiple of 8, so that rows are aligned in memory.
     """
     height, width = x.shape[2:]
     fill = -x.shape[1] % 8
@@ -66,27 +66,27 @@ def gathered(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(patches, weight).movedim(-1, 1)
 
 
-def scattered(x: Tensor, weight: Tensor) -> Tensor:
-    """`conv3x3` for few channels out: a matrix product with the weights of all nine places.
+def conv3x3_by_shifts(x: Tensor, weight: Tensor) -> Tensor:
+    """`conv3x3` for few output channels: one matrix product for all nine positions of the kernel.
 
-    The products are summed where they fall, in float32 or better. Zeros fill the rows of weights up
-    to a multiple of 8.
+    The nine products are shifted by their positions and summed, in float32 or better. The rows of
+    the weight are padded with zeros to a multiple of 8.
     """
     height, width = x.shape[2:]
     c_out = len(weight)
     rows = F.pad(weight.permute(2, 3, 0, 1).flatten(0, 2), (0, 0, 0, -9 * c_out % 8))
     products = F.linear(x.movedim(1, -1), rows)[..., : 9 * c_out].unflatten(-1, (3, 3, c_out))
     padded = F.pad(products, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
-    places = [padded[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3)]
+    terms = [padded[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3)]
     dtype = torch.promote_types(products.dtype, torch.float32)
-    total = places[0].to(dtype)
-    for place in places[1:]:
-        total = total + place.to(dtype)
+    total = terms[0].to(dtype)
+    for term in terms[1:]:
+        total = total + term.to(dtype)
     return total.movedim(-1, 1)
 
 
-def _products_with_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight."""
+def _gradients_by_patches(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight as matrix products with the 3x3 patches of `grad`."""
     n, _, height, width = x.shape
     c_out, c_in = weight.shape[:2]
     padded = F.pad(grad.movedim(1, -1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, H + 2, W + 2, C_out)
@@ -116,7 +116,7 @@ def images(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def add_relu(y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """ReLU(y + bias), in the memory of y where no graph is made."""
+    """ReLU(y + bias); in place, in the memory of y, if no gradients are recorded."""
     if torch.is_grad_enabled():
         return (y if bias is None else y + bias).relu()
     if bias is not None:
@@ -125,14 +125,14 @@ def add_relu(y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
-    """The gradient of a ReLU's input, from that of its output y, in the memory of `grad`."""
+    """The gradient of a ReLU's input, written into `grad`, the gradient of its output y."""
     return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
 
 
 def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows of a weight, (C_out, ...), times scale, (C_out,), in the dtype that is named.
+    """The rows of a weight, (C_out, ...), times scale, (C_out,), converted to `dtype`.
 
-    Where no graph is made this is one pass over the weight.
+    If no gradients are recorded, this takes a single pass over the weight.
     """
     scale = _column(scale, weight)
     if weight.dtype == dtype or torch.is_grad_enabled():
@@ -141,10 +141,10 @@ def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled_gradients(grad: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and scale, from that of what `scaled` returned."""
+    """The gradients of weight and scale, from the gradient of the result of `scaled`."""
     return grad * _column(scale, weight), (grad * weight).sum(tuple(range(1, weight.dim())))
 
 
 def _column(scale: Tensor, weight: Tensor) -> Tensor:
-    """scale, (C_out,), so that it broadcasts to weight, (C_out, ...)."""
+    """scale, (C_out,), reshaped to broadcast to weight, (C_out, ...)."""
     return scale.view(-1, *[1] * (weight.dim() - 1))

@@ -21,7 +21,7 @@ from flows.multiscale import (
     ImageShape,
     channels_last,
     check_image_shape,
-    halved,
+    halved_shape,
     levels_forward,
     levels_initialize,
     levels_inverse,
@@ -37,7 +37,7 @@ def reverse(channels: int) -> ChannelPermutation:
 
 
 def shuffle(channels: int) -> ChannelPermutation:
-    """The channels in a random order, which is fixed from then on."""
+    """The channels in a random order that is drawn once and then stays fixed."""
     return ChannelPermutation(torch.randperm(channels))
 
 
@@ -62,25 +62,31 @@ class Glow(FlowModel):
     | LSUN 64x64     | 4        | 48    | affine   | 8      | 128   | appendix; README: 3 levels |
     | CelebA-HQ 256  | 6        | 32    | additive | 5      | 40    | authors' README and code   |
 
-    n_levels (L) times: squeeze, depth (K) steps, half of the channels factored out. A step is an
-    actnorm, a permutation of the channels, a coupling. The priors of factored-out halves depend on
-    the half that goes on, and the prior of the last level is learned. All latents returned are
-    standard normal: they are the eps of the paper's samples.
+    Each of n_levels (L) levels is a squeeze and depth (K) steps, where a step is an actnorm, a
+    permutation of the channels and a coupling. After every level but the last, half of the channels
+    is factored out, with a Gaussian prior that depends on the other half (`SplitPrior`). The prior
+    of the last level is learned too (`TopPrior`). Both are bijections onto a standard normal, which
+    is therefore the base distribution of all latents returned. (In the table, n_bits and batch are
+    settings of the data, not of the model.)
 
-    Where the paper and the authors' code differ, the published numbers came from the code, which is
-    followed here: the scale sigmoid(. + 2) (`SigmoidCoupling`), actnorms inside of the networks
+    Where the paper and the authors' code differ, this model follows the code, which produced the
+    published numbers: the scale sigmoid(. + 2) (`SigmoidCoupling`), actnorms inside of the networks
     (`GlowConditioner`), a channel that marks the border (`EdgeConv2d`).
 
     shape: (C, H, W); H and W may be None, for images of any size that can be halved n_levels times.
-    coupling: "affine" or "additive". permutation: a key of PERMUTATIONS.
-    edges: whether the border is marked; public ports leave it out.
-    n_classes: the prior of the last level also depends on the class (authors' code, `ycond`), which
-        is then the context, (B,) int64.
-    alpha: of a logit in front, as in other papers; None: x - 1/2.
-    min_scale: of affine couplings, 0 in the authors' code (`SigmoidCoupling`).
+    n_levels, depth, hidden_channels: L, K and the width of the coupling networks.
+    coupling: "affine" or "additive".
+    permutation: a key of PERMUTATIONS.
+    edges: whether convolutions see where the border is (`EdgeConv2d`).
+    n_classes: if given, the context is the class, (B,) int64, and the prior of the last level
+        depends on it (authors' code, `ycond`).
+    alpha: if given, images pass `Logit(alpha)` first, as in RealNVP; None: x - 1/2, as in the
+        authors' code.
+    min_scale: a lower bound of the scale of affine couplings (`SigmoidCoupling`); 0 in the authors'
+        code.
 
-    x: (B, *shape) in [0, 1]. Latents: one for each level. ValueError, one line: an argument is not
-    known or out of range.
+    x: (B, *shape) in [0, 1]. Latents: one tensor for each level. Raises ValueError: an argument is
+    not known or out of range.
 
     >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
     >>> x = torch.rand(5, 3, 8, 8)
@@ -124,14 +130,14 @@ class Glow(FlowModel):
 
         def step(channels: int) -> Step:
             half = channels // 2
-            affine: AdditiveCoupling
+            layer: AdditiveCoupling
             if coupling == "affine":
                 conditioner = GlowConditioner(half, channels, hidden_channels, edges)
-                affine = SigmoidCoupling(conditioner, min_scale)
+                layer = SigmoidCoupling(conditioner, min_scale)
             else:
                 conditioner = GlowConditioner(half, half, hidden_channels, edges)
-                affine = AdditiveCoupling(conditioner)
-            return ActNorm(channels), PERMUTATIONS[permutation](channels), affine
+                layer = AdditiveCoupling(conditioner)
+            return ActNorm(channels), PERMUTATIONS[permutation](channels), layer
 
         self.preprocess = Shift(-0.5) if alpha is None else Logit(alpha)
         levels = []
@@ -139,28 +145,28 @@ class Glow(FlowModel):
         for _ in range(n_levels - 1):
             steps = Steps(step(channels) for _ in range(depth))
             levels.append(Compose([Squeeze(), steps, SplitPrior(channels, edges)]))
-            channels *= 2  # half of them go on, and the next squeeze makes four of one
+            channels *= 2  # half of them are factored out; the next squeeze makes four of each
         levels.append(Compose([Squeeze(), Steps(step(channels) for _ in range(depth))]))
         self.levels = module_list(levels)
         self.prior = TopPrior(channels, edges, n_classes)
         self.classifier = None
         if n_classes is not None:
             self.classifier = ZeroLinear(channels, n_classes)
-        # As `forward` and `inverse` make the images: convolutions are faster then.
+        # `forward` and `inverse` use this memory format for images: convolutions are faster in it.
         self.to(memory_format=torch.channels_last)
 
     def check_image_shape(self, shape: Sequence[int | None]) -> ImageShape:
         """The shape as (C, H, W).
 
-        ValueError, one line: it is none, or the levels halve its sides to odd ones.
+        Raises ValueError: it is not of this form, or a side cannot be halved n_levels times.
         """
         return check_image_shape("Glow", shape, self.n_levels, "flow.n_levels", self.n_levels)
 
     def latent_shapes(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
         image = self.check_image_shape(shape or self.shape)
         last = self.n_levels
-        shapes = [halved(image[0] * 2**i, image, i) for i in range(1, last)]
-        return *shapes, halved(image[0] * 2 ** (last + 1), image, last)
+        shapes = [halved_shape(image[0] * 2**i, image, i) for i in range(1, last)]
+        return *shapes, halved_shape(image[0] * 2 ** (last + 1), image, last)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
         encoding = self.encoded(context)
@@ -178,7 +184,7 @@ class Glow(FlowModel):
         return x, log_det + preprocess_log_det
 
     def initialize(self, x: Tensor, context: Context = None) -> None:
-        # The class enters the last prior alone, which data do not set, so it may be left out.
+        # Only the last prior depends on the class, and data do not set it: no class is needed.
         encoding = None
         if context is not None:
             encoding = self.encoded(context)
@@ -188,22 +194,23 @@ class Glow(FlowModel):
     def log_prob_and_class_logits(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """log p(x | class), (B,) nats, and logits of the class, (B, n_classes), in one pass.
 
-        The logits are a `ZeroLinear` of the last level's mean over space, before its prior, so they
-        do not know the class (authors' code, `classifier`).
+        The classifier is a `ZeroLinear` applied to the spatial mean of the last level. It comes
+        before the prior, so its logits do not depend on the given class (authors' code,
+        `classifier`).
 
-        ValueError, one line: x or the classes do not fit, or the model has no classes.
+        Raises ValueError: x or the context does not fit the model, or the model has no classes.
         """
         self.check_shape(x)
         encoding = self.encode_context(context)
         if encoding is None or self.classifier is None:
             raise ValueError("this Glow is not class-conditional: build it with n_classes")
-        # The call may be compiled. The last level is taken back from its eps.
+        # `self(...)` returns the last level only as eps: the prior's inverse gives it back.
         latents, log_det = self(x, encoding)
         top, _ = self.prior.inverse(latents[-1], of_level(encoding.value, -1))
         return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))
 
 
 def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
-    """ValueError, one line: the value of `flow.<key>` is none of the choices."""
+    """Refuse a value of `flow.<key>` that is not one of the choices. Raises ValueError."""
     if value not in choices:
         raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(choices)}")

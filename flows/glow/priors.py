@@ -1,7 +1,8 @@
 """Learned Gaussian priors N(m, e^(2s)), as the bijection eps = (z - m) e^-s onto a standard normal.
 
-The density is the same and the inverse is exact. A temperature is one factor on eps: sigma becomes
-tau sigma at every level, as in the authors' samples (section 6; openai/glow).
+The density of z is the same, and the inverse is exact. A temperature tau multiplies eps, so that
+the standard deviation e^s becomes tau e^s at every level, as in the authors' code (section 6 of the
+paper).
 """
 
 import torch
@@ -18,8 +19,8 @@ class SplitPrior(Flow):
 
         log_det = -sum s
 
-    z2 is factored out, z1 goes on. m and s are one zero-initialised convolution of z1 (authors'
-    code, `split2d_prior`), so that eps = z2 at first.
+    z2 is factored out, and z1 goes on to the next level. m and s are the output of one
+    zero-initialised convolution of z1 (authors' code, `split2d_prior`), so that eps = z2 at first.
 
     x: (B, C, H, W). edges: as in `EdgeConv2d`. A context is ignored.
 
@@ -44,7 +45,7 @@ class SplitPrior(Flow):
         return torch.cat([kept, z], dim=1), log_det
 
     def _moments(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """m and s; under autocast in float32 too, as everything but the coupling networks."""
+        """m and s, in float32 even under autocast, which applies only to coupling networks."""
         with torch.autocast(kept.device.type, enabled=False):
             mean, log_std = self.net(kept).chunk(2, dim=1)
         return mean, log_std
@@ -55,10 +56,10 @@ class TopPrior(Flow):
 
         log_det = -sum s
 
-    Authors' code, `prior`: m and s are a `ZeroConv2d` of an image of zeros. Of that its bias
-    remains, and with `edges` the border, along which m and s then differ. With `n_classes` a
-    `ZeroLinear` of the one-hot class is added, and the context is the class, (B,) int64. m = s = 0
-    at first.
+    In the authors' code (`prior`) m and s are a `ZeroConv2d` of an image of zeros. Of this only the
+    bias remains, and with `edges` the map of the border, so that m and s differ along the border.
+    With `n_classes` a `ZeroLinear` of the one-hot class is added to them, and the context is the
+    class, (B,) int64. At first m = s = 0.
 
     >>> x = torch.rand(2, 4, 3, 3)
     >>> eps, log_det = TopPrior(4, edges=True, n_classes=10)(x, torch.tensor([3, 8]))
@@ -92,7 +93,7 @@ class TopPrior(Flow):
         if self.by_class is not None:
             if context is None:
                 raise ValueError("the prior depends on the class: give it as context, (B,) int64")
-            # F.one_hot looks at the values, which vmap does not show.
+            # F.one_hot reads the values, which vmap does not allow.
             classes = torch.arange(self.by_class.in_features, device=context.device)
             one_hot = (context[:, None] == classes).to(x.dtype)
             h = h + self.by_class(one_hot)[:, :, None, None]

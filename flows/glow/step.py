@@ -1,4 +1,4 @@
-"""A step of Glow with its backward pass by hand: fewer passes over memory, and less of it kept."""
+"""A step of Glow with a hand-written backward pass, which is faster and keeps less memory."""
 
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -16,14 +16,14 @@ from flows.transforms import are_batched
 
 
 def network(coupling: AdditiveCoupling) -> GlowConditioner:
-    """The network of a coupling of which `has_gradients_by_hand` is true."""
+    """The network of a coupling for which `has_gradients_by_hand` is true."""
     return cast(GlowConditioner, coupling.conditioner)
 
 
 def has_gradients_by_hand(coupling: Flow) -> bool:
-    """Whether `GlowStep` computes what the coupling does.
+    """Whether `GlowStep` can compute the coupling and its gradients.
 
-    The types are compared exactly, since a subclass may compute something else.
+    The types have to match exactly, since a subclass may compute something else.
     """
     if type(coupling) not in (AdditiveCoupling, SigmoidCoupling):
         return False
@@ -38,10 +38,12 @@ def step(
     bias: Tensor,
     folded: Folded,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """The coupling of W x + b, whose network multiplies in `dtype`.
+    """Apply the coupling to W x + b, with matrix products of its network in `dtype`.
 
-    x: (B, C, H, W). weight: W, (C, C). bias: b, (C,). Returns y (B, C, H, W) and log_det (B,); what
-    the coupling's gradients take beside y; the network's hidden layers.
+    x: (B, C, H, W). weight: W, (C, C). bias: b, (C,). folded: the tensors of the network.
+
+    Returns y, (B, C, H, W), with the coupling's log_det, (B,); the tensors that the coupling's
+    `gradients` needs in addition to y; the outputs of the network's two ReLUs.
     """
     net = network(coupling)
     kept, changed = images(F.linear(pixels(x), weight, bias), x).chunk(2, dim=1)
@@ -53,7 +55,7 @@ def step(
 
 
 class StepContext(Protocol):
-    """What torch hands to a `Function`, with the attributes that `GlowStep` sets."""
+    """The `ctx` that torch passes to a `Function`, with the attributes that `GlowStep` sets."""
 
     coupling: AdditiveCoupling
     dtype: torch.dtype
@@ -66,14 +68,15 @@ class StepContext(Protocol):
 
 
 class GlowStep(Function):
-    """`step` with its gradients, for `GlowStep.apply`: y and log_det.
+    """`step` as an autograd function: GlowStep.apply(...) returns y and log_det.
 
-    Its arguments are coupling, dtype, recompute, x, weight, bias, *folded. Kept are x, y (the x of
-    the next step), the scales, and the hidden layers unless `recompute`: those are then made again
-    from y, by the same operations and without the last convolution.
+    The arguments are coupling, dtype, recompute, x, weight, bias, *folded. The backward pass keeps
+    x, y (which is the x of the next step), the scales of the coupling and, unless `recompute`, the
+    hidden layers of the network. With `recompute` it computes the hidden layers again from y, by
+    the same operations, without the last convolution.
 
-    y must not be changed in place. Frozen weights get gradients too, which autograd drops. The
-    transforms of torch.func cannot take it apart, so `Steps` does not use it there.
+    y must not be changed in place. Gradients of frozen weights are computed too; autograd drops
+    them. The transforms of torch.func cannot differentiate it, so `Steps` does not use it there.
     """
 
     @staticmethod
@@ -124,9 +127,10 @@ def _coupling_gradients(
     state: Sequence[Tensor],
     hidden: Sequence[Tensor],
 ) -> tuple[Tensor, Folded]:
-    """The gradients of the coupling's input, (B H W, C), and of all in `folded`.
+    """The gradients of the coupling's input, (B H W, C), and of every tensor in `folded`.
 
-    grads: those of y and log_det. hidden: the network's hidden layers; none are made again.
+    grads: the gradients of y and log_det. hidden: the outputs of the network's two ReLUs; if it is
+    empty, they are computed again.
     """
     grad, grad_log_det = grads
     net = network(ctx.coupling)
@@ -146,18 +150,19 @@ def _coupling_gradients(
 def _gradients_by_autograd(
     ctx: StepContext, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The same gradients as autograd makes them.
+    """The same gradients, computed by autograd.
 
-    inputs: x, weight, bias, *folded. They serve where the gradients are differentiated again, or
-    hold a batch of gradients.
+    They are used if the gradients will be differentiated again, or are a batch of gradients.
+
+    inputs: x, weight, bias, *folded. grads: the gradients of y and log_det.
     """
-    again = torch.is_grad_enabled()
-    if not again:
+    differentiable = torch.is_grad_enabled()
+    if not differentiable:
         inputs = [_detached(tensor) for tensor in inputs]
     with torch.enable_grad():
         x, weight, bias, *folded = cast(Sequence[Tensor], inputs)
         outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
-    # The log_det of an additive coupling is a constant.
+    # The log_det of an additive coupling is a constant, which needs no gradient.
     pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
     needed = [
         (i, tensor)
@@ -168,7 +173,7 @@ def _gradients_by_autograd(
         [output for output, _ in pairs],
         [tensor for _, tensor in needed],
         [grad for _, grad in pairs],
-        create_graph=again,
+        create_graph=differentiable,
     )
     gradients: list[Tensor | None] = [None] * len(inputs)
     for (i, _), gradient in zip(needed, needed_gradients, strict=True):
@@ -177,7 +182,7 @@ def _gradients_by_autograd(
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without its history."""
+    """The tensor without its autograd history."""
     if tensor is None:
         return None
     return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""Steps of flow: what Glow repeats K times in a level (section 3, figure 2a)."""
+"""The K steps of flow in a level of Glow (section 3, figure 2a)."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -21,20 +21,20 @@ Step = tuple[ActNorm, ChannelPermutation | InvertibleConv1x1, Flow]
 
 
 class Steps(Compose):
-    """K times an actnorm, a permutation of the channels, a coupling.
+    """K steps, each an actnorm, a permutation of the channels and a coupling.
 
-    It is the map that `Compose` makes of these layers, in fewer operations. Actnorm and permutation
-    are one matrix product, and W, s and b of all steps are computed at once:
+    The map is that of `Compose` with these layers, in fewer operations. Actnorm and permutation are
+    one matrix product, and the W, s and b of all steps are computed together:
 
-        y = W ((x + b) s) = (W s) x + W (b s),    log_det = H W (ln|det W| + sum(ln s))
+        y = W ((x + b) s) = (W s) x + W (b s),    log_det = height width (ln|det W| + sum(ln s))
 
-    The third flow of a step may be any flow; it alone gets the context. Where all of them are
-    couplings of this package with a `GlowConditioner`, a step's backward pass is written by hand
-    (`GlowStep`): couplings and networks are then not called as modules, and their hooks do not run.
-    Other flows, and networks that `FlowModel.compile` has compiled, are called.
+    The third flow of a step may be any flow; only it gets the context. If all of them are an
+    `AdditiveCoupling` or a `SigmoidCoupling` with a `GlowConditioner`, the backward pass of a step
+    is written by hand (`GlowStep`). Couplings and networks are then not called as modules, so their
+    hooks do not run. Other flows, and networks that `FlowModel.compile` has compiled, are called.
 
-    The attribute `recompute`: the input of a step alone is kept for the backward pass, and its
-    scales unless it is compiled.
+    If the attribute `recompute` is true, a step keeps only its input for the backward pass (and,
+    unless it is compiled, the scales of its coupling).
 
     >>> from flows.coupling import SigmoidCoupling
     >>> coupling = SigmoidCoupling(GlowConditioner(2, 4, hidden_channels=8, edges=True))
@@ -53,7 +53,7 @@ class Steps(Compose):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.jit.is_tracing() and torch.is_grad_enabled():
             raise RuntimeError(
-                "torch.jit.trace takes a Glow under torch.no_grad() alone: "
+                "torch.jit.trace can trace a Glow only under torch.no_grad(): "
                 "trace it there, or use torch.export.export"
             )
         weights, biases, log_dets = once(self, "maps", self._maps)
@@ -68,16 +68,19 @@ class Steps(Compose):
         ):
             return self._forward_by_hand(x, total, maps)
         for coupling, (weight, bias) in zip(couplings, maps, strict=True):
-            x, log_det = recomputed(_step, coupling, x, weight, bias, context, on=self.recompute)
+            x, log_det = recomputed(
+                _step, coupling, x, weight, bias, context, enabled=self.recompute
+            )
             total = total + log_det
         return x, total
 
     def _forward_by_hand(
         self, x: Tensor, total: Tensor, maps: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """The same by `GlowStep`.
+        """`forward` with the hand-written backward pass (`GlowStep`).
 
-        total: the log_det of actnorms and permutations. maps: their matrix and bias for each step.
+        total: the log_det of all actnorms and permutations. maps: the matrix and the bias of each
+        step's actnorm and permutation.
         """
         dtype = dtype_of_products(x)
         couplings = cast(list[AdditiveCoupling], self._couplings())
@@ -104,18 +107,18 @@ class Steps(Compose):
         return list(self.layers)[2::3]
 
     def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W s, W (b s) and ln|det| at a pixel of every step: (K, C, C), (K, C), (K,); float64."""
+        """W s, W (b s) and ln|det| per pixel of each step: (K, C, C), (K, C), (K,); float64."""
         weights, scales, biases, log_dets = self._parts()
         scaled_weights = weights * scales[:, None]
         return scaled_weights, (weights @ (biases * scales)[..., None])[..., 0], log_dets
 
     def _inverse_maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W^-1 / s and -b of x = (W^-1 y) / s - b, and the ln|det| of `_maps`."""
+        """W^-1 / s and -b of the inverse x = (W^-1 y) / s - b, and the same ln|det| as `_maps`."""
         weights, scales, biases, log_dets = self._parts()
         return torch.linalg.inv(weights) / scales[..., None], -biases, log_dets
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """W, s, b and ln|det| of every step: (K, C, C), (K, C), (K, C), (K,); float64."""
+        """W, s, b and ln|det| per pixel of each step: (K, C, C), (K, C), (K, C), (K,); float64."""
         layers = list(self.layers)
         norms = cast(list[ActNorm], layers[::3])
         permutations = cast(list[ChannelPermutation | InvertibleConv1x1], layers[1::3])
@@ -129,5 +132,5 @@ class Steps(Compose):
 def _step(
     coupling: Flow, x: Tensor, weight: Tensor, bias: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The coupling of W x + b."""
+    """Apply the coupling to W x + b."""
     return coupling(multiply(weight, x, bias), context)

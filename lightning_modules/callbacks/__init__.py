@@ -1,1 +1,1 @@
-"""What is written and shown beside a run."""
+"""Lightning callbacks: checkpoints, learning curves, pictures, the papers' numbers, and so on."""

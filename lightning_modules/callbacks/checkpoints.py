@@ -1,6 +1,6 @@
-"""When checkpoints are saved: periodically, when a validation is the best, and before the end.
+"""Saving checkpoints: periodically, after the best validation so far, and at the end of a run.
 
-What is not finite is never saved.
+Weights that are not finite are never saved.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from lightning_modules.optimizer_steps import ends_step, last_step, validates_no
 from lightning_modules.stopping import stop_all_ranks
 from results.metrics import Metric
 
-KEPT = 2  # step checkpoints: if the newest does not load, there is another
+KEPT = 2  # step checkpoints: if the newest cannot be loaded, there is another one
 
 
 class Checkpoints(Checkpoint):
     """Saves step-<step>.ckpt every `every_n_steps` and at the last step, and best.ckpt by `metric`.
 
-    The two newest step checkpoints are kept. Where a validation is due at the same step, the
-    checkpoint is saved after it, so that a resumed run has that row of the curve and knows that
-    score. A state is not saved if its weights are not finite, or its newest step was not. If a
+    The two newest step checkpoints are kept. If a validation takes place at the same step, the
+    checkpoint is saved after it, so that it contains that row of the curve and that score. Nothing
+    is saved while weights are not finite, or if the newest step was skipped as not finite. If a
     checkpoint cannot be written, all ranks stop at the same step.
 
-    It is a `Checkpoint` to Lightning, which therefore calls it last.
+    The class is a Lightning `Checkpoint`, so that Lightning calls it after other callbacks.
 
-    folder: of the checkpoints.
-    metric: by which weights are the best in validation; None: nothing is validated.
-    ValueError, one line: every_n_steps is less than 1.
+    folder: the folder of the checkpoints.
+    metric: the metric that chooses best.ckpt in validation; None if the run has no validation.
+    Raises ValueError: every_n_steps is less than 1.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, metric: Metric | None) -> None:
@@ -44,8 +44,8 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.metric = metric
         self.best: float | None = None  # value of the metric in best.ckpt
-        self.waiting = False  # for the validation after this step
-        self.saved = -1  # the newest step that was saved
+        self.saves_after_validation = False  # whether a step checkpoint waits for the validation
+        self.saved_step = -1  # the newest step that was saved
 
     def state_dict(self) -> dict[str, Any]:
         """The best value of the metric so far."""
@@ -71,8 +71,8 @@ class Checkpoints(Checkpoint):
             return
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == last_step(trainer) or trainer.should_stop
-        self.waiting = due and validates_now(trainer)
-        if due and not self.waiting:
+        self.saves_after_validation = due and validates_now(trainer)
+        if due and not self.saves_after_validation:
             self.save_step(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,37 +81,40 @@ class Checkpoints(Checkpoint):
         if self.metric is not None:
             value = trainer.callback_metrics[f"val/{self.metric.name}"]
             self._save_if_better(trainer, self.metric, float(value))
-        if self.waiting:
-            self.waiting = False
+        if self.saves_after_validation:
+            self.saves_after_validation = False
             self.save_step(trainer)
 
     def _save_if_better(self, trainer: L.Trainer, metric: Metric, value: float) -> None:
         before = self.best
         if not metric.better(value, metric.worst if before is None else before):
             return
-        self.best = value  # before it is saved, since the checkpoint holds its own score
+        self.best = value  # set before saving, since the checkpoint contains its own score
         if not self._save(trainer, "best.ckpt"):
             self.best = before
 
     def save_step(self, trainer: L.Trainer) -> bool:
         """Save the state after this step, and remove all but the two newest step checkpoints.
 
-        False: the state is not finite, and is not saved.
+        Returns False if the state is not finite and was not saved.
         """
-        if self.saved == trainer.global_step:
+        if self.saved_step == trainer.global_step:
             return True
         name = f"step-{trainer.global_step:08d}.ckpt"
         if not self._save(trainer, name):
             return False
-        self.saved = trainer.global_step
+        self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._remove_older(name)
         return True
 
     def _remove_older(self, newest: str) -> None:
-        """Remove all but the newest step checkpoints, of those up to the file named `newest`.
+        """Remove the older step checkpoints, but keep the KEPT newest of those up to `newest`.
 
-        A folder or a broken link of such a name is no checkpoint: it neither counts nor is removed.
+        Folders and broken links with such a name are not checkpoints: they are not counted and not
+        removed.
+
+        newest: the name of the file that was just saved.
         """
         paths = (path for path in self.folder.glob("step-*.ckpt") if path.is_file())
         for path in sorted(path for path in paths if path.name <= newest)[:-KEPT]:
@@ -119,7 +122,10 @@ class Checkpoints(Checkpoint):
                 path.unlink()
 
     def _save(self, trainer: L.Trainer, name: str) -> bool:
-        """Save under a name; False: the state is not finite. RunStopped, one line: it failed."""
+        """Save under a name. Returns False if the state is not finite and was not saved.
+
+        Raises RunStopped: the file could not be written.
+        """
         if not finite(as_objective(trainer.lightning_module)):
             rank_zero_info(f"step {trainer.global_step} is not finite: {name} is not written")
             return False
@@ -127,7 +133,7 @@ class Checkpoints(Checkpoint):
         try:
             trainer.save_checkpoint(self.folder / name)
         except OSError as error:
-            trainer.strategy.barrier()  # the other ranks wait at the one that ends save_checkpoint
+            trainer.strategy.barrier()  # the other ranks wait at the barrier in save_checkpoint
             problem = str(error)
         stop_all_ranks(trainer, problem)
         return True
@@ -136,7 +142,7 @@ class Checkpoints(Checkpoint):
 def finite(module: Objective) -> bool:
     """Whether weights and statistics are finite, and the newest step was not skipped.
 
-    It waits for the device.
+    The host waits for the device.
     """
     values = [v for v in module.state_dict().values() if v.is_floating_point() and v.numel()]
     largest = nn.utils.get_total_norm(values, norm_type=math.inf)

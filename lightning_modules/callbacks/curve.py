@@ -1,4 +1,4 @@
-"""The learning curve as a file: claims about quality rest on it."""
+"""The learning curve of a run, as a table and as a picture."""
 
 import csv
 import io
@@ -21,16 +21,16 @@ Row = dict[str, Any]  # a row of curve.csv; None is an empty cell
 
 
 class Curve(L.Callback):
-    """Writes one row of curve.csv a validation, and curve.png at the end of training.
+    """Writes a row of curve.csv at each validation, and curve.png at the end of training.
 
-    The first row is of step 0, before training. The columns are step, images (seen in training),
-    seconds (of training and validation, over all parts of a resumed run), lr, train/M (the mean
-    since the row before) and val/M, where M is the objective's metric. Without a validation set a
-    row is written every `interval` steps.
+    The first row is for step 0, before training. The columns are step, images (seen in training),
+    seconds (of training and validation, including those before a resume), lr, train/M (the mean
+    since the previous row) and val/M, where M is the first metric of the objective. Without a
+    validation set a row is written every `interval` steps.
 
-    folder: of the two files. batch_size: the global one.
-    papers: the claims beside which the run is shown, each {"metric", "value", "decimals",
-        "comparable"}; the one on M is drawn as a line.
+    folder: the folder of both files. batch_size: the size of a global batch.
+    papers: the papers' claims that the run is compared with, each {"metric", "value", "decimals",
+        "comparable"}; the claim on M is drawn as a line.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Curve(L.Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run, in all its parts."""
+        """Wall time of the run, including the time before a resume."""
         return self.seconds_before + time.monotonic() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far, and the time that they took."""
+        """The rows so far, and the wall time."""
         return {"seconds": self.seconds, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Curve(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save what has been summed for the next row, over all ranks."""
+        """Save the sum for the train/M of the next row, over all ranks."""
         mean = as_objective(pl_module).train_mean
         with mean.sync_context():
             checkpoint["train_mean"] = {"total": mean.total.clone(), "n": mean.n.clone()}
@@ -72,11 +72,11 @@ class Curve(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Load what has been summed for the next row: rank 0 has all of it."""
+        """Load the sum for the train/M of the next row, all of it on rank 0."""
         saved = checkpoint["train_mean"]
         mean = as_objective(pl_module).train_mean
         if saved["n"] > 0:
-            # An empty update, after which all ranks take part in computing the mean.
+            # After this empty update, all ranks take part in computing the mean.
             mean.update(mean.total.new_empty(0))
         if trainer.is_global_zero:
             mean.total = saved["total"].to(mean.device)
@@ -87,7 +87,7 @@ class Curve(L.Callback):
             self.started = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer)  # the file of a resumed run may hold rows from after its checkpoint
+        self._write(trainer)  # removes rows that are newer than the checkpoint of a resumed run
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._add(trainer, pl_module)
@@ -108,11 +108,11 @@ class Curve(L.Callback):
             return
         due = sum(trainer.num_val_batches) == 0 and trainer.global_step % self.interval == 0
         if due or trainer.global_step == last_step(trainer):  # before the checkpoint of this step
-            self._add(trainer, pl_module, fresh=False)
+            self._add(trainer, pl_module, after_validation=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.rows or self.rows[-1]["step"] < trainer.global_step:
-            self._add(trainer, pl_module, fresh=False)
+            self._add(trainer, pl_module, after_validation=False)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.folder / "curve.png"
@@ -120,10 +120,10 @@ class Curve(L.Callback):
             if trainer.is_global_zero and self.rows:
                 draw_curve(self.rows, path, self.papers)
 
-    def validated(self, metric: Metric, best: bool) -> dict[str, float]:
-        """{"val/M": value}, with the best or the last validation after step 0.
+    def validation_result(self, metric: Metric, best: bool) -> dict[str, float]:
+        """{"val/M": value} of the best or the last validation after step 0; empty if there is none.
 
-        Empty where there was none. best: whether the best is taken.
+        best: whether to take the best validation, not the last one.
         """
         key = f"val/{metric.name}"
         values = [row[key] for row in self.rows[1:] if row[key] is not None]
@@ -131,8 +131,13 @@ class Curve(L.Callback):
             return {}
         return {key: metric.best(values) if best else values[-1]}
 
-    def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, fresh: bool = True) -> None:
-        """Add a row, write the file, and say it in the log. fresh: a validation has just ended."""
+    def _add(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, after_validation: bool = True
+    ) -> None:
+        """Add a row, write the file, and log the row.
+
+        after_validation: whether a validation has just ended, whose value belongs to the row.
+        """
         objective = as_objective(pl_module)
         step = trainer.global_step
         train_key = f"train/{objective.metric.name}"
@@ -142,7 +147,7 @@ class Curve(L.Callback):
             train = objective.train_mean.compute().item()
         objective.train_mean.reset()
         val = None
-        if fresh and val_key in trainer.callback_metrics:
+        if after_validation and val_key in trainer.callback_metrics:
             val = trainer.callback_metrics[val_key].item()
         row = {
             "step": step,
@@ -155,7 +160,7 @@ class Curve(L.Callback):
         self.rows.append(row)
         self._write(trainer)
         if step == 0 and val is not None and trainer.logger is not None:
-            # Lightning logs nothing of the validation before training.
+            # Lightning itself does not log the validation before training.
             trainer.logger.log_metrics({val_key: val}, step=0)
         values = [f"{key} {row[key]:.4f}" for key in (train_key, val_key) if row[key] is not None]
         rank_zero_info(
@@ -173,10 +178,9 @@ class Curve(L.Callback):
 
 
 def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> None:
-    """Draw val and train over images seen as a PNG; values that are not finite are left out.
+    """Draw train/M and val/M over the images seen, as a PNG, without values that are not finite.
 
-    rows, papers: as in `Curve`. Of the papers' values the one of the curve's own metric is drawn,
-    dashed.
+    rows, papers: as in `Curve`. The paper's claim on M, if there is one, is drawn as a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A density in the plane: whether it integrates to 1, and what it looks like."""
+"""A picture of a density in the plane, and a check that it integrates to 1."""
 
 from pathlib import Path
 from typing import cast
@@ -11,22 +11,22 @@ from torch import Tensor
 from lightning_modules.callbacks.png import write_png
 from lightning_modules.density import DensityModule
 from lightning_modules.lightning_internals import datamodule_of
-from lightning_modules.numerics import FAILURES, say_failed
+from lightning_modules.numerics import FAILURES, report_failure
 from lightning_modules.precision import evaluation
 from lightning_modules.stopping import writing
 
 
 class Density2d(L.Callback):
-    """After testing logs `density_integral` and draws density.png: data, samples and density.
+    """Logs `density_integral` after testing, and draws density.png: data, samples and density.
 
-    The integral is the sum of the density over a grid, times the area of a cell. It is for a
-    `DensityModule` of points, which can draw samples and has a `log_prob`.
+    The integral is the sum of the density over a grid, times the area of a cell. The module has to
+    be a `DensityModule` of points.
 
-    folder: of the picture.
-    n: points of the data and of the samples that are shown.
+    folder: the folder of the picture.
+    n: how many data points and how many samples are shown.
     box: (left, right, bottom, top) of the grid.
     cell: the spacing of the grid; features of width sigma need cell <= sigma / 2.
-    seed: of the samples.
+    seed: the seed of the samples.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Density2d(L.Callback):
                 self._draw(data.numpy(), samples.cpu().numpy(), density)
 
     def _sample(self, module: DensityModule) -> Tensor:
-        """n samples, (n, 2); none, (0, 2), where the model's numbers do not allow any."""
+        """n samples, (n, 2), or (0, 2) if drawing them fails (`FAILURES`)."""
         samples = None
         try:
             samples = module.draw(self.n, 1.0, self.seed)
         except FAILURES as error:
-            say_failed("samples", error)
+            report_failure("samples", error)
         return torch.empty(0, 2) if samples is None else samples
 
     def _density(self, module: DensityModule) -> np.ndarray:
-        """p at the centres of the grid's cells, (rows, columns)."""
+        """The density at the centres of the grid's cells, (rows, columns)."""
         left, right, bottom, top = self.box
         xs = torch.arange(left + self.cell / 2, right, self.cell)
         ys = torch.arange(bottom + self.cell / 2, top, self.cell)
@@ -75,7 +75,7 @@ class Density2d(L.Callback):
         return torch.cat(log_prob).double().exp().view(len(ys), len(xs)).numpy()
 
     def _draw(self, data: np.ndarray, samples: np.ndarray, density: np.ndarray) -> None:
-        """Draw points (n, 2), points (n, 2) and a density (rows, columns) side by side."""
+        """Draw data, (n, 2), samples, (n, 2), and the density, (rows, columns), side by side."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Data-dependent initialisation: before training, and never again."""
+"""Data-dependent initialisation, once before training."""
 
 import math
 
@@ -6,36 +6,40 @@ import lightning.pytorch as L
 
 from lightning_modules.objective import as_objective, data_of
 
-# Pixels of the first batch: 256 images of 32x32, as `n_batch_init` in the code of Glow's authors,
-# or 11 of 160x160.
+# Pixels in the first batch: 256 images of 32x32, as `n_batch_init` in the code of Glow's authors,
+# or 11 images of 160x160.
 PIXELS = 256 * 32**2
 
 
 class Initialization(L.Callback):
-    """Sets what depends on data from a first batch, before training.
+    """Sets the parameters that depend on data from a first batch, before training.
 
-    The batch depends on the seed alone, and is therefore the same on every rank. Nothing is done
-    where a run goes on, since `fit` has loaded its weights by then. The callback has to stand
-    before the one that averages weights, which copies them in the same hook.
+    The batch depends only on the seed, so it is the same on every rank. In a resumed run nothing is
+    done, since `fit` has loaded the weights by then. The callback has to come before the one that
+    averages weights, which copies them in the same hook.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """RuntimeError: a layer of the model does not hand `initialize` on to its parts."""
+        """Initialise the objective, unless it is initialised.
+
+        Raises RuntimeError: a layer of the model does not pass `initialize` on to its parts.
+        """
         objective = as_objective(pl_module)
         if stage != "fit" or not objective.needs_initialization():
             return
-        # Lightning moves the weights to a GPU after `setup`: until then both are on the CPU.
+        # Lightning moves the weights to a GPU after `setup`; until then they and the data are on
+        # the CPU.
         objective.initialize(data_of(trainer).initialization_batch(n_data(objective.shape)))
         if objective.needs_initialization():
             raise RuntimeError(
-                f"{objective.model_name}: a layer does not hand `initialize` on to its parts"
+                f"{objective.model_name}: a layer does not pass `initialize` on to its parts"
             )
 
 
 def n_data(shape: tuple[int | None, ...] | None) -> int:
-    """How many data of a shape (C, H, W) the first batch has: those of PIXELS, at least one.
+    """How many data of shape (C, H, W) the first batch has: enough to have PIXELS pixels.
 
-    It is 256 where the size is not fixed.
+    It is 256 if the size is not fixed.
 
     >>> n_data((3, 32, 32)), n_data((3, 160, 160)), n_data((3, None, None))
     (256, 11, 256)

@@ -1,4 +1,4 @@
-"""The papers' numbers beside ours."""
+"""Comparison of a run with the numbers in the papers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status")
 class PaperComparison(L.Callback):
     """Logs `paper/<metric>` for each claim at validations, and `gap/<metric>` = ours - paper.
 
-    The gap is logged only for claims on the run's own data. During training "ours" is the
-    validation value; the rows that are reported at the end use the claims' own split.
+    The gap is logged only for claims on the data that the run uses. During training "ours" is the
+    validation value; the table at the end of a run uses the split of the claim.
 
-    papers: the claims beside which the run is shown, each {"claim", "metric", "value",
+    papers: the papers' claims that the run is compared with, each {"claim", "metric", "value",
         "comparable"}.
     """
 
@@ -35,13 +35,13 @@ class PaperComparison(L.Callback):
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
-    """COLUMNS for each test metric and each claim, ordered by metric.
+    """Rows of COLUMNS for each test metric and each claim, ordered by metric.
 
-    paper is None where a metric has no claim, ours where the run did not measure a claim's metric,
-    and gap where the two cannot be compared. A claim on other data has no row unless its metric was
-    measured.
+    The value of "paper" is None if a metric has no claim, that of "ours" if the run did not measure
+    a claim's metric, and that of "gap" if the two cannot be compared. A claim on other data has a
+    row only if its metric was measured.
 
-    result: as in result.json (the schema is in results/runs.py).
+    result: the contents of result.json (the schema is in results/runs.py).
     """
     metrics = result["metrics"]
     claims = {
@@ -59,7 +59,7 @@ def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """The last lines of a run: COLUMNS, with a row for each test metric and each claim."""
+    """The table at the end of a run: COLUMNS, with a row for each test metric and each claim."""
     claims = {comparison["metric"]: comparison for comparison in result["comparisons"]}
     rows = [COLUMNS]
     for experiment, metric, value, ours, gap, status in comparison_rows(result):

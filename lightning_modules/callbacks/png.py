@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Writing pictures to files."""
 
 import io
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from results.files import write
 
 
 def write_png(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Write a picture in one step, so that a full disk leaves no half of it.
+    """Write a picture to a file in one step, so that a full disk leaves no incomplete file.
 
     save: writes the picture to a stream. OSError: the file cannot be written.
     """

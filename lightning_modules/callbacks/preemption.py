@@ -1,4 +1,4 @@
-"""Being asked to stop: all ranks save at the same step, then leave."""
+"""Signals that ask a run to stop: all ranks save at the same step, and then exit."""
 
 import contextlib
 import os
@@ -22,24 +22,23 @@ NOTHING = 0
 STOP = 1
 REQUEUE = 2
 MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP}
-if hasattr(signal, "SIGUSR1"):  # Windows has none
+if hasattr(signal, "SIGUSR1"):  # Windows has no SIGUSR1
     MEANING[signal.SIGUSR1] = REQUEUE
 
 
 class Preemption(Checkpoint):
-    """On SIGUSR1 (the end of a job's time), SIGTERM or Ctrl-C saves and leaves with exit code 75.
+    """Saves and exits with code 75 on SIGUSR1 (a job's time is almost over), SIGTERM and Ctrl-C.
 
-    The handler only sets a flag. After each optimizer step the ranks exchange their flags, over
-    gloo, so that no GPU is waited for. If one of them is set, all ranks save at this step and leave
-    before the next one. A validation that is due is finished first, since it decides which weights
-    are the best. Outside of training nothing can be lost, and the signal ends the process at once.
-    A second Ctrl-C always does.
+    The signal handler only sets a flag. After each optimizer step the ranks exchange their flags
+    over gloo, on the CPU, so that no rank waits for its GPU. If one of them is set, all ranks save
+    at this step and exit before the next one. A validation at that step is finished first, since it
+    decides which weights are the best. Outside of training there is nothing to save, and the signal
+    ends the process at once. A second Ctrl-C always does.
 
-    `make_trainer` puts the handlers in the place of Lightning's own (lightning_internals.py says
-    why).
+    `make_trainer` replaces Lightning's own handlers by these (lightning_internals.py says why).
 
-    SIGUSR1 asks for the job to be queued again. SIGTERM does not, since Slurm sends it to jobs that
-    were cancelled; those that were preempted are queued again by reproduce/slurm.sh.
+    SIGUSR1 also asks the scheduler to queue the job again. SIGTERM does not, since Slurm sends it
+    to cancelled jobs too; reproduce/slurm.sh queues preempted jobs again.
 
     checkpoints: the callback that saves.
     """
@@ -47,10 +46,10 @@ class Preemption(Checkpoint):
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.process = os.getpid()
-        self.received = NOTHING  # by this process
-        self.leaving = NOTHING  # what the ranks have agreed on
+        self.received = NOTHING  # the flag of this process
+        self.agreed_flag = NOTHING  # the largest flag of all ranks, after an exchange
         self.in_training = False
-        self.group: Any = None  # of the ranks, over gloo
+        self.group: Any = None  # the process group of all ranks, over gloo
         self.message = "stopped"
 
     def listen(self) -> None:
@@ -62,7 +61,7 @@ class Preemption(Checkpoint):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # a worker that has just been forked
+            return  # a worker process that was just forked still has this handler
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         first = not self.received
@@ -73,7 +72,7 @@ class Preemption(Checkpoint):
             self._leave(agreed=False)
 
     def _leave(self, agreed: bool = True) -> None:
-        requeue = max(self.received, self.leaving) == REQUEUE
+        requeue = max(self.received, self.agreed_flag) == REQUEUE
         raise RunStopped(self.message, TRY_AGAIN, requeue=requeue, agreed=agreed)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,8 +86,8 @@ class Preemption(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Leave here, after the loggers have had the step that was saved."""
-        if self.leaving:
+        """Exit here, after the loggers have logged the step that was saved."""
+        if self.agreed_flag:
             self._leave()
 
     def on_train_batch_end(
@@ -109,24 +108,24 @@ class Preemption(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._agree(trainer)
         self.in_training = False
-        if self.leaving:
+        if self.agreed_flag:
             self._leave()
 
     def _agree(self, trainer: L.Trainer) -> None:
-        """Exchange the flags of the ranks, and save where one of them is set."""
+        """Exchange the flags of the ranks, and save if one of them is set."""
         flag = torch.tensor(self.received)
         if self.group is not None:
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group)
-        self.leaving = int(flag)
-        if not self.leaving:
+        self.agreed_flag = int(flag)
+        if not self.agreed_flag:
             return
-        outcome = "which is not finite: the newest checkpoint is of an earlier one"
+        outcome = "which is not finite: the newest checkpoint is of an earlier step"
         if self.checkpoints.save_step(trainer):
             outcome = "which is saved"
         self.message = f"stopped at step {trainer.global_step}, {outcome}"
 
 
 def say(message: str) -> None:
-    """Print one line from a signal handler, where `print` may not be entered twice."""
+    """Print one line from a signal handler, which may have interrupted a `print`."""
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), f"{message}\n".encode())

@@ -1,4 +1,4 @@
-"""A progress bar in images a second and time left."""
+"""A progress bar with images per second and the time left."""
 
 import time
 from datetime import timedelta
@@ -12,8 +12,8 @@ from lightning_modules.optimizer_steps import last_step
 class Progress(TQDMProgressBar):
     """Lightning's bar with images/s and the time left until the last step of the run.
 
-    batch_size: the global one. enabled: whether the bar is drawn; where the output is no terminal
-    it is not, and the rows of the curve are printed instead.
+    batch_size: the size of a global batch. enabled: whether the bar is drawn; if not, for example
+    because the output is no terminal, only the rows of the curve are printed.
     """
 
     def __init__(self, batch_size: int, enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a model draws, and what it makes of data: pictures a person can open."""
+"""Pictures of a model's samples and reconstructions, drawn during training."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -14,33 +14,33 @@ from torch import Tensor, nn
 from flows.caching import cached
 from lightning_modules.callbacks.png import write_png
 from lightning_modules.checks import check_count
-from lightning_modules.numerics import FAILURES, say_failed
+from lightning_modules.numerics import FAILURES, report_failure
 from lightning_modules.objective import Objective, as_objective
 from lightning_modules.precision import evaluation
 from lightning_modules.stopping import writing
 from results import is_number
 
-N_SHOWN = 16  # pictures a row
-LARGEST_N = 100_000  # samples that are drawn at once: more do not fit into memory
+N_SHOWN = 16  # images in a row
+LARGEST_N = 100_000  # more samples, which are drawn at once, would not fit into memory
 
 
 class Samples(L.Callback):
     """Draws samples and reconstructions after validations, as uint8 PNGs in `folder`.
 
-    The samples are a grid with a row for each temperature. The base samples are the same at every
-    validation, so the grids show the same pictures as they are learned. They are drawn in float32
-    from the weights as trained, not from the best ones. Nothing is drawn where the objective's data
-    are no images.
+    The samples form a grid with a row for each temperature. The base samples are the same at every
+    validation, so the grids show how the same images change during training. Samples are drawn in
+    float32 with the current weights, not with the best ones. Nothing is drawn if the data of the
+    objective are not images.
 
-    It logs `samples/finite_T<temperature>`, the share of samples whose every value is finite
-    (`samples/finite` of an objective without temperatures): a flow can have a good likelihood and
-    an inverse that overflows. The share is 0 where a layer cannot be inverted at all.
+    The callback logs `samples/finite_T<temperature>` (`samples/finite` for an objective without
+    temperatures): the share of samples of which every value is finite. A flow can have a good
+    likelihood although its inverse overflows. The share is 0 if a layer cannot be inverted at all.
 
-    temperatures: one for each row.
-    n: samples for each temperature, of which 16 are shown.
-    every_n_steps: pictures are drawn at validations that are at least so many steps apart.
-    seed: of the base samples.
-    ValueError, one line: one of them is out of its range.
+    temperatures: the temperature of each row.
+    n: the number of samples for each temperature, of which 16 are shown.
+    every_n_steps: the smallest number of steps between two validations at which pictures are drawn.
+    seed: the seed of the base samples.
+    Raises ValueError: one of them is out of its range.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Samples(L.Callback):
         self.seed = seed
         self.drawn_at = 0  # the step of the newest pictures
         self.batch: list[Tensor] | None = None  # the first validation data
-        self.finite: dict[str, float] = {}  # what is logged
+        self.finite: dict[str, float] = {}  # key in the log -> share of finite samples
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the newest pictures, and the shares of finite samples."""
@@ -109,21 +109,21 @@ class Samples(L.Callback):
             self._log(trainer, pictures)
 
     def _pictures(self, objective: Objective) -> dict[str, Tensor]:
-        """Pictures, (3, height, width) uint8, by name; those are left out that cannot be drawn."""
+        """name -> picture, (3, height, width) uint8, without those that cannot be drawn."""
         rows: dict[str, list[Tensor]] = {}
         failures: dict[str, BaseException] = {}
         with evaluating(objective), evaluation(objective.device.type), cached(objective.trained):
             rows["samples"] = self._sample(objective, failures)
             rows["reconstruction"] = self._reconstruct(objective, failures)
         if failures:
-            say_failed(", ".join(failures), next(iter(failures.values())))
+            report_failure(", ".join(failures), next(iter(failures.values())))
         n_bits = objective.n_bits or 8
         return {name: picture(images, n_bits) for name, images in rows.items() if images}
 
     def _sample(self, objective: Objective, failures: dict[str, BaseException]) -> list[Tensor]:
-        """A row for each temperature, or one row; empty where the objective draws nothing.
+        """A row of samples for each temperature, or one row; empty if the objective draws none.
 
-        failures: takes what the model's numbers did not allow.
+        failures: the dict to which errors of the kinds FAILURES are added, by name of the samples.
         """
         rows: list[Tensor] = []
         for temperature in self.temperatures if objective.has_temperature else (1.0,):
@@ -143,7 +143,7 @@ class Samples(L.Callback):
     def _reconstruct(
         self, objective: Objective, failures: dict[str, BaseException]
     ) -> list[Tensor]:
-        """A row of validation data and one of their reconstructions, or nothing."""
+        """A row of validation data and a row of their reconstructions, or no row."""
         if self.batch is None:
             return []
         try:
@@ -160,7 +160,7 @@ class Samples(L.Callback):
         write_png(path, lambda stream: picture_of.save(stream, "PNG"))
 
     def _log(self, trainer: L.Trainer, pictures: dict[str, Tensor]) -> None:
-        """Log the pictures, to W&B alone, and the shares."""
+        """Log the shares of finite samples, and the pictures if the logger is W&B."""
         if isinstance(trainer.logger, WandbLogger):
             for name, image in pictures.items():
                 # uint8, since W&B shows floats in [0, 1] as black.
@@ -173,7 +173,7 @@ class Samples(L.Callback):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules of a model into eval mode, and afterwards back into the mode of each."""
+    """Put all modules of a model into eval mode, and restore the mode of each afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -184,17 +184,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
-    """Refuse what is no list of numbers of at least 0. ValueError, one line."""
+    """Refuse temperatures that are not a list of numbers from 0 on. Raises ValueError."""
     is_list = isinstance(temperatures, Sequence) and not isinstance(temperatures, str)
     if not is_list or not temperatures or not all(is_number(t) and t >= 0 for t in temperatures):
         raise ValueError(
-            f"samples.temperatures={temperatures} is no list of numbers that are not negative: "
-            "give at least 1, for example samples.temperatures=[0.7]"
+            f"samples.temperatures={temperatures} is not a list of numbers from 0 on: "
+            "give one or more, for example samples.temperatures=[0.7]"
         )
 
 
 def finite_share(samples: Tensor) -> float:
-    """The share of samples (n, *shape) whose every value is finite.
+    """The share of samples, (n, *shape), of which every value is finite.
 
     >>> finite_share(torch.tensor([[0.0, 1.0], [0.0, float("inf")]]))
     0.5
@@ -205,8 +205,8 @@ def finite_share(samples: Tensor) -> float:
 def picture(rows: list[Tensor], n_bits: int) -> Tensor:
     """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width).
 
-    A pixel has the lower end of its bin among the 2^n_bits, as in the code of Glow's authors. What
-    is not finite is black.
+    A pixel gets the value of the lower end of its bin, one of 2^n_bits, as in the code of Glow's
+    authors. Values that are not finite are black.
     """
     from torchvision.utils import make_grid
 
