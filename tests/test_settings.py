@@ -535,7 +535,7 @@ def small_words(recipe):
     """The settings that make a recipe quick to build."""
     if recipe == "realnvp_moons":
         return SMALL["moons"]
-    words = ["preset=demo", *FEW, *SMALL[recipe.partition("_")[0]]]
+    words = ["preset=demo", *FEW, *SMALL.get(recipe.partition("_")[0], [])]
     if recipe == "glow_cifar10_conditional":
         words.append("flow.n_classes=7")
     return words
