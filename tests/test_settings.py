@@ -184,7 +184,7 @@ def test_a_value_as_text_is_read_back():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_key_of_a_recipe_has_a_kind(recipe):
-    """By the signature of the class that its section goes to, or by the table."""
+    """The kind comes from the constructor to which the key's section goes, or from the table OWN."""
     config = compose(recipe, [])
     schema = Schema(recipe)
     schema.use_data(config.data.name)
@@ -307,7 +307,7 @@ def test_a_wrong_value_is_one_line_that_says_what_to_give(argument, said):
 
 
 @pytest.mark.parametrize("foreign", ALIASES)
-def test_what_others_call_a_setting_leads_to_the_key_here(foreign):
+def test_a_setting_s_name_in_other_programs_leads_to_its_key(foreign):
     """Also as `trainer.<name>`, where Lightning's users look for it."""
     key = ALIASES[foreign]
     recipe = "glow_photos" if key in ("flow.depth", "flow.n_levels", "data.size") else CIFAR
@@ -642,7 +642,7 @@ def check_drawn(outcomes, folder, drawn):
 
 
 def test_300_wrong_settings_are_one_line_or_a_run_that_could_start(outcomes, tmp_path, monkeypatch):
-    """Of every key of every recipe: nothing else than a clear line may come of it."""
+    """They are drawn for every key of every recipe. No other error may come of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     check_drawn(outcomes, tmp_path / "run")
