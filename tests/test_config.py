@@ -421,8 +421,8 @@ def test_omegaconfs_own_syntax_in_a_value(argument):
         ("logger.name=nome", "none", "wandb, csv, none"),
         ("checkpoint.select=beest", "best", "best, last"),
         ("preset=cpuu", "cpu", "demo, cpu, gpu"),
-        ("data.name=cifar", "cifar10", "cifar10, photos, two_moons"),
-        ("data.name=photoss", "photos", "cifar10, photos, two_moons"),
+        ("data.name=cifar", "cifar10", ", ".join(sorted(DATA))),
+        ("data.name=photoss", "photos", ", ".join(sorted(DATA))),
     ],
 )
 def test_an_unknown_choice_names_the_nearest(argument, nearest, choices):

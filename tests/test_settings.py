@@ -184,7 +184,7 @@ def test_a_value_as_text_is_read_back():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_key_of_a_recipe_has_a_kind(recipe):
-    """The kind comes from the constructor to which the key's section goes, or from the table OWN."""
+    """It comes from the constructor to which the key's section goes, or from the table OWN."""
     config = compose(recipe, [])
     schema = Schema(recipe)
     schema.use_data(config.data.name)
