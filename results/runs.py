@@ -201,6 +201,8 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Ad
 
 def summary(result: dict, statuses: dict[str, str]) -> str:
     """The status of a run, e.g. `reproduced`; with several claims that of each: `test/psnr gap`."""
+    if result["status"] == "-" and len(statuses) <= 1:
+        return "compared with no claim"
     if len(statuses) <= 1:
         return result["status"]
     return ", ".join(f"{metric} {status}" for metric, status in statuses.items())

@@ -225,7 +225,7 @@ def test_recompute_keeps_less():
     [("glow", GlowSize(1, 1, 4, 2)), ("realnvp", RealNVPSize(1, 2, 1, 2))],
     ids=["glow", "realnvp"],
 )
-def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "SETTINGS", {kind: {"tiny": size}})
     started = []
     monkeypatch.setattr(

@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
     return folder, run(folder, "trainer.max_steps=6")
 
 
-def test_result_says_what_the_number_rests_on(finished):
+def test_the_result_has_configuration_and_provenance(finished):
     folder, result = finished
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["experiment"] == "realnvp_cifar10"
