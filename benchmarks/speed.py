@@ -103,7 +103,7 @@ class Candidate:
 class Floor:
     """The conditioners' convolutions alone: forward and both gradients, in channels_last.
 
-    Each has a weight of its own.
+    Every convolution has its own weight.
     """
 
     def __init__(

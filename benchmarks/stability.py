@@ -118,7 +118,7 @@ def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
     return override([*QUIET, *RECIPE, *KINDS[kind][1]], overrides)
 
 
-def described(config: DictConfig) -> dict:
+def model_entries(config: DictConfig) -> dict:
     """The entries of a row that describe the model."""
     return {
         "min_scale": config.flow.min_scale,
@@ -162,7 +162,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],
         "round_trip_grey_levels": errors,
         **finite,
-        **described(config),
+        **model_entries(config),
         "precision": config.trainer.precision,
         "device": machine(trainer)["device"],
         "commit": commit,
@@ -239,7 +239,7 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
         command_line = " ".join([content["kind"], *content["overrides"]])
         raise ConfigError(f"{path} holds {command_line}: give another file")
     recipe = glow_cifar10.__name__.split(".")[-1]
-    model = described(compose(recipe, shared_arguments(kind, overrides)))
+    model = model_entries(compose(recipe, shared_arguments(kind, overrides)))
     change = stability.changes(stability.model(content["runs"][0]), stability.model(model))
     if change:
         raise ConfigError(

@@ -73,7 +73,7 @@ class OwnProcess:
             self.process.join()
             raise ConfigError(
                 f"a process that measures ended with exit code {self.process.exitcode}: "
-                "with -9 memory was short; otherwise its traceback stands above"
+                "with -9 memory was short; otherwise its traceback is printed above"
             ) from None
 
 

@@ -61,7 +61,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             return result
         except RunStopped as stop:
             code = exit_code(stop)
-            _leave(stop)
+            _exit(stop)
         except KeyboardInterrupt:
             sys.exit("stopped")
         except SystemExit as end:
@@ -109,7 +109,7 @@ def _rank() -> int:
     return cast("int", vars(rank_zero_only).get("rank") or 0)
 
 
-def _leave(stop: RunStopped) -> NoReturn:
+def _exit(stop: RunStopped) -> NoReturn:
     """End the process of a stopped run. Rank 0 prints the reason and ends with the exit code.
 
     If all ranks have agreed to stop, the others end with 0: for any other code their launcher

@@ -15,7 +15,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
+from reproduce.kinds import (
+    UNKNOWN,
+    Kind,
+    WrongValue,
+    argument_text,
+    as_text,
+    choices,
+    kind_of_value,
+)
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -86,7 +94,7 @@ def describe(experiment: str, doc: str) -> str:
     for key, value in _leaves(compose(experiment, [])):
         if key == "experiment":  # the script's name, which cannot be given
             continue
-        line = f"  {key}={one_text(value)}"
+        line = f"  {key}={argument_text(value)}"
         if key in comments:
             line += f"  # {comments[key]}"
         lines.append(line)
@@ -195,7 +203,7 @@ def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) 
     }
     data_name = own.get("data.name")
     if data_name is not None and data_name != values.get("data.name"):
-        values = _with_data(values, one_text(data_name), schema)
+        values = _with_data(values, argument_text(data_name), schema)
     known = [key for key, value in values.items() if value != {}]
     for key, text in own.items():
         if text == {} and key not in known:  # an empty section
@@ -345,8 +353,8 @@ def _set(values: Values, key: str, text: object, schema: Schema | None, source: 
     except WrongValue as error:
         example = kind.example
         if before is not None and not _is_interpolation(before):
-            example = one_text(before)
-        message = f"{source}{key}={_shown(text)} {_advice(key, text, kind, str(error), example)}"
+            example = argument_text(before)
+        message = f"{source}{key}={_quoted(text)} {_advice(key, text, kind, str(error), example)}"
         raise ConfigError(" ".join(message.split())) from error
     if schema is not None:
         schema.learn(key, values[key])
@@ -355,16 +363,16 @@ def _set(values: Values, key: str, text: object, schema: Schema | None, source: 
 def _advice(key: str, text: object, kind: Kind, problem: str, example: str) -> str:
     """What is wrong with the text of a value, and what to give in its place."""
     if problem == UNKNOWN:
-        problem += nearest(one_text(text), choices(kind))
+        problem += nearest(argument_text(text), choices(kind))
     advice = f"{problem}: give {kind.name}"
     if f" {example}" not in advice:
         advice += f", for example {key}={example}"
     return advice
 
 
-def _shown(text: object) -> str:
+def _quoted(text: object) -> str:
     """A value as a message quotes it, cut off if it is long."""
-    shown = one_text(text)
+    shown = argument_text(text)
     if len(shown) > LONGEST_SHOWN:
         return f"{shown[:LONGEST_SHOWN]}..."
     return shown

@@ -52,7 +52,7 @@ OWN = {  # keys that this command decides, and what to give in their place
     "flow.coupling": "it is what is compared",
     "seed": "give seeds=[...]",
     "run_dir": "give out=FOLDER",
-    "resume": "runs always go on from their checkpoints",
+    "resume": "runs always continue from their checkpoints",
 }
 RECORDED = (  # keys of a run's result that figure3.json keeps
     "seed",
@@ -169,7 +169,7 @@ def train(words: list[str], folder: Path) -> None:
         script.main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
         if (folder / DIVERGED).is_file():
-            line = f"{end.code}\n{folder} has no number, the other runs go on"
+            line = f"{end.code}\n{folder} has diverged; the other runs continue"
             print(line, file=sys.stderr, flush=True)
         elif end.code:  # code 0: the run had been finished before
             raise
@@ -188,7 +188,7 @@ def repeatable(words: list[str]) -> Iterator[None]:
         if isinstance(code, str):
             print(code, file=sys.stderr)
         again = shlex.join(["python", "-m", f"reproduce.{NAME}", *words])
-        print(f"the ablation goes on with: {again}", file=sys.stderr, flush=True)
+        print(f"continue the ablation with: {again}", file=sys.stderr, flush=True)
         sys.exit(TRY_AGAIN)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
 
 from reproduce.config import ConfigError, arguments, read
-from reproduce.kinds import one_text
+from reproduce.kinds import argument_text
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -54,7 +54,7 @@ def _values(path: Path, key: str, parameter: object) -> list:
 
 def words(row: dict[str, object]) -> list[str]:
     """A row as key=value, the way the scripts read it."""
-    return [f"{key}={one_text(value)}" for key, value in row.items()]
+    return [f"{key}={argument_text(value)}" for key, value in row.items()]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -218,7 +218,7 @@ class Share(Kind):
 
 
 @dataclass(frozen=True)
-class Several(Kind):
+class ListOf(Kind):
     """A list of values of one kind, as [a, b].
 
     n: the length of the list; None: any length. least: the least length.
@@ -361,7 +361,7 @@ def kind_of_value(value: object) -> Kind:
     if value is None:
         return Nullable(Anything())
     if isinstance(value, Sequence) and len(value):
-        return Several(kind_of_value(value[0]))
+        return ListOf(kind_of_value(value[0]))
     return Anything()
 
 
@@ -398,11 +398,11 @@ def choices(kind: Kind) -> tuple[str, ...]:
     return ()
 
 
-def one_text(value: object) -> str:
+def argument_text(value: object) -> str:
     """A value as it is written after `key=` on a command line."""
     text = as_text(value)
     if isinstance(text, list):
-        return f"[{', '.join(one_text(part) for part in text)}]"
+        return f"[{', '.join(argument_text(part) for part in text)}]"
     return str(text)
 
 

@@ -47,14 +47,14 @@ def run_id() -> str:
         return f"slurm-{job()}"
     new = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _shared(new)
+        return _from_rank_0(new)
     started_by_another_rank = "LOCAL_RANK" in os.environ and "PAPERFLOWS_RUN_ID" in os.environ
     if not started_by_another_rank:
         os.environ["PAPERFLOWS_RUN_ID"] = new
     return os.environ["PAPERFLOWS_RUN_ID"]
 
 
-def _shared(value: str) -> str:
+def _from_rank_0(value: str) -> str:
     """Rank 0's value on all ranks, sent through the key-value store at which the ranks meet.
 
     A broadcast needs a process group, which does not exist yet.
@@ -106,7 +106,7 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
             "Lightning needs --ntasks-per-node in the place of --ntasks: "
             "sbatch --ntasks-per-node=N reproduce/slurm.sh"
         )
-    devices = _number_of(trainer["devices"])
+    devices = _device_count(trainer["devices"])
     nodes = trainer["num_nodes"]
     same_devices = devices in (None, 1, started["devices"])
     same_nodes = nodes in (1, started["num_nodes"])
@@ -132,7 +132,7 @@ def _tasks_without_layout() -> bool:
     return several and "SLURM_NTASKS_PER_NODE" not in os.environ
 
 
-def _number_of(devices: object) -> int | None:
+def _device_count(devices: object) -> int | None:
     """The number of devices that `trainer.devices` asks for; None: Lightning chooses."""
     if devices in ("auto", -1, "-1"):
         return None

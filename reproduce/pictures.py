@@ -119,7 +119,7 @@ class Run:
         flow, origin = read_run(folder)
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
-        problem = _not_drawn(flow, origin["parts"])
+        problem = _obstacle(flow, origin["parts"])
         if problem is not None:
             raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
         self.options = options
@@ -179,7 +179,7 @@ class Run:
         return labels[rows].to(self.options.device)
 
 
-def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
+def _obstacle(flow: FlowModel, parts: list[str]) -> str | None:
     """Why no pictures of a flow can be drawn here, as words after `a flow`; None: they can."""
     if flow.conditioned_on is not None and flow.n_classes is None:
         return "given something else than a class"

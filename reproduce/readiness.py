@@ -175,6 +175,6 @@ class Readiness(L.Callback):
         share = self.config.trainer[key]
         if isinstance(share, float) and n_batches and int(share * n_batches) == 0:
             raise ConfigError(
-                f"trainer.{key}={share:g} of {n_batches} batches is none: give at least "
+                f"trainer.{key}={share:g} of {n_batches} batches is less than one: give at least "
                 f"{1 / n_batches:.2g}, a number of batches as an int, or null for all"
             )

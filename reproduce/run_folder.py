@@ -153,7 +153,7 @@ def step_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint of a run folder that loads, and its content; None where there are none.
+    """The newest checkpoint of a run folder that loads, and its content; None if it has none.
 
     If the run ended before its first periodic checkpoint, the best one is taken. Damaged ones are
     skipped, with a message. ValueError, one line: there are checkpoints, but none loads.
@@ -207,7 +207,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     leads nowhere). FileNotFoundError: nothing has that name.
     """
     if not path.is_file() and (path.is_symlink() or path.exists()):
-        raise ValueError(f"{path} is no file: delete it to go on from another, or to begin")
+        raise ValueError(
+            f"{path} is no file: delete it to continue from another one, or to start anew"
+        )
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,7 +219,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:
         raise ValueError(
             f"{path} is damaged or not of this repository: "
-            "delete it to go on from another, or to begin"
+            "delete it to continue from another one, or to start anew"
         ) from error
     return checkpoint
 
@@ -310,11 +312,11 @@ def _defaults(module: Objective) -> dict[str, object]:
             parameters = inspect.signature(constructor).parameters
             for name, parameter in parameters.items():
                 if parameter.default is not parameter.empty and name not in FREE:
-                    defaults[f"{section}.{name}"] = _as_in_a_config(parameter.default)
+                    defaults[f"{section}.{name}"] = _config_value(parameter.default)
     return defaults
 
 
-def _as_in_a_config(default: object) -> object:
+def _config_value(default: object) -> object:
     return list(default) if isinstance(default, tuple) else default
 
 

@@ -21,9 +21,9 @@ from reproduce.kinds import (
     Either,
     Integer,
     Kind,
+    ListOf,
     Nullable,
     Number,
-    Several,
     Share,
     Switch,
     Text,
@@ -42,7 +42,7 @@ OWN: dict[str, Kind] = {
     "seed": Integer(0, 10**9, example="0"),
     "run_dir": Nullable(PATH),
     "resume": Nullable(Choice(("auto",))),
-    "paper": Nullable(Either((CLAIM, Several(CLAIM)))),
+    "paper": Nullable(Either((CLAIM, ListOf(CLAIM)))),
     "data.name": CLAIM,
     # Lightning's Trainer accepts more values; these are the ones that work here.
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps")),
@@ -63,7 +63,7 @@ OWN: dict[str, Kind] = {
     "trainer.cuda_graph": Switch(),
     "trainer.recompute": Switch(),
     "ema.decay": Nullable(Number(low=0, below=1, example="0.999")),
-    "samples.temperatures": Several(Number(low=0, example="0.7"), least=1),
+    "samples.temperatures": ListOf(Number(low=0, example="0.7"), least=1),
     "samples.n": Integer(low=1, example="16"),
     "samples.every_n_steps": STEPS,
     "checkpoint.every_n_steps": STEPS,
@@ -177,7 +177,7 @@ def kind_of(annotation: object) -> Kind:
         return _of_union(arguments)
     if isinstance(origin, type) and issubclass(origin, Sequence) and arguments:
         has_length = origin is tuple and ... not in arguments
-        return Several(kind_of(arguments[0]), n=len(arguments) if has_length else None)
+        return ListOf(kind_of(arguments[0]), n=len(arguments) if has_length else None)
     return Anything()
 
 

@@ -6,7 +6,7 @@ import os
 from omegaconf import DictConfig, OmegaConf
 
 from reproduce.config import ConfigError, compose
-from reproduce.kinds import DECIMAL, one_text
+from reproduce.kinds import DECIMAL, argument_text
 
 # Keys in the recorded config of a run that are not arguments of the run that continues it.
 OF_THE_OLD_RUN = {"_wandb", "experiment", "overrides", "run_dir", "resume"}
@@ -35,7 +35,7 @@ def agent_arguments(words: list[str], experiment: str) -> list[str]:
         key, separator, text = word.partition("=")
         if separator:
             values |= _leaves(key, _literal(text))
-    texts = {key: one_text(value) for key, value in values.items()}
+    texts = {key: argument_text(value) for key, value in values.items()}
     first = [f"{key}={texts[key]}" for key in ("preset", "data.name") if key in texts]
     recipe = compose(experiment, first)
     for key, value in values.items():

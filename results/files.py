@@ -60,7 +60,7 @@ def as_bytes(content: str | bytes) -> bytes:
 
 
 def content_of(path: Path) -> bytes | None:
-    """The content of a file; None where there is none."""
+    """The content of a file; None if there is no file."""
     if path.is_file():
         return path.read_bytes()
     return None

@@ -83,7 +83,7 @@ def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path
     claims = load_claims(root)
     papers = load_papers(root)
     runs = read_runs(root, new)
-    ordered = in_order(runs, claims)
+    ordered = ordered_runs(runs, claims)
     curves = {run_name(run): curve_svg(run, claims_of(run, claims)) for run in ordered}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, runs, root)]
     lines += ["## Runs without a paper number", ""]
@@ -172,7 +172,7 @@ def runs_beside(claim: dict, runs: list[dict]) -> list[tuple[dict, dict]]:
     return sorted(pairs, key=rank)
 
 
-def in_order(runs: list[dict], claims: dict) -> list[dict]:
+def ordered_runs(runs: list[dict], claims: dict) -> list[dict]:
     """Every run once: those compared with a claim in the claims' order, then all others by name."""
     with_claim = {
         run_name(run): run for claim in claims.values() for run, _ in runs_beside(claim, runs)

@@ -144,7 +144,7 @@ def trained(monkeypatch):
             "commit": None,
             "dirty": False,
             "device": "CPU",
-            **stability.described(config),
+            **stability.model_entries(config),
         }
 
     monkeypatch.setattr(stability, "train", fake)
