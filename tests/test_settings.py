@@ -419,8 +419,8 @@ def test_a_share_of_the_batches_that_is_none_says_the_least_share(tmp_path):
     words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.limit_val_batches=0.01"]
     line = mistake(realnvp_cifar10.main, *words, "trainer.max_steps=2")
     assert line == (
-        "trainer.limit_val_batches=0.01 of 2 batches is less than one: give at least 0.5, a number of "
-        "batches as an int, or null for all"
+        "trainer.limit_val_batches=0.01 of 2 batches is less than one: give at least 0.5, "
+        "a number of batches as an int, or null for all"
     )
 
 
