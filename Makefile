@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check
-# The versions that are installed: the tested ones; constraints-lowest.txt; nothing for the newest.
+# The versions to install: constraints.txt (tested), constraints-lowest.txt, or nothing (newest).
 CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test test-lowest test-newest lint hooks results slurm-test

@@ -1,1 +1,1 @@
-"""What things cost, always as ratios within one interleaved run."""
+"""Time and memory, as ratios between models that take turns in one run; and stability."""

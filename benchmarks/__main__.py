@@ -1,18 +1,17 @@
-"""What our flows cost beside others: step time, sampling time and memory.
+"""Step time, sampling time and memory of our flows and of others.
 
 python -m benchmarks glow|realnvp [--json FILE] [rounds=7] [settings="K8 L3 H128 B16"]
 
 All models take turns in every round of one run, so that their ratios do not depend on what else the
-machine did meanwhile.
+machine does at the time.
 
 A step is zero_grad, forward, loss, backward and optimizer: our Adamax for our Glow and torch's
 for the peer's, and fused Adam for RealNVP. "convolutions alone" are those of the conditioners,
-without the rest of the flow: what a step cannot be faster than.
+without the rest of the flow: a step cannot be faster than they are.
 
-On a CPU each model has a process of its own, which sleeps while others work. bf16 is timed where
-the hardware multiplies it; the memory of its graph is counted everywhere. On a GPU the batches
-are large ones, and "ours compiled" is the flow of preset=gpu: compiled, and replayed as a CUDA
-graph.
+On a CPU each model has a process of its own, which sleeps while others work. bf16 is timed only on
+hardware that multiplies bf16; the memory of its graph is counted everywhere. On a GPU the batches
+are larger, and "ours compiled" is the flow of preset=gpu: compiled, and replayed as a CUDA graph.
 
 FILE gets a list of rows; the results page shows results/benchmarks/KIND[-MACHINE].json. Times
 depend on the number of threads (OMP_NUM_THREADS).
@@ -29,7 +28,7 @@ import torch
 from benchmarks.candidates import FLOOR, LARGE, SETTINGS, Name, Size, make, names
 from benchmarks.json_file import take_json
 from benchmarks.speed import N_SAMPLES
-from benchmarks.turns import Apart, Here, interleaved
+from benchmarks.turns import InProcess, OwnProcess, interleaved
 from lightning_modules.precision import full_float32
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
@@ -41,14 +40,15 @@ ROUNDS = 7
 
 
 def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bool) -> list[dict]:
-    """A row for each model and dtype, with all but the name of the setting.
+    """Measure all models at one size. Returns a row for each model and dtype.
 
-    apart: each in a process of its own. bf16: it is timed, not only its memory counted.
+    apart: each model has a process of its own. bf16: it is timed; otherwise only its memory is
+    counted.
     """
-    start: Callable[[Callable[[], object]], Apart | Here] = Here
+    start: Callable[[Callable[[], object]], OwnProcess | InProcess] = InProcess
     if apart:
-        start = Apart
-    turns: dict[Name, Apart | Here] = {}
+        start = OwnProcess
+    turns: dict[Name, OwnProcess | InProcess] = {}
     kept: dict[Name, float] = {}
     for name in names(size, device):
         turns[name] = start(partial(make, size, name, device))
@@ -82,7 +82,7 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
 
 @command
 def main(argv: list[str] | None = None) -> list[dict] | None:
-    """Measure, print a row at a time, write the file."""
+    """Measure, print each row, and write the file."""
     words = arguments(argv)
     if not words or {"--help", "-h"} & set(words):
         print((__doc__ or "").strip())

@@ -26,7 +26,7 @@ Name = tuple[str, str]  # model and dtype
 
 @dataclass(frozen=True)
 class GlowSize:
-    """Arguments of `Glow` behind its shape, and the images of a step."""
+    """Arguments of `Glow` after its shape, and the number of images in a step."""
 
     n_levels: int
     depth: int
@@ -37,7 +37,7 @@ class GlowSize:
         return Glow(SHAPE, self.n_levels, self.depth, self.hidden_channels)
 
     def peers(self) -> dict[Name, Callable[[], NormflowsGlow]]:
-        """What makes the flows of others, by name."""
+        """The functions that make the flows of other packages, by name."""
         peer = partial(NormflowsGlow, SHAPE, self.n_levels, self.depth, self.hidden_channels)
         return {(PEER, "float32"): peer, (TUNED, "bf16"): partial(peer, autocast=True)}
 
@@ -66,7 +66,7 @@ class GlowSize:
 
 @dataclass(frozen=True)
 class RealNVPSize:
-    """Arguments of `RealNVP` behind its shape, and the images of a step."""
+    """Arguments of `RealNVP` after its shape, and the number of images in a step."""
 
     n_scales: int
     hidden_channels: int
@@ -87,8 +87,7 @@ class RealNVPSize:
     def convolutions(self) -> list[Convolution]:
         """The convolutions of the conditioners.
 
-        Those of checkerboards see images of the scale's size, those of channel couplings of half of
-        it.
+        Images have the size of the scale in checkerboard couplings, and half of it in channel ones.
         """
         with torch.device("meta"):
             flow = self.flow()
@@ -127,7 +126,7 @@ LARGE = ("K32 L3 H512 B64", "K32 L3 H512 B256", "paper B256")  # for a GPU
 
 
 def names(size: Size, device: torch.device) -> list[Name]:
-    """All models, in the order of the rows; on a GPU also ours as preset=gpu has it."""
+    """All models, in the order of the rows; on a GPU also our compiled flow, as in preset=gpu."""
     ours = [(model, dtype) for dtype in DTYPES for model in ("ours", "ours recompute")]
     if device.type != "cpu":
         ours.append((COMPILED, "bf16"))
@@ -135,7 +134,7 @@ def names(size: Size, device: torch.device) -> list[Name]:
 
 
 def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
-    """A model with its optimizer and a batch, or the convolutions alone, (FLOOR, dtype)."""
+    """A model with its optimizer and a batch; for (FLOOR, dtype) the convolutions alone."""
     model, dtype = name
     if model == FLOOR:
         return Floor(size.convolutions(), size.batch, DTYPES[dtype], device)

@@ -1,4 +1,4 @@
-"""The option that the benchmarks share."""
+"""The option --json, which all benchmarks have."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from reproduce.config import ConfigError
 
 
 def take_json(words: list[str]) -> tuple[Path | None, list[str]]:
-    """The file of `--json FILE` or None, and the other words.
+    """Split arguments into the file of `--json FILE` (or None) and the other words.
 
     ConfigError: `--json` without a file.
     """

@@ -1,12 +1,12 @@
-"""What surviving costs: the share of a training step that goes into skipping, stopping and saving.
+"""What fault tolerance costs: the share of a step spent on skipping, stopping and saving.
 
 python -m benchmarks.overhead                    # RealNVP of preset=cpu on photographs
 torchrun --standalone --nproc-per-node=2 -m benchmarks.overhead trainer.devices=2
 
-Every second step runs bare: with Lightning's own clipping and signal broadcast in the place of
-the check for what is not finite, the exchange of flags and the copies of running statistics.
-Printed are the medians of both kinds of steps within this one run and their ratio, and what
-writing a checkpoint takes, as a share of the steps between two of them.
+Every second step is "bare": it has Lightning's own clipping and signal broadcast instead of our
+check that everything is finite, exchange of stop flags and copies of running statistics. The
+command prints the median time of bare and of guarded steps within this one run and their ratio,
+and the time to write a checkpoint, as a share of a step.
 """
 
 import statistics
@@ -46,11 +46,11 @@ SETTINGS = [
 
 
 class Alternate(L.Callback):
-    """Times every step from its start to the next one's, without the guard in every other one."""
+    """Times every step, from its start to that of the next, and makes every second one bare."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {"guarded": [], "bare": []}
-        self.kind = "guarded"  # of the step that runs
+        self.kind = "guarded"  # of the step that is running
         self.last: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,7 +72,7 @@ class Alternate(L.Callback):
         self._guarded(trainer, pl_module)
 
     def _bare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Hide the guard's methods behind others, on this module alone."""
+        """Replace the methods of the guard, on this module alone."""
         self.kind = "bare"
         vars(module)["finite_or_nan"] = _unchanged
         vars(module)["on_train_batch_start"] = _nothing
@@ -91,12 +91,12 @@ class Alternate(L.Callback):
 
 
 def _unchanged(loss: Tensor) -> Tensor:
-    """In the place of the check whether a loss is finite."""
+    """Replaces the check whether a loss is finite."""
     return loss
 
 
 def _nothing(*arguments: object, **keywords: object) -> None:
-    """In the place of a hook."""
+    """Replaces a hook."""
 
 
 def _clip(module: DensityModule, *arguments: object, **keywords: object) -> None:
@@ -107,7 +107,7 @@ def _clip(module: DensityModule, *arguments: object, **keywords: object) -> None
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Train with every second step bare, and print what the others cost more."""
+    """Train with every second step bare, and print how much longer the others take."""
     words = override(SETTINGS, arguments(argv))
     if not any(word.startswith("run_dir=") for word in words):
         words.append(f"run_dir={tempfile.mkdtemp()}")

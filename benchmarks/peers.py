@@ -1,18 +1,17 @@
-"""Flows of other repositories, from the package index, at the size of ours."""
+"""Flows of other packages, built at the size of ours."""
 
 import torch
 from torch import Tensor, nn
 
 
 class NormflowsGlow(nn.Module):
-    """normflows' Glow (Stimper et al. 2023) as its example builds it.
+    """normflows' Glow (Stimper et al. 2023), built as in its example.
 
-    That is: affine couplings with sigmoid scales, LU, Gaussian bases. Its coupling network is
-    ours without the actnorms and the border channel, and its priors have no networks, so it does
-    a little less.
+    It has affine couplings with sigmoid scales, LU-decomposed 1x1 convolutions and Gaussian bases.
+    It computes a little less than ours: its coupling network has neither actnorms nor the border
+    channel, and its priors have no networks.
 
-    autocast: the same in channels_last, with its forward and its sampling under bf16 autocast.
-    x: (B, *shape).
+    autocast: use channels_last, and run log_prob and sample under bf16 autocast.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class NormflowsGlow(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,)."""
+        """log p(x) in nats, (B,), of x, (B, *shape)."""
         if self.autocast:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):

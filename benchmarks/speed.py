@@ -1,4 +1,4 @@
-"""What is measured of a flow: a step, sampling, kept activations, and its convolutions alone."""
+"""The measurements of a flow: a step, sampling, kept activations, and its convolutions alone."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of a conditioner, "same" padding, on images of (height, width)."""
+    """One convolution of a conditioner, with "same" padding, on images of (height, width)."""
 
     c_in: int
     c_out: int
@@ -33,7 +33,7 @@ class Candidate:
 
     x: a batch in [0, 1], (B, *shape).
     bf16: its log_prob and sample run under autocast.
-    graph: what replays log_prob as a CUDA graph.
+    graph: replays log_prob as a CUDA graph.
     """
 
     flow: FlowModel | NormflowsGlow
@@ -59,11 +59,11 @@ class Candidate:
         self.optimizer.step()
 
     def freeze(self) -> None:
-        """Say that weights do not change any more: what sampling makes of them is made once."""
+        """Promise that the weights stay as they are, so that sampling computes inverses once."""
         self._frozen.enter_context(cached(self.flow.eval()))
 
     def sample(self) -> None:
-        """Draw N_SAMPLES images, not compiled, as a run does."""
+        """Draw N_SAMPLES images, without compiled code, as a run does."""
         with (
             torch.inference_mode(),
             self._autocast(),
@@ -74,7 +74,7 @@ class Candidate:
     def activation_bytes(self) -> int:
         """Bytes that the graph of the loss keeps for the backward pass.
 
-        Parameters and buffers do not count, and what is kept twice counts once.
+        Parameters and buffers do not count, and a tensor that is kept twice counts once.
         """
         own = {
             t.untyped_storage().data_ptr()
@@ -89,8 +89,8 @@ class Candidate:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            # The graph has to live as long as storages are noted: the address of one that has been
-            # freed may be used again.
+            # The graph must live while storages are counted: after one is freed, another may get
+            # its address, and would not count.
             loss = self.loss()
         total = sum(kept.values())
         del loss
@@ -103,7 +103,7 @@ class Candidate:
 class Floor:
     """The conditioners' convolutions alone: forward and both gradients, in channels_last.
 
-    Each has a weight of its own.
+    Every convolution has its own weight.
     """
 
     def __init__(

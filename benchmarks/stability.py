@@ -5,13 +5,13 @@ python -m benchmarks.stability long            # 3 seeds, 4 steps a level, 10,00
 python -m benchmarks.stability long-authors    # `long` with the authors' scales, down to 0
 python -m benchmarks.stability short seeds=0,1 --json FILE trainer.max_steps=100 data.root=data
 
-A public Glow was seen to jump from 6.8 to 1959 bits/dim on its second step without a warm-up from
-0; others turn NaN late. All kinds are glow_cifar10 with the recipe's optimizer, learning rate and
-warm-up, with narrower networks and smaller batches. After training each is inverted, on test
-images and on images of noise, which are far from the data.
+A public Glow was seen to jump from 6.8 to 1959 bits/dim in its second step, without a warm-up from
+0; others become NaN late in training. All three kinds are glow_cifar10 with the recipe's optimizer,
+learning rate and warm-up, but narrower networks and smaller batches. After training each flow is
+inverted, on test images and on images of noise, which are far from the data.
 
-FILE is written after every seed, and a seed that it holds is not run again. A run ends early where
-too many steps were not finite; its row then has fewer steps. The results page shows
+FILE is written after every seed, and a seed that it holds is not run again. A run ends early if too
+many steps were not finite; its row then has fewer steps. The results page shows
 results/stability/*.json.
 """
 
@@ -74,7 +74,7 @@ Measure = Callable[..., float]
 
 
 class FixedBatch(L.Callback):
-    """Measures bits/dim of the same images with the same noise: before training and as it goes on.
+    """Measures bits/dim of the same images with the same noise, before and during training.
 
     every: steps between two measurements.
     """
@@ -118,8 +118,8 @@ def shared_arguments(kind: str, overrides: list[str]) -> list[str]:
     return override([*QUIET, *RECIPE, *KINDS[kind][1]], overrides)
 
 
-def described(config: DictConfig) -> dict:
-    """The part of a row that describes the model."""
+def model_entries(config: DictConfig) -> dict:
+    """The entries of a row that describe the model."""
     return {
         "min_scale": config.flow.min_scale,
         "depth": config.flow.depth,
@@ -132,8 +132,8 @@ def described(config: DictConfig) -> dict:
 def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) -> dict:
     """Train one seed and measure it.
 
-    Returns its row: bits/dim of the fixed images, skipped steps, worst round trips in grey
-    levels, the share of samples that are finite, and what the model was.
+    Returns its row: bits/dim of the fixed images, skipped steps, the largest errors of round trips
+    in grey levels, the share of samples that are finite, and the model.
     """
     words = [*shared_arguments(kind, overrides), f"seed={seed}", f"run_dir={folder}"]
     config = load_config(glow_cifar10.__file__, __doc__, words)
@@ -142,7 +142,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
     module = DensityModule.of(config, flow, data)
     watch = FixedBatch(every, data)
     trainer = make_trainer(config, module, watch)
-    with contextlib.suppress(Diverged):  # what this command is for: measured as far as it came
+    with contextlib.suppress(Diverged):  # a run that diverges is a result, too
         fit(config, trainer, module, data)
     flow.eval()
     commit, dirty = git_state()
@@ -162,7 +162,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
         "highest_rise": torch.tensor(watch.bpd, dtype=torch.float64).max().item() - watch.bpd[0],
         "round_trip_grey_levels": errors,
         **finite,
-        **described(config),
+        **model_entries(config),
         "precision": config.trainer.precision,
         "device": machine(trainer)["device"],
         "commit": commit,
@@ -171,7 +171,7 @@ def train(kind: str, seed: int, folder: Path, overrides: list[str], every: int) 
 
 
 def or_nan(measure: Measure) -> Measure:
-    """A measurement that is NaN where a matrix of the flow has no inverse."""
+    """Let a measurement return NaN if a matrix of the flow has no inverse."""
 
     @functools.wraps(measure)
     def wrapped(*arguments: object) -> float:
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 def stored(path: Path, kind: str, overrides: list[str]) -> dict:
     """The content of FILE.
 
-    ConfigError, ValueError: it was written by another command, or its runs had another model.
+    ConfigError, ValueError: another command has written it, or its runs had another model.
     """
     content = stability.read(path)
     same_settings = settings(content["overrides"], OURS) == settings(overrides, OURS)
@@ -239,7 +239,7 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
         command_line = " ".join([content["kind"], *content["overrides"]])
         raise ConfigError(f"{path} holds {command_line}: give another file")
     recipe = glow_cifar10.__name__.split(".")[-1]
-    model = described(compose(recipe, shared_arguments(kind, overrides)))
+    model = model_entries(compose(recipe, shared_arguments(kind, overrides)))
     change = stability.changes(stability.model(content["runs"][0]), stability.model(model))
     if change:
         raise ConfigError(
@@ -249,7 +249,7 @@ def stored(path: Path, kind: str, overrides: list[str]) -> dict:
 
 
 def read(words: list[str], seeds: list[int]) -> tuple[Path | None, list[int], list[str]]:
-    """The file, the seeds, and the overrides of every run. ConfigError: a mistake in the words."""
+    """Split the words into file, seeds, and the overrides of all runs. ConfigError: a mistake."""
     path, others = take_json(words)
     overrides = []
     for word in others:

@@ -17,8 +17,11 @@ from reproduce.config import ConfigError
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Here:
-    """`turn(method)`: the seconds that a method of `make()` takes, and what it returns."""
+class InProcess:
+    """A model whose methods are timed in this process.
+
+    `turn(method)` returns the seconds that a method of the object `make()` takes, and its result.
+    """
 
     def __init__(self, make: Callable[[], object]) -> None:
         self.candidate = make()
@@ -35,25 +38,25 @@ class Here:
         del self.candidate
 
 
-class Apart:
-    """The same in a process of its own, which sleeps between turns.
+class OwnProcess:
+    """A model whose methods are timed in a process of its own, which sleeps between turns.
 
-    `make` and what methods return are pickled. For a CPU: models in one process share the memory
-    that malloc keeps, and normflows' step was faster beside one version of ours than beside
-    another. In a run a model has the memory for itself.
+    `make` and the results of methods are pickled. It is for a CPU, where models in one process
+    share the memory that malloc keeps: normflows' step was faster beside one version of ours than
+    beside another. In a training run a model has that memory for itself.
     """
 
     def __init__(self, make: Callable[[], object]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, child_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(make, child_end), daemon=True)
-        with _no_interrupts():  # Ctrl-C ends the one that asks, and then the pipe
+        with _no_interrupts():  # Ctrl-C ends this process; the closed pipe then ends the other
             self.process.start()
-        child_end.close()  # so that the end of the process ends the pipe
+        child_end.close()  # so that the pipe closes when the process ends
         self._receive()
 
     def __call__(self, method: str) -> tuple[float, Any]:
-        time.sleep(0.05)  # OpenMP's threads of whose turn it was spin on for some milliseconds
+        time.sleep(0.05)  # OpenMP's threads of the last turn keep spinning for some milliseconds
         with contextlib.suppress(ConnectionError):  # `_receive` raises the error
             self.pipe.send(method)
         return self._receive()
@@ -70,13 +73,13 @@ class Apart:
             self.process.join()
             raise ConfigError(
                 f"a process that measures ended with exit code {self.process.exitcode}: "
-                "with -9 memory was short; otherwise its traceback stands above"
+                "with -9 memory was short; otherwise its traceback is printed above"
             ) from None
 
 
 def _serve(make: Callable[[], object], pipe: Connection) -> None:
     _keep_freed_memory()
-    turn = Here(make)
+    turn = InProcess(make)
     try:
         pipe.send(None)
         while True:
@@ -87,9 +90,9 @@ def _serve(make: Callable[[], object], pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Let processes that are started inside ignore SIGINT for good.
+    """Let processes that are started in this block ignore SIGINT for their whole life.
 
-    Outside of the main thread, where Python cannot set it, nothing is changed.
+    Outside of the main thread, where Python cannot set handlers, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,11 +105,11 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep freed memory, up to 64 MiB, instead of returning it.
+    """Let malloc keep up to 64 MiB of freed memory, instead of returning it to the system.
 
-    glibc's thresholds follow the largest block that was freed, if that has at most 32 MiB
-    (mallopt(3)): such a block is freed here. In a run they rise by themselves, sooner or later;
-    here they are set at once, and the same for all models.
+    glibc's thresholds follow the largest block of at most 32 MiB that was freed (mallopt(3)): such
+    a block is freed here. In a training run the thresholds rise by themselves, sooner or later;
+    here they are set at once, equal for all models.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
@@ -114,7 +117,10 @@ def _keep_freed_memory() -> None:
 def interleaved(
     turns: Mapping[Key, Callable[[str], tuple[float, Any]]], method: str, rounds: int
 ) -> dict[Key, float]:
-    """Median seconds of each, all of them in every round. A first round does not count."""
+    """The median seconds of each model.
+
+    All models take a turn in every round. The first round does not count.
+    """
     seconds: dict[Key, list[float]] = {key: [] for key in turns}
     for i in range(rounds + 1):
         for key, turn in turns.items():

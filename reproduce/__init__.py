@@ -1,4 +1,4 @@
-"""One script per experiment; `experiment` is the only glue between them and the rest."""
+"""One script for each experiment, and in `experiment` what all scripts share."""
 
 from __future__ import annotations
 

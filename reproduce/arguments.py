@@ -1,4 +1,4 @@
-"""What commands with several runs share: their seeds, and the settings that all runs have."""
+"""The arguments of commands that start several runs: seeds, and settings that all runs share."""
 
 from collections.abc import Collection
 
@@ -8,7 +8,10 @@ from reproduce.run_folder import FREE
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`[0,1,2]`, `0,1,2` or `0` as a list. ConfigError: something else, or a seed twice."""
+    """Read `[0,1,2]`, `0,1,2` or `0` as a list of seeds.
+
+    ConfigError: the text has another form, or a seed comes twice.
+    """
     words = text.removeprefix("[").removesuffix("]").split(",")
     seeds = [int(word) for word in words if word.strip().isdecimal()]
     if len(seeds) < len(words) or len(set(seeds)) < len(seeds):
@@ -19,10 +22,10 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def settings(overrides: list[str], own: Collection[str]) -> dict[str, object]:
-    """key=value arguments as keys and values.
+    """The key=value arguments that decide the numbers of a command's runs, as keys and values.
 
-    Left out are the keys of `own`, in which the runs of a command differ, and those that change no
-    number.
+    The keys in `own` are left out, which the command decides for each run, and so are those that
+    change no number (loggers, folders, workers).
     """
     values: dict[str, object] = {}
     for word in overrides:

@@ -1,4 +1,4 @@
-"""How a command ends: at its end, by a user's mistake, or since somebody asked it to stop."""
+"""How a command ends: it is done, a user made a mistake, or somebody asked it to stop."""
 
 import contextlib
 import functools
@@ -26,10 +26,10 @@ from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
 from reproduce.streams import flush_streams, open_missing_streams
 
-# How Python refuses a key of a recipe's section that the class which the section goes to does not
-# take.
+# Python's message for a keyword argument that a constructor does not have. The keyword is a key in
+# a section of a recipe.
 UNKNOWN_ARGUMENT = re.compile(r"^(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
-# How PyTorch says, on a CPU and on a GPU, that a tensor is too large.
+# PyTorch's messages, on a CPU and on a GPU, for a tensor that does not fit into memory.
 TOO_LARGE = re.compile(
     r"allocate memory|out of memory|not enough memory|[Ss]torage size calculation overflowed"
 )
@@ -43,9 +43,9 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Turn a user's mistake into one line and exit code 1, and a request to stop into exit code 75.
 
     Mistakes are a ConfigError, a setting that Lightning refuses, an OSError (a missing file, a full
-    disk), a ValueError (an impossible value, whoever notices it), a key of a recipe that a
-    constructor does not take, and what does not fit into memory. PAPERFLOWS_TRACEBACK=1 shows where
-    it was raised; other errors always do.
+    disk), any ValueError, a key of a recipe that a constructor does not have, and a model that does
+    not fit into memory. Every other error is a fault of the program and has its traceback. With
+    PAPERFLOWS_TRACEBACK=1 mistakes have theirs, too.
     """
 
     @functools.wraps(main)
@@ -61,7 +61,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             return result
         except RunStopped as stop:
             code = exit_code(stop)
-            _leave(stop)
+            _exit(stop)
         except KeyboardInterrupt:
             sys.exit("stopped")
         except SystemExit as end:
@@ -71,7 +71,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             line = mistake(error)
             if line is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
-            if isinstance(error, ConfigError) and _rank():  # rank 0 says it
+            if isinstance(error, ConfigError) and _rank():  # rank 0 prints the line
                 sys.exit(1)
             sys.exit(f"error: {line}")
         finally:
@@ -84,7 +84,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def mistake(error: Exception) -> str | None:
-    """The one line with which a user's mistake is answered; None: the fault is the program's."""
+    """The one line that answers a user's mistake; None if the error is a fault of the program."""
     line = " ".join(str(error).split())
     if isinstance(error, ConfigError | MisconfigurationException | OSError | ValueError):
         return line
@@ -100,7 +100,7 @@ def mistake(error: Exception) -> str | None:
 
 
 def exit_code(stop: RunStopped) -> int:
-    """The code with which a stopped run ends; Python's SystemExit could hold a text as well."""
+    """The exit code of a stopped run, an int. (Python's SystemExit allows a text as well.)"""
     return cast("int", stop.code)
 
 
@@ -109,16 +109,17 @@ def _rank() -> int:
     return cast("int", vars(rank_zero_only).get("rank") or 0)
 
 
-def _leave(stop: RunStopped) -> NoReturn:
-    """The end of a run that all ranks have agreed on: rank 0 says why and has the exit code.
+def _exit(stop: RunStopped) -> NoReturn:
+    """End the process of a stopped run. Rank 0 prints the reason and ends with the exit code.
 
-    The others end with 0: whoever started them (Lightning, srun, torchrun) would kill rank 0 for
-    any other code. Where one rank alone knows of the end, it is meant to have the others killed.
+    If all ranks have agreed to stop, the others end with 0: for any other code their launcher
+    (Lightning, srun, torchrun) would kill rank 0. If only one rank knows of the stop, it ends with
+    the code, so that the launcher kills the others.
     """
     code = exit_code(stop)
     if code == TRY_AGAIN:
         mark_preempting()
-    if stop.requeue and not _rank():  # before what may take long: Slurm waits before it kills
+    if stop.requeue and not _rank():  # before W&B is closed, which may outlast Slurm's patience
         requeue()
     if _rank():
         sys.exit(0 if stop.agreed else code)
@@ -130,7 +131,10 @@ def _leave(stop: RunStopped) -> NoReturn:
 
 @contextlib.contextmanager
 def resumable(config: DictConfig, trainer: L.Trainer) -> Iterator[None]:
-    """Where a run was stopped, or interrupted twice, say how to go on."""
+    """If the run in this block is stopped, or interrupted twice, add the command that continues it.
+
+    If only this rank knows of the stop, kill the others.
+    """
     script = Path("reproduce", f"{config.experiment}.py")
     program = [script.as_posix()]
     if not script.is_file():  # the package is installed, and this is no clone

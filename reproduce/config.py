@@ -1,6 +1,6 @@
-"""Recipes: YAML files composed, overridden from the command line, and checked.
+"""Recipes: compose their YAML files, apply the command line, and check every value.
 
-`reproduce.schema` says what a value may be. Nothing here knows a model.
+Which values a key takes is decided in `reproduce.schema`. This module knows no model.
 """
 
 import difflib
@@ -15,13 +15,21 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
+from reproduce.kinds import (
+    UNKNOWN,
+    Kind,
+    WrongValue,
+    argument_text,
+    as_text,
+    choices,
+    kind_of_value,
+)
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LONGEST_SHOWN = 60  # characters of a wrong value in a message
-# Sections to which a recipe may add keys: they are arguments of what it chooses.
-OPEN = ("flow", "data", "optim")
+# Sections to which a recipe may add keys: the arguments of its own flow, data and objective.
+OPEN_SECTIONS = ("flow", "data", "optim")
 DECIDED_ELSEWHERE = {
     "experiment": "it is the name of the recipe",
     "preset": "it is given on the command line",
@@ -30,14 +38,16 @@ Values = dict[str, Any]  # dotted key -> value
 
 
 class ConfigError(Exception):
-    """A mistake of the user's: one line that says what to do."""
+    """A user's mistake; its message is one line that says what to do."""
 
 
 def compose(experiment: str, arguments: list[str]) -> DictConfig:
-    """The recipe `experiment` over its bases, then its data set, preset and key=value arguments.
+    """Compose the config of an experiment. Later layers replace values of earlier ones.
 
-    data.name and preset are read first, since they bring sections of their own; from then on no key
-    may be new. What a value may be is decided by its key (`Schema`).
+    The layers are: the bases of the recipe, the recipe, the data set's section, the preset, the
+    key=value arguments. data.name and preset are looked up first in all of them, since they bring
+    sections of their own. After the recipe no layer may add a key. A value is read as its key
+    demands (`Schema`).
     """
     overrides = parse(arguments)
     preset: str | None = overrides.pop("preset", "")
@@ -72,7 +82,7 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
 
 
 def presets(experiment: str) -> list[str]:
-    """Names that `preset=` accepts for a recipe."""
+    """The names that `preset=` accepts for a recipe."""
     return list(_recipe_presets(_files(f"{experiment}.yaml")))
 
 
@@ -82,17 +92,17 @@ def describe(experiment: str, doc: str) -> str:
     lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
     lines.append("keys, with the value of the recipe without a preset:")
     for key, value in _leaves(compose(experiment, [])):
-        if key == "experiment":  # the script's name, not a key to give
+        if key == "experiment":  # the script's name, which cannot be given
             continue
-        line = f"  {key}={one_text(value)}"
+        line = f"  {key}={argument_text(value)}"
         if key in comments:
             line += f"  # {comments[key]}"
         lines.append(line)
     return "\n".join(lines)
 
 
-class _Texts(yaml.BaseLoader):
-    """YAML whose values all stay texts: what they mean is decided by their keys."""
+class _TextLoader(yaml.BaseLoader):
+    """A YAML loader that leaves every value a text, to be read as its key demands."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [part.value for part, _ in node.value]
@@ -104,28 +114,29 @@ class _Texts(yaml.BaseLoader):
 
 @functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> object:
-    return yaml.load(text, _Texts)
+    return yaml.load(text, _TextLoader)
 
 
 def read(path: Path) -> object:
-    """A YAML file: dicts and lists whose values are all texts. ConfigError: it is none."""
+    """The content of a YAML file, with all values as texts. ConfigError: it cannot be read."""
     try:
         return _parsed(path.read_text(encoding="utf-8"))
-    except Exception as error:  # whatever YAML finds: it raises many kinds
+    except Exception as error:  # the YAML reader raises errors of many classes
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def _section(path: Path) -> dict[str, Any]:
-    """The content of a file that holds sections; empty where it holds none."""
+    """The sections of a YAML file; empty if it holds none."""
     content = read(path)
     return content if isinstance(content, dict) else {}
 
 
 def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """A file of configs/ and all that it extends, by name: each once, and behind its own bases.
+    """The contents of a file of configs/ and of all files that it extends, by name.
 
-    extending: the files that led here, each by its `bases`. ConfigError: one is missing, or extends
-    itself.
+    Every file comes once, after its bases. extending: the files whose `bases` have led here.
+
+    ConfigError: a file is missing or extends itself, or its `bases` are not a list of files.
     """
     path = CONFIGS / name
     if name in extending:
@@ -149,9 +160,10 @@ def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, An
 
 
 def _recipe_presets(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, object]]:
-    """Preset -> key -> text: the `presets:` of a recipe over those of the recipes that it extends.
+    """The section `presets` of a recipe, over those of the recipes that it extends.
 
-    ConfigError: it is no mapping, or one of its presets is none.
+    Returns preset -> dotted key -> text. ConfigError: the section or one of its presets is not a
+    mapping, or a preset has no file in configs/presets/.
     """
     choices = sorted(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))
     presets: dict[str, dict[str, object]] = {}
@@ -179,9 +191,9 @@ def _holds_sections(section: object) -> bool:
 
 
 def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) -> Values:
-    """A file's content over what it extends.
+    """The values of a file's bases, replaced by the file's own; the file may add keys.
 
-    Keys may be new. Another data.name brings the whole section of that data set.
+    Another data.name replaces the whole section `data` by that of the data set.
     """
     values = dict(values)
     own = {
@@ -191,14 +203,14 @@ def _extend(values: Values, name: str, content: dict[str, Any], schema: Schema) 
     }
     data_name = own.get("data.name")
     if data_name is not None and data_name != values.get("data.name"):
-        values = _with_data(values, one_text(data_name), schema)
+        values = _with_data(values, argument_text(data_name), schema)
     known = [key for key, value in values.items() if value != {}]
     for key, text in own.items():
-        if text == {} and key not in known:  # a section in which nothing changes
+        if text == {} and key not in known:  # an empty section
             values.setdefault(key, {})
             continue
         _check_key(CONFIGS / name, key, known, is_recipe="bases" in content)
-        if _is_interpolation(text):  # it has a value when all is composed
+        if _is_interpolation(text):  # it is read when all files are composed
             values[key] = text
         else:
             _set(values, key, text, schema, f"{CONFIGS / name}: ")
@@ -210,13 +222,13 @@ def _is_interpolation(text: object) -> bool:
 
 
 def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
-    """ConfigError: a file may not give this key.
+    """ConfigError: a file may not set this key.
 
-    known: the keys of what it extends. is_recipe: the file has bases, and adds keys to sections in
-    OPEN alone.
+    known: the keys of the files that it extends. is_recipe: the file has bases, so it may add keys
+    to the sections in OPEN_SECTIONS only.
     """
     if key in DECIDED_ELSEWHERE:
-        raise ConfigError(f"{path}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
+        raise ConfigError(f"{path}: {key} cannot be set in a file: {DECIDED_ELSEWHERE[key]}")
     if any(k.startswith(f"{key}.") for k in known):
         raise ConfigError(f"{path}: {key} is a section, not a value")
     parents = [k for k in known if key.startswith(f"{k}.")]
@@ -224,23 +236,24 @@ def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
         raise ConfigError(f"{path}: {parents[0]} is a value, not a section with {key}")
     if is_recipe and _is_typo(key, known):
         hint = nearest(key, known)
-        raise ConfigError(f"{path}: {key} is no key of what it extends{hint}")
+        raise ConfigError(f"{path}: {key} is no key of its bases{hint}")
 
 
 def _is_typo(key: str, known: list[str]) -> bool:
-    """Whether a recipe's new key is more likely a slip.
+    """Whether a recipe's new key is taken for a misspelt one.
 
-    It is one in a section to which recipes add no keys, and in a section of almost another's name.
+    It is if recipes may not add keys to its section, or if its section is new and has almost the
+    name of another one.
     """
     section = key.split(".")[0]
     names = {k.split(".")[0] for k in known} - set(DECIDED_ELSEWHERE)
     if section not in names and section != key:
         return bool(difflib.get_close_matches(section, names, n=1, cutoff=0.75))
-    return section not in OPEN and key not in known
+    return section not in OPEN_SECTIONS and key not in known
 
 
 def _with_data(values: Values, name: str, schema: Schema) -> Values:
-    """The values with the `data` section of another data set in the place of theirs."""
+    """The values with their section `data` replaced by that of another data set."""
     path = CONFIGS / "data" / f"{name}.yaml"
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if name not in known:
@@ -262,7 +275,7 @@ def _with_data(values: Values, name: str, schema: Schema) -> Values:
 def _preset(
     experiment: str, preset: str | None, recipe_presets: dict[str, dict[str, object]]
 ) -> list[dict[str, object]]:
-    """The shared part of a preset (trainer, data, logger), then the recipe's own: key -> text."""
+    """The two layers of a preset, as key -> text: the shared file, then the recipe's own part."""
     if preset is None:
         return []
     if preset not in recipe_presets:
@@ -276,7 +289,10 @@ def _preset(
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    """Words key=value as key -> text. ConfigError: not of that form, or a key that comes twice."""
+    """Read key=value arguments as key -> text.
+
+    ConfigError: an argument has another form, or a key comes twice.
+    """
     texts: dict[str, str] = {}
     for argument in arguments:
         if not re.match(r"\w+(\.\w+)*=", argument):
@@ -293,9 +309,9 @@ def parse(arguments: list[str]) -> dict[str, str]:
 
 
 def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
-    """key=value words in which `changes` take the place of those with the same key.
+    """key=value words, with those of `changes` in the place of words with the same key.
 
-    For a command with settings of its own, over which a user's stand.
+    With it a command lets a user's arguments replace its own settings.
     """
     changes = list(changes)
     keys = {word.partition("=")[0] for word in changes}
@@ -305,9 +321,9 @@ def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
 def merge(
     config: DictConfig, texts: Mapping[str, object], schema: Schema | None = None
 ) -> DictConfig:
-    """`texts` over the values of a config, each read as its key demands.
+    """A config with some values replaced: key -> text, each text read as its key demands.
 
-    schema: what the keys take; None: what their values are in `config`.
+    schema: the kinds of the keys; None: each key keeps the kind of its value in `config`.
     """
     values = dict(_leaves(config))
     _update(values, texts, schema)
@@ -315,19 +331,20 @@ def merge(
 
 
 def _update(values: Values, texts: Mapping[str, object], schema: Schema | None) -> None:
-    """Read texts into the values of their keys. ConfigError: there is no such key."""
+    """Replace values, in place, by texts read as their keys demand. ConfigError: an unknown key."""
     known = list(values)
     for key, text in texts.items():
-        if text == {} and key not in known:  # a section in which nothing changes
+        if text == {} and key not in known:  # an empty section
             continue
         _check_known(key, known)
         _set(values, key, text, schema)
 
 
-def _set(values: Values, key: str, text: object, schema: Schema | None, where: str = "") -> None:
-    """Read a text as its key demands. ConfigError: it is none of that kind.
+def _set(values: Values, key: str, text: object, schema: Schema | None, source: str = "") -> None:
+    """Set the value of a key, in place, to a text read as the key demands.
 
-    where: what a message begins with.
+    source: the file of the text, with which an error message begins. ConfigError: the key does not
+    take this value.
     """
     before = values.get(key)
     kind = kind_of_value(before) if schema is None else schema.kind(key)
@@ -336,26 +353,26 @@ def _set(values: Values, key: str, text: object, schema: Schema | None, where: s
     except WrongValue as error:
         example = kind.example
         if before is not None and not _is_interpolation(before):
-            example = one_text(before)
-        message = f"{where}{key}={_shown(text)} {_advice(key, text, kind, str(error), example)}"
+            example = argument_text(before)
+        message = f"{source}{key}={_quoted(text)} {_advice(key, text, kind, str(error), example)}"
         raise ConfigError(" ".join(message.split())) from error
     if schema is not None:
         schema.learn(key, values[key])
 
 
 def _advice(key: str, text: object, kind: Kind, problem: str, example: str) -> str:
-    """What is wrong with a text, and what to give in its place."""
+    """What is wrong with the text of a value, and what to give in its place."""
     if problem == UNKNOWN:
-        problem += nearest(one_text(text), choices(kind))
+        problem += nearest(argument_text(text), choices(kind))
     advice = f"{problem}: give {kind.name}"
     if f" {example}" not in advice:
         advice += f", for example {key}={example}"
     return advice
 
 
-def _shown(text: object) -> str:
-    """A text for a message, cut where it is long."""
-    shown = one_text(text)
+def _quoted(text: object) -> str:
+    """A value as a message quotes it, cut off if it is long."""
+    shown = argument_text(text)
     if len(shown) > LONGEST_SHOWN:
         return f"{shown[:LONGEST_SHOWN]}..."
     return shown
@@ -373,7 +390,7 @@ def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
 
 
 def _check_known(key: str, known: list[str]) -> None:
-    """ConfigError: `key` is none of the keys of a config."""
+    """ConfigError: a config has no such key."""
     keys = [k for k in known if k != "experiment"]
     if key in keys:
         return
@@ -384,7 +401,7 @@ def _check_known(key: str, known: list[str]) -> None:
 
 
 def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:
-    """Read what a file gives as ${another.key}, now that every key has its value."""
+    """Check the values that a file gives as ${another.key}, now that every key has a value."""
     for key, text in values.items():
         if not _is_interpolation(text):
             continue
@@ -397,10 +414,10 @@ def _check_interpolations(config: DictConfig, values: Values, schema: Schema) ->
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for the name that is most like a word; empty where none is like it.
+    """` (did you mean X?)` with the name X that is most like a word; empty if no name is like it.
 
-    Upper and lower case count as the same. Whole keys are compared first, then their last parts.
-    What Lightning and others call a setting leads to the key here (`ALIASES`).
+    Upper and lower case count as the same. Whole keys are compared first, then their last parts. A
+    setting's name in Lightning and other programs leads to the key here (`ALIASES`).
     """
     names = list(known)
     last = word.lower().split(".")[-1]
@@ -416,7 +433,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> text, or list of texts, of a file; an empty section is {}."""
+    """The content of a file as dotted key -> text or list of texts; an empty section is {}."""
     texts: dict[str, object] = {}
     for key, part in content.items():
         if isinstance(part, dict) and part:
@@ -427,7 +444,7 @@ def _texts(content: dict[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _nested(values: Values) -> dict[str, Any]:
-    """Dotted keys and values as sections within sections."""
+    """Dotted key -> value as nested dicts, one for each section."""
     root: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -440,7 +457,7 @@ def _nested(values: Values) -> dict[str, Any]:
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values."""
+    """The values of a config with their dotted keys."""
     leaves: list[tuple[str, Any]] = []
     for name, value in config.items():
         key = f"{prefix}{name!s}"
@@ -452,15 +469,15 @@ def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
-    """A config as a dict. resolve: whether ${...} is looked up."""
+    """A config as nested dicts. resolve: whether ${another.key} is replaced by its value."""
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
 def _comments(experiment: str) -> dict[str, str]:
     """Dotted key -> the comment that --help shows.
 
-    A file without bases (base.yaml, data/*.yaml) says what a key is; a recipe says where its value
-    comes from, which no longer holds where a recipe that extends it gives another.
+    The comments of base.yaml and data/*.yaml explain keys. Those of a recipe name the source of a
+    value, so they are dropped where a recipe that extends it gives another value.
     """
     of_keys: dict[str, str] = {}
     of_values: dict[str, str] = {}

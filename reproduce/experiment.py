@@ -1,4 +1,4 @@
-"""The only glue: a config becomes a trainer, a trainer a run folder, a run folder a result."""
+"""What every script shares: load the config, make a trainer, train, test and record the result."""
 
 import copy
 import json
@@ -54,16 +54,20 @@ from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
-__all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
+__all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
 C = TypeVar("C", bound=L.Callback)
 
 
 def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
-    """The resolved, read-only config of a script; the random generators are seeded.
+    """Load the resolved, read-only config of a script, and seed the random generators.
 
-    The run folder is decided. Answers --help and --print-config itself, and ends with 0 where the
-    run is already finished. ConfigError, one line: a mistake in the settings, before anything
-    starts.
+    The config names the run folder. The program ends here, with exit code 0, after --help or
+    --print-config, and where the run is already finished.
+
+    script: the file of the script, whose name is that of the experiment. doc: its docstring, which
+    --help prints. argv: the arguments; None: those of the command line.
+
+    ConfigError, one line: a mistake in the settings. Nothing has been started by then.
     """
     experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
@@ -90,9 +94,9 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
 
 
 def _decide_run_dir(config: DictConfig) -> None:
-    """The folder of the run.
+    """Set `run_dir`, the folder of the run.
 
-    A job or a sweep's run that is started again finds its own folder, and goes on there.
+    A Slurm job or a run of a sweep that is started again finds its own folder, and continues there.
     """
     if in_sweep():
         config.resume = "auto"
@@ -112,7 +116,7 @@ def _decide_run_dir(config: DictConfig) -> None:
 
 
 def _choose_cpu_for_mps(config: DictConfig) -> None:
-    """The accelerator that Lightning would choose on a Mac cannot train a flow."""
+    """On a Mac replace `auto` by the CPU: Lightning would choose the GPU, which no flow can use."""
     has_mps_alone = torch.backends.mps.is_available() and not torch.cuda.is_available()
     if config.trainer.accelerator == "auto" and has_mps_alone:
         config.trainer.accelerator = "cpu"
@@ -120,7 +124,10 @@ def _choose_cpu_for_mps(config: DictConfig) -> None:
 
 
 def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L.Trainer:
-    """A Trainer with everything that a run of this house has; makes the run folder and its log."""
+    """Make a Trainer with all callbacks, the logger and the plugins of a run.
+
+    The run folder and its log are made, too. extra: callbacks of one script alone.
+    """
     folder = Path(config.run_dir)
     settings = trainer_settings(config)
     callbacks = make_callbacks(config, module, extra)
@@ -131,7 +138,7 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     logger = make_logger(config)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
-    _hush()
+    _silence_lightning()
     plugins: list = [SafeCheckpointIO()]
     if job() is not None:
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -143,12 +150,12 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
             plugins=plugins,
             default_root_dir=folder,
             check_val_every_n_epoch=None,
-            num_sanity_val_steps=-1,  # all of it: the curve's row at step 0
-            use_distributed_sampler=False,  # ours shards without padding
+            num_sanity_val_steps=-1,  # a whole validation: the curve's row at step 0
+            use_distributed_sampler=False,  # the data's own sampler shards without padding
             inference_mode=not module.needs_autograd,
             enable_model_summary=False,
         )
-    except (TypeError, AssertionError) as error:  # Lightning's answers to a wrong type
+    except (TypeError, AssertionError) as error:  # what Lightning raises for a wrong type
         words = " ".join(
             f"trainer.{key}={value}" for key, value in settings.items() if value is not None
         )
@@ -160,11 +167,14 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
 
 
 def trainer_settings(config: DictConfig) -> dict:
-    """The arguments of Lightning's Trainer that a recipe and the launcher of this process give."""
+    """The arguments of Lightning's Trainer, from the recipe and from the launcher (srun, torchrun).
+
+    A process that srun or torchrun has started takes its numbers of devices and nodes from there.
+    """
     settings = plain(config.trainer)
-    for ours in ("compile", "recompute", "cuda_graph"):
-        settings.pop(ours)
-    if settings["deterministic"]:  # the fastest kernels may be others in another run
+    for own_key in ("compile", "recompute", "cuda_graph"):  # which Lightning does not have
+        settings.pop(own_key)
+    if settings["deterministic"]:  # cuDNN may find other kernels the fastest in another run
         settings["benchmark"] = False
     for key, value in processes().items():
         if settings[key] in ("auto", 1):
@@ -177,7 +187,7 @@ def trainer_settings(config: DictConfig) -> dict:
 def make_callbacks(
     config: DictConfig, module: Objective, extra: Sequence[L.Callback] = ()
 ) -> list[L.Callback]:
-    """What happens beside training, in the order in which it happens."""
+    """The callbacks of a run, in the order in which Lightning calls them."""
     folder = Path(config.run_dir)
     batch_size = config.data.batch_size
     papers = papers_of(config)
@@ -202,9 +212,10 @@ def make_callbacks(
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
-    """Cut a process's share of a step into micro-batches.
+    """Cut a process's share of a batch into micro-batches, whose gradients are accumulated.
 
-    Lightning counts batches and a recipe optimizer steps, so intervals become longer.
+    Lightning counts the interval between validations in micro-batches and a recipe in optimizer
+    steps, so it is multiplied.
     """
     batch_size = config.data.batch_size
     n = n_micro_batches(batch_size, config.data.micro_batch, trainer.world_size)
@@ -222,13 +233,13 @@ USELESS_WARNINGS = (
     "srun. command is available",
     "LeafSpec",
     "exists and is not empty",
-    "Grad strides do not match bucket view",  # DDP, of convolutions with one input channel
-    r"self.log\('(paper|gap)/",  # over ranks, of what is equal on all of them
+    "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
+    r"self.log\('(paper|gap)/",  # asks for sync_dist, but these values are equal on all ranks
 )
 
 
-def _hush() -> None:
-    """Silence what Lightning says in every run and nobody can act on."""
+def _silence_lightning() -> None:
+    """Silence messages that Lightning prints in every run and that no user can act on."""
     for text in USELESS_WARNINGS:
         warnings.filterwarnings("ignore", f".*{text}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
@@ -243,9 +254,10 @@ def _no_tip(record: logging.LogRecord) -> bool:
 def fit(
     config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> None:
-    """Train, from the newest checkpoint of the run folder where resume=auto finds one.
+    """Train; with resume=auto continue from the newest checkpoint of the run folder, if it has one.
 
-    Diverged: too many steps were not finite; diverged.json then says what was trained.
+    ConfigError: the data are not those that the objective is for. Diverged: too many steps were not
+    finite; diverged.json in the run folder then describes the training.
     """
     try:
         module.check_data(data)
@@ -254,9 +266,9 @@ def fit(
     folder = Path(config.run_dir)
     path = None
     if config.resume == "auto":
-        path = _go_on(config, trainer, module)
+        path = _load_newest(config, trainer, module)
     if path is None and config.preset is None and not torch.cuda.is_available():
-        _say_how_long(config, module)
+        _warn_of_duration(config, module)
     rank_zero_info(
         f"{config.experiment}: {module.n_parameters:,} parameters, {config.trainer.precision}, "
         f"run {config.run_dir}"
@@ -273,7 +285,7 @@ def fit(
 
 
 def _speed_up(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
-    """Recompute, compile and capture what the recipe says."""
+    """Apply trainer.recompute, trainer.compile and trainer.cuda_graph to the module."""
     if config.trainer.recompute:
         recompute(module.trained)
     if config.trainer.compile:
@@ -289,14 +301,14 @@ def _speed_up(config: DictConfig, trainer: L.Trainer, module: Objective) -> None
         )
 
 
-def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | None:
-    """Load the weights of the newest checkpoint of the run folder; None where there is none."""
+def _load_newest(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | None:
+    """Load the weights of the newest checkpoint of the run folder; return its path, or None."""
     newest = newest_checkpoint(Path(config.run_dir))
     if newest is None:
         return None
     path, checkpoint = newest
     check_checkpoint(path, checkpoint, config, module, trainer.accumulate_grad_batches)
-    module.load_state_dict(checkpoint["state_dict"])  # Lightning does so too, after its setup hooks
+    module.load_state_dict(checkpoint["state_dict"])  # Lightning loads only after its setup hooks
     origin = checkpoint["paperflows"]
     place = f"commit {origin['commit']}"
     if origin.get("job"):
@@ -305,19 +317,19 @@ def _go_on(config: DictConfig, trainer: L.Trainer, module: Objective) -> Path | 
     return path
 
 
-def _say_how_long(config: DictConfig, module: Objective) -> None:
-    """One line, measured: how long the whole budget would take on this machine without a GPU."""
+def _warn_of_duration(config: DictConfig, module: Objective) -> None:
+    """Say in one line how many days the whole budget would take on this CPU, by a timed trial."""
     if config.budget.images is None or "cpu" not in presets(config.experiment):
         return
     copied = copy.deepcopy(module)
-    n = 4
+    n_images = 4
     start = time.monotonic()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-        loss = copied.trial(n)
+        loss = copied.trial(n_images)
     if loss is None:
         return
     loss.backward()
-    days = (time.monotonic() - start) / n * config.budget.images / 86_400
+    days = (time.monotonic() - start) / n_images * config.budget.images / 86_400
     if days < 1:
         return
     rank_zero_info(
@@ -327,16 +339,18 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
 
 
 def papers_of(config: DictConfig) -> list[dict]:
-    """The claims beside which a run is shown; comparable where data and test split are the claim's.
+    """The papers' claims with which a run is compared, by the key `paper` of its recipe.
 
-    `paper` is null, an id, or a list of ids. ConfigError, ValueError: an unknown id, or two claims
-    on one metric.
+    `paper` is null, the id of a claim, or a list of ids. Each claim gets `comparable`: whether the
+    run has the claim's data, and is tested on all of the test split.
+
+    ValueError: an id is unknown. ConfigError: two claims are on the same metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
     claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
     by_metric: dict[str, str] = {}
     for claim in claims:
-        name = claim["metric"].split("/")[-1]  # as in the logs: `paper/<name>` and `gap/<name>`
+        name = claim["metric"].split("/")[-1]  # it is logged as `paper/<name>` and `gap/<name>`
         other = by_metric.setdefault(name, claim["id"])
         if other != claim["id"]:
             raise ConfigError(
@@ -360,10 +374,10 @@ def _paper(config: DictConfig, claim: dict) -> dict:
 def record(
     config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
-    """Test the selected weights, write result.json, print the table.
+    """Test the selected weights, write result.json, and print the table of results.
 
-    Returns the result (schema: results/runs.py). RunStopped, with exit code 1: a metric is not
-    finite; it is null in result.json, which is written all the same.
+    Returns the result (its form: RESULT in results/runs.py). RunStopped, with exit code 1: a metric
+    is not finite. result.json is written all the same, with null in the place of the metric.
     """
     folder = Path(config.run_dir)
     outcome = _outcome(config, trainer, module, data)
@@ -391,7 +405,7 @@ def record(
     if trainer.is_global_zero:
         write(folder / "result.json", as_json(result))
         report(trainer.logger, result)
-        _say_what_there_is(folder, result)
+        _print_summary(folder, result)
     _check_finite(result["metrics"])
     return result
 
@@ -438,7 +452,7 @@ def _finite_or_null(value: object) -> object:
 def _outcome(
     config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
-    """What a result says of the training that has ended: all but the metrics, which are empty."""
+    """The content of a result without its `metrics`, which are empty: what was trained, and how."""
     images = trainer.global_step * config.data.batch_size
     curve = _callback(trainer, Curve)
     provenance = _callback(trainer, Provenance)
@@ -449,7 +463,7 @@ def _outcome(
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},
-        "metric": {  # of the curve
+        "metric": {  # the one that the curve shows
             "name": metric.name,
             "direction": metric.direction,
             "unit": metric.unit,
@@ -483,7 +497,8 @@ def _callback(trainer: L.Trainer, kind: type[C]) -> C:
     return next(callback for callback in callbacks if isinstance(callback, kind))
 
 
-def _say_what_there_is(folder: Path, result: dict) -> None:
+def _print_summary(folder: Path, result: dict) -> None:
+    """Print the table of results, and the paths of the newest samples, the curve and the result."""
     say(f"\n{comparison_table(result)}\n")
     pictures = sorted((folder / "samples").glob("samples-*.png"))[-1:]
     pictures += sorted(folder.glob("*.png"))

@@ -8,10 +8,10 @@ key=value arguments go to every run, as in reproduce/glow_cifar10.py. The runs, 
 figure3.png lie in out=FOLDER, by default outputs/figure3/<preset, or paper>. All combinations of
 one seed are run before the next seed.
 
-The same command, repeated, runs what is not finished, and goes on where it was stopped; other seeds
-join those that are there. A run that diverges counts as not finite, and the others go on: delete
-its diverged.json to try again. The ablation is one process: where there are several GPUs, start one
-ablation on each, with seeds of its own.
+The same command, repeated, continues a run that was stopped and trains the missing ones. With other
+seeds it adds runs to those in the folder. A run that diverges is listed as not finite, and the
+others are still trained; delete its diverged.json to try it again. The ablation is one process: on
+several GPUs, start one ablation on each, with different seeds.
 """
 
 import sys
@@ -52,7 +52,7 @@ OWN = {  # keys that this command decides, and what to give in their place
     "flow.coupling": "it is what is compared",
     "seed": "give seeds=[...]",
     "run_dir": "give out=FOLDER",
-    "resume": "runs always go on from their checkpoints",
+    "resume": "runs always continue from their checkpoints",
 }
 RECORDED = (  # keys of a run's result that figure3.json keeps
     "seed",
@@ -69,7 +69,7 @@ RECORDED = (  # keys of a run's result that figure3.json keeps
 
 @command
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    """Run all that is missing, with the table after each; return the content of figure3.json."""
+    """Train the missing runs, print the table after each; return the content of figure3.json."""
     words = arguments(argv)
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
@@ -94,14 +94,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 
 def run_arguments(permutation: str, coupling: str, seed: int) -> list[str]:
-    """The key=value arguments in which a run differs from the others."""
+    """The key=value arguments in which one run differs from the others."""
     return [f"flow.permutation={permutation}", f"flow.coupling={coupling}", f"seed={seed}"]
 
 
 def split(words: list[str]) -> tuple[list[int], Path | None, list[str]]:
-    """The arguments as seeds, the folder of `out`, and what every run is given.
+    """Split the arguments into the seeds, the folder `out`, and the overrides of every run.
 
-    ConfigError: the seeds are none, or a key is one of OWN.
+    ConfigError: `seeds` is no list of seeds, or a key is one of OWN.
     """
     seeds = list(SEEDS)
     out = None
@@ -124,9 +124,9 @@ def check_one_process(config: DictConfig) -> None:
     started = {"devices": config.trainer.devices, "num_nodes": config.trainer.num_nodes}
     started |= processes()
     devices = started["devices"]
-    all_there_are = devices in ("auto", -1, "-1")
-    has_one = config.trainer.accelerator == "cpu" or torch.cuda.device_count() < 2
-    is_one_device = has_one if all_there_are else devices == 1
+    is_one_device = devices == 1
+    if devices in ("auto", -1, "-1"):  # all devices of this machine
+        is_one_device = config.trainer.accelerator == "cpu" or torch.cuda.device_count() < 2
     if not is_one_device or started["num_nodes"] != 1:
         raise ConfigError(
             f"the ablation is one process, not trainer.devices={started['devices']} on "
@@ -136,7 +136,7 @@ def check_one_process(config: DictConfig) -> None:
 
 
 def check_settings(root: Path, overrides: list[str]) -> None:
-    """ConfigError, one line: a finished run in `root`, to be compared, had other settings."""
+    """ConfigError, one line: a finished run in `root` had other settings than the new ones."""
     own = settings(overrides, OWN)
     for folder, path in finished(root):
         result = read_json(path)
@@ -155,7 +155,7 @@ def check_settings(root: Path, overrides: list[str]) -> None:
 
 
 def _listed(values: dict[str, object], keys: list[str]) -> str:
-    """'a=1 no b': some keys of a command line, also those that it lacks."""
+    """'a=1 no b': keys with their values, and with `no` the keys that a command line lacks."""
     words = []
     for key in keys:
         words.append(f"{key}={values[key]}" if key in values else f"no {key}")
@@ -163,21 +163,21 @@ def _listed(values: dict[str, object], keys: list[str]) -> str:
 
 
 def train(words: list[str], folder: Path) -> None:
-    """One run in this process. That it diverged is a result too."""
+    """Train one run in this process. A run that diverges is a result too, and raises nothing."""
     script = import_module(f"reproduce.{EXPERIMENT}")
     try:
         script.main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
         if (folder / DIVERGED).is_file():
-            line = f"{end.code}\n{folder} has no number, the other runs go on"
+            line = f"{end.code}\n{folder} has diverged; the other runs continue"
             print(line, file=sys.stderr, flush=True)
-        elif end.code:  # without one the run had been finished
+        elif end.code:  # code 0: the run had been finished before
             raise
 
 
 @contextlib.contextmanager
 def repeatable(words: list[str]) -> Iterator[None]:
-    """Where the command was stopped, in a run or between two, say how to go on; exit code 75."""
+    """If this block is stopped, in a run or between two, say how to continue; exit code 75."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:
@@ -188,12 +188,12 @@ def repeatable(words: list[str]) -> Iterator[None]:
         if isinstance(code, str):
             print(code, file=sys.stderr)
         again = shlex.join(["python", "-m", f"reproduce.{NAME}", *words])
-        print(f"the ablation goes on with: {again}", file=sys.stderr, flush=True)
+        print(f"continue the ablation with: {again}", file=sys.stderr, flush=True)
         sys.exit(TRY_AGAIN)
 
 
 def finished(root: Path) -> Iterator[tuple[Path, Path]]:
-    """The folders of runs of whatever seeds, each with its `outcome`, in the order of the table."""
+    """The folders of all ended runs, each with its `outcome`, in the order of the table."""
     for coupling in COUPLINGS:
         for permutation in PERMUTATIONS:
             for folder in sorted(root.glob(f"{permutation}-{coupling}-seed*")):
@@ -203,7 +203,7 @@ def finished(root: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def outcome(folder: Path) -> Path | None:
-    """The file with a run's outcome, result.json or diverged.json; None where it has not ended."""
+    """The file with a run's outcome, result.json or diverged.json; None if it has not ended."""
     for name in ("result.json", DIVERGED):
         if (folder / name).is_file():
             return folder / name
@@ -211,9 +211,9 @@ def outcome(folder: Path) -> Path | None:
 
 
 def entry(folder: Path, path: Path) -> dict[str, Any]:
-    """A finished run as figure3.json has it.
+    """The entry of an ended run in figure3.json.
 
-    curve: rows [images, seconds, val/bpd or None], from step 0 on.
+    Its `curve` has rows [images, seconds, val/bpd or None], from step 0 on.
     """
     result = read_json(path)
     curve = read_curve(folder / "curve.csv")
@@ -229,7 +229,7 @@ def entry(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def conclude(root: Path, overrides: list[str]) -> dict[str, Any]:
-    """Write figure3.json and figure3.png over all that is finished in `root`; print the table."""
+    """Write figure3.json and figure3.png for all ended runs in `root`, and print the table."""
     ended = list(finished(root))
     runs = [entry(folder, path) for folder, path in ended]
     _, first = ended[0]
@@ -253,7 +253,7 @@ def conclude(root: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def curves(runs: list[dict[str, Any]]) -> dict[int, list[float]]:
-    """val/bpd of all seeds by images seen, where every seed has a finite one."""
+    """val/bpd of all seeds by images seen, at the points where all seeds have a finite value."""
     each = []
     for run in runs:
         each.append({images: value for images, _, value in run["curve"] if is_number(value)})
@@ -289,9 +289,9 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
 
 
 def _draw_panel(axes: "Axes", runs: list[dict[str, Any]], coupling: str) -> list[float]:
-    """Draw one coupling; return the values shown, without those before training.
+    """Draw one coupling; return its values for the limits of the axis.
 
-    These would flatten the rest.
+    The values before training are left out, since they would flatten the rest.
     """
     shown: list[float] = []
     for number, permutation in enumerate(PERMUTATIONS):
@@ -308,7 +308,7 @@ def _draw_panel(axes: "Axes", runs: list[dict[str, Any]], coupling: str) -> list
                 shown += values
     axes.set(title=coupling, xlabel="training images seen")
     axes.grid(alpha=0.3)
-    axes.locator_params(axis="x", nbins=5)  # with more their numbers touch
+    axes.locator_params(axis="x", nbins=5)  # the labels of more ticks would touch
     return shown
 
 

@@ -1,6 +1,6 @@
 """Glow on CIFAR-10 with a logit, flips, averaged weights and a cool-down.
 
-Its result has a row of its own beside the paper's.
+Its protocol is not the paper's, so its result is not compared with the paper's number.
 
 python reproduce/glow_cifar10_modern.py                # paper size
 python reproduce/glow_cifar10_modern.py preset=cpu     # a smaller model for two cores

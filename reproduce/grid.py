@@ -14,13 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
 
 from reproduce.config import ConfigError, arguments, read
-from reproduce.kinds import one_text
+from reproduce.kinds import argument_text
 
 
 def rows(path: Path) -> list[dict[str, object]]:
-    """Every combination of the values, parameters sorted by name, the last varying fastest.
+    """Every combination of the values. Parameters are sorted by name; the last one varies fastest.
 
-    Values are texts as the file writes them, or lists of texts. ConfigError: the file is no grid.
+    Values are texts as the file writes them, or lists of texts. ConfigError: the file is not a
+    sweep file with `method: grid`.
     """
     from sklearn.model_selection import ParameterGrid
 
@@ -40,7 +41,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 def _values(path: Path, key: str, parameter: object) -> list:
-    """The values of one parameter of a W&B sweep. ConfigError: it has no list of them."""
+    """The values of one parameter of a W&B sweep. ConfigError: the parameter lists no values."""
     values: object = None
     if isinstance(parameter, dict):
         values = [parameter["value"]] if "value" in parameter else parameter.get("values")
@@ -53,20 +54,20 @@ def _values(path: Path, key: str, parameter: object) -> list:
 
 def words(row: dict[str, object]) -> list[str]:
     """A row as key=value, the way the scripts read it."""
-    return [f"{key}={one_text(value)}" for key, value in row.items()]
+    return [f"{key}={argument_text(value)}" for key, value in row.items()]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
+    """Print one row, or the number of rows; one line and exit code 1 for a user's mistake."""
     file, *numbers = arguments(argv) or [""]
     try:
-        print(printed(file, numbers))
+        print(answer(file, numbers))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
 
-def printed(file: str, numbers: list[str]) -> str:
-    """What `main` prints for a sweep file and, where one is given, the number of a row."""
+def answer(file: str, numbers: list[str]) -> str:
+    """The text that `main` prints for a sweep file and, if given, the number of a row."""
     if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
         raise ConfigError("give the sweep file, and for one of its rows a number from 0")
     table = rows(Path(file))

@@ -1,7 +1,7 @@
-"""Kinds of settings: each reads the text of a value, and says in words what it takes.
+"""Kinds of settings. A kind reads the text of a value, and names the values that it accepts.
 
-The key of a setting decides how its text is read; `reproduce.schema` says which kind a key has. The
-text alone decides nothing: `20261127` is a folder for run_dir, and a number for seed.
+The key of a setting decides which kind reads its text; `reproduce.schema` has the table. The text
+alone decides nothing: `20261127` is a folder for run_dir, but a number for seed.
 """
 
 import re
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-# A decimal number: no leading zeros, no underscores, no other bases, neither nan nor inf.
+# A decimal number, without leading zeros or underscores; neither 0x10 nor nan nor inf.
 DECIMAL = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-LARGEST = 2**63 - 1  # what an int of 64 bits holds
-LONGEST = 4000  # characters of a text: no path is longer
+LARGEST = 2**63 - 1  # the largest int of 64 bits
+LONGEST = 4000  # characters of a text; the longest path is about as long
 
 WRONG_TYPE = "has the wrong type"
 OUT_OF_RANGE = "is out of range"
@@ -21,28 +21,31 @@ UNKNOWN = "is not known"
 
 
 class WrongValue(ValueError):
-    """A value that a kind does not take. Its text says what is wrong, to stand behind key=value."""
+    """A value that a kind does not accept. The message continues a line that begins key=value."""
 
 
 class Kind(ABC):
-    """The kind of a setting."""
+    """The kind of a setting: which texts it accepts, and which values they stand for."""
 
     @property
     @abstractmethod
     def example(self) -> str:
-        """The text of a value that it takes."""
+        """The text of a value that this kind accepts."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What is to be given, as in `give an int from 1`."""
+        """The kind in words, as in `give an int from 1`."""
 
     @abstractmethod
     def of_text(self, text: str) -> object:
-        """The value that a text stands for. WrongValue: none of this kind."""
+        """The value that a text stands for. WrongValue: the kind does not accept the text."""
 
     def read(self, raw: object) -> object:
-        """The value of a text, or of the lists and sections of texts that a file holds."""
+        """The value of `raw`: a text, or what a YAML file has for a key, also lists and dicts.
+
+        WrongValue: the kind does not accept it.
+        """
         if not isinstance(raw, str):
             raise WrongValue(WRONG_TYPE)
         return self.of_text(raw)
@@ -50,7 +53,7 @@ class Kind(ABC):
 
 @dataclass(frozen=True)
 class Integer(Kind):
-    """A whole number, also as 1e5. low and high are the least and the greatest; None: no bound."""
+    """A whole number, which may be written 1e5. It lies from low to high; None: no bound."""
 
     low: int | None = None
     high: int | None = None
@@ -74,7 +77,7 @@ class Integer(Kind):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number. above and below are bounds that are themselves excluded; None: no bound."""
+    """A finite number from low to high, greater than above and less than below; None: no bound."""
 
     low: float | None = None
     high: float | None = None
@@ -123,12 +126,13 @@ class Switch(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A text as it stands, also one that looks like a number.
+    """A text, which is kept as it is written, even if it looks like a number.
 
-    pattern: what all of it has to match. what: what such a text is called.
+    label: the kind in words. pattern: a regular expression that the whole text has to match.
+    longest: the largest number of characters.
     """
 
-    what: str = "a str"
+    label: str = "a str"
     pattern: str = r"[^\[{].*"
     longest: int = LONGEST
     example: str = "abc"
@@ -136,8 +140,8 @@ class Text(Kind):
     @property
     def name(self) -> str:
         if self.longest == LONGEST:
-            return self.what
-        return f"{self.what} of at most {self.longest} characters"
+            return self.label
+        return f"{self.label} of at most {self.longest} characters"
 
     def of_text(self, text: str) -> str:
         if len(text) > self.longest:
@@ -179,7 +183,7 @@ class Choice(Kind):
 
 @dataclass(frozen=True)
 class Time(Kind):
-    """A span of time, DD:HH:MM:SS, which stays a text: so Lightning takes it."""
+    """A span of time, DD:HH:MM:SS. It stays a text, which Lightning reads itself."""
 
     example: str = "00:12:00:00"
 
@@ -199,7 +203,7 @@ class Time(Kind):
 
 @dataclass(frozen=True)
 class Share(Kind):
-    """How much of something: so many as an int, or a share of all as a float from 0 to 1."""
+    """A number of batches as an int from 0, or a share of all batches as a float from 0 to 1."""
 
     example: str = "0.5"
 
@@ -214,10 +218,10 @@ class Share(Kind):
 
 
 @dataclass(frozen=True)
-class Several(Kind):
+class ListOf(Kind):
     """A list of values of one kind, as [a, b].
 
-    n: how many there are; None for any number. least: the least number.
+    n: the length of the list; None: any length. least: the least length.
     """
 
     kind: Kind
@@ -254,7 +258,7 @@ class Several(Kind):
 
 @dataclass(frozen=True)
 class Either(Kind):
-    """Several kinds: a text is read by the first of them that takes it."""
+    """One of several kinds: the first one that accepts a value reads it."""
 
     kinds: tuple[Kind, ...]
 
@@ -276,14 +280,14 @@ class Either(Kind):
                 return kind.read(raw)
             except WrongValue as error:
                 problems.append(str(error))
-        if OUT_OF_RANGE in problems:  # it is of the right type for one of the kinds
+        if OUT_OF_RANGE in problems:  # one of the kinds has the type of the value
             raise WrongValue(OUT_OF_RANGE)
         raise WrongValue(WRONG_TYPE)
 
 
 @dataclass(frozen=True)
 class Nullable(Kind):
-    """null, or what another kind takes. An empty text is null as well."""
+    """null, or a value of another kind. An empty text is null as well."""
 
     kind: Kind
 
@@ -304,7 +308,7 @@ class Nullable(Kind):
 
 @dataclass(frozen=True)
 class Anything(Kind):
-    """Of a key that nobody has typed: null, a bool, a number, a list of such, or else a text."""
+    """The kind of a key whose type nothing declares: the form of the text decides (`guess`)."""
 
     example: str = "8"
 
@@ -322,9 +326,9 @@ class Anything(Kind):
 
 
 def guess(raw: object) -> object:
-    """The value of a text whose key has no kind.
+    """The value that a text most likely stands for: null, a bool, a number, or a list of these.
 
-    null, true, false, decimal numbers and lists of them are what they say; all else is a text.
+    Any other text stays a text. A value that is not a text, such as a list's element, stays itself.
     """
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         return [guess(part) for part in raw]
@@ -350,14 +354,14 @@ class _Digits(Integer):
 
 
 def kind_of_value(value: object) -> Kind:
-    """The kind of which a value is, for a key that is known by its value alone."""
+    """The kind of a value, for a key of which only a value is known."""
     for type_, kind in SIMPLE.items():
         if type(value) is type_:
             return kind
     if value is None:
         return Nullable(Anything())
     if isinstance(value, Sequence) and len(value):
-        return Several(kind_of_value(value[0]))
+        return ListOf(kind_of_value(value[0]))
     return Anything()
 
 
@@ -365,7 +369,7 @@ SIMPLE: dict[type, Kind] = {bool: Switch(), int: Integer(), float: Number(), str
 
 
 def elements(text: str) -> list[str]:
-    """The parts of [a, b], each without the quotes in which Python writes a text."""
+    """The elements of a list that is written [a, b], without quotes around an element."""
     inner = text[1:-1].strip()
     if not inner:
         return []
@@ -373,7 +377,7 @@ def elements(text: str) -> list[str]:
 
 
 def as_text(value: object) -> object:
-    """A value as a kind reads it: a text, or a list or section of texts."""
+    """The inverse of `Kind.read`: a value as a text, or as a list or dict of texts."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
@@ -386,7 +390,7 @@ def as_text(value: object) -> object:
 
 
 def choices(kind: Kind) -> tuple[str, ...]:
-    """The names among which a kind lets one choose; none where it takes other values."""
+    """The names of a `Choice`, also of a nullable one; empty for any other kind."""
     if isinstance(kind, Nullable):
         return choices(kind.kind)
     if isinstance(kind, Choice):
@@ -394,11 +398,11 @@ def choices(kind: Kind) -> tuple[str, ...]:
     return ()
 
 
-def one_text(value: object) -> str:
-    """A value as it is written behind key= on a command line."""
+def argument_text(value: object) -> str:
+    """A value as it is written after `key=` on a command line."""
     text = as_text(value)
     if isinstance(text, list):
-        return f"[{', '.join(one_text(part) for part in text)}]"
+        return f"[{', '.join(argument_text(part) for part in text)}]"
     return str(text)
 
 
@@ -408,7 +412,7 @@ def _is_huge(text: str) -> bool:
 
 
 def _bounds(low: float | None, high: float | None) -> str:
-    """The bounds in words, to stand behind `an int`; empty where there are none."""
+    """The bounds in words, to follow `an int`; empty if there are none."""
     words = ""
     if low is not None:
         words += f" from {low}"

@@ -17,9 +17,9 @@ from reproduce.sweep import in_sweep
 
 
 def job() -> str | None:
-    """The Slurm job of this process: 17, or 16_3 (array_index); None outside of Slurm.
+    """The number of this Slurm job: 17, or 16_3 (array_index); None outside of Slurm.
 
-    It stays the same when the job is queued again.
+    A job keeps its number when it is queued again.
     """
     with warnings.catch_warnings(action="ignore"):  # it warns where Slurm is installed and not used
         if not SLURMEnvironment.detect() or "SLURM_JOB_ID" not in os.environ:
@@ -37,24 +37,27 @@ def requeued() -> bool:
 
 
 def run_id() -> str:
-    """The name of the run's folder, the same on all ranks: the sweep's run, the job, or new."""
+    """The name of the run's folder, equal on all ranks: the id of the sweep's run, the job, or new.
+
+    A new one is made of the time and four random digits.
+    """
     if in_sweep():
         return os.environ["WANDB_RUN_ID"]
     if job() is not None:
         return f"slurm-{job()}"
     new = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _shared(new)
+        return _from_rank_0(new)
     started_by_another_rank = "LOCAL_RANK" in os.environ and "PAPERFLOWS_RUN_ID" in os.environ
     if not started_by_another_rank:
         os.environ["PAPERFLOWS_RUN_ID"] = new
     return os.environ["PAPERFLOWS_RUN_ID"]
 
 
-def _shared(value: str) -> str:
-    """Rank 0's value on all ranks, over the store at which they meet.
+def _from_rank_0(value: str) -> str:
+    """Rank 0's value on all ranks, sent through the key-value store at which the ranks meet.
 
-    There is no process group yet.
+    A broadcast needs a process group, which does not exist yet.
     """
     store, rank, _ = next(iter(torch.distributed.rendezvous("env://")))
     STORES.append(store)
@@ -63,15 +66,15 @@ def _shared(value: str) -> str:
     return store.get("paperflows/run_id").decode()
 
 
-# Where torchrun keeps no store, rank 0 has one, and other ranks may still have to read it.
+# Keeps stores alive. Rank 0 may itself serve the store, from which other ranks may still read.
 STORES: list[torch.distributed.Store] = []
 
 
 def processes() -> dict[str, int]:
-    """devices and num_nodes of the Trainer as srun or torchrun has started them; empty elsewhere.
+    """devices (for each node) and num_nodes, as srun or torchrun has started processes; else empty.
 
-    ConfigError: several tasks were asked for, and this process is not one of them. It would wait
-    for the others for ever.
+    ConfigError: the Slurm job has several tasks, but srun has not started this process. It would
+    wait for the other tasks for ever.
     """
     if job() is not None:
         tasks = int(os.environ["SLURM_NTASKS"])
@@ -90,9 +93,10 @@ def processes() -> dict[str, int]:
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
-    """ConfigError: a recipe's trainer asks for other processes than srun or torchrun has started.
+    """ConfigError: the recipe asks for more or fewer processes than srun or torchrun has started.
 
-    Lightning would train with those that there are. What is left to it (auto, -1, one node) fits.
+    Lightning would train with the started ones, without a word. Values that leave the number to
+    Lightning (auto, -1) and the default of one node or device fit any number.
     """
     started = processes()
     if not started:
@@ -102,7 +106,7 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
             "Lightning needs --ntasks-per-node in the place of --ntasks: "
             "sbatch --ntasks-per-node=N reproduce/slurm.sh"
         )
-    devices = _number_of(trainer["devices"])
+    devices = _device_count(trainer["devices"])
     nodes = trainer["num_nodes"]
     same_devices = devices in (None, 1, started["devices"])
     same_nodes = nodes in (1, started["num_nodes"])
@@ -123,13 +127,13 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
 
 
 def _tasks_without_layout() -> bool:
-    """Whether srun has several tasks whose number on each node Lightning is not told."""
+    """Whether a job has several tasks, and Slurm does not tell how many run on each node."""
     several = job() is not None and int(os.environ["SLURM_NTASKS"]) > 1
     return several and "SLURM_NTASKS_PER_NODE" not in os.environ
 
 
-def _number_of(devices: object) -> int | None:
-    """How many devices `trainer.devices` means; None where Lightning is to choose."""
+def _device_count(devices: object) -> int | None:
+    """The number of devices that `trainer.devices` asks for; None: Lightning chooses."""
     if devices in ("auto", -1, "-1"):
         return None
     if isinstance(devices, int):
@@ -144,7 +148,7 @@ def _number_of(devices: object) -> int | None:
 
 
 def requeue() -> None:
-    """Ask Slurm to start this job again; where it refuses, say so."""
+    """Ask Slurm to queue this job again; warn if it refuses."""
     name = job()
     if name is None:
         return

@@ -36,26 +36,26 @@ from results.files import write
 if TYPE_CHECKING:
     import wandb
 
-# wandb asks its server every 15 seconds whether the run is to stop. Within this many seconds a
-# stop that a sweep or a person wants has therefore reached the run.
+# wandb asks its server every 15 seconds whether the run is to stop. So a stop that a sweep or a
+# person asks for reaches the run within this many seconds.
 STOP_WITHIN = 16.0
 ANSWER_WITHIN = 10.0  # seconds in which W&B's server has to answer before a run begins
-INIT_WITHIN = 60.0  # seconds in which it has to take a new run
-CLOUD = "api.wandb.ai"  # a host of W&B's own server, by which logins may be stored
+INIT_WITHIN = 60.0  # seconds in which it has to accept a new run
+CLOUD = "api.wandb.ai"  # the host name under which ~/.netrc may hold a login for W&B's own server
 _stop_wanted = threading.Event()
 Mode = Literal["online", "offline", "shared", "disabled", "dryrun", "run"]
 
 
 class StepLogger(WandbLogger):
-    """W&B with one row an optimizer step, and a run that does not depend on W&B.
+    """A logger for W&B with one row for each optimizer step. No failure of W&B ends the run.
 
-    The rows have the numbers trainer/global_step and trainer/images (seen in training, over all
-    ranks). Lightning numbers the rows of training and validation one below those of callbacks, and
-    W&B counts from 0 again in every offline part of a run. Here both numbers are the trainer's, so
-    that the parts of a run follow one another.
+    Each row has trainer/global_step and trainer/images (images seen in training, over all ranks).
+    The number of a row is the trainer's step. (Lightning would number the rows of training and
+    validation one below those of callbacks, and W&B would count from 0 again in every offline part
+    of a run, so that the parts would not follow one another.)
 
-    A run is logged offline where W&B's server does not take it. Where wandb's own process ends
-    while the run is under way, one line says so and the run goes on without W&B.
+    A run is logged offline if W&B's server does not accept it. If wandb's own process ends during
+    the run, one line says so, and the run continues without W&B.
 
     Args:
         batch_size: images in an optimizer step, over all ranks.
@@ -74,24 +74,24 @@ class StepLogger(WandbLogger):
 
     @property
     def experiment(self) -> wandb.Run:
-        """The run at W&B, which is begun when it is first asked for. ConfigError: wandb cannot."""
+        """The run at W&B, which begins at the first access. ConfigError: wandb does not start."""
         try:
             return super().experiment
         except Exception as error:  # as in `tell`
             _clear()
             if self.settings.mode == "offline":
                 raise ConfigError(
-                    f"wandb does not start ({_in_short(error)}): add logger.name=csv"
+                    f"wandb does not start ({_first_line(error)}): add logger.name=csv"
                 ) from error
-            _say_offline(_in_short(error))
+            _say_offline(_first_line(error))
         self.settings.mode = "offline"
         return self.experiment
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: object = None) -> None:
-        """Note whose steps are logged; no graph is.
+        """Remember the trainer, whose steps number the rows. No graph is logged.
 
-        Lightning calls this before it trains or tests.
+        Lightning calls this method before it trains or tests.
         """
         self.trainer = cast(L.LightningModule, model).trainer
 
@@ -103,35 +103,36 @@ class StepLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Send one row. `step` counts only where no trainer has been seen yet."""
-        now = step or 0
+        """Send one row, numbered by the trainer's step; by `step` if no trainer is known yet."""
+        number = step or 0
         if self.trainer is not None:
-            now = self.trainer.global_step
-        row = {**metrics, "trainer/global_step": now, "trainer/images": now * self.batch_size}
-        self.tell(lambda run: self._log(run, row, now))
+            number = self.trainer.global_step
+        images = number * self.batch_size
+        row = {**metrics, "trainer/global_step": number, "trainer/images": images}
+        self.tell(lambda run: self._log(run, row, number))
 
     def _log(self, run: wandb.Run, row: dict[str, Any], step: int) -> None:
         if self.first_step is None:
-            self.first_step = run.step  # W&B drops rows below it where it resumes an online run
+            self.first_step = run.step  # of a resumed online run; W&B drops rows with lower numbers
         run.log(row, step=max(step, self.first_step))
 
     def tell(self, action: Callable[[wandb.Run], None]) -> None:
-        """Call `action` with the run. Where wandb fails, say so, and leave it out from then on."""
+        """Call `action` with the run. If wandb fails, say so, and do not use it any more."""
         if self.lost:
             return
         run = self.experiment
         try:
             action(run)
-        except Exception as error:  # wandb has no common class for what a dead process leads to
+        except Exception as error:  # a dead wandb process raises errors without a common class
             self.lost = True
-            _forget(error)
+            _give_up(error)
 
 
 def make_logger(config: DictConfig) -> Logger | bool:
     """The logger that `logger.name` asks for; False for none.
 
-    W&B is offline where nobody is logged in, so that it never asks, and where its server does not
-    answer.
+    W&B is offline if nobody is logged in, so that it never asks for a login, and if its server does
+    not answer.
     """
     folder = Path(config.run_dir)
     name = config.logger.name
@@ -152,7 +153,7 @@ def make_logger(config: DictConfig) -> Logger | bool:
         ) from error
 
     _stop_wanted.clear()
-    _leave_the_home_alone(folder)
+    _keep_caches_in(folder)
     commit, _ = git_state()
     tags = []
     if commit is not None:
@@ -171,8 +172,8 @@ def make_logger(config: DictConfig) -> Logger | bool:
     )
 
 
-def _leave_the_home_alone(folder: Path) -> None:
-    """Have wandb keep its caches in the run's folder where the home cannot be written."""
+def _keep_caches_in(folder: Path) -> None:
+    """Let wandb keep its caches in the run's folder if the home directory cannot be written."""
     if os.access(Path.home(), os.W_OK):
         return
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
@@ -180,9 +181,10 @@ def _leave_the_home_alone(folder: Path) -> None:
 
 
 def _mode() -> Mode:
-    """wandb's mode: $WANDB_MODE, or online where somebody is logged in; offline without an answer.
+    """wandb's mode: $WANDB_MODE or, without it, online if somebody is logged in, else offline.
 
-    wandb alone would wait for its server for minutes, in silence, and then end the run.
+    An online run becomes an offline one if the server does not answer. wandb by itself would wait
+    for minutes without a message, and then end the run.
     """
     import wandb
 
@@ -202,9 +204,10 @@ def _say_offline(problem: str) -> None:
 
 @rank_zero_only
 def _answers(url: str) -> bool:
-    """Whether a web server answers there within ANSWER_WITHIN seconds, whatever it answers.
+    """Whether a web server gives any answer at an address within ANSWER_WITHIN seconds.
 
-    The environment's proxies are used. In a thread, since looking up a name has no time limit.
+    The environment's proxies are used. The request runs in a thread, since the look-up of a host
+    name has no time limit.
     """
     answered = threading.Event()
 
@@ -212,7 +215,7 @@ def _answers(url: str) -> bool:
         try:
             urllib.request.urlopen(url, timeout=ANSWER_WITHIN).close()
         except urllib.error.HTTPError:
-            pass  # an answer: the address alone is no page
+            pass  # this is an answer too: there is just no page at the bare address
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ssl.SSLError):  # wandb may know the certificate
                 return
@@ -228,9 +231,9 @@ def _answers(url: str) -> bool:
 
 @rank_zero_only
 def _wandb_id(folder: Path) -> str:
-    """The run's id at W&B: the agent's in a sweep, else the one that is kept in the run's folder.
+    """The run's id at W&B: in a sweep the agent's, else the one that the run's folder keeps.
 
-    A resumed run is therefore the same run at W&B.
+    A resumed run therefore continues the same run at W&B.
     """
     path = folder / "wandb-run-id.txt"
     earlier_id = None
@@ -247,14 +250,14 @@ def _wandb_id(folder: Path) -> str:
 def report(logger: Logger | bool | None, result: dict[str, Any]) -> None:
     """Send the result of a finished run to W&B; do nothing with another logger.
 
-    The summary gets what was tested, for each claim `paper/<name>` and `gap/<name>` (of the test,
-    not of a validation), `status` (of the first claim) and, where the best weights were tested,
-    `best/val/<name>`. `val/<name>` stays the last value, a number, as sweeps want it. The table
+    The summary gets the tested metrics; for each claim `paper/<name>` and `gap/<name>` (the gap of
+    the test, not of a validation); `status` (of the first claim); and `best/val/<name>` if the best
+    weights were tested. `val/<name>` stays the last value, which sweeps read. The table
     `comparison` has a row for each claim; the statuses become tags.
 
     Args:
-        logger: the trainer's.
-        result: what result.json holds.
+        logger: the logger of the trainer.
+        result: the content of result.json.
     """
     if isinstance(logger, StepLogger):
         logger.tell(lambda run: _report(run, result))
@@ -264,7 +267,7 @@ def _report(run: wandb.Run, result: dict[str, Any]) -> None:
     import wandb
 
     table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in comparison_rows(result)])
-    # Before the summary, which a row that is still to be written would change.
+    # The row comes first, since a later row would change the summary.
     run.log({"comparison": table}, commit=True)
     run.summary.update(_summary(result))
     statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
@@ -286,11 +289,12 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def mark_preempting() -> None:
-    """Tell W&B that this run is stopped from outside, so that a sweep starts it again.
+    """Tell W&B that this run is preempted, so that a sweep starts it again.
 
-    Not where W&B itself wants the stop, by a sweep's early_terminate or a person at its page: the
-    sweep would start the run again and again. Its agent only sends SIGTERM, as Slurm does, so in a
-    sweep this waits for word from W&B.
+    A stop that W&B itself asks for (by a sweep's early_terminate, or a person on the run's page) is
+    no preemption: the sweep would start the run again and again. The agent sends SIGTERM for it, as
+    Slurm does for a preemption. So inside a sweep this function first waits for up to STOP_WITHIN
+    seconds, in which W&B tells whether it asked for the stop.
     """
     run = _active_run()
     if run is None:
@@ -301,11 +305,11 @@ def mark_preempting() -> None:
     try:
         run.mark_preempting()
     except Exception as error:  # as in StepLogger.tell
-        _forget(error)
+        _give_up(error)
 
 
 def _stop() -> None:
-    """Leave as at a preemption. wandb calls this in a thread of its own when the run is to stop."""
+    """Stop the run as a preemption does. wandb calls this in a thread if W&B asks for a stop."""
     _stop_wanted.set()
     main_thread = threading.main_thread().ident
     if hasattr(signal, "pthread_kill") and main_thread is not None:
@@ -315,10 +319,10 @@ def _stop() -> None:
 
 
 def close(exit_code: int) -> None:
-    """End the W&B run, if there is one; of an offline run say how to upload it.
+    """End the W&B run, if there is one; for an offline run print the command that uploads it.
 
     Args:
-        exit_code: the process's. To W&B 0 means finished; anything else means failed or, after
+        exit_code: of this process. To W&B 0 means finished; anything else means failed or, after
             `mark_preempting`, preempted.
     """
     run = _active_run()
@@ -329,28 +333,28 @@ def close(exit_code: int) -> None:
     try:
         sys.modules["wandb"].finish(exit_code=exit_code)
     except Exception as error:  # as in StepLogger.tell
-        _forget(error)
-    if offline:  # all parts of a resumed run have the same id, and are uploaded in their order
+        _give_up(error)
+    if offline:  # all parts of a resumed run have the same id, and are uploaded in order
         parts = f"{shlex.quote(folder)}/offline-run-*"
         say(f"W&B was offline; upload this run with: wandb sync {parts}")
 
 
-def _forget(error: Exception) -> None:
+def _give_up(error: Exception) -> None:
     """Say that wandb has failed and is not used any more."""
     _clear()
-    rank_zero_info(f"W&B has failed ({_in_short(error)}): this run goes on without it")
+    rank_zero_info(f"W&B has failed ({_first_line(error)}): this run continues without it")
 
 
 def _clear() -> None:
-    """End wandb's process, if it lives, and its run: at exit it would raise what it has raised."""
+    """End wandb's run and its process, if it still lives, so that they raise no error at exit."""
     wandb = sys.modules["wandb"]
     vars(wandb)["run"] = None
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
-def _in_short(error: Exception) -> str:
-    """The first line of an error, cut off where it is long; its class where it has no words."""
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, cut off if it is long; its class if it has none."""
     text = next(iter(str(error).splitlines()), type(error).__name__)
     return textwrap.shorten(text, 120, placeholder=" ...")
 

@@ -1,26 +1,26 @@
-"""Pictures of a run of an image flow: what it draws, and what its latents hold.
+"""Pictures of a trained image flow: samples, and images whose latents are changed.
 
-As in Glow (Kingma & Dhariwal 2018, arXiv 1807.03039), section 6.
+They are those of Glow (Kingma & Dhariwal 2018, arXiv 1807.03039), section 6.
 
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12      # all of them
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
 
 They go into <run folder>/pictures/. The latents of an image are called eps; under the model they
 are standard normal on every level.
-  temperature.png    rows: T = 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1 (as the authors' grids), with the
-                     same base samples in each; columns: samples, or the classes of a
-                     class-conditional flow
-  interpolation.png  rows: two test images and what lies between them, linear in eps of all levels
-                     (figure 5)
-  levels.png         first row: test images; next rows: the images from their coarsest level alone,
-                     then from one level more each time, up to all; the eps of the other levels are
-                     0; last rows: the same up to all but the finest level, with the other eps drawn
-                     at temperature 0.7
-  attributes.png     for data with labels; rows: the classes. In the middle is a test image of the
-                     next class (or of the first one after it that occurs); to both sides it is
-                     moved along the direction of the row's class, mean(eps | class) -
-                     mean(eps | not class) of training images, by -1.6 to 1.6 times (figure 6)
-  attributes-X.png   in its place with attribute=X: test images of other classes, all moved along X
+  temperature.png    a row for each temperature, 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9 and 1 (as in the
+                     authors' grids), with the same base samples in every row; columns: samples, or
+                     the classes of a class-conditional flow
+  interpolation.png  rows: two test images at the ends, and between them the images whose eps are
+                     interpolated linearly on all levels (figure 5)
+  levels.png         first row: test images. Next rows: the same images from the eps of the coarsest
+                     level, of the two coarsest, and so on up to all levels; the other eps are 0.
+                     Last rows: the same with the other eps drawn at temperature 0.7
+  attributes.png     for data with labels; a row for each class. Its direction is mean(eps | class)
+                     - mean(eps | not class) of training images. In the middle is a test image of
+                     the next class that has one; from left to right -1.6 to 1.6 times the direction
+                     is added to its eps (figure 6)
+  attributes-X.png   written instead with attribute=X: test images of other classes, all moved along
+                     the direction of class X
 
 keys: n=8 pictures in a row, seed=0 of samples and of the choice of images, n_images=1000 training
 images for the means, attribute=CLASS, device=cpu or cuda (default: cuda where there is one),
@@ -68,7 +68,7 @@ DEFAULTS: dict[str, object] = {
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # authors' code
 STRENGTHS = 0.8 * torch.arange(-2, 3)  # to 1.6, in five steps, as in the authors' demo
 N_PAIRS = 5  # rows of interpolation.png
-N_CANDIDATES = 256  # test images among which those for attributes.png are looked for
+N_CANDIDATES = 256  # test images from which those of attributes.png are chosen
 CHUNK = 100  # images encoded at once
 ALL_ROWS = slice(None)
 
@@ -110,16 +110,16 @@ def keep_levels(eps: Latents, k: int, others: Latents | None = None) -> Latents:
 
 
 class Run:
-    """A trained flow and its data, which are not read before `read_data`.
+    """A trained flow and its data, which are read by `read_data` only.
 
-    Labels are (B,) int64 on the CPU; None where the data have none.
+    Labels are (B,) int64 on the CPU; None if the data have no labels.
     """
 
     def __init__(self, folder: Path, options: DictConfig) -> None:
         flow, origin = read_run(folder)
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
-        problem = _not_drawn(flow, origin["parts"])
+        problem = _obstacle(flow, origin["parts"])
         if problem is not None:
             raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
         self.options = options
@@ -134,14 +134,14 @@ class Run:
         return self.data.n_bits or 8
 
     def read_data(self) -> None:
-        """Look for the images, or fetch them, and read them."""
+        """Read the images; download them first if data.download=true and they are missing."""
         self.data.prepare_data()
         self.data.setup("test")
 
     def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
-        """x, n images (or all there are) chosen by the seed, and labels.
+        """n images of a split (or all, if it has fewer), chosen by the seed, and their labels.
 
-        They are dequantised as in evaluation.
+        The images are dequantised as in evaluation.
         """
         images = getattr(self.data, split)
         if len(images) < 2:
@@ -153,7 +153,7 @@ class Run:
         return x, labels[0] if labels else None
 
     def labelled_images(self, split: str, n: int) -> tuple[Tensor, Tensor]:
-        """As `images`, of data that have labels."""
+        """As `images`. ValueError: the data have no labels."""
         x, labels = self.images(split, n)
         if labels is None:
             raise ValueError(f"{type(self.data).__name__} has no labels")
@@ -169,7 +169,7 @@ class Run:
         return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
     def decode(self, eps: Latents, labels: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
-        """Images of latents, on the CPU; `rows` of `labels` are theirs."""
+        """The images of latents, on the CPU. Their labels are the rows `rows` of `labels`."""
         images, _ = self.flow.inverse(eps, self._context(labels, rows))
         return images.cpu()
 
@@ -179,8 +179,8 @@ class Run:
         return labels[rows].to(self.options.device)
 
 
-def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
-    """What is special about a flow that the pictures here do not know, in words; None: nothing."""
+def _obstacle(flow: FlowModel, parts: list[str]) -> str | None:
+    """Why no pictures of a flow can be drawn here, as words after `a flow`; None: they can."""
     if flow.conditioned_on is not None and flow.n_classes is None:
         return "given something else than a class"
     if flow.noise_shape is not None:
@@ -191,9 +191,9 @@ def _not_drawn(flow: FlowModel, parts: list[str]) -> str | None:
 
 
 def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataModule:
-    """The data of a run, with labels where there are any, and with what `options.data` changes.
+    """The data of a run, with labels if they have any, and changed as `options.data` says.
 
-    ConfigError: the data take no such key, or have images of several sizes.
+    ConfigError: the data set has no such key, or its images have several sizes.
     """
     name = config["data"]["name"]
     changes = {key: value for key, value in options.data.items() if value}
@@ -245,9 +245,9 @@ def interpolation(run: Run) -> tuple[list[Tensor], str]:
 
 
 def levels(run: Run) -> tuple[list[Tensor], str]:
-    """The images; from the coarsest level alone to all; the same with the rest drawn, but for all.
+    """The rows of levels.png: the images, then the images from some of their levels.
 
-    In the rows before the last kind the rest is 0.
+    First the eps of the other levels are 0, then they are drawn at temperature 0.7.
     """
     x, labels = run.images("test", run.options.n)
     eps = run.encode(x, labels)
@@ -261,14 +261,14 @@ def levels(run: Run) -> tuple[list[Tensor], str]:
 
 
 def attributes(run: Run, names: Sequence[str], cls: int | None) -> tuple[list[Tensor], str]:
-    """A row for each image, and what becomes what.
+    """A row for each moved image, and a caption that names its class and the direction's.
 
-    Directions are found, and followed, under each image's own label.
+    The flow encodes and decodes each image with the image's own label.
 
     Args:
         run: the flow and its data.
-        names: of the classes.
-        cls: the class along which images are moved; None: each in turn.
+        names: the names of the classes.
+        cls: the class along whose direction images are moved; None: each class in turn.
     """
     x_train, labels_train = run.labelled_images("train", run.options.n_images)
     x, labels = run.labelled_images("test", N_CANDIDATES)
@@ -288,8 +288,8 @@ def attributes(run: Run, names: Sequence[str], cls: int | None) -> tuple[list[Te
 def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tuple[int, int]]:
     """Which image is moved along which class: pairs of an index into `labels`, and a class.
 
-    For one class: the first n images of others. Else for every class: an image of the first class
-    after it, in a circle, that an image is of.
+    For one class these are the first n images of other classes. Else each class gets an image of
+    the next class that has one; the first class follows the last.
     """
     own = labels.numpy()
     if cls is not None:
@@ -300,7 +300,7 @@ def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tupl
 
 
 def read_options(words: list[str]) -> tuple[Path, DictConfig]:
-    """The run folder and the keys behind it. ConfigError: a mistake in them."""
+    """Read the command line: the run folder, then key=value. ConfigError: a mistake in them."""
     given_folder = words[0] if words else "nothing"
     folder = Path(given_folder).expanduser()
     if not words or not folder.is_dir():
@@ -317,7 +317,7 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
 
 
 def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
-    """One picture, and a line that says what it shows."""
+    """Write one picture, and print its path with a caption."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
 @command
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Draw and write; one line and exit code 1 for a user's mistake, or where data are missing."""
+    """Draw and write all pictures; one line and exit code 1 for a mistake or missing data."""
     words = arguments(argv)
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())

@@ -1,4 +1,4 @@
-"""What a number rests on: code, commit, versions, device, precision."""
+"""Where a number comes from: commit, versions, device, precision."""
 
 import os
 import subprocess
@@ -21,9 +21,9 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "omegaconf", "n
 
 
 class Provenance(L.Callback):
-    """Writes the config into the run folder, and into every checkpoint with the code's commit.
+    """Writes the config into the run folder, and config and commit into every checkpoint.
 
-    Plain dicts, so that a checkpoint is read without running code.
+    A checkpoint holds them as plain dicts, so that it can be loaded without running code.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -31,7 +31,7 @@ class Provenance(L.Callback):
         self.config = cast(dict[str, Any], OmegaConf.to_container(config))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the config only now that the data were found and everything has been built."""
+        """Write the config, now that the data were found and everything has been built."""
         if trainer.is_global_zero:
             path = Path(self.config["run_dir"], "config.yaml")
             path.write_text(OmegaConf.to_yaml(self.config))
@@ -54,9 +54,9 @@ class Provenance(L.Callback):
 
 
 def experiment_of(script: str) -> str:
-    """The name of the experiment that a script runs, also where it was started by a symbolic link.
+    """The name of the experiment that a script runs, also if a symbolic link has started it.
 
-    ConfigError: the script is part of another clone than the packages that it has imported.
+    ConfigError: the script lies in one clone, and has imported the packages of another.
     """
     path = Path(script).resolve()
     clone = path.parent.parent
@@ -69,9 +69,9 @@ def experiment_of(script: str) -> str:
 
 
 def best_precision(accelerator: str) -> str:
-    """bf16-mixed where the hardware multiplies bf16, else 32-true.
+    """bf16-mixed if the hardware multiplies bf16, else 32-true.
 
-    That is a GPU from Ampere on, or a CPU with AMX or AVX512-BF16.
+    GPUs multiply bf16 from Ampere on, CPUs with AMX or AVX512-BF16.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         multiplies_bf16 = torch.cuda.is_bf16_supported()
@@ -82,7 +82,7 @@ def best_precision(accelerator: str) -> str:
 
 
 def machine(trainer: L.Trainer) -> dict[str, Any]:
-    """Versions, device ('2 x NVIDIA H200', or a CPU) and whether TF32 was on in training."""
+    """Versions, the device ('2 x NVIDIA H200', or a CPU), and whether training used TF32."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
@@ -105,10 +105,10 @@ def device_name(device: torch.device) -> str:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """The commit of this checkout, and whether tracked files differ from it, generated ones aside.
+    """The commit of this checkout, and whether tracked files (but generated ones) differ from it.
 
-    (None, False) outside of a checkout. An installed copy is outside of one even where its folder
-    lies in a repository, which is then another project's.
+    (None, False) outside of a checkout. An installed copy is outside of one, even if its folder
+    lies in a git repository: that is another project's.
     """
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run needs up to its end, looked at before it starts.
+"""Check, before a run starts, everything that it will need up to its end.
 
 A mistake that shows only at the end would cost the whole run.
 """
@@ -23,18 +23,20 @@ MOMENTS = 2  # numbers that Adam, Adamax and AdamW keep for each parameter
 
 
 @runtime_checkable
-class NeededAtTheEnd(Protocol):
-    """A callback or an objective that needs something for its test, such as a metric's weights."""
+class PreparesTest(Protocol):
+    """A callback or an objective that needs something for the test, such as a metric's weights."""
 
     def prepare_test(self) -> None:
-        """Get it, on every rank, before the first step. ValueError, OSError: it is not there."""
+        """Get what the test needs, on every rank, before the first step.
+
+        ValueError, OSError: it is not available.
+        """
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuse settings that exclude one another, or need what this machine has not.
+    """ConfigError, one line: settings exclude one another, or this machine cannot run them.
 
-    ConfigError, one line that says what to give. What a single value may be is checked by
-    `reproduce.schema` and by the constructors.
+    Single values are checked by `reproduce.schema` and by the constructors.
     """
     _check_device(config)
     _check_processes(config)
@@ -57,9 +59,9 @@ def check_settings(config: DictConfig) -> None:
 
 
 def validates(config: DictConfig) -> bool:
-    """Whether there is a validation.
+    """Whether a run has a validation.
 
-    A data set with a validation split of its own has no key data.n_val.
+    A data set that comes with a validation split has no key data.n_val.
     """
     return config.data.get("n_val") != 0 and config.trainer.limit_val_batches != 0
 
@@ -83,9 +85,12 @@ def _check_device(config: DictConfig) -> None:
 
 
 def _check_processes(config: DictConfig) -> None:
-    """Refuse processes that nobody starts: the others would wait for them for ever."""
+    """ConfigError: the settings need processes that nobody starts, or devices that are missing.
+
+    Without the check the processes that do run would wait for the missing ones for ever.
+    """
     if processes() or {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
-        return  # somebody has started them, on machines of their own
+        return  # srun, torchrun or the user has started them
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes={config.trainer.num_nodes}, but nobody starts the other nodes: "
@@ -107,7 +112,7 @@ def _check_processes(config: DictConfig) -> None:
 
 
 def check_folder(config: DictConfig, module: Objective) -> None:
-    """Refuse a run folder that cannot be written, or that has no room for one checkpoint."""
+    """ConfigError: the run folder cannot be written, or its disk has no room for a checkpoint."""
     folder = Path(config.run_dir)
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -125,7 +130,7 @@ def check_folder(config: DictConfig, module: Objective) -> None:
 
 
 def checkpoint_bytes(config: DictConfig, module: Objective) -> int:
-    """The size of a checkpoint: weights and buffers, the optimizer's moments, averaged weights."""
+    """The size of a checkpoint: weights, buffers, the optimizer's moments and averaged weights."""
     weights = sum(value.nbytes for value in module.state_dict().values())
     trained = sum(parameter.nbytes for parameter in module.trained.parameters())
     averages = 0 if config.ema.decay is None else weights
@@ -139,9 +144,10 @@ def _size(n_bytes: int) -> str:
 
 
 class Readiness(L.Callback):
-    """Looks, before the first step, whether there are data to validate and to test on.
+    """Checks before the first step that there are data to validate and to test on.
 
-    Callbacks and objectives that need something else for the test get it then (`NeededAtTheEnd`).
+    It also calls `prepare_test` of callbacks and objectives that need something for the test
+    (`PreparesTest`).
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -161,14 +167,14 @@ class Readiness(L.Callback):
             self._check_share("limit_val_batches", len(data.val_dataloader()))
         callbacks: list[L.Callback] = vars(trainer)["callbacks"]
         for part in (pl_module, *callbacks):
-            if isinstance(part, NeededAtTheEnd):
+            if isinstance(part, PreparesTest):
                 part.prepare_test()
 
     def _check_share(self, key: str, n_batches: int) -> None:
-        """ConfigError: the share of the batches is less than one batch."""
+        """ConfigError: a setting asks for a share of the batches that is less than one batch."""
         share = self.config.trainer[key]
         if isinstance(share, float) and n_batches and int(share * n_batches) == 0:
             raise ConfigError(
-                f"trainer.{key}={share:g} of {n_batches} batches is none: give at least "
+                f"trainer.{key}={share:g} of {n_batches} batches is less than one: give at least "
                 f"{1 / n_batches:.2g}, a number of batches as an int, or null for all"
             )

@@ -1,4 +1,4 @@
-"""RealNVP in the plane: two moons with noise .05.
+"""RealNVP for points in the plane: two moons with noise .05.
 
 The best possible NLL is the entropy of the data, about 0.26 nats.
 

@@ -35,15 +35,18 @@ BEST = "best.ckpt"
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether something was trained there: a run has a curve from step 0 on."""
+    """Whether a folder holds a run, finished or not: its curve exists from step 0 on."""
     files = (folder / "curve.csv", best_checkpoint(folder))
     return any(path.is_file() for path in files) or bool(step_checkpoints(folder))
 
 
 def check_run_dir(config: DictConfig) -> None:
-    """Refuse to mix two runs in one folder; end with 0 where the run in it is finished."""
+    """ConfigError: the run would be mixed with another one in its folder.
+
+    If the folder holds this run and it is finished, say so and end the program with exit code 0.
+    """
     folder = Path(config.run_dir)
-    if any(folder.glob("hpc_ckpt_*")):  # Lightning would take the newest of them, whosever it is
+    if any(folder.glob("hpc_ckpt_*")):  # Lightning would load the newest of them, unasked
         raise ConfigError(
             f"{folder} holds hpc_ckpt_*.ckpt of another program: give another run_dir"
         )
@@ -71,11 +74,11 @@ def check_run_dir(config: DictConfig) -> None:
 
 
 def _result(folder: Path, key: str) -> str:
-    """A text of a finished run's result. ConfigError: result.json holds no such text."""
+    """The text of a key in a finished run's result.json. ConfigError: there is no such text."""
     path = folder / "result.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text
+    except ValueError:  # the file is not JSON, or not text
         content = None
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, str):
@@ -88,26 +91,26 @@ def _result(folder: Path, key: str) -> str:
 
 @rank_zero_only
 def open_folder(folder: Path) -> None:
-    """Make a run's folder, hold it as long as this process lives, and log into its log.txt.
+    """Make a run's folder, lock it for the life of this process, and log messages to its log.txt.
 
-    What is logged are Lightning's messages and ours. ConfigError: another process holds the folder.
+    ConfigError: another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
-        part.unlink()  # of a run that was killed while it saved
+        part.unlink()  # a run was killed while it saved
     log = logging.getLogger("lightning.pytorch")
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
-        log.removeHandler(old)  # of an earlier run in this process
+        log.removeHandler(old)  # an earlier run of this process had it
     handler = LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
 
 class LogFile(logging.FileHandler):
-    """A log that may be incomplete: a full disk does not end a run here, and gets no traceback.
+    """A log file that loses messages on a full disk, instead of printing a traceback for each.
 
-    The next file that matters cannot be written either, and then one line says so.
+    The next checkpoint or curve cannot be written either, and ends the run with one line.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -116,12 +119,12 @@ class LogFile(logging.FileHandler):
 
 
 def _lock(folder: Path) -> None:
-    """Hold a folder as long as this process lives. ConfigError: another process holds it.
+    """Lock a folder as long as this process lives. ConfigError: another process has locked it.
 
-    A lock by fcntl goes with its process, also with one that is killed, and forked workers do not
-    inherit it. Nothing else has both: `filelock` takes flock, which workers of a killed run would
-    still hold, and where that is missing a file that a killed run leaves behind. So on Windows, and
-    on a file system without locks, nothing is held.
+    A lock by fcntl.lockf ends with its process, even if that is killed, and forked workers do not
+    inherit it. Other locks lack one of the two: workers of a killed run would keep a flock, and a
+    lock file would stay behind. On Windows, which has no fcntl, and on a file system without locks
+    a folder is not locked.
     """
     if fcntl is None:
         return
@@ -136,11 +139,11 @@ def _lock(folder: Path) -> None:
         pass  # a file system without locks
 
 
-HELD: dict[Path, IO[str]] = {}  # lock files of this process
+HELD: dict[Path, IO[str]] = {}  # the open lock files of this process
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """Where a run keeps the weights that were the best by validation."""
+    """The path of the checkpoint with the weights that were the best by validation."""
     return folder / "checkpoints" / BEST
 
 
@@ -150,10 +153,10 @@ def step_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint of a run folder that loads, and its content; None where there are none.
+    """The newest checkpoint of a run folder that loads, and its content; None if it has none.
 
-    That is the best one where the run was ended before it wrote its first periodic one. Says which
-    ones it passed over. ValueError, one line: there are some, but none loads.
+    If the run ended before its first periodic checkpoint, the best one is taken. Damaged ones are
+    skipped, with a message. ValueError, one line: there are checkpoints, but none loads.
     """
     damaged: list[str] = []
     best = best_checkpoint(folder)
@@ -181,9 +184,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
-    """The checkpoint that is tested: `best` by validation if there is one, else the newest.
+    """The checkpoint to test: the best by validation if `select` is `best`, else the newest.
 
-    ValueError: there is none.
+    The newest also stands in for a best one that is missing or damaged. ValueError: there is none.
     """
     best = best_checkpoint(folder)
     if select == "best" and best.is_file():
@@ -198,13 +201,15 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of ours on the CPU, plain tensors and dicts only.
+    """Load a checkpoint of this repository onto the CPU: plain tensors and dicts, no code.
 
     ValueError, one line: it is damaged, of another program, or no file (a folder, or a link that
     leads nowhere). FileNotFoundError: nothing has that name.
     """
     if not path.is_file() and (path.is_symlink() or path.exists()):
-        raise ValueError(f"{path} is no file: delete it to go on from another, or to begin")
+        raise ValueError(
+            f"{path} is no file: delete it to continue from another one, or to start anew"
+        )
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -214,21 +219,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:
         raise ValueError(
             f"{path} is damaged or not of this repository: "
-            "delete it to go on from another, or to begin"
+            "delete it to continue from another one, or to start anew"
         ) from error
     return checkpoint
 
 
 def _check_sums(path: Path) -> None:
-    """BadZipFile: a checksum in the file is wrong. torch writes them, and does not look at them."""
+    """BadZipFile: a checksum in the file is wrong. torch.load itself does not check them."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(damaged)
 
 
-# Sections that a resumed run must have in common with its first part, and keys in them that may
-# differ all the same.
+# A resumed run must share the sections of SAME with its first part, except for the keys of FREE,
+# which may differ.
 SAME = ("flow", "data", "optim", "ema", "eval", "seed")
 FREE = (
     "root",
@@ -244,13 +249,15 @@ FREE = (
 def check_checkpoint(
     path: Path, checkpoint: Checkpoint, config: DictConfig, module: Objective, n_micro_batches: int
 ) -> None:
-    """ConfigError, one line that names what differs, where a run would not go on as it began.
+    """ConfigError, one line: a run with these settings cannot continue from a checkpoint.
+
+    The message names what differs.
 
     Args:
-        path: the checkpoint's, for the message.
+        path: of the checkpoint, for the message.
         checkpoint: its content.
-        config: of the run that is to go on.
-        module: the same run's, whose weights have to fit.
+        config: of the run that would continue.
+        module: of the same run; the checkpoint's weights have to fit it.
         n_micro_batches: how many micro-batches a process accumulates in a step. Lightning counts
             an epoch in them.
     """
@@ -287,8 +294,8 @@ def check_checkpoint(
 def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
     """The values of a config that a resumed run must share with its first part, by dotted key.
 
-    A key that the recipe of then did not have is the constructor's default, with which that run was
-    trained.
+    A checkpoint may be older than a key of the recipe. The key then has the constructor's default,
+    with which the run was trained.
     """
     settings = _defaults(module)
     for section in SAME:
@@ -297,24 +304,24 @@ def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
 
 
 def _defaults(module: Objective) -> dict[str, object]:
-    """Dotted key -> default, of the constructors to which a recipe's sections go."""
+    """The defaults of the constructors to which a recipe's sections go, by dotted key."""
     defaults: dict[str, object] = {}
     for section, kind in module.constructors().items():
-        for base in reversed(kind.__mro__):  # a constructor may hand on what it does not name
+        for base in reversed(kind.__mro__):  # a constructor may hand other arguments to its base
             constructor = base.__init__  # type: ignore[misc]  # of a class, not of an instance
             parameters = inspect.signature(constructor).parameters
             for name, parameter in parameters.items():
                 if parameter.default is not parameter.empty and name not in FREE:
-                    defaults[f"{section}.{name}"] = _as_in_a_config(parameter.default)
+                    defaults[f"{section}.{name}"] = _config_value(parameter.default)
     return defaults
 
 
-def _as_in_a_config(default: object) -> object:
+def _config_value(default: object) -> object:
     return list(default) if isinstance(default, tuple) else default
 
 
 def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first weight that one of the two has not, or in another shape, in words."""
+    """What is wrong with the first weight that is missing or has another shape; None: all fit."""
     for key in sorted({*weights, *expected}):
         stored = _shape(weights, key)
         needed = _shape(expected, key)
@@ -328,7 +335,7 @@ def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
 
 
 def _flat(value: object, key: str) -> dict[str, object]:
-    """Dotted keys and values of a section, without those that a resumed run may change."""
+    """The values of a section by dotted key, without the keys that a resumed run may change."""
     if not isinstance(value, dict):
         return {key: value}
     flat: dict[str, object] = {}
@@ -339,28 +346,27 @@ def _flat(value: object, key: str) -> dict[str, object]:
 
 
 def load_flow(folder: str | Path) -> FlowModel:
-    """The flow of a finished or running run, or of one checkpoint file, in eval mode on the CPU.
+    """The flow of a run, finished or not, or of one checkpoint file, in eval mode on the CPU.
 
-    A learned dequantiser stays behind: with the flow alone, data are dequantised uniformly. The
-    statistics of batch norms are the running ones. ConfigError, ValueError or FileNotFoundError,
-    one line: there is nothing to load.
+    A learned dequantiser is not loaded. Batch norms use their running statistics. ConfigError,
+    ValueError or FileNotFoundError, one line: there is nothing to load.
     """
     flow, _ = read_run(folder)
     return flow
 
 
 def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
-    """The flow as `load_flow` gives it, and what its checkpoint says of the run.
+    """The flow as `load_flow` returns it, and what its checkpoint records of the run.
 
-    That is its experiment, config, shape and commit, and under `parts` the names of the module's
-    parts that have weights or buffers, as "flow" and "dequantizer".
+    The record has experiment, config, shape and commit. Its `parts` are the names of the parts of
+    the objective that have weights or buffers, such as "flow" and "dequantizer".
     """
     path, checkpoint = _checkpoint_of(Path(folder).expanduser())
     origin = checkpoint["paperflows"]
     script = import_module(f"reproduce.{origin['experiment']}")
     if not hasattr(script, "make_flow"):
         raise ConfigError(
-            f"{path} is of {origin['experiment']}, which trains no flow: there is none to load"
+            f"{path} is of {origin['experiment']}, which trains no flow: load another run"
         )
     flow: FlowModel = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
     weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
@@ -376,7 +382,7 @@ def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
 
 
 def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint of a run: the tested one of a finished run, else the newest; or the file."""
+    """The checkpoint at a path: of a folder the tested one, or the newest if it has no result."""
     if not path.is_dir():
         return path, read_checkpoint(path)
     if (path / "result.json").is_file():

@@ -1,9 +1,9 @@
-"""The table of keys: which kind of value each setting of a recipe takes.
+"""The schema of a recipe: which kind of value each of its keys takes.
 
-A section of a recipe holds the arguments of a constructor, so the constructor's signature says what
-its keys take: `flow` those of the model, `data` those of the data module, `optim` and `eval` those
-of the objective. The other keys stand in OWN. A key that is in neither has the kind of the first
-value that a recipe gives it.
+Four sections of a recipe hold arguments of constructors: `flow` of the model, `data` of the data
+module, `optim` and `eval` of the objective. The constructor's signature decides the kinds of these
+keys. The table OWN has those of all other keys. A key in neither takes values of the kind of the
+first value that a recipe gives it.
 """
 
 import functools
@@ -21,9 +21,9 @@ from reproduce.kinds import (
     Either,
     Integer,
     Kind,
+    ListOf,
     Nullable,
     Number,
-    Several,
     Share,
     Switch,
     Text,
@@ -42,9 +42,9 @@ OWN: dict[str, Kind] = {
     "seed": Integer(0, 10**9, example="0"),
     "run_dir": Nullable(PATH),
     "resume": Nullable(Choice(("auto",))),
-    "paper": Nullable(Either((CLAIM, Several(CLAIM)))),
+    "paper": Nullable(Either((CLAIM, ListOf(CLAIM)))),
     "data.name": CLAIM,
-    # Lightning's Trainer takes more; these are the values with which the runs here work.
+    # Lightning's Trainer accepts more values; these are the ones that work here.
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps")),
     "trainer.devices": Either((Integer(low=1, example="1"), Choice(("auto",)))),
     "trainer.num_nodes": Integer(low=1, example="1"),
@@ -63,13 +63,13 @@ OWN: dict[str, Kind] = {
     "trainer.cuda_graph": Switch(),
     "trainer.recompute": Switch(),
     "ema.decay": Nullable(Number(low=0, below=1, example="0.999")),
-    "samples.temperatures": Several(Number(low=0, example="0.7"), least=1),
+    "samples.temperatures": ListOf(Number(low=0, example="0.7"), least=1),
     "samples.n": Integer(low=1, example="16"),
     "samples.every_n_steps": STEPS,
     "checkpoint.every_n_steps": STEPS,
     "checkpoint.select": Choice(("best", "last")),
     "logger.name": Choice(("wandb", "csv", "none")),
-    # W&B takes no longer names of projects, and none with these characters.
+    # W&B refuses longer names of projects, and names with one of these characters.
     "logger.project": Text("a name", r"[^/\\#?%:]+", longest=128, example="paperflows"),
     "budget.images": Nullable(Integer(low=1, example="1000000")),
 }
@@ -87,7 +87,7 @@ class Schema:
         self.learned: dict[str, Kind] = {}
 
     def use_data(self, name: object) -> None:
-        """Let the keys of `data` be those of a data set."""
+        """Replace the keys of the section `data` by those of a data set."""
         from datamodules import DATA
 
         for key in [key for key in self.kinds if key.startswith("data.")]:
@@ -99,7 +99,7 @@ class Schema:
             self.kinds |= _of_section("data", DATA[str(name)])
 
     def learn(self, key: str, value: object) -> None:
-        """Remember by its value the kind of a key that nothing else says."""
+        """Remember the kind of a key that nothing else decides, by its first value."""
         if key in self.kinds:
             return
         self.learned.setdefault(key, kind_of_value(value))
@@ -109,10 +109,10 @@ class Schema:
 
 
 def constructors(experiment: str) -> dict[str, object]:
-    """Section -> what its keys are the arguments of: of the script that has the experiment's name.
+    """The classes to whose constructors the sections of an experiment's recipe go, by section.
 
-    The flow is what the script's `make_flow` is annotated to return, the objective the one that it
-    imports. Empty where there is no such script.
+    They are read from the script of the experiment. The flow is the annotated return type of its
+    `make_flow`; the objective is the one that the script imports. Empty if there is no such script.
     """
     from lightning_modules.objective import Objective
 
@@ -123,20 +123,20 @@ def constructors(experiment: str) -> dict[str, object]:
         if error.name != name:
             raise
         return {}
-    found: dict[str, object] = {}
+    classes: dict[str, object] = {}
     flow = getattr(getattr(script, "make_flow", None), "__annotations__", {}).get("return")
     if isinstance(flow, type):
-        found["flow"] = flow
+        classes["flow"] = flow
     for value in vars(script).values():
         if isinstance(value, type) and issubclass(value, Objective):
-            found["optim"] = value
-            found["eval"] = value
-    return found
+            classes["optim"] = value
+            classes["eval"] = value
+    return classes
 
 
 def _of_section(section: str, constructor: object) -> dict[str, Kind]:
-    """Dotted key -> kind, of every argument of a constructor."""
-    constructor = getattr(constructor, "func", constructor)  # of functools.partial
+    """The kind of every argument of a constructor, by the dotted key of the argument."""
+    constructor = getattr(constructor, "func", constructor)  # the class in a functools.partial
     if not isinstance(constructor, type):
         return {}
     return {f"{section}.{name}": kind for name, kind in _arguments(constructor).items()}
@@ -144,7 +144,7 @@ def _of_section(section: str, constructor: object) -> dict[str, Kind]:
 
 @functools.cache
 def _arguments(constructor: type) -> Mapping[str, Kind]:
-    """Name -> kind, of the arguments of a class and of those that it hands on to its bases."""
+    """The kinds of the arguments of a class, by name, also of those that it hands on to a base."""
     kinds: dict[str, Kind] = {}
     for base in reversed(inspect.getmro(constructor)):
         initializer = vars(base).get("__init__")
@@ -157,7 +157,7 @@ def _arguments(constructor: type) -> Mapping[str, Kind]:
 
 
 def _of_parameter(parameter: inspect.Parameter) -> Kind:
-    """By its annotation; one without has the type of its default."""
+    """The kind of a parameter: by its annotation or, without one, by its default."""
     if parameter.annotation is not parameter.empty:
         return kind_of(parameter.annotation)
     if parameter.default is not parameter.empty:
@@ -166,7 +166,7 @@ def _of_parameter(parameter: inspect.Parameter) -> Kind:
 
 
 def kind_of(annotation: object) -> Kind:
-    """The kind of value that an annotation stands for, as `int | None` or `Literal["a", "b"]`."""
+    """The kind of an annotation such as `int | None` or `Literal["a", "b"]`."""
     if annotation in ANNOTATED:
         return ANNOTATED[annotation]
     origin = get_origin(annotation)
@@ -177,12 +177,12 @@ def kind_of(annotation: object) -> Kind:
         return _of_union(arguments)
     if isinstance(origin, type) and issubclass(origin, Sequence) and arguments:
         has_length = origin is tuple and ... not in arguments
-        return Several(kind_of(arguments[0]), n=len(arguments) if has_length else None)
+        return ListOf(kind_of(arguments[0]), n=len(arguments) if has_length else None)
     return Anything()
 
 
 def _of_union(members: tuple[object, ...]) -> Kind:
-    """The kind of `a | b`: numbers before texts, which would take every number."""
+    """The kind of `a | b`. A text is tried last, since it would accept every number."""
     kinds = [kind_of(member) for member in members if member is not NoneType]
     known = [kind for kind in kinds if not isinstance(kind, Anything)]
     known.sort(key=lambda kind: isinstance(kind, Text))
@@ -194,7 +194,7 @@ def _of_union(members: tuple[object, ...]) -> Kind:
     return Nullable(kind) if NoneType in members else kind
 
 
-# What other programs call a setting -> what it is called here.
+# The name of a setting in other programs -> its key here.
 ALIASES: Mapping[str, str] = {
     "gradient_clip_val": "optim.clip_norm",
     "gradient_clip": "optim.clip_norm",

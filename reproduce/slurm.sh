@@ -5,8 +5,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
 #
-# An experiment as a SLURM job, from the repository's root. Partition, account, time and GPUs are
-# flags of sbatch, or its environment (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT ...).
+# Run an experiment as a SLURM job; submit it from the repository's root. Partition, account, time
+# and GPUs are flags of sbatch, or its variables (SBATCH_PARTITION, SBATCH_ACCOUNT ...).
 #
 #   sbatch reproduce/slurm.sh realnvp_cifar10 seed=1
 #   sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=8 \
@@ -18,13 +18,13 @@
 #       --grid configs/sweeps/realnvp_cifar10_grid.yaml              # rows 0 to 11 of the grid
 #
 # The run folder is outputs/<experiment>/slurm-<job> or slurm-<array job>_<index>, or that of
-# run_dir=. Two minutes before the time limit the job saves and queues itself again, and goes on
-# from there later; so it does after a preemption. A cancelled job has saved too: the same command
-# with run_dir=<its folder> goes on.
+# run_dir=. Two minutes before the time limit, or when it is preempted, the job saves and queues
+# itself again; it later continues from there. A cancelled job has saved too: submit the same
+# command with run_dir=<its folder> to continue it.
 #
 # Start one task for each GPU. Every task has to see all GPUs of its node: give --gpus-per-node, not
-# --gpus-per-task. PYTHON=... chooses the interpreter; the default is .venv/bin/python, or python
-# where there is none.
+# --gpus-per-task. PYTHON=... chooses the interpreter; the default is .venv/bin/python if it exists,
+# else python.
 
 set -euo pipefail
 
@@ -33,8 +33,7 @@ fail() {
     exit 1
 }
 
-# sbatch runs a copy of this file from a folder of its own: the repository is where the job was
-# submitted.
+# sbatch runs a copy of this file from another folder, so go to where the job was submitted.
 [ -n "${SLURM_JOB_ID:-}" ] ||
     fail "this is a job script: sbatch reproduce/slurm.sh ${*:-EXPERIMENT key=value ...}"
 cd "$SLURM_SUBMIT_DIR"
@@ -85,12 +84,12 @@ else
 fi
 
 task=${SLURM_ARRAY_TASK_ID:-}
-# One of the tasks of an array has the array's number as its SLURM_JOB_ID, which to Slurm's commands
-# is the whole array. So a task is named by the array and its index.
+# One task of an array has the array's number as its SLURM_JOB_ID, by which Slurm's commands mean
+# the whole array. So a task is named by the array's number and its index.
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$task}
 id=${id:-$SLURM_JOB_ID}
 if [ -n "$task" ] && [[ $words == *" run_dir="* ]]; then
-    fail "run_dir= is one folder for all tasks of an array: leave it out, every task makes its own"
+    fail "run_dir= is one folder for all tasks of an array: leave it out, each task makes its own"
 elif [ -n "$grid" ]; then
     [ -n "$task" ] ||
         fail "--grid without an array: sbatch --array=0-N, a task for each row of the grid"
@@ -102,13 +101,13 @@ elif [ -n "$task" ]; then
     overrides+=("seed=$task")
 fi
 
-# One string names an experiment everywhere, unless the user has named the job.
+# The job is named after its experiment, unless the user has named it.
 if [ "${SLURM_JOB_NAME:-paperflows}" = paperflows ]; then
     scontrol update "JobId=$id" "JobName=$experiment" 2>/dev/null || true
 fi
-# The step's name too: Lightning takes a job called bash or interactive for none.
+# So is the step: Lightning does not use Slurm in a job that is called bash or interactive.
 export SLURM_JOB_NAME=$experiment
-# Since Slurm 22.05 srun does not take this one from sbatch.
+# Since Slurm 22.05 srun does not read --cpus-per-task of sbatch, but this variable.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 nodes=$SLURM_NNODES tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -119,7 +118,7 @@ all=$((nodes * tasks))
 own=("trainer.num_nodes=$nodes" "trainer.devices=$tasks")
 [ "$all" -eq 1 ] || own+=(trainer.strategy=ddp)
 layout=()
-for word in "${own[@]}"; do # a key that is given twice is refused: the user's words stand
+for word in "${own[@]}"; do # a key may not come twice: leave out what the user has given
     [[ $words == *" ${word%%=*}="* ]] || layout+=("$word")
 done
 [[ $words == *" resume="* ]] || overrides+=(resume=auto)
@@ -129,8 +128,8 @@ echo "$(date '+%F %T') $experiment, job $SLURM_JOB_ID, restart ${SLURM_RESTART_C
 code=0
 srun --kill-on-bad-exit --nodes="$nodes" --ntasks="$all" --ntasks-per-node="$tasks" \
     "$python" -m "reproduce.$experiment" "${layout[@]+"${layout[@]}"}" "${overrides[@]}" || code=$?
-# Slurm queues a preempted job again where the grace time has ended it. This one has saved and left
-# before that.
+# Slurm queues a preempted job again if the job was still running at the end of its grace time. This
+# one has ended before, so it has to ask.
 if [ "$code" -ne 0 ] && scontrol show job "$id" | grep "PreemptTime=[0-9]" >/dev/null; then
     scontrol requeue "$id"
 fi

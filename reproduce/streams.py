@@ -1,4 +1,4 @@
-"""Standard output and error that may be gone: nobody reads them, or the shell has closed them."""
+"""Printing where nobody reads standard output any more, or where the shell has closed a stream."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ from typing import TextIO
 
 
 def open_missing_streams() -> None:
-    """Put the null device in the place of a stream that the shell has closed, as `2>&-` does.
+    """Open the null device for each standard stream that the shell has closed, as `2>&-` does.
 
-    Python has None there, and the next file that is opened would take the stream's number.
+    Python's sys.stderr is None then, and the next file to be opened would take its number.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
@@ -22,7 +22,7 @@ def open_missing_streams() -> None:
 
 
 def say(*lines: object) -> None:
-    """Print lines on standard output at once. That nobody reads them any more is no error."""
+    """Print lines on standard output at once. It is no error if nobody reads them any more."""
     try:
         print(*lines, sep="\n", flush=True)
     except BrokenPipeError:
@@ -30,9 +30,9 @@ def say(*lines: object) -> None:
 
 
 def flush_streams() -> None:
-    """Write what is buffered.
+    """Write the buffered output.
 
-    Where nobody reads it Python's own flush, at the end, would make the exit code 120.
+    If nobody reads it, Python's own flush at exit would turn the exit code into 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -42,7 +42,7 @@ def flush_streams() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send to the null device what the stream still holds and all that follows."""
+    """Send the rest of a stream's buffer, and all later output, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

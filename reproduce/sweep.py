@@ -1,4 +1,4 @@
-"""Runs that a W&B sweep agent starts: what it writes on the command line, as key=value words."""
+"""Runs that a W&B sweep agent starts: translate its command line into key=value arguments."""
 
 import ast
 import os
@@ -6,9 +6,9 @@ import os
 from omegaconf import DictConfig, OmegaConf
 
 from reproduce.config import ConfigError, compose
-from reproduce.kinds import DECIMAL, one_text
+from reproduce.kinds import DECIMAL, argument_text
 
-# In the config of a run, but no arguments of the next one.
+# Keys in the recorded config of a run that are not arguments of the run that continues it.
 OF_THE_OLD_RUN = {"_wandb", "experiment", "overrides", "run_dir", "resume"}
 
 
@@ -18,14 +18,15 @@ def in_sweep() -> bool:
 
 
 def agent_arguments(words: list[str], experiment: str) -> list[str]:
-    """The words of the command line or, inside a sweep, what an agent means by them.
+    """The arguments of the command line; inside a sweep, translated from what the agent writes.
 
-    An agent writes Python values; 8.0 becomes 8 where the recipe has an int, as a sweep's q_uniform
-    means it. It writes a key of its command again where a parameter has that key: the last one
-    counts. Where it starts a preempted run again it sends that run's whole config, sections as
-    dicts. Of these values the ones that differ from the recipe (with the same preset and data set)
-    come back, under dotted keys.
-    ConfigError: the old run was of another experiment.
+    An agent writes values as Python does. 8.0 becomes 8 if the recipe has an int for the key, since
+    a sweep's q_uniform yields floats. If a parameter has a key of the sweep's own command, the key
+    comes twice, and the last value counts. To start a preempted run again, the agent sends the
+    whole config of that run, its sections as dicts. Of this config only those values are returned,
+    under dotted keys, that differ from the recipe with the same preset and data set.
+
+    ConfigError: the preempted run was of another experiment.
     """
     if not in_sweep():
         return words
@@ -34,7 +35,7 @@ def agent_arguments(words: list[str], experiment: str) -> list[str]:
         key, separator, text = word.partition("=")
         if separator:
             values |= _leaves(key, _literal(text))
-    texts = {key: one_text(value) for key, value in values.items()}
+    texts = {key: argument_text(value) for key, value in values.items()}
     first = [f"{key}={texts[key]}" for key in ("preset", "data.name") if key in texts]
     recipe = compose(experiment, first)
     for key, value in values.items():
@@ -61,7 +62,7 @@ def _differs(key: str, value: object, recipe: DictConfig) -> bool:
 
 
 def _literal(text: str) -> object:
-    """The value of a Python literal; other text (a name, a path, 0x10) as it is."""
+    """The value of a Python literal; any other text (a name, a path, 0x10) stays a text."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -132,12 +132,12 @@ def decimals_of(claim: Mapping) -> int:
 
 
 def printed(value: float, claim: Mapping) -> str:
-    """A number of a claim's row as its paper prints it, with the claim's decimals: `0.120`."""
+    """A number of a claim's row as its paper prints it, with the claim's decimals, e.g. `0.120`."""
     return f"{value:.{decimals_of(claim)}f}"
 
 
 def own_decimals(claim: Mapping, at_least: int = 3) -> int:
-    """The decimals of our numbers beside a claim: one more than its own, and `at_least` so many."""
+    """The decimals of our numbers beside a claim: one more than the claim's, or `at_least`."""
     return max(at_least, decimals_of(claim) + 1)
 
 
@@ -151,7 +151,7 @@ def same_n_bits(claim: Mapping, data: Mapping) -> bool:
 
 
 def papers_in(result: Mapping) -> list[dict]:
-    """The claims beside which a run stands: `papers`, or the one `paper` of an older run."""
+    """The claims with which a run is compared: `papers`, or the one `paper` of an older run."""
     if "papers" in result:
         return result["papers"]
     if result.get("paper"):
@@ -160,22 +160,22 @@ def papers_in(result: Mapping) -> list[dict]:
 
 
 def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict[str, Any]:
-    """Set a result beside one number of a paper.
+    """Compare a result with one number of a paper.
 
     Images of 5 and of 8 bits are different data, and a bound and an exact density are different
     figures: neither pair is compared.
 
     Args:
-        result: of which `metrics`, `budget.fraction` and `config.data.n_bits` are read.
-        paper: the entry of `papers` with the claim's id, the run's metric and `comparable`.
+        result: a run's result; its `metrics`, `budget.fraction` and `config.data.n_bits` are read.
+        paper: an entry of its `papers`: the claim's id, the metric, and `comparable`.
         root: the results folder. Value, tolerance, direction and bits come from the claim there.
 
     Returns:
-        gap: ours minus the paper's, in the claim's unit; None where the two are not compared, or
-            where the metric is not a finite number.
+        gap: our number minus the paper's, in the claim's unit; None if the two are not compared, or
+            if the metric is not a finite number.
         status: one of
-            `-`             there is nothing to compare, also where the run has only another kind
-                            of the figure;
+            `-`             there is nothing to compare, or the run has only another kind of the
+                            figure;
             `not measured`  the run does not have the claim's figure;
             `reproduced`    as good as the claim, or within its tolerance; never without a finite
                             number;
@@ -221,7 +221,7 @@ def status_of(gap: float | None, claim: Mapping, budget: Mapping) -> str:
 
 
 def compare_all(result: Mapping, root: Path = ROOT) -> dict[str, Any]:
-    """Set a result beside each of its `papers`.
+    """Compare a result with each of its `papers`.
 
     Returns:
         comparisons: for each claim its `claim` (the id), `metric`, `value` and `decimals`, and what

@@ -1,6 +1,7 @@
 """`python -m results` writes results/README.md.
 
-`python -m results add RUN` records a finished run first, `figure3 FOLDER` a finished comparison.
+`python -m results add RUN` first records a finished run, and `python -m results figure3 FOLDER` a
+finished repetition of Glow's Figure 3.
 """
 
 import sys
@@ -21,29 +22,29 @@ USAGE = (
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Run a command.
 
-    Returns the exit code: 0 when it is done; 1 after one line on what is wrong, and then nothing
-    has been written; 2 after a line on how it is called.
+    Returns the exit code: 0 if it succeeded; 1 after one line on what is wrong, if nothing was
+    written; 2 after a line on how it is called.
     """
     if argv is None:
         argv = sys.argv[1:]
-    take_in: Callable[[], Addition]
+    make_addition: Callable[[], Addition]
     match argv:
         case []:
-            take_in = Addition
+            make_addition = Addition
         case ["add", run]:
-            take_in = partial(runs.add, run, None, root)
+            make_addition = partial(runs.add, run, None, root)
         case ["add", run, option] if option.startswith("suspect="):
-            take_in = partial(runs.add, run, option.removeprefix("suspect="), root)
+            make_addition = partial(runs.add, run, option.removeprefix("suspect="), root)
         case ["figure3" | "ablation", folder]:  # `ablation` is the older name
-            take_in = partial(figure3.add, folder, root)
+            make_addition = partial(figure3.add, folder, root)
         case _:
             complain(USAGE)
             return 2
-    if root == ROOT and not (ROOT / "runs").is_dir():  # a package has the claims, not the runs
+    if root == ROOT and not (ROOT / "runs").is_dir():  # an installed copy has claims, but no runs
         complain(f"error: {ROOT} is an installed copy without recorded runs: run this in a clone")
         return 1
     try:
-        addition = take_in()
+        addition = make_addition()
         write_all({**addition.files, **render(root, addition.files)})
     except (ValueError, OSError) as error:
         complain(f"error: {' '.join(str(error).split())}")
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def complain(line: str) -> None:
-    """Print a line to the error output, or to the other one where a shell closed it (`2>&-`)."""
+    """Print a line to standard error, or to standard output if a shell closed it (`2>&-`)."""
     print(line, file=sys.stderr or sys.stdout)
 
 

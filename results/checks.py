@@ -1,7 +1,8 @@
-"""Checks of the values in a file, from which the form of a whole file is put together.
+"""Checks of single values, which combine to a check of a whole file.
 
-A check takes a value and returns the places in it that are missing or of the wrong kind; an empty
-list means that all is well. `""` is the value itself; `.budget.of` and `[3].seed` are parts of it.
+A check takes a value and returns the places in it that are missing or of the wrong kind. An empty
+list means that the value is valid. The place `""` is the value itself; `.budget.of` and `[3].seed`
+are parts of it.
 
 >>> run = record({"seed": number, "device": text}, optional={"curve": list_of(or_null(number))})
 >>> run({"seed": 0, "device": "CPU"})
@@ -31,7 +32,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def check(accepts: Callable[[Any], object]) -> Check:
-    """The check that lets a value pass where `accepts` says so."""
+    """The check that passes the values for which `accepts` returns something true."""
 
     def places(value: Any) -> list[str]:
         if accepts(value):
@@ -67,7 +68,7 @@ def or_null(inner: Check) -> Check:
 
 
 def list_of(inner: Check, at_least: int = 0) -> Check:
-    """The value is a list with at least so many elements, and each passes the inner check."""
+    """The value is a list of `at_least` elements or more, and each passes the inner check."""
 
     def places(value: Any) -> list[str]:
         if not isinstance(value, list) or len(value) < at_least:
@@ -91,7 +92,7 @@ def mapping_of(inner: Check) -> Check:
 def record(
     required: Mapping[str, Check] | None = None, optional: Mapping[str, Check] | None = None
 ) -> Check:
-    """The value is a mapping with the required keys, and the values of both kinds of keys pass."""
+    """The value is a mapping that has the required keys, and every value passes its key's check."""
     needed = dict(required or {})
     checks = needed | dict(optional or {})
 
@@ -106,5 +107,5 @@ def record(
 
 
 def keys(inner: Check, value: Any) -> list[str]:
-    """What a check finds in a file's content, as `budget.of`; `content` stands for all of it."""
+    """The places that a check finds in a file, such as `budget.of`; `content` is the whole file."""
     return [place.removeprefix(".") or "content" for place in inner(value)]

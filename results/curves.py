@@ -9,7 +9,7 @@ from collections.abc import Callable
 from results import is_number, printed
 from results.formats import count
 
-WIDTH = 640  # pixels, as all of these
+WIDTH = 640  # pixels, as the next five
 HEIGHT = 320
 LEFT = 64  # margins of the plot
 RIGHT = 24
@@ -17,17 +17,17 @@ TOP = 36
 BOTTOM = 48
 COLORS = {"train": "#9a6700", "val": "#0550ae"}
 PAPER_COLOR = "#cf222e"
-POINTS = 400  # of a line
-LARGEST = 1e30  # a value beyond it is not drawn, as one that is not finite
+POINTS = 400  # the most that a line has, about
+LARGEST = 1e30  # values beyond it are not drawn, like those that are not finite
 
 Point = tuple[float, float]
 Pixels = Callable[[float, float], Point]
 
 
 def curve_svg(run: dict, claims: list[dict]) -> str | None:
-    """Training and validation curve over images seen as SVG; None when there is no curve.
+    """Training and validation curve over images seen, as SVG; None if there is no curve.
 
-    Of the claims that the run stands beside, the one on the curve's own metric is drawn, dashed.
+    The run's claim on the metric of the curve, if there is one, is drawn as a dashed line.
     """
     name, lines = series(run)
     if not lines:
@@ -43,7 +43,7 @@ def curve_svg(run: dict, claims: list[dict]) -> str | None:
     title = f"{run['experiment']}, {name}"
     if metric:
         title += f" ({metric['unit']})"
-    parts = [*frame(title, at, x_ticks, y_ticks), *drawn(lines, at)]
+    parts = [*frame(title, at, x_ticks, y_ticks), *polylines(lines, at)]
     for claim in on_curve:
         parts += paper_line(claim, at)
     return "\n".join([*parts, "</svg>", ""])
@@ -71,7 +71,7 @@ def drawable(value: object) -> bool:
 
 
 def thinned(points: list[Point]) -> list[Point]:
-    """Every n-th point, counted from the last, so that it is kept."""
+    """Every n-th point, counted from the last one, which is kept."""
     step = math.ceil(len(points) / POINTS) or 1
     return points[::-step][::-1]
 
@@ -79,12 +79,13 @@ def thinned(points: list[Point]) -> list[Point]:
 def limits(
     values: list[float], claimed: list[float], direction: str = "lower"
 ) -> tuple[float, float]:
-    """The value axis: it has room for all values, except for those far worse than nine in ten.
+    """The lowest and the highest value of the axis.
 
-    Those are the first steps, which would flatten the rest.
+    Values that are far worse than nine tenths of all are left outside: those of the first steps
+    would flatten the rest.
 
     values: of the lines.
-    claimed: the paper's, which the axis always has room for; may be empty.
+    claimed: the paper's value, which the axis always shows; may be empty.
     direction: "lower" or "higher", whichever is better.
     """
     sign = {"lower": 1, "higher": -1}[direction]
@@ -155,7 +156,7 @@ def frame(title: str, at: Pixels, x_ticks: list[float], y_ticks: list[float]) ->
     return lines
 
 
-def drawn(lines: dict[str, list[Point]], at: Pixels) -> list[str]:
+def polylines(lines: dict[str, list[Point]], at: Pixels) -> list[str]:
     """Each series as a line, with dots where it has few points, and its name at the top right."""
     parts = []
     for k, (split, points) in enumerate(lines.items()):

@@ -1,7 +1,7 @@
 """Glow's Figure 3: {reverse, shuffle, invertible 1x1} x {additive, affine} compared.
 
-`reproduce/figure3.py` makes the runs. This module tells whether their order is the paper's, and
-writes the table, for a terminal and for the results page.
+`reproduce/figure3.py` trains the runs. This module decides whether their order is the paper's, and
+writes the table for a terminal and for the results page.
 """
 
 import json
@@ -30,10 +30,10 @@ from results.files import (
     NO_FILES,
     Addition,
     checked_json,
-    listed,
+    is_new_record,
+    matching_files,
     portable,
     small_png,
-    unrecorded,
 )
 from results.formats import commit, count, data_name, distinct, span, table, wall_time
 
@@ -44,7 +44,7 @@ COLUMNS = ("permutation", "coupling", "seeds", "test/bpd")
 # Pairs of permutations, of which the first has the lower bits/dim in the paper.
 ORDER = (("invertible", "shuffle"), ("shuffle", "reverse"), ("invertible", "reverse"))
 
-# What a pair of combinations can say.
+# What the comparison of two combinations can show.
 AGREES = "agrees"
 DISAGREES = "disagrees"
 NOISE = "within noise"
@@ -99,7 +99,7 @@ ABLATION = record(  # what a figure3.json holds
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; no error of one value. ValueError: no values."""
+    """The mean and its standard error, which is None for one value. ValueError: no values."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, None
@@ -116,17 +116,17 @@ def seeds_of(runs: list[dict], permutation: str, coupling: str) -> dict[int, dic
 
 
 def name(run: dict) -> str:
-    """`<permutation>-<coupling>-seed<seed>`: what a run's folder is called."""
+    """The name of a run's folder: `<permutation>-<coupling>-seed<seed>`."""
     return f"{run['permutation']}-{run['coupling']}-seed{run['seed']}"
 
 
 def missing(runs: list[dict]) -> list[str]:
-    """The combinations that no run has, as `<permutation>-<coupling>`."""
+    """The combinations without a run, as `<permutation>-<coupling>`."""
     return [f"{p}-{c}" for c in COUPLINGS for p in PERMUTATIONS if not seeds_of(runs, p, c)]
 
 
 def claims() -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
-    """What the figure shows, pair by pair.
+    """The order that the paper's figure shows, pair by pair.
 
     Yields a label, the combination with the lower bits/dim, and the one with the higher.
     """
@@ -139,7 +139,7 @@ def claims() -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
 
 
 def verdict(differences: list[float]) -> dict[str, Any]:
-    """Whether differences (low minus high, one a seed) say what the paper says.
+    """Whether differences (low minus high, one for each seed) agree with the paper.
 
     Returns:
         n: how many differences there are.
@@ -157,7 +157,7 @@ def verdict(differences: list[float]) -> dict[str, Any]:
 
 
 def word_of(mean: float, noise: float) -> str:
-    """What a mean difference says, where those below `noise` say nothing."""
+    """The verdict of a mean difference, of which nothing follows if it is below `noise`."""
     if abs(mean) < noise:
         return NOISE
     if mean < 0:
@@ -173,7 +173,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
-    """A `verdict` with its `label` for each pair, over the seeds with which both were finite."""
+    """A `verdict` with its `label` for each pair, over the seeds for which both runs are finite."""
     pairs = []
     for label, low, high in claims():
         differences = paired_differences(seeds_of(runs, *low), seeds_of(runs, *high))
@@ -182,7 +182,7 @@ def verdicts(runs: list[dict]) -> list[dict[str, Any]]:
 
 
 def paired_differences(lows: dict[int, dict], highs: dict[int, dict]) -> list[float]:
-    """test/bpd of the first minus that of the second, of each seed with which both are finite."""
+    """test/bpd of the first minus that of the second, for each seed for which both are finite."""
     values = [(lows[seed]["test/bpd"], highs[seed]["test/bpd"]) for seed in lows if seed in highs]
     return [low - high for low, high in values if is_number(low) and is_number(high)]
 
@@ -243,7 +243,7 @@ def summary(pairs: list[dict]) -> str:
 
 
 def answer(words: list[str]) -> str:
-    """What the words of all pairs come to."""
+    """The summary of all pairs' verdicts in a few words."""
     if DISAGREES in words:
         return "disagrees with the paper's"
     if set(words) <= {AGREES}:
@@ -254,7 +254,7 @@ def answer(words: list[str]) -> str:
 
 
 def report(runs: list[dict]) -> str:
-    """The table, the pairs and the last line, for a terminal."""
+    """The table, a line for each pair, and the summary, for a terminal."""
     cells = [list(COLUMNS), *rows(runs)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     head, *body = (
@@ -267,7 +267,7 @@ def report(runs: list[dict]) -> str:
 
 
 def command(ablation: dict) -> str:
-    """The shell line that repeats it."""
+    """The shell line that repeats an ablation."""
     seeds = sorted({run["seed"] for run in ablation["runs"]})
     module = f"reproduce.{ablation['ablation']}"
     argument = f"seeds=[{','.join(map(str, seeds))}]"
@@ -288,15 +288,15 @@ def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[str
 
 
 def part(file_stem: str, ablation: dict) -> list[str]:
-    """One repetition: command, table, whether the order is the paper's, settings, picture."""
+    """The section of one ablation: command, table, verdicts on the order, settings, picture."""
     runs = ablation["runs"]
     pairs = verdicts(runs)
     lines = [f"### {file_stem}", "", "```bash", command(ablation), "```", ""]
     lines += table(list(COLUMNS), rows(runs))
     lines += [
         "Mean ± standard error over seeds.",
-        "The paper's pairs, with differences paired over seeds; within noise: by a t-test at 5 %, "
-        "or one seed.",
+        "Each pair of the paper's order, with differences between runs of the same seed. Within "
+        "noise: a t-test at 5 % finds no difference, or there is one seed.",
         "",
         *(f"* {verdict_line(pair)}" for pair in pairs),
         "",
@@ -312,7 +312,7 @@ def part(file_stem: str, ablation: dict) -> list[str]:
 
 
 def settings(ablation: dict) -> list[str]:
-    """What was run: data, flow, images, machines, time."""
+    """The settings of the runs: data, flow, images, machines, time."""
     runs = ablation["runs"]
     flow = ablation["config"].get("flow") or {}
     images = span([count(n) for n in sorted(run["images"] for run in runs)])
@@ -331,12 +331,12 @@ def settings(ablation: dict) -> list[str]:
 
 
 def dump(ablation: dict) -> str:
-    """The content of a figure3.json, without absolute paths and with null for NaN and infinity."""
+    """A figure3.json as text, without absolute paths, and with null for NaN and infinity."""
     return json.dumps(portable(ablation), indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path, content: bytes | None = None) -> dict:
-    """A figure3.json. ValueError, one line that names the file and what is wrong with it."""
+    """Read a figure3.json. ValueError, one line that names the file and what is wrong with it."""
     return checked_json(
         path,
         ABLATION,
@@ -347,16 +347,16 @@ def read(path: Path, content: bytes | None = None) -> dict:
 
 
 def read_all(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[str, dict]:
-    """Every recorded ablation by its stem, also among files that are not written yet.
+    """Every recorded ablation by the stem of its file. new: files that are not written yet.
 
-    ValueError: one cannot be read.
+    ValueError: an ablation cannot be read.
     """
-    paths = listed(Path(root), "ablations/*.json", new)
+    paths = matching_files(Path(root), "ablations/*.json", new)
     return {path.stem: read(path, new.get(path)) for path in paths}
 
 
 def add(folder: str | Path, root: Path = ROOT) -> Addition:
-    """What records an ablation: its JSON file in `ablations/`, and the picture beside it.
+    """The files that record an ablation: a JSON file in `ablations/`, and a picture beside it.
 
     Args:
         folder: where `python -m reproduce.figure3` wrote, `outputs/figure3/<name>`.
@@ -381,7 +381,7 @@ def add(folder: str | Path, root: Path = ROOT) -> Addition:
     file_name = f"{ablation['experiment']}-{ablation['ablation']}-{ablation['name']}.json"
     path = Path(root) / "ablations" / file_name
     content = dump(ablation)
-    if not unrecorded(path, content):
+    if not is_new_record(path, content):
         return Addition(lines=[f"{path} is already recorded, with the same content"])
     picture = small_png(source.with_suffix(".png"))
     # The record comes last: the ablation counts as recorded from then on.
@@ -389,7 +389,7 @@ def add(folder: str | Path, root: Path = ROOT) -> Addition:
     lines = [f"recorded {path}: {summary(verdicts(ablation['runs']))}"]
     if any(run["dirty"] for run in ablation["runs"]):
         lines.append(
-            "warning: some of its runs ran on uncommitted changes: "
-            "their commit does not give their code"
+            "warning: some of its runs were made with uncommitted changes: "
+            "their code is not that of their commit"
         )
     return Addition(files, lines)

@@ -1,4 +1,4 @@
-"""Files as results keep them: written in one step, read with checks, without a machine's paths."""
+"""Files of results: written in one step, checked when they are read, without a machine's paths."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ class Addition:
     """What a finished run or figure adds to the results folder. Nothing of it is written yet.
 
     files: the content of new files by their path, in the order in which they are written.
-    lines: what is printed once they are.
+    lines: what is printed once they are written.
     """
 
     files: dict[Path, bytes] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Addition:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: a reader sees the old content or all of the new."""
+    """Write a file in one step: a reader sees either the old content or all of the new."""
     write_all({path: content})
 
 
@@ -45,22 +45,22 @@ def write_all(files: Mapping[Path, str | bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             parts[path] = path.with_name(f".{path.name}.{os.getpid()}")
             undo.callback(parts[path].unlink, missing_ok=True)
-            parts[path].write_bytes(encoded(content))
+            parts[path].write_bytes(as_bytes(content))
         for path, part in parts.items():
-            undo.callback(restore, path, current(path))
+            undo.callback(restore, path, content_of(path))
             part.replace(path)
         undo.pop_all()  # all are written: nothing is undone
 
 
-def encoded(content: str | bytes) -> bytes:
+def as_bytes(content: str | bytes) -> bytes:
     """Text as UTF-8; bytes as they are."""
     if isinstance(content, str):
         return content.encode()
     return content
 
 
-def current(path: Path) -> bytes | None:
-    """The content of a file; None where there is none."""
+def content_of(path: Path) -> bytes | None:
+    """The content of a file; None if there is no file."""
     if path.is_file():
         return path.read_bytes()
     return None
@@ -74,7 +74,7 @@ def restore(path: Path, content: bytes | None) -> None:
         path.unlink()
 
 
-def unrecorded(path: Path, content: str) -> bool:
+def is_new_record(path: Path, content: str) -> bool:
     """Whether a record is new. ValueError, one line: the file is there, with other content."""
     if not path.exists():
         return True
@@ -85,8 +85,8 @@ def unrecorded(path: Path, content: str) -> bool:
     )
 
 
-def listed(root: Path, pattern: str, new: Mapping[Path, bytes] = NO_FILES) -> list[Path]:
-    """The files below a folder that match, on the disk or among those that are not written yet."""
+def matching_files(root: Path, pattern: str, new: Mapping[Path, bytes] = NO_FILES) -> list[Path]:
+    """The files below a folder that match a pattern, with those of `new`, not written yet."""
     unwritten = [path for path in new if path.relative_to(root).match(pattern)]
     return sorted({*Path(root).glob(pattern), *unwritten})
 
@@ -99,12 +99,12 @@ def checked_json(
     Args:
         path: the file.
         form: the check that the value has to pass (`results.checks`).
-        damaged: what is said of a file that is not JSON or not text, with {problem} for the reason.
-        unusable: what is said of a file of another form, with {problem} for the keys that differ.
-        content: what the file holds, where it is not written yet.
+        damaged: the message if the file is not JSON or not text, with {problem} for the reason.
+        unusable: the message if its form is another, with {problem} for the keys that are wrong.
+        content: the file's content, if it is not written yet.
 
     Raises:
-        ValueError: one line, the path and one of the two texts.
+        ValueError: one line, the path and one of the two messages.
     """
     if content is None:
         content = path.read_bytes()
@@ -113,17 +113,17 @@ def checked_json(
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {damaged.format(problem=error)}") from error
     if faults := keys(form, value):
-        raise ValueError(f"{path} {unusable.format(problem=shortened(faults))}")
+        raise ValueError(f"{path} {unusable.format(problem=abbreviated(faults))}")
     return value
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """ValueError: Python reads NaN and Infinity in JSON, other programs do not."""
+    """ValueError: JSON has no NaN and no Infinity, although Python reads them."""
     raise ValueError(f"{name} is no value of JSON: put null in its place")
 
 
-def shortened(names: list[str], at_most: int = 12) -> str:
-    """Names in a row, the first of them where there are very many."""
+def abbreviated(names: list[str], at_most: int = 12) -> str:
+    """Names separated by commas; of very many only the first ones, and how many more there are."""
     if len(names) <= at_most:
         return ", ".join(names)
     return f"{', '.join(names[:at_most])} and {len(names) - at_most} more"

@@ -22,9 +22,9 @@ def count(value: object) -> str:
 
 
 def budget(run: dict) -> str:
-    """The images that a run saw, as a share of a full training's: `3.2 % of 12.5 M images (ours)`.
+    """The images of a run as a share of a full training's: `3.2 % of 12.5 M images (ours)`.
 
-    Where no number is set for a full training, how many they were.
+    Without a number for a full training: the number of images alone.
     """
     planned = run["budget"] or {"fraction": None}
     if not is_number(planned["fraction"]):
@@ -34,7 +34,7 @@ def budget(run: dict) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share in per cent. From ten on it is rounded down, so that only all of it is 100.
+    """A share in per cent. From 10 on it is rounded down, so that only a whole is 100.
 
     >>> [percent(fraction) for fraction in (0.00123, 0.032, 0.999, 1)]
     ['0.12', '3.2', '99', '100']
@@ -55,7 +55,7 @@ def wall_time(seconds: float) -> str:
 
 
 def commit(run: dict) -> str:
-    """Seven characters of the commit, and whether the code differed from it."""
+    """Seven characters of the commit, and `(dirty)` if the code differed from it."""
     short = (run["commit"] or "-")[:7]
     if run["dirty"]:
         return f"{short} (dirty)"
@@ -73,9 +73,9 @@ def data_name(run: dict) -> str:
 
 
 def main_metrics(run: dict) -> list[str]:
-    """The metrics that the tables show: those of the test and those of no split.
+    """The metrics that the tables show: those of the test, and those without a split.
 
-    Where there are none of them, those of the validation.
+    If a run has neither, those of the validation.
     """
     for prefix in ("test/", "val/", ""):
         names = [key for key in sorted(run["metrics"]) if key.startswith(prefix) or "/" not in key]
@@ -90,12 +90,12 @@ def metrics(run: dict) -> str:
 
 
 def distinct(values: Iterable[str], separator: str) -> str:
-    """Texts in a row, each once, in the order in which they come first."""
+    """Texts joined by a separator, each once, in the order of their first appearance."""
     return separator.join(dict.fromkeys(values))
 
 
 def span(values: list[str]) -> str:
-    """The first and the last of some texts, `300 to 500`; one of them where they are the same."""
+    """The first and the last of some texts, `300 to 500`; only one if they are equal."""
     return distinct([values[0], values[-1]], " to ")
 
 

@@ -32,7 +32,7 @@ class Metric:
     direction: "lower" or "higher", whichever is better.
     unit: as it is shown, e.g. "bits/dim".
     kind: one of KINDS for likelihoods, None for what is simply measured.
-    samples: noise samples an image, of the kind "iw".
+    samples: of the kind "iw": how many noise samples each image has.
     """
 
     quantity: str
@@ -62,7 +62,7 @@ class Metric:
 
     @property
     def worst(self) -> float:
-        """What every finite value is better than."""
+        """Infinity or minus infinity: every finite value is better."""
         return {"lower": math.inf, "higher": -math.inf}[self.direction]
 
     def better(self, value: float, than: float) -> bool:
@@ -82,12 +82,12 @@ class Metric:
 
 
 def kind_of(key: str) -> str:
-    """The kind of figure by a metric's name: "bound" of `test/bpd_bound`, "exact" of `test/bpd`."""
+    """The kind of figure by its name: "bound" for `test/bpd_bound`, "exact" for `test/bpd`."""
     words = (word.rstrip("0123456789") for word in key.rpartition("/")[2].split("_")[1:])
     return "_".join(word for word in words if word in KINDS) or "exact"
 
 
 def without_kind(key: str) -> str:
-    """A metric's name without its kind: `test/bpd` of `test/bpd_bound` and of `test/bpd`."""
+    """A metric's name without its kind: `test/bpd` for `test/bpd_bound` and for `test/bpd`."""
     first, *words = key.split("_")
     return "_".join([first, *(word for word in words if word.rstrip("0123456789") not in KINDS)])

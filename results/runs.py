@@ -1,4 +1,4 @@
-"""Recorded runs: take one in from its run folder, read them back."""
+"""Recorded runs: record one from its run folder, and read all of them."""
 
 import csv
 import io
@@ -20,7 +20,15 @@ from results.checks import (
     stem,
     text,
 )
-from results.files import NO_FILES, Addition, checked_json, listed, portable, small_png, unrecorded
+from results.files import (
+    NO_FILES,
+    Addition,
+    checked_json,
+    is_new_record,
+    matching_files,
+    portable,
+    small_png,
+)
 from results.files import number as number_in
 
 BUDGET = record(
@@ -75,11 +83,11 @@ def form(result: Any) -> list[str]:
 
 
 def read_json(path: Path, content: bytes | None = None) -> dict:
-    """One result. An older one, which has one `paper`, gets the list `papers` too.
+    """Read one result. The one `paper` of an older result becomes the list `papers`.
 
-    content: what the file holds, where it is not written yet.
+    content: the file's content, if it is not written yet.
 
-    ValueError, one line: the file, and what it lacks.
+    ValueError, one line: the file is not JSON, or lacks something, which the message names.
     """
     result = checked_json(
         path,
@@ -93,18 +101,18 @@ def read_json(path: Path, content: bytes | None = None) -> dict:
 
 
 def read_runs(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[dict]:
-    """Every recorded run with what `compare_all` says of it, by experiment and run id.
+    """Every recorded run with what `compare_all` returns for it, sorted by experiment and run id.
 
     new: files that are not written yet.
 
-    ValueError: one cannot be read.
+    ValueError: a run cannot be read.
     """
-    paths = listed(Path(root), "runs/*/*.json", new)
+    paths = matching_files(Path(root), "runs/*/*.json", new)
     return [beside_papers(read_json(path, new.get(path)), path, root) for path in paths]
 
 
 def beside_papers(result: dict, path: Path, root: Path) -> dict:
-    """A result with what `compare_all` says of it.
+    """A result with what `compare_all` returns for it.
 
     ValueError, one line with the result's file: a claim is unknown.
     """
@@ -115,9 +123,9 @@ def beside_papers(result: dict, path: Path, root: Path) -> dict:
 
 
 def read_curve(path: Path) -> list[dict]:
-    """The rows of curve.csv, cells as numbers or None; [] without the file.
+    """The rows of a curve.csv, with cells as numbers or None; [] if there is no file.
 
-    ValueError: it is no table of numbers.
+    ValueError: the file is not a table of numbers.
     """
     if not path.is_file():
         return []
@@ -142,7 +150,7 @@ def picture(folder: Path) -> bytes | None:
 
 
 def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Addition:
-    """What records a finished run: `runs/<experiment>/<run>.json`, and a picture beside it.
+    """The files that record a finished run: `runs/<experiment>/<run>.json`, and a picture.
 
     Args:
         folder: the run's folder, `outputs/<experiment>/<run>`.
@@ -175,7 +183,7 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Ad
         )
     path = Path(root) / "runs" / result["experiment"] / f"{result['run']}.json"
     content = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    if not unrecorded(path, content):
+    if not is_new_record(path, content):
         return Addition(lines=[f"{path} is already recorded, with the same content"])
     files = {}
     image = picture(folder)
@@ -185,14 +193,16 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Ad
     lines = [f"recorded {path}: {summary(result, statuses)}"]
     if result["dirty"]:
         lines.append(
-            f"warning: {result['run']} ran on uncommitted changes: "
-            "its commit does not give its code"
+            f"warning: {result['run']} was made with uncommitted changes: "
+            "its code is not that of its commit"
         )
     return Addition(files, lines)
 
 
 def summary(result: dict, statuses: dict[str, str]) -> str:
-    """The status of a run, `reproduced`; with several claims that of each, `test/psnr gap`."""
+    """The status of a run, e.g. `reproduced`; with several claims that of each: `test/psnr gap`."""
+    if result["status"] == "-" and len(statuses) <= 1:
+        return "compared with no claim"
     if len(statuses) <= 1:
         return result["status"]
     return ", ".join(f"{metric} {status}" for metric, status in statuses.items())

@@ -1,4 +1,4 @@
-"""What our flows cost beside others: the page's section on the files of `python -m benchmarks`."""
+"""The page's section on speed and memory, from the files that `python -m benchmarks` writes."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from results.checks import anything, check, flag, list_of, or_null, positive, re
 from results.files import checked_json
 from results.formats import commit, table
 
-PEER = "normflows"  # as it comes, in float32: what ratios are over
+PEER = "normflows"  # without changes, in float32: the ratios are over its numbers
 TUNED = "normflows channels_last autocast"  # in bf16
-COMPILED = "ours compiled"  # replayed as a CUDA graph, whose memory is not counted
+COMPILED = "ours compiled"  # and replayed as a CUDA graph, whose memory is not counted
 STEP = "step_s"
 SAMPLING = "sample_s_per_image"
 KEPT = "activation_bytes_per_image"
@@ -47,26 +47,27 @@ COLUMNS = [
     "kept for backward, an image",
     f"over {PEER}",
 ]
-TEXT = f"""Medians of one run in which all models take turns, and ratios within it.
+TEXT = f"""All models take turns in one run. A table shows medians of it, and ratios within it.
 
-* Processes: where the table of a CPU does not say that each model had a process of its own, all
-  were in one and shared the memory that it had freed. Ratios of the two kinds do not compare.
-* The convolutions alone are those of the conditioners, forward and both gradients, in the same
-  dtype.
-* {PEER}: its Glow as it comes, in float32; in bf16 with channels_last and autocast around it.
-* A step of Glow includes Adamax. Ours works on all weights at once; the peer's is PyTorch's, which
-  takes them one after another.
-* Sampling: our inverses are made once, before; the peer cannot keep its own.
-* Float32 is without TF32. bf16 is timed where the hardware multiplies it.
+* Processes: a table of a CPU says if each model had a process of its own. Otherwise all models were
+  in one process and shared the memory that it had freed. Tables of the two kinds do not compare.
+* "The convolutions alone" are those of the conditioners, forward and both gradients, in the same
+  dtype: what a step cannot be faster than.
+* {PEER}: its Glow without changes, in float32; in bf16 with channels_last and under autocast.
+* A step of Glow includes Adamax. Ours works on all weights at once; for the peer it is PyTorch's,
+  which works on one weight after another.
+* Sampling: our inverse matrices are computed once, before the time is taken; the peer computes its
+  own in every call.
+* float32 is without TF32. bf16 is timed only on hardware that multiplies bf16.
 * Memory is what the graph keeps for the backward pass, without the parameters.
-* Compiled, on a GPU: as preset=gpu, which also replays the flow's passes as CUDA graphs. The
-  convolutions alone are launched one by one."""
+* "ours compiled", on a GPU, is the flow of preset=gpu, which also replays its passes as CUDA
+  graphs. The convolutions alone are launched one by one."""
 
 
 def form(rows: Any) -> list[str]:
-    """What is missing or wrong in a file (`results.checks`).
+    """The places of a file that are missing or wrong (`results.checks`).
 
-    A compiled flow is the only one that may lack its memory.
+    Only a compiled flow may lack its memory.
     """
     places = list_of(ROW, at_least=1)(rows)
     if places:
@@ -79,7 +80,7 @@ def form(rows: Any) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of one file. ValueError, one line: not of benchmarks."""
+    """The rows of one file. ValueError, one line: `python -m benchmarks` has not written it."""
     damaged = "is not what `python -m benchmarks` writes ({problem}): write it again"
     unusable = damaged.replace("{problem}", "no usable {problem}")
     return checked_json(path, form, damaged, unusable)
@@ -91,7 +92,7 @@ def read_all(root: Path = ROOT) -> dict[str, list[dict]]:
 
 
 def section(root: Path = ROOT) -> list[str]:
-    """What flows cost: a table a file that `python -m benchmarks` wrote to results/benchmarks/."""
+    """The section: a table for each file in results/benchmarks/."""
     lines = []
     for stem, rows in read_all(root).items():
         lines += [f"{origin(stem, rows)}:", ""]
@@ -102,7 +103,7 @@ def section(root: Path = ROOT) -> list[str]:
 
 
 def origin(stem: str, rows: list[dict]) -> str:
-    """How, where and with what the rows of a file were measured; all of them agree in that."""
+    """How, where and with what the rows of a file were measured, which is the same for all rows."""
     row = rows[0]
     parts = [
         f"`python -m benchmarks {words(stem, rows)}`",
@@ -132,10 +133,9 @@ def words(stem: str, rows: list[dict]) -> str:
 
 
 def cells(row: dict, rows: list[dict]) -> list[str]:
-    """The cells of COLUMNS.
+    """The cells of COLUMNS for one row.
 
-    Ratios are over the peer at the same setting; those of the step also over the peer in the same
-    dtype.
+    Ratios are over the peer at the same setting; for the step also over the peer in the same dtype.
     """
     at_setting = {other["model"]: other for other in rows if other["setting"] == row["setting"]}
     peer = at_setting.get(PEER, {})
@@ -144,19 +144,19 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
         row["setting"],
         row["dtype"],
         row["model"],
-        written("{:.3f} s", row[STEP], "not measured"),
+        formatted("{:.3f} s", row[STEP], "not measured"),
         images_per_second(row),
         ratio(row[STEP], row["floor_s"]),
         ratio(row[STEP], peer.get(STEP)),
         ratio(row[STEP], same_dtype.get(STEP)),
-        written("{:.1f} ms", row[SAMPLING], "not measured", scale=1e3),
+        formatted("{:.1f} ms", row[SAMPLING], "not measured", scale=1e3),
         ratio(row[SAMPLING], peer.get(SAMPLING)),
-        written("{:.2f} MiB", row[KEPT], "-", scale=2**-20),
+        formatted("{:.2f} MiB", row[KEPT], "-", scale=2**-20),
         ratio(row[KEPT], peer.get(KEPT), ".3f"),
     ]
 
 
-def written(template: str, value: float | None, missing: str, scale: float = 1) -> str:
+def formatted(template: str, value: float | None, missing: str, scale: float = 1) -> str:
     """A number times its scale in a template, or the text for a missing one."""
     if is_number(value):
         return template.format(value * scale)
@@ -164,7 +164,7 @@ def written(template: str, value: float | None, missing: str, scale: float = 1) 
 
 
 def images_per_second(row: dict) -> str:
-    """Training images a second. Those of a step are the number behind the last B of a setting."""
+    """Training images per second. The number after the last B of a setting is that of a step."""
     if not is_number(row[STEP]):
         return "-"
     rate = int(row["setting"].rpartition("B")[2]) / row[STEP]
@@ -174,7 +174,7 @@ def images_per_second(row: dict) -> str:
 
 
 def ratio(ours: float | None, other: float | None, form: str = ".2f") -> str:
-    """Ours over another, `-` where one of them is missing."""
+    """Our number over another one; `-` if one of them is missing."""
     if is_number(ours) and is_number(other):
         return format(ours / other, form)
     return "-"

@@ -35,7 +35,7 @@ RUN = record(
         "dirty": flag,
         "device": text,
     },
-    optional={"min_scale": number},  # a run without it had 0, as the authors
+    optional={"min_scale": number},  # a run without it had 0, as the authors' code
 )
 FORM = record({"kind": text, "overrides": list_of(text), "runs": list_of(RUN, at_least=1)})
 COLUMNS = [
@@ -63,9 +63,9 @@ TEXT = (
 
 
 def model(run: dict) -> dict[str, Any]:
-    """The values of MODEL with dotted keys.
+    """The values of MODEL, by dotted keys.
 
-    Older runs were recorded without min_scale: theirs was 0, as the authors'.
+    Older runs were recorded without min_scale, and had 0, as the authors' code.
     """
     values = {"min_scale": 0.0} | {key: run[key] for key in MODEL if key in run}
     optim = values.pop("optim")
@@ -73,7 +73,7 @@ def model(run: dict) -> dict[str, Any]:
 
 
 def changes(old: dict, new: dict) -> tuple[str, str] | None:
-    """What the two have otherwise, `depth=4` and `depth=8`; None where they agree."""
+    """What differs between two models, as `depth=4` and `depth=8`; None if nothing does."""
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if not keys:
         return None
@@ -82,9 +82,9 @@ def changes(old: dict, new: dict) -> tuple[str, str] | None:
 
 
 def read(path: Path) -> dict:
-    """kind, overrides and runs of one file.
+    """The content of one file: kind, overrides and runs.
 
-    ValueError, one line: it is not of benchmarks.stability, or its runs are of two models.
+    ValueError, one line: benchmarks.stability has not written it, or its runs are of two models.
     """
     damaged = (
         "is not what benchmarks.stability writes ({problem}): restore it, or give another file"
@@ -108,7 +108,7 @@ def read_all(root: Path = ROOT) -> dict[str, dict]:
 
 
 def section(root: Path = ROOT) -> list[str]:
-    """Whether Glow stayed finite: a row for each file in results/stability/."""
+    """The section: a row for each file in results/stability/."""
     files = read_all(root)
     if not files:
         return []
@@ -122,7 +122,7 @@ def section(root: Path = ROOT) -> list[str]:
 
 
 def cells(runs: list[dict]) -> list:
-    """The cells of one file behind its name; what belongs to the model is the same in all runs."""
+    """The cells of one file after its name. All of its runs have the same model."""
     shared = model(runs[0])
     size = (
         f"K={shared['depth']}, {shared['hidden_channels']} channels, batch {shared['batch_size']}"
@@ -147,7 +147,7 @@ def cells(runs: list[dict]) -> list:
 
 
 def scales(shared: dict) -> str:
-    """The lowest scale of the couplings, or that it is the authors', 0."""
+    """The lowest scale of the couplings; `authors'` if it is 0, as in the authors' code."""
     if shared["min_scale"]:
         return f"from {shared['min_scale']:g}"
     return "authors'"

@@ -39,7 +39,7 @@ class Case:
     noise: the standard deviation of what `trained` adds to the weights. Little where a scale is an
         exponential, as exp(3 s) in Glow.
     context: of a conditional flow: makes n rows of it for data of a shape, in float64 or int64.
-    tolerance: of round trips and log-determinants in float64; an iterative inverse is not exact.
+    tolerance: of round trips and log-determinants in float64; an iterative inverse needs more.
     iterations: the argument `n_iterations` of `make`, where the inverse or the log-determinant is
         an iteration; else None.
     """

@@ -177,7 +177,7 @@ def _run(rank: int, words: list[str], trace: Path, options: dict) -> None:
 
 
 class Spy(L.Callback):
-    """Notes every loss, and does harm.
+    """Records every loss, and harms the run where it is told to.
 
     Args:
         path: the file into which losses are written.

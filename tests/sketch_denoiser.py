@@ -1,7 +1,7 @@
 """A sketch of an objective without a flow, whose metric is better when it is higher.
 
-It is written with public parts alone. What a new objective costs: such a file, a recipe and a
-script. DDPM and super-resolution without a flow are of its kind.
+It uses nothing private. A new objective needs such a file, a recipe and a script (CONTRIBUTING.md).
+DDPM and super-resolution without a flow would be objectives of this kind.
 """
 
 import torch

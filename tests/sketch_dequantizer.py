@@ -1,8 +1,8 @@
-"""A sketch of a learned dequantiser (Ho et al. 2019, Flow++, in small), of public parts alone.
+"""A sketch of a learned dequantiser: that of Flow++ (Ho et al. 2019) in small.
 
-A script hands it over: `DensityModule.of(config, flow, data, LogitNormal(data.n_bits))`. Its
-parameters are then trained, clipped, averaged, saved and loaded with those of the flow, and the
-metric is called `bpd_bound`.
+It uses nothing private. A script hands it to the objective:
+`DensityModule.of(config, flow, data, LogitNormal(data.n_bits))`. Its parameters are then trained,
+clipped, averaged, saved and loaded with those of the flow, and the metric is called `bpd_bound`.
 """
 
 import math

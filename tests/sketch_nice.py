@@ -1,7 +1,7 @@
 """A sketch of NICE (Dinh et al. 2014): an additive flow onto a logistic base.
 
-It is written with public parts alone. What a new flow costs: such a file, and a case in cases.py,
-which hands it to every generic test.
+It uses nothing private. A new flow needs such a file, and a case in cases.py, by which every
+generic test runs over it (CONTRIBUTING.md).
 """
 
 import torch

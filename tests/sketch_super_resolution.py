@@ -1,7 +1,7 @@
 """A sketch of SRFlow (Lugmayr et al. 2020): a flow of images of any size, given a small image.
 
-It is written with public parts alone. The small image is encoded once, also for many samples, and
-every level takes its own part of the encoding.
+It uses nothing private. The small image is encoded once, even for many samples, and every level
+takes its own part of the encoding.
 """
 
 from collections.abc import Sequence

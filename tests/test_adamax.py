@@ -39,7 +39,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_it_is_torch_s_adamax(weight_decay):
+def test_its_steps_are_those_of_torch_s_adamax(weight_decay):
     ours = weights()
     theirs = weights()
     one = Adamax(ours, weight_decay=weight_decay, **SETTINGS)
@@ -95,7 +95,7 @@ def test_a_weight_without_a_gradient_stays_and_cannot_get_one_later():
     assert_same(ours, theirs)
 
 
-def test_a_copy_goes_on_by_itself():
+def test_a_copy_trains_on_by_itself():
     ours = weights()
     theirs = weights()
     one = Adamax(ours, **SETTINGS)
@@ -113,7 +113,7 @@ def test_a_copy_goes_on_by_itself():
     assert_same(ours, theirs)
 
 
-def test_one_group_only():
+def test_a_second_parameter_group_is_refused():
     a = torch.nn.Parameter(torch.ones(2))
     b = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="one group"):

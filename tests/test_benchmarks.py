@@ -17,7 +17,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import candidates
 from benchmarks.candidates import GlowSize, RealNVPSize
 from benchmarks.speed import Candidate, Floor
-from benchmarks.turns import Apart, Here, _serve, interleaved
+from benchmarks.turns import InProcess, OwnProcess, _serve, interleaved
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from reproduce.config import ConfigError
@@ -156,11 +156,11 @@ class Counter:
 def test_turns_here_are_timed(monkeypatch):
     clock = iter([1.0, 3.5])
     monkeypatch.setattr("benchmarks.turns.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert Here(partial(Counter, 5))("step") == (2.5, 6)
+    assert InProcess(partial(Counter, 5))("step") == (2.5, 6)
 
 
 def test_turns_apart_are_in_another_process_and_its_end_is_one_line(request):
-    turn = Apart(partial(Counter, 5))
+    turn = OwnProcess(partial(Counter, 5))
     request.addfinalizer(turn.process.kill)
     assert [turn("step")[1] for _ in range(2)] == [6, 7]
     seconds, process = turn("process")
@@ -225,13 +225,13 @@ def test_recompute_keeps_less():
     [("glow", GlowSize(1, 1, 4, 2)), ("realnvp", RealNVPSize(1, 2, 1, 2))],
     ids=["glow", "realnvp"],
 )
-def test_it_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_writes_rows(kind, size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "SETTINGS", {kind: {"tiny": size}})
     started = []
     monkeypatch.setattr(
         benchmarks,
-        "Apart",
-        lambda make: started.append(make) or Here(pickle.loads(pickle.dumps(make))),
+        "OwnProcess",
+        lambda make: started.append(make) or InProcess(pickle.loads(pickle.dumps(make))),
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(benchmarks, "best_precision", lambda accelerator: "32-true")

@@ -376,7 +376,7 @@ def test_a_negative_weight_is_refused():
         conditional(fresh(), class_weight=-0.1)
 
 
-def test_it_learns_the_class():
+def test_the_classifier_learns_the_class():
     """Images are bright or dark by class; a few steps of the classifier alone are enough."""
     data = LabelledImages()
     data.train.labels = (data.train.images.mean((1, 2, 3)) > data.train.images.mean()).astype(int)

@@ -83,7 +83,7 @@ def test_dequantizer_keeps_the_integers(n_bits):
 
 
 @pytest.mark.parametrize("n_bits", [0, -1, 9, 16, 5.5, 5.0, None])
-def test_bits_that_uint8_does_not_have(n_bits):
+def test_impossible_bits_are_refused(n_bits):
     for make in (
         UniformDequantizer,
         lambda n: CIFAR10("data", 8, n_bits=n),
@@ -938,7 +938,7 @@ def test_values_out_of_their_range_are_one_line(name):
 
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), True])
-def test_a_deviation_that_is_none_is_refused(noise):
+def test_an_impossible_deviation_is_refused(noise):
     with pytest.raises(
         ValueError, match=rf"data\.noise={noise} is not a standard deviation"
     ) as error:

@@ -204,7 +204,7 @@ def test_without_a_cooldown_the_rate_stays():
     assert fit(density(Uniform(), lr=2e-3, cooldown_steps=0), max_steps=5).rates == [2e-3] * 5
 
 
-def test_a_cooldown_is_of_a_constant_rate():
+def test_a_cooldown_needs_a_constant_schedule():
     with pytest.raises(
         ValueError, match=r"optim\.cooldown_steps=3: a cosine ends at 0 by itself"
     ) as error:
@@ -221,7 +221,7 @@ def test_a_cooldown_is_of_a_constant_rate():
 @pytest.mark.parametrize(
     "settings", [{"cooldown_steps": 7}, {"schedule": "cosine", "warmup_steps": 10}]
 )
-def test_a_rate_that_cannot_fall_in_the_steps_there_are_is_refused(settings):
+def test_a_cooldown_or_warm_up_longer_than_the_run_is_refused(settings):
     """A recipe with a cooldown becomes such a run when only `trainer.max_steps=` is given."""
     module = density(**({"warmup_steps": 3} | settings))
     module.trainer = SimpleNamespace(max_steps=9, precision_plugin=None)

@@ -109,7 +109,7 @@ def learned(flow=None, cls=DensityModule, data=RandomImages, **arguments):
     ("dequantizer", "name"),
     [(UniformDequantizer, "bpd"), (LogitNormal, "bpd_bound"), (Gaussian, "bpd_noisy")],
 )
-def test_what_a_figure_is_stands_in_its_name(dequantizer, name):
+def test_the_name_of_a_metric_tells_what_kind_of_figure_it_is(dequantizer, name):
     module = DensityModule(tiny_flow(), dequantizer(8), 8, seed=0, bn_images=0)
     [tested] = make_trainer().test(module, RandomImages(), verbose=False)
     assert list(tested) == [f"test/{name}"]
@@ -133,7 +133,7 @@ def test_a_noisy_figure_is_that_of_the_noisy_data():
     assert tested["test/bpd_noisy"] == pytest.approx(expected, abs=2e-6)
 
 
-def test_the_weight_enters_loss_and_evaluation():
+def test_the_log_weight_enters_loss_and_evaluation():
     data = RandomImages()
     module = learned(l2=0.0, noise_seed=3)
     q = torch.from_numpy(data.test.images)
@@ -158,7 +158,7 @@ def test_the_weight_enters_loss_and_evaluation():
     assert losses == [pytest.approx(-(log_prob + log_weight).mean().item(), rel=1e-6)]
 
 
-def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
+def test_a_dequantiser_s_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
     """They come after the flow's, whose place and keys do not change."""
 
     class Clipped(DensityModule):
@@ -192,7 +192,7 @@ def test_its_parameters_are_trained_clipped_averaged_and_saved(tmp_path):
     assert torch.equal(again.dequantizer.mean, averaged["dequantizer.mean"])
 
 
-def test_it_gets_the_context_too():
+def test_a_dequantiser_gets_the_context():
     torch.manual_seed(0)
     flow = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4, n_classes=N_CLASSES)
     module = learned(flow, data=LabelledImages)
@@ -229,7 +229,7 @@ class Initialised(LogitNormal):
         self.norm.initialize(3 * noise + 1)
 
 
-def test_it_is_initialised_before_the_flow():
+def test_a_dequantiser_is_initialised_before_the_flow():
     torch.manual_seed(0)
     flow = Glow(SHAPE, n_levels=1, depth=1, hidden_channels=4)
     module = DensityModule(flow, Initialised(8), 8, seed=0)
@@ -264,7 +264,7 @@ def test_of_takes_a_learned_dequantizer_instead_of_the_one_of_the_data():
     assert DensityModule.of(config, tiny_flow(), data, other).dequantizer is other
 
 
-def test_one_with_batch_norms_is_refused():
+def test_a_dequantiser_with_batch_norms_is_refused():
     class Normed(LogitNormal):
         def __init__(self):
             super().__init__(8)
@@ -374,7 +374,7 @@ def test_log_mean_exp_neither_overflows_nor_loses_digits():
         ((None, None, 4), r"eval\.noise_samples=4, but no noise is drawn: give 1"),
     ],
 )
-def test_samples_that_tighten_nothing_are_refused(arguments, message):
+def test_several_noise_samples_are_refused_where_they_give_no_tighter_bound(arguments, message):
     dequantizer, n_bits, k = arguments
     with pytest.raises(ValueError, match=message) as error:
         DensityModule(tiny_flow(), dequantizer, n_bits, seed=0, noise_samples=k)

@@ -672,7 +672,7 @@ def test_a_random_network_draws_the_same_again_under_recomputation(make):
     assert all(torch.equal(a, b) for a, b in zip(gradients(flow, x), expected, strict=True))
 
 
-def test_a_network_that_draws_and_does_not_declare_it_is_refused_by_name():
+def test_a_random_network_that_does_not_declare_it_is_refused_by_name():
     flow = random_coupling(layer=False)
     x = randn(5, 4, 2, 3)
     gradients(flow, x)

@@ -216,7 +216,7 @@ def test_a_stopped_run_ends_all_and_the_same_command_goes_on(script, tmp_path, c
     lines = capsys.readouterr().err.splitlines()
     assert (
         lines[-1]
-        == "the ablation goes on with: python -m reproduce.figure3 preset=cpu 'seeds=[0, 1]'"
+        == "continue the ablation with: python -m reproduce.figure3 preset=cpu 'seeds=[0, 1]'"
     )
     code = getattr(end, "code", None)
     assert lines[:-1] == [code] * isinstance(code, str)
@@ -322,7 +322,7 @@ def test_a_run_that_diverged_has_no_number_and_the_others_go_on(script, tmp_path
     output = capsys.readouterr()
     diverged = f"{NAMES[first - 1]}-seed0"
     assert (
-        f"{DIVERGES}\noutputs/figure3/paper/{diverged} has no number, the other runs go on"
+        f"{DIVERGES}\noutputs/figure3/paper/{diverged} has diverged; the other runs continue"
         in output.err
     )
     assert output.out.count("- (1 not finite)") == 7 - first  # in every table from then on

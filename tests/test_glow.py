@@ -627,7 +627,7 @@ def test_the_latent_after_initialisation_has_variance_1_on_average():
     assert z.var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_what_is_loaded_is_not_initialised_again(tmp_path):
+def test_loaded_weights_are_not_initialised_again(tmp_path):
     """Four other libraries set a model anew from the first batch after a checkpoint is loaded."""
     flow = started(tiny())
     torch.save(flow.state_dict(), tmp_path / "flow.pt")

@@ -271,7 +271,7 @@ def test_two_ranks_in_one_folder_train_as_one_process_does(tmp_path, words, more
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_without_a_store_of_torchruns_the_ranks_still_share_an_id(tmp_path):
+def test_ranks_share_an_id_where_torchrun_keeps_no_store(tmp_path):
     from processes import start
 
     processes = start(2, _write_id, tmp_path, log=tmp_path / "log")

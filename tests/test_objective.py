@@ -76,7 +76,7 @@ def finished(tmp_path_factory):
     return folder, result, module
 
 
-def test_it_learns_and_the_best_is_the_highest(finished):
+def test_a_denoiser_learns_and_its_best_score_is_the_highest(finished):
     folder, result, _ = finished
     values = [float(row["val/psnr"]) for row in curve(folder)]
     assert list(curve(folder)[0]) == ["step", "images", "seconds", "lr", "train/psnr", "val/psnr"]
@@ -88,7 +88,7 @@ def test_it_learns_and_the_best_is_the_highest(finished):
     assert set(result["metrics"]) == {"val/psnr", "test/psnr"}
 
 
-def test_the_result_says_what_it_rests_on(finished):
+def test_the_result_has_metric_configuration_and_provenance(finished):
     folder, result, module = finished
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["experiment"], result["images"], result["skipped_steps"]) == (
@@ -101,7 +101,7 @@ def test_the_result_says_what_it_rests_on(finished):
     assert read_checkpoint(step_checkpoints(folder)[0])["paperflows"]["shape"] == [3, 8, 8]
 
 
-def test_it_was_initialised_by_the_first_batch_and_before_the_first_validation(finished):
+def test_a_denoiser_is_initialised_by_the_first_batch_before_the_first_validation(finished):
     _, _, module = finished
     data = make_data(seed=0, **finished[1]["config"]["data"])
     data.setup()

@@ -16,7 +16,7 @@ from results import figure3, runs, speed, stability
 from results.__main__ import main
 from results.checks import anything, record
 from results.curves import limits
-from results.files import PICTURE_BYTES, checked_json, current, portable, write
+from results.files import PICTURE_BYTES, checked_json, content_of, portable, write
 from results.formats import budget, count, wall_time
 from results.metrics import KINDS, kind_of, without_kind
 from results.page import render
@@ -223,7 +223,7 @@ def test_glow_tables():
     assert couplings == {(8, "affine"), (5, "additive")}
 
 
-def test_every_claim_is_read_somewhere_and_complete():
+def test_every_claim_is_complete_and_names_its_source():
     for claim_id, claim in results.load_claims().items():
         assert claim["verified"] in ("seed", "stored"), claim_id
         assert set(CLAIM) <= set(claim), claim_id
@@ -248,7 +248,7 @@ def test_broken_claims_file_is_one_line(root):
 
 
 @pytest.mark.parametrize("decimals", [-1, 7, 2.0, "2", True, None])
-def test_decimals_that_are_none_are_one_line(root, decimals):
+def test_impossible_decimals_are_refused_in_one_line(root, decimals):
     write_claims(root, cifar10=CLAIM | {"decimals": decimals})
     message = (
         rf"flow\.yaml: decimals={decimals} of the claim cifar10 are not understood: "
@@ -259,7 +259,7 @@ def test_decimals_that_are_none_are_one_line(root, decimals):
     assert "\n" not in str(error.value)
 
 
-def test_a_papers_number_has_its_decimals_and_ours_one_more_but_three():
+def test_our_number_has_one_decimal_more_than_the_papers_and_at_least_three():
     claims = [{}, {"decimals": 0}, {"decimals": 3}, {"decimals": 6}]
     assert [results.printed(0.12, claim) for claim in claims] == ["0.12", "0", "0.120", "0.120000"]
     assert [results.own_decimals(claim) for claim in claims] == [3, 3, 4, 7]
@@ -826,7 +826,9 @@ def test_unfinished_and_missing_runs(root, run, capsys):
 def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
     write(run / "result.json", json.dumps(result(3.9, 1.0, dirty=True)))
     assert main(["add", str(run), "suspect=no weight norm"], root) == 0
-    assert "warning: 20261122-231500-ab12 ran on uncommitted changes" in capsys.readouterr().out
+    assert (
+        "warning: 20261122-231500-ab12 was made with uncommitted changes" in capsys.readouterr().out
+    )
     page = (root / "README.md").read_text()
     assert "Suspect: no weight norm" in page
     assert "| gap | 100 % of 12.5 M images (ours) | 0 | 0123456 (dirty) |" in page
@@ -1204,12 +1206,12 @@ def test_a_page_without_figure_3_has_no_section(root):
     assert "## Glow's Figure 3" not in render(root)[root / "README.md"]
 
 
-def test_what_differs_between_runs_is_said(root, figure, capsys):
+def test_the_page_names_what_differs_between_the_runs_of_an_ablation(root, figure, capsys):
     runs = ablation_runs()
     runs[1] |= {"device": "GPU", "dirty": True, "images": 6400, "skipped_steps": 2}
     edit(figure, runs=runs, config={"data": {"name": "cifar10", "n_bits": 5}})
     assert main(["figure3", str(figure)], root) == 0
-    assert "warning: some of its runs ran on uncommitted changes" in capsys.readouterr().out
+    assert "warning: some of its runs were made with uncommitted changes" in capsys.readouterr().out
     page = (root / "README.md").read_text()
     assert (
         "Runs: data cifar10, 5 bit; 6.4 k to 12.8 k images a run; CPU and GPU; 32-true; "
@@ -1275,7 +1277,7 @@ def test_an_ablation_without_its_picture_is_not_recorded(root, figure, capsys):
 
 def test_committed_page_is_up_to_date():
     for path, content in render().items():
-        assert current(path) == content.encode(), f"{path} is old: run `python -m results`"
+        assert content_of(path) == content.encode(), f"{path} is old: run `python -m results`"
     curves = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == curves, (
         "a curve without its run: delete it"

@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
     return folder, run(folder, "trainer.max_steps=6")
 
 
-def test_result_says_what_the_number_rests_on(finished):
+def test_the_result_has_configuration_and_provenance(finished):
     folder, result = finished
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["experiment"] == "realnvp_cifar10"
@@ -129,7 +129,7 @@ def test_pictures_are_uint8_and_show_the_images(finished):
     assert (folder / "curve.png").stat().st_size > 5000
 
 
-def test_table_quotes_the_paper(finished, capsys):
+def test_the_printed_table_shows_the_papers_number(finished, capsys):
     from lightning_modules.callbacks.paper import comparison_table
 
     header, _, *rows = comparison_table(finished[1]).splitlines()
@@ -393,7 +393,7 @@ def test_wandb_runs_offline_and_never_asks(tmp_path, monkeypatch):
     assert np.array_equal(pixels(picture), pixels(written))
 
 
-def test_resume_needs_a_folder_and_moons_no_penalty(capsys):
+def test_resume_needs_a_run_dir_and_moons_have_no_penalty(capsys):
     assert "add run_dir=FOLDER" in mistake(capsys, *TINY, "resume=auto")
     assert "RealNVP2d has no L2 penalty" in mistake(capsys, "optim.l2=0.1", main=realnvp_moons.main)
 

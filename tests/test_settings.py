@@ -30,16 +30,16 @@ from reproduce.kinds import (
     Choice,
     Either,
     Integer,
+    ListOf,
     Nullable,
     Number,
-    Several,
     Share,
     Switch,
     Text,
     Time,
     WrongValue,
+    argument_text,
     guess,
-    one_text,
 )
 from reproduce.schema import ALIASES, PATH, Schema, constructors, kind_of
 from reproduce.sweep import agent_arguments
@@ -97,10 +97,10 @@ def mistake(main, *arguments):
         (Choice(("a", "b"), {"c": "b"}), "c", "b"),
         (Share(), "1", 1),
         (Share(), "1.0", 1.0),
-        (Several(Number()), "[0,0.5]", [0.0, 0.5]),
-        (Several(Text()), "['a', b]", ["a", "b"]),
-        (Several(Number()), "[]", []),
-        (Several(Integer()), ["1", "2"], [1, 2]),
+        (ListOf(Number()), "[0,0.5]", [0.0, 0.5]),
+        (ListOf(Text()), "['a', b]", ["a", "b"]),
+        (ListOf(Number()), "[]", []),
+        (ListOf(Integer()), ["1", "2"], [1, 2]),
         (Either((Integer(low=1), Choice(("auto",)))), "auto", "auto"),
         (Anything(), "[1, x]", [1, "x"]),
     ],
@@ -124,9 +124,9 @@ def test_a_kind_reads_a_text(kind, text, expected):
         (Time(), ["1", "1:2:3:4:5", "00:24:00:00", "00:00:60:00", "00:00:00:00", "1:00:00"]),
         (Choice(("a", "b")), ["", "A", "ab", "[a]"]),
         (Share(), ["-1", "1.5", "half"]),
-        (Several(Number()), ["1", "[1", "[a]", "[[1]]", "{}", "[1,]"]),
-        (Several(Number(), n=2), ["[1]", "[1,2,3]"]),
-        (Several(Number(), least=1), ["[]"]),
+        (ListOf(Number()), ["1", "[1", "[a]", "[[1]]", "{}", "[1,]"]),
+        (ListOf(Number(), n=2), ["[1]", "[1,2,3]"]),
+        (ListOf(Number(), least=1), ["[]"]),
         (Either((Integer(low=1), Choice(("auto",)))), ["0", "all", "null"]),
     ],
 )
@@ -154,9 +154,9 @@ def test_a_value_is_no_section_and_no_list(kind, raw):
         (str | Path, PATH),
         (int | None, Nullable(Integer())),
         (float | str, Either((Number(), Text()))),
-        (list[float], Several(Number())),
-        (tuple[float, float], Several(Number(), n=2)),
-        (tuple[int, ...], Several(Integer())),
+        (list[float], ListOf(Number())),
+        (tuple[float, float], ListOf(Number(), n=2)),
+        (tuple[int, ...], ListOf(Integer())),
         (Literal["a", "b"], Choice(("a", "b"))),
         (Literal["a", "b"] | None, Nullable(Choice(("a", "b")))),
         (torch.Tensor, Anything()),
@@ -176,7 +176,7 @@ def test_the_example_of_a_kind_is_of_the_kind():
 
 def test_a_value_as_text_is_read_back():
     for each in (1, 0.5, 1e-05, True, None, "a", [0.5, 1.0], ["a", "b"], []):
-        assert guess(one_text(each)) == each
+        assert guess(argument_text(each)) == each
 
 
 # ---------------------------------------------------------------------- the table
@@ -184,7 +184,7 @@ def test_a_value_as_text_is_read_back():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_key_of_a_recipe_has_a_kind(recipe):
-    """By the signature of the class that its section goes to, or by the table."""
+    """It comes from the constructor to which the key's section goes, or from the table OWN."""
     config = compose(recipe, [])
     schema = Schema(recipe)
     schema.use_data(config.data.name)
@@ -307,7 +307,7 @@ def test_a_wrong_value_is_one_line_that_says_what_to_give(argument, said):
 
 
 @pytest.mark.parametrize("foreign", ALIASES)
-def test_what_others_call_a_setting_leads_to_the_key_here(foreign):
+def test_a_setting_s_name_in_other_programs_leads_to_its_key(foreign):
     """Also as `trainer.<name>`, where Lightning's users look for it."""
     key = ALIASES[foreign]
     recipe = "glow_photos" if key in ("flow.depth", "flow.n_levels", "data.size") else CIFAR
@@ -419,8 +419,8 @@ def test_a_share_of_the_batches_that_is_none_says_the_least_share(tmp_path):
     words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.limit_val_batches=0.01"]
     line = mistake(realnvp_cifar10.main, *words, "trainer.max_steps=2")
     assert line == (
-        "trainer.limit_val_batches=0.01 of 2 batches is none: give at least 0.5, a number of "
-        "batches as an int, or null for all"
+        "trainer.limit_val_batches=0.01 of 2 batches is less than one: give at least 0.5, "
+        "a number of batches as an int, or null for all"
     )
 
 
@@ -535,7 +535,7 @@ def small_words(recipe):
     """The settings that make a recipe quick to build."""
     if recipe == "realnvp_moons":
         return SMALL["moons"]
-    words = ["preset=demo", *FEW, *SMALL[recipe.partition("_")[0]]]
+    words = ["preset=demo", *FEW, *SMALL.get(recipe.partition("_")[0], [])]
     if recipe == "glow_cifar10_conditional":
         words.append("flow.n_classes=7")
     return words
@@ -642,7 +642,7 @@ def check_drawn(outcomes, folder, drawn):
 
 
 def test_300_wrong_settings_are_one_line_or_a_run_that_could_start(outcomes, tmp_path, monkeypatch):
-    """Of every key of every recipe: nothing else than a clear line may come of it."""
+    """They are drawn for every key of every recipe. No other error may come of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     check_drawn(outcomes, tmp_path / "run")

@@ -20,7 +20,7 @@ pytestmark = [
 class Harm(Recorder):
     """Makes the likelihood of one step infinite or NaN, or its gradient NaN.
 
-    It notes the state before the first step and after every step.
+    It records the state before the first step and after every step.
     """
 
     def __init__(self, how, at=(2,)):
@@ -152,7 +152,7 @@ def test_too_many_end_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     assert not (run.folder / "result.json").exists()
 
 
-def test_asked_to_stop_in_a_step_that_is_not_finite_it_does_not_say_that_it_has_saved(tmp_path):
+def test_a_stop_in_a_step_that_is_not_finite_does_not_claim_to_have_saved(tmp_path):
     run = Run(tmp_path / "run", "trainer.max_steps=20", poison={(4, 0)}, stop=5)
     assert run.wait() == [75], run.output()
     assert (

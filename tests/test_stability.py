@@ -27,7 +27,7 @@ LOCAL = [f"data.root={DATA}", "data.download=false"]
 @needs_cifar
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", KINDS["short"][0])
-def test_300_steps_of_a_deep_one_never_rise(seed, tmp_path):
+def test_300_steps_of_a_deep_glow_never_rise(seed, tmp_path):
     row = train("short", seed, tmp_path / "run", LOCAL, every=10)
     assert (row["steps"], row["skipped_steps"], len(row["bpd"]), row["depth"]) == (300, 0, 31, 32)
     assert row["optim"]["warmup_steps"] == 980
@@ -51,7 +51,7 @@ def test_10_000_steps_stay_finite_and_invertible(seed, tmp_path):
 
 @pytest.mark.data
 @needs_cifar
-def test_a_few_steps_of_it(tmp_path):
+def test_a_few_steps_give_a_row(tmp_path):
     overrides = [*LOCAL, "flow.depth=1", "flow.hidden_channels=4", "trainer.max_steps=4"]
     row = train("short", 3, tmp_path / "run", overrides, every=2)
     assert (row["seed"], row["steps"], row["skipped_steps"], len(row["bpd"])) == (3, 4, 0, 3)
@@ -144,7 +144,7 @@ def trained(monkeypatch):
             "commit": None,
             "dirty": False,
             "device": "CPU",
-            **stability.described(config),
+            **stability.model_entries(config),
         }
 
     monkeypatch.setattr(stability, "train", fake)

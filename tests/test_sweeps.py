@@ -43,7 +43,7 @@ TWO_PHOTO_STEPS = [
     "trainer.precision=32-true",
 ]
 TWO_GLOW_STEPS = [*TWO_PHOTO_STEPS, "flow.depth=1", "flow.hidden_channels=4"]
-TWO_STEPS = {  # of a sweep's command, on what fits a test
+TWO_STEPS = {  # by experiment: the settings that make a sweep's command a run of two quick steps
     "realnvp_cifar10": TWO_PHOTO_STEPS,
     "realnvp_photos": TWO_PHOTO_STEPS,
     "realnvp_moons": [
@@ -152,7 +152,7 @@ def violations(sweep):
 
 
 def test_there_are_sweeps():
-    """One a recipe, and a grid."""
+    """There is one for each recipe, and a grid."""
     recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - {"base"}
     assert {path.stem for path in FILES} == recipes | {"realnvp_cifar10_grid"}
 

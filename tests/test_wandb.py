@@ -500,7 +500,7 @@ def test_a_run_goes_on_without_a_wandb_that_was_killed(tmp_path, alone, caplog, 
     report(logger, RESULT)
     mark_preempting()
     close(0)
-    lines = [line for line in caplog.messages if line.endswith("this run goes on without it")]
+    lines = [line for line in caplog.messages if line.endswith("this run continues without it")]
     assert len(lines) == 1
     assert lines[0].startswith("W&B has failed (")
     output = capsys.readouterr()
@@ -518,7 +518,7 @@ def test_a_wandb_that_dies_at_the_end_ends_nothing(tmp_path, alone, caplog):
     kill_wandb()
     close(0)
     assert wandb.run is None
-    assert "this run goes on without it" in caplog.text
+    assert "this run continues without it" in caplog.text
 
 
 def test_where_the_home_is_read_only_wandb_writes_into_the_run(tmp_path, alone):

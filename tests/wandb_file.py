@@ -1,6 +1,6 @@
-"""What an offline run leaves for W&B, read from the .wandb file itself.
+"""Read the .wandb file of an offline run: what it would send to W&B.
 
-wandb 0.31 has no reader of its own any more.
+wandb 0.31 no longer has a reader of its own.
 """
 
 import json
