@@ -190,7 +190,7 @@ def test_an_installed_copy_has_its_recipes_and_claims(installed, tmp_path):
     assert {"experiment: glow_photos", "preset: demo", "  name: photos"} <= set(text.splitlines())
     code, text = answers["help"]
     assert code == 0
-    assert "  flow.n_blocks=8  # section 4.1: residual blocks a coupling" in text.splitlines()
+    assert "  flow.n_blocks=8  # section 4.1: residual blocks in a coupling" in text.splitlines()
     assert {"glow.cifar10", "realnvp.cifar10"} <= set(answers["claims"])
     assert answers["git"] == [None, False]  # not the commit of the project around it
     for code, text in (answers["page"], answers["add"]):
