@@ -48,7 +48,8 @@ class Logit(Flow):
         super().__init__()
         if not 0 <= alpha < 0.5:
             raise ValueError(
-                f"alpha={alpha} leaves no interval to take the logit on: give 0 <= alpha < 0.5"
+                f"flow.alpha={alpha} leaves no interval to take the logit on: "
+                "give 0 to less than 0.5"
             )
         self.alpha = alpha
 

@@ -24,6 +24,7 @@ from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
+from reproduce.run_folder import leave_no_empty_run
 from reproduce.streams import flush_streams, open_missing_streams
 
 # How Python refuses a key of a recipe's section that the class which the section goes to does not
@@ -71,6 +72,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             line = mistake(error)
             if line is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
+            leave_no_empty_run()
             if isinstance(error, ConfigError) and _rank():  # rank 0 says it
                 sys.exit(1)
             sys.exit(f"error: {line}")

@@ -15,7 +15,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reproduce.kinds import UNKNOWN, Kind, WrongValue, as_text, choices, kind_of_value, one_text
+from reproduce.kinds import (
+    UNKNOWN,
+    Kind,
+    WrongValue,
+    as_text,
+    choices,
+    kind_of_value,
+    one_text,
+    unquoted,
+)
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -280,12 +289,17 @@ def parse(arguments: list[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for argument in arguments:
         if not re.match(r"\w+(\.\w+)*=", argument):
-            raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
+            hint = ""
+            bare = argument.lstrip("-+")
+            if re.match(r"\w+(\.\w+)*=", bare):  # as other programs write it
+                hint = f" (did you mean {bare}?)"
+            raise ConfigError(f"'{argument}' is not of the form key=value{hint}: see --help")
         if "${" in argument or argument.endswith("???"):
             raise ConfigError(
                 f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value"
             )
-        key, _, text = argument.partition("=")
+        key, _, raw = argument.partition("=")
+        text = unquoted(raw)
         if key in texts:
             raise ConfigError(f"{key} is given twice, as {texts[key]} and as {text}: give it once")
         texts[key] = text

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
+from datamodules.checks import expanded
 from datamodules.samplers import n_micro_batches
 from datamodules.stateless import StatelessDataModule
 from flows.recompute import recompute
@@ -37,6 +38,7 @@ from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
+from reproduce.kinds import one_text
 from reproduce.launch import check_processes, job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, experiment_of, machine
@@ -99,7 +101,7 @@ def _decide_run_dir(config: DictConfig) -> None:
     elif config.resume and not config.run_dir and job() is None:
         raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
     if config.run_dir:
-        config.run_dir = str(Path(str(config.run_dir)).expanduser())
+        config.run_dir = str(expanded("run_dir", config.run_dir))
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
@@ -167,7 +169,7 @@ def trainer_settings(config: DictConfig) -> dict:
     if settings["deterministic"]:  # the fastest kernels may be others in another run
         settings["benchmark"] = False
     for key, value in processes().items():
-        if settings[key] in ("auto", 1):
+        if settings[key] in ("auto", -1, 1):
             settings[key] = value
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
@@ -329,11 +331,14 @@ def _say_how_long(config: DictConfig, module: Objective) -> None:
 def papers_of(config: DictConfig) -> list[dict]:
     """The claims beside which a run is shown; comparable where data and test split are the claim's.
 
-    `paper` is null, an id, or a list of ids. ConfigError, ValueError: an unknown id, or two claims
-    on one metric.
+    `paper` is null, an id, or a list of ids. ConfigError: an unknown id, or two claims on one
+    metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
-    claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
+    try:
+        claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
+    except ValueError as error:
+        raise ConfigError(f"paper={one_text(config.paper)}: {error}") from error
     by_metric: dict[str, str] = {}
     for claim in claims:
         name = claim["metric"].split("/")[-1]  # as in the logs: `paper/<name>` and `gap/<name>`

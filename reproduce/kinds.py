@@ -214,6 +214,41 @@ class Share(Kind):
 
 
 @dataclass(frozen=True)
+class Devices(Kind):
+    """Which devices, as Lightning takes them: how many, all (auto or -1), or the numbers of GPUs.
+
+    The numbers are a list, [0, 1]; Lightning's other form of it, `0,1`, is read as well.
+    """
+
+    example: str = "1"
+
+    @property
+    def name(self) -> str:
+        return "an int from 1, auto, -1 for all GPUs, or numbers of GPUs as [0,1]"
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, str):
+            return self.of_text(raw)
+        numbers = [Integer(low=0).of_text(text) for text in _texts_of(raw)]
+        if not numbers:
+            raise WrongValue("has the wrong length")
+        if len(set(numbers)) < len(numbers):
+            raise WrongValue("names a device twice")
+        return numbers
+
+    def of_text(self, text: str) -> object:
+        if text == "auto":
+            return text
+        if text == "-1":
+            return -1
+        if text.startswith("[") and text.endswith("]"):
+            return self.read(elements(text))
+        if "," in text:
+            return self.read(elements(f"[{text.removesuffix(',')}]"))
+        return Integer(low=1).of_text(text)
+
+
+@dataclass(frozen=True)
 class Several(Kind):
     """A list of values of one kind, as [a, b].
 
@@ -364,12 +399,28 @@ def kind_of_value(value: object) -> Kind:
 SIMPLE: dict[type, Kind] = {bool: Switch(), int: Integer(), float: Number(), str: Text()}
 
 
+def _texts_of(raw: object) -> list[str]:
+    """A list of texts. WrongValue: it is none."""
+    if not isinstance(raw, Sequence) or not all(isinstance(part, str) for part in raw):
+        raise WrongValue(WRONG_TYPE)
+    return list(raw)
+
+
+def unquoted(text: str) -> str:
+    """A text without the blanks around it, and without the quotes in which somebody wrote it.
+
+    >>> unquoted("'my run' ")
+    'my run'
+    """
+    return re.sub(r"^(['\"])(.*)\1$", r"\2", text.strip())
+
+
 def elements(text: str) -> list[str]:
     """The parts of [a, b], each without the quotes in which Python writes a text."""
     inner = text[1:-1].strip()
     if not inner:
         return []
-    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in inner.split(",")]
+    return [unquoted(part) for part in inner.split(",")]
 
 
 def as_text(value: object) -> object:
