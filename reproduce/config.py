@@ -28,6 +28,7 @@ from reproduce.kinds import (
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+KEY = re.compile(r"\w+(\.\w+)*")
 LONGEST_SHOWN = 60  # characters of a wrong value in a message
 # Sections to which a recipe may add keys: they are arguments of what it chooses.
 OPEN = ("flow", "data", "optim")
@@ -72,9 +73,13 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     for layer in layers:
         if layer.get("data.name") not in (None, data_name):  # the command line has replaced it
             layer = {key: text for key, text in layer.items() if not key.startswith("data.")}
-        _update(values, layer, schema)
+        _update(values, layer, schema, f"preset={preset}: ")
     _update(values, overrides, schema)
-    config = OmegaConf.create(_nested(values))
+    try:
+        config = OmegaConf.create(_nested(values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{CONFIGS / experiment}.yaml has a wrong ${{...}}: {reason}") from error
     _check_interpolations(config, values, schema)
     OmegaConf.set_struct(config, True)
     return config
@@ -125,9 +130,13 @@ def read(path: Path) -> object:
 
 
 def _section(path: Path) -> dict[str, Any]:
-    """The content of a file that holds sections; empty where it holds none."""
+    """The content of a file that holds sections; an empty file holds none."""
     content = read(path)
-    return content if isinstance(content, dict) else {}
+    if content in (None, ""):
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no sections: give trainer: {{...}}, data: {{...}}")
+    return content
 
 
 def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
@@ -226,6 +235,8 @@ def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
     """
     if key in DECIDED_ELSEWHERE:
         raise ConfigError(f"{path}: {key} is not for a file to say: {DECIDED_ELSEWHERE[key]}")
+    if KEY.fullmatch(key) is None:  # YAML's << among others, which is not followed
+        raise ConfigError(f"{path}: {key} is no key: keys are letters, digits and _")
     if any(k.startswith(f"{key}.") for k in known):
         raise ConfigError(f"{path}: {key} is a section, not a value")
     parents = [k for k in known if key.startswith(f"{k}.")]
@@ -288,10 +299,10 @@ def parse(arguments: list[str]) -> dict[str, str]:
     """Words key=value as key -> text. ConfigError: not of that form, or a key that comes twice."""
     texts: dict[str, str] = {}
     for argument in arguments:
-        if not re.match(r"\w+(\.\w+)*=", argument):
+        if not _is_setting(argument):
             hint = ""
             bare = argument.lstrip("-+")
-            if re.match(r"\w+(\.\w+)*=", bare):  # as other programs write it
+            if _is_setting(bare):  # with the dashes of other programs
                 hint = f" (did you mean {bare}?)"
             raise ConfigError(f"'{argument}' is not of the form key=value{hint}: see --help")
         if "${" in argument or argument.endswith("???"):
@@ -304,6 +315,11 @@ def parse(arguments: list[str]) -> dict[str, str]:
             raise ConfigError(f"{key} is given twice, as {texts[key]} and as {text}: give it once")
         texts[key] = text
     return texts
+
+
+def _is_setting(argument: str) -> bool:
+    key, separator, _ = argument.partition("=")
+    return bool(separator) and KEY.fullmatch(key) is not None
 
 
 def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
@@ -328,14 +344,19 @@ def merge(
     return OmegaConf.create(_nested(values))
 
 
-def _update(values: Values, texts: Mapping[str, object], schema: Schema | None) -> None:
-    """Read texts into the values of their keys. ConfigError: there is no such key."""
+def _update(
+    values: Values, texts: Mapping[str, object], schema: Schema | None, where: str = ""
+) -> None:
+    """Read texts into the values of their keys. ConfigError: there is no such key.
+
+    where: what a message begins with.
+    """
     known = list(values)
     for key, text in texts.items():
         if text == {} and key not in known:  # a section in which nothing changes
             continue
-        _check_known(key, known)
-        _set(values, key, text, schema)
+        _check_known(key, known, where)
+        _set(values, key, text, schema, where)
 
 
 def _set(values: Values, key: str, text: object, schema: Schema | None, where: str = "") -> None:
@@ -386,15 +407,17 @@ def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
             )
 
 
-def _check_known(key: str, known: list[str]) -> None:
+def _check_known(key: str, known: list[str], where: str) -> None:
     """ConfigError: `key` is none of the keys of a config."""
     keys = [k for k in known if k != "experiment"]
     if key in keys:
         return
     inside = [k for k in keys if k.startswith(f"{key}.")]
     if inside:
-        raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
-    raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
+        raise ConfigError(
+            f"{where}{key} is a section, not a value: give one of {', '.join(inside)}"
+        )
+    raise ConfigError(f"{where}{key} is no key of this recipe{nearest(key, keys)}: see --help")
 
 
 def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:

@@ -44,6 +44,7 @@ from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, experiment_of, machine
 from reproduce.readiness import MPS_LACKS, Readiness, check_folder, check_settings, validates
 from reproduce.run_folder import (
+    ADVICE,
     DIVERGED,
     check_checkpoint,
     check_run_dir,
@@ -57,6 +58,10 @@ from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script is made of
+SHARED = (
+    *("seed", "run_dir", "resume", "paper", "trainer", "optim", "ema", "eval", "samples"),
+    *("checkpoint", "logger", "budget"),
+)
 C = TypeVar("C", bound=L.Callback)
 
 
@@ -73,6 +78,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         print(describe(experiment, doc))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
+    _check_complete(config)
     L.seed_everything(config.seed, verbose=False)
     _choose_cpu_for_mps(config)
     if config.trainer.precision == "auto":
@@ -89,6 +95,16 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     OmegaConf.resolve(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _check_complete(config: DictConfig) -> None:
+    """ConfigError: a recipe lacks what base.yaml gives to all of them."""
+    missing = [key for key in SHARED if key not in config]
+    if missing:
+        raise ConfigError(
+            f"the recipe of {config.experiment} has no {', '.join(missing)}: "
+            "add base.yaml to its bases"
+        )
 
 
 def _decide_run_dir(config: DictConfig) -> None:
@@ -421,7 +437,7 @@ def _check_finite(metrics: dict[str, float]) -> None:
     if wrong:
         raise RunStopped(
             f"{', '.join(wrong)} of the trained weights is not finite, and null in result.json. "
-            "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+            f"{ADVICE}"
         )
 
 

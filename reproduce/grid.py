@@ -58,7 +58,11 @@ def words(row: dict[str, object]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the row, or how many there are; one line and exit code 1 for a user's mistake."""
-    file, *numbers = arguments(argv) or [""]
+    command_line = arguments(argv)
+    if {"--help", "-h"} & set(command_line):
+        print(__doc__)
+        return
+    file, *numbers = command_line or [""]
     try:
         print(printed(file, numbers))
     except ConfigError as error:
@@ -67,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def printed(file: str, numbers: list[str]) -> str:
     """What `main` prints for a sweep file and, where one is given, the number of a row."""
-    if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+    are_numbers = all(number.isdecimal() and len(number) < 10 for number in numbers)
+    if not file or len(numbers) > 1 or not are_numbers:
         raise ConfigError("give the sweep file, and for one of its rows a number from 0")
     table = rows(Path(file))
     if not numbers:

@@ -65,9 +65,14 @@ class Integer(Kind):
             raise WrongValue(WRONG_TYPE)
         if abs(float(text)) > LARGEST:
             raise WrongValue(OUT_OF_RANGE)
-        if not float(text).is_integer():
+        if _vanishes(text):
             raise WrongValue(WRONG_TYPE)
-        value = int(Decimal(text))
+        value = 0
+        if float(text) != 0:
+            number = Decimal(text)
+            if number != number.to_integral_value():
+                raise WrongValue(WRONG_TYPE)
+            value = int(number)
         _check_bounds(value, self.low, self.high)
         return value
 
@@ -95,7 +100,7 @@ class Number(Kind):
         if DECIMAL.fullmatch(text) is None:
             raise WrongValue(WRONG_TYPE)
         value = float(text)
-        if _is_huge(text):
+        if _is_huge(text) or _vanishes(text):
             raise WrongValue(OUT_OF_RANGE)
         _check_bounds(value, self.low, self.high)
         if self.above is not None and value <= self.above:
@@ -456,6 +461,12 @@ def one_text(value: object) -> str:
 def _is_huge(text: str) -> bool:
     """Whether a decimal number is too large for a float."""
     return DECIMAL.fullmatch(text) is not None and abs(float(text)) == float("inf")
+
+
+def _vanishes(text: str) -> bool:
+    """Whether a decimal number is not 0, and so small that as a float it would be."""
+    mantissa = text.lower().partition("e")[0]
+    return float(text) == 0 and any(digit in mantissa for digit in "123456789")
 
 
 def _bounds(low: float | None, high: float | None) -> str:

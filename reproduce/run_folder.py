@@ -34,6 +34,7 @@ except ImportError:  # Windows
 Checkpoint = dict[str, Any]
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 BEST = "best.ckpt"
+ADVICE = "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
 WITHOUT_RUN = {"lock", "log.txt", "wandb-run-id.txt"}  # files of a folder before a run begins there
 MADE: set[Path] = set()  # folders that this process has made
 
@@ -218,7 +219,7 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
             rank_zero_info(f"{best} is damaged: taking the newest in its place")
     newest = newest_checkpoint(folder)
     if newest is None:
-        raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite")
+        raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite. {ADVICE}")
     return newest
 
 
