@@ -21,6 +21,9 @@ from reproduce.kinds import one_text
 from reproduce.launch import processes
 
 MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
+GPUS_ALONE = (
+    "means GPUs, and this run is on the CPU: give the number of processes, as trainer.devices=1"
+)
 MOMENTS = 2  # numbers that Adam, Adamax and AdamW keep for each parameter
 
 
@@ -78,6 +81,9 @@ def _check_device(config: DictConfig) -> None:
         raise ConfigError(
             f"trainer.accelerator={accelerator}, but there is no GPU here: give preset=cpu"
         )
+    devices = config.trainer.devices
+    if devices != "auto" and not isinstance(devices, int) and _on_cpu(config):
+        raise ConfigError(f"trainer.devices={one_text(devices)} {GPUS_ALONE}")
     if config.trainer.cuda_graph and _on_cpu(config):
         raise ConfigError("trainer.cuda_graph=true needs a GPU: give false")
     if config.trainer.precision == "16-mixed" and _on_cpu(config):  # Lightning would take bf16
@@ -97,11 +103,8 @@ def _check_processes(config: DictConfig) -> None:
     if devices == "auto":
         return
     if _on_cpu(config):
-        if not isinstance(devices, int) or devices < 1:
-            raise ConfigError(
-                f"trainer.devices={one_text(devices)} means GPUs, and this run is on the CPU: "
-                "give the number of processes, as trainer.devices=1"
-            )
+        if devices < 1:
+            raise ConfigError(f"trainer.devices={devices} {GPUS_ALONE}")
         n = max(os.cpu_count() or 1, 2)  # two processes can share a core
         what = "CPU cores"
     else:
