@@ -1,5 +1,6 @@
 """A run's folder: outputs/<experiment>/<run id>/, with its config, log, checkpoints and result."""
 
+import contextlib
 import inspect
 import json
 import logging
@@ -124,8 +125,9 @@ def leave_no_empty_run() -> None:
             continue
         log.removeHandler(handler)
         handler.close()
-        for path in files:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in files:
+                path.unlink(missing_ok=True)
         if any(folder.resolve() == made.resolve() for made in MADE):
             shutil.rmtree(folder, ignore_errors=True)
 
