@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flows.checks import check_count
 from flows.transforms import in_transform
 
 
@@ -43,8 +44,7 @@ class Classes:
         return torch.arange(n, device=device) % self.n_classes
 
     def __post_init__(self) -> None:
-        if self.n_classes < 1:
-            raise ValueError(f"flow.n_classes={self.n_classes} is out of range: give at least 1")
+        check_count("flow.n_classes", self.n_classes, least=1)
 
 
 @dataclass(frozen=True)

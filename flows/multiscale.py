@@ -13,6 +13,7 @@ from flows.transforms import in_transform
 
 # (C, H, W), where None means any size.
 ImageShape = tuple[int, int | None, int | None]
+MOST_HALVINGS = 30  # of an image: no side is a multiple of 2^31
 
 
 def check_image_shape(
@@ -26,10 +27,10 @@ def check_image_shape(
 
     >>> check_image_shape("Glow", (3, None, 32), 3, "flow.n_levels", 3)
     (3, None, 32)
-    >>> check_image_shape("Glow", (3, 4, 8), 3, "flow.n_levels", 3)
+    >>> check_image_shape("Glow", (3, 4, 8), 3, "flow.n_levels", 3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: flow.n_levels=3 halves a 4x8 image to odd sizes: give fewer levels
+    ValueError: flow.n_levels=3 halves a 4x8 image to odd sizes: give fewer levels, ...
     """
     channels, height, width = shape if len(shape) == 3 else (None, None, None)
     if channels is None:
@@ -37,7 +38,8 @@ def check_image_shape(
     if any(side is not None and side % 2**n_halvings for side in (height, width)):
         unit = key.split("_")[-1]
         raise ValueError(
-            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {unit}"
+            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {unit}, "
+            f"or sides that are multiples of {2**n_halvings}"
         )
     return channels, height, width
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from flows.base import Compose, Flow, FlowModel, Inverted, module_list, no_log_det
+from flows.checks import LARGEST_DEPTH, check_count
 from flows.conditioners import MLPConditioner, ResidualConditioner, WeightNormConv2d
 from flows.context import Context
 from flows.coupling import ChannelCoupling, MaskedCoupling
 from flows.elementwise import Logit
 from flows.masks import Checkerboard
 from flows.multiscale import (
+    MOST_HALVINGS,
     ImageShape,
     channels_last,
     check_image_shape,
@@ -76,10 +78,9 @@ class RealNVP(FlowModel):
         alpha: float = 0.05,
     ) -> None:
         super().__init__()
-        if min(n_scales, hidden_channels, n_blocks) < 1:
-            raise ValueError(
-                "flow.n_scales, flow.hidden_channels and flow.n_blocks must be at least 1"
-            )
+        check_count("flow.n_scales", n_scales, least=1, most=MOST_HALVINGS)
+        check_count("flow.hidden_channels", hidden_channels, least=1)
+        check_count("flow.n_blocks", n_blocks, least=1, most=LARGEST_DEPTH)
         self.n_scales = n_scales
         self.shape = self.check_image_shape(shape)
         self.logit = Logit(alpha)
@@ -210,8 +211,8 @@ class RealNVP2d(FlowModel):
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        if min(n_couplings, hidden_channels) < 1:
-            raise ValueError("flow.n_couplings and flow.hidden_channels must be at least 1")
+        check_count("flow.n_couplings", n_couplings, least=1, most=LARGEST_DEPTH)
+        check_count("flow.hidden_channels", hidden_channels, least=1)
         if self.shape != (2,):
             raise ValueError(
                 f"RealNVP2d models points of two coordinates, not data of shape {self.shape}"

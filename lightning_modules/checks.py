@@ -2,25 +2,10 @@
 
 from collections.abc import Callable
 
+from flows.checks import check_count
 from results import is_number
 
-
-def check_count(key: str, value: int, least: int = 0, most: int | None = None) -> None:
-    """Refuse a value that is not a whole number from `least` to `most` (None: no upper bound).
-
-    key: the name of the setting, for the message. Raises ValueError: the value is refused.
-
-    >>> check_count("samples.n", 64, least=1)
-    >>> check_count("samples.n", 0, least=1)
-    Traceback (most recent call last):
-        ...
-    ValueError: samples.n=0 is out of range: give a whole number of at least 1
-    """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and least <= value and (most is None or value <= most):
-        return
-    request = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise ValueError(f"{key}={value} is out of range: give a whole number {request}")
+__all__ = ["check_count", "check_not_negative", "check_number"]
 
 
 def check_number(key: str, value: float, request: str, fits: Callable[[float], bool]) -> None:

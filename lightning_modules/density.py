@@ -25,6 +25,7 @@ from lightning_modules.optimization import OptimizedModule, OptimizerName, Sched
 from lightning_modules.precision import evaluation
 from results.metrics import Metric
 
+MOST_SAMPLES = 100_000  # of the dequantisation noise of an image, in evaluation
 REESTIMATED = "_reestimated"  # suffix of metrics measured with re-estimated batch-norm statistics
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ class DensityModule(OptimizedModule):
         if l2 and not hasattr(flow, "l2_penalty"):
             raise ValueError(f"optim.l2={l2}: {type(flow).__name__} has no L2 penalty: give 0")
         check_count("eval.bn_images", bn_images)
-        check_count("eval.noise_samples", noise_samples, least=1)
+        check_count("eval.noise_samples", noise_samples, least=1, most=MOST_SAMPLES)
         if dequantizer is not None and has_batch_norm(dequantizer):
             raise ValueError(
                 f"{type(dequantizer).__name__} has batch norms, "

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from reproduce.config import ConfigError
-from reproduce.kinds import guess
+from reproduce.kinds import guess, unquoted
 from reproduce.run_folder import FREE
 
 
@@ -32,5 +32,5 @@ def settings(overrides: list[str], own: Collection[str]) -> dict[str, object]:
         key, _, text = word.partition("=")
         is_free = key in own or key.startswith("logger.") or key.split(".")[-1] in FREE
         if not is_free:
-            values[key] = guess(text)
+            values[key] = guess(unquoted(text))
     return values

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_modules.callbacks.preemption import MEANING
 from lightning_modules.lightning_internals import kill_ranks
@@ -24,6 +25,7 @@ from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
+from reproduce.run_folder import leave_no_empty_run
 from reproduce.streams import flush_streams, open_missing_streams
 
 # Python's message for a keyword argument that a constructor does not have. The keyword is a key in
@@ -71,6 +73,7 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             line = mistake(error)
             if line is None or os.environ.get("PAPERFLOWS_TRACEBACK"):
                 raise
+            leave_no_empty_run()
             if isinstance(error, ConfigError) and _rank():  # rank 0 prints the line
                 sys.exit(1)
             sys.exit(f"error: {line}")
@@ -91,6 +94,8 @@ def mistake(error: Exception) -> str | None:
     argument = UNKNOWN_ARGUMENT.search(str(error))
     if isinstance(error, TypeError) and argument is not None:
         return f"{argument[1]} takes no '{argument[2]}': look for it in the recipe, and at --help"
+    if isinstance(error, OmegaConfBaseException):
+        return f"the recipe does not fit its script: {str(error).splitlines()[0]}"
     if isinstance(error, torch.linalg.LinAlgError):
         return f"a matrix of the model cannot be inverted: give a smaller optim.lr ({line[:200]})"
     is_too_large = isinstance(error, RuntimeError) and TOO_LARGE.search(line) is not None

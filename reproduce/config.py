@@ -23,10 +23,12 @@ from reproduce.kinds import (
     as_text,
     choices,
     kind_of_value,
+    unquoted,
 )
 from reproduce.schema import ALIASES, Schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+KEY = re.compile(r"\w+(\.\w+)*")
 LONGEST_SHOWN = 60  # characters of a wrong value in a message
 # Sections to which a recipe may add keys: the arguments of its own flow, data and objective.
 OPEN_SECTIONS = ("flow", "data", "optim")
@@ -73,9 +75,13 @@ def compose(experiment: str, arguments: list[str]) -> DictConfig:
     for layer in layers:
         if layer.get("data.name") not in (None, data_name):  # the command line has replaced it
             layer = {key: text for key, text in layer.items() if not key.startswith("data.")}
-        _update(values, layer, schema)
+        _update(values, layer, schema, f"preset={preset}: ")
     _update(values, overrides, schema)
-    config = OmegaConf.create(_nested(values))
+    try:
+        config = OmegaConf.create(_nested(values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{CONFIGS / experiment}.yaml has a wrong ${{...}}: {reason}") from error
     _check_interpolations(config, values, schema)
     OmegaConf.set_struct(config, True)
     return config
@@ -128,7 +134,11 @@ def read(path: Path) -> object:
 def _section(path: Path) -> dict[str, Any]:
     """The sections of a YAML file; empty if it holds none."""
     content = read(path)
-    return content if isinstance(content, dict) else {}
+    if content in (None, ""):
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no sections: give trainer: {{...}}, data: {{...}}")
+    return content
 
 
 def _files(name: str, extending: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
@@ -229,6 +239,8 @@ def _check_key(path: Path, key: str, known: list[str], is_recipe: bool) -> None:
     """
     if key in DECIDED_ELSEWHERE:
         raise ConfigError(f"{path}: {key} cannot be set in a file: {DECIDED_ELSEWHERE[key]}")
+    if KEY.fullmatch(key) is None:  # also YAML's merge key <<, which is not supported
+        raise ConfigError(f"{path}: {key} is not a key: keys are letters, digits and _")
     if any(k.startswith(f"{key}.") for k in known):
         raise ConfigError(f"{path}: {key} is a section, not a value")
     parents = [k for k in known if key.startswith(f"{k}.")]
@@ -295,17 +307,27 @@ def parse(arguments: list[str]) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     for argument in arguments:
-        if not re.match(r"\w+(\.\w+)*=", argument):
-            raise ConfigError(f"'{argument}' is not of the form key=value: see --help")
+        if not _is_setting(argument):
+            hint = ""
+            bare = argument.lstrip("-+")
+            if _is_setting(bare):  # with the dashes of other programs
+                hint = f" (did you mean {bare}?)"
+            raise ConfigError(f"'{argument}' is not of the form key=value{hint}: see --help")
         if "${" in argument or argument.endswith("???"):
             raise ConfigError(
                 f"'{argument}' holds ${{...}} or ???, a config's own syntax: give a plain value"
             )
-        key, _, text = argument.partition("=")
+        key, _, raw = argument.partition("=")
+        text = unquoted(raw)
         if key in texts:
             raise ConfigError(f"{key} is given twice, as {texts[key]} and as {text}: give it once")
         texts[key] = text
     return texts
+
+
+def _is_setting(argument: str) -> bool:
+    key, separator, _ = argument.partition("=")
+    return bool(separator) and KEY.fullmatch(key) is not None
 
 
 def override(words: Iterable[str], changes: Iterable[str]) -> list[str]:
@@ -330,14 +352,19 @@ def merge(
     return OmegaConf.create(_nested(values))
 
 
-def _update(values: Values, texts: Mapping[str, object], schema: Schema | None) -> None:
-    """Replace values, in place, by texts read as their keys demand. ConfigError: an unknown key."""
+def _update(
+    values: Values, texts: Mapping[str, object], schema: Schema | None, source: str = ""
+) -> None:
+    """Replace values, in place, by texts read as their keys demand. ConfigError: an unknown key.
+
+    source: the file of the texts, with which an error message begins.
+    """
     known = list(values)
     for key, text in texts.items():
         if text == {} and key not in known:  # an empty section
             continue
-        _check_known(key, known)
-        _set(values, key, text, schema)
+        _check_known(key, known, source)
+        _set(values, key, text, schema, source)
 
 
 def _set(values: Values, key: str, text: object, schema: Schema | None, source: str = "") -> None:
@@ -389,15 +416,17 @@ def _check_sections(values: Values, overrides: Mapping[str, object]) -> None:
             )
 
 
-def _check_known(key: str, known: list[str]) -> None:
+def _check_known(key: str, known: list[str], source: str) -> None:
     """ConfigError: a config has no such key."""
     keys = [k for k in known if k != "experiment"]
     if key in keys:
         return
     inside = [k for k in keys if k.startswith(f"{key}.")]
     if inside:
-        raise ConfigError(f"{key} is a section, not a value: give one of {', '.join(inside)}")
-    raise ConfigError(f"{key} is no key of this recipe{nearest(key, keys)}: see --help")
+        raise ConfigError(
+            f"{source}{key} is a section, not a value: give one of {', '.join(inside)}"
+        )
+    raise ConfigError(f"{source}{key} is no key of this recipe{nearest(key, keys)}: see --help")
 
 
 def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:

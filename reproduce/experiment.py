@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
+from datamodules.checks import expand_home
 from datamodules.samplers import n_micro_batches
 from datamodules.stateless import StatelessDataModule
 from flows.recompute import recompute
@@ -37,11 +38,13 @@ from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
+from reproduce.kinds import argument_text
 from reproduce.launch import check_processes, job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, experiment_of, machine
 from reproduce.readiness import MPS_LACKS, Readiness, check_folder, check_settings, validates
 from reproduce.run_folder import (
+    ADVICE,
     DIVERGED,
     check_checkpoint,
     check_run_dir,
@@ -55,6 +58,10 @@ from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
+SHARED_KEYS = (  # which base.yaml gives to every recipe
+    *("seed", "run_dir", "resume", "paper", "trainer", "optim", "ema", "eval", "samples"),
+    *("checkpoint", "logger", "budget"),
+)
 C = TypeVar("C", bound=L.Callback)
 
 
@@ -75,6 +82,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         print(describe(experiment, doc))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
+    _check_complete(config)
     L.seed_everything(config.seed, verbose=False)
     _choose_cpu_for_mps(config)
     if config.trainer.precision == "auto":
@@ -93,6 +101,16 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     return config
 
 
+def _check_complete(config: DictConfig) -> None:
+    """ConfigError: a recipe lacks what base.yaml gives to all of them."""
+    missing = [key for key in SHARED_KEYS if key not in config]
+    if missing:
+        raise ConfigError(
+            f"the recipe of {config.experiment} has no {', '.join(missing)}: "
+            "add base.yaml to its bases"
+        )
+
+
 def _decide_run_dir(config: DictConfig) -> None:
     """Set `run_dir`, the folder of the run.
 
@@ -103,7 +121,7 @@ def _decide_run_dir(config: DictConfig) -> None:
     elif config.resume and not config.run_dir and job() is None:
         raise ConfigError("resume=auto needs to know where: add run_dir=FOLDER")
     if config.run_dir:
-        config.run_dir = str(Path(str(config.run_dir)).expanduser())
+        config.run_dir = str(expand_home("run_dir", config.run_dir))
         return
     folder = Path("outputs", config.experiment, run_id())
     config.run_dir = str(folder)
@@ -177,7 +195,7 @@ def trainer_settings(config: DictConfig) -> dict:
     if settings["deterministic"]:  # cuDNN may find other kernels the fastest in another run
         settings["benchmark"] = False
     for key, value in processes().items():
-        if settings[key] in ("auto", 1):
+        if settings[key] in ("auto", -1, 1):
             settings[key] = value
     if settings["max_steps"] > 0:  # at least one validation, so that there are best weights
         settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
@@ -343,11 +361,13 @@ def papers_of(config: DictConfig) -> list[dict]:
 
     `paper` is null, the id of a claim, or a list of ids. Each claim gets `comparable`: whether the
     run has the claim's data, and is tested on all of the test split.
-
-    ValueError: an id is unknown. ConfigError: two claims are on the same metric.
+    ConfigError: an id is unknown, or two claims are on the same metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
-    claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
+    try:
+        claims = [results.load_claim(claim_id) for claim_id in ids if claim_id is not None]
+    except ValueError as error:
+        raise ConfigError(f"paper={argument_text(config.paper)}: {error}") from error
     by_metric: dict[str, str] = {}
     for claim in claims:
         name = claim["metric"].split("/")[-1]  # it is logged as `paper/<name>` and `gap/<name>`
@@ -430,7 +450,7 @@ def _check_finite(metrics: dict[str, float]) -> None:
     if wrong:
         raise RunStopped(
             f"{', '.join(wrong)} of the trained weights is not finite, and null in result.json. "
-            "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+            f"{ADVICE}"
         )
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
+from datamodules.checks import expand_home
 from lightning_modules.stopping import TRY_AGAIN
 from reproduce.arguments import parse_seeds, settings
 from reproduce.command import command
@@ -113,7 +114,7 @@ def split(words: list[str]) -> tuple[list[int], Path | None, list[str]]:
         if key == "seeds":
             seeds = parse_seeds(value)
         elif key == "out":
-            out = Path(value).expanduser()
+            out = expand_home("out", value)
         else:
             overrides.append(word)
     return seeds, out, overrides

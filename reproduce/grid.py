@@ -59,7 +59,11 @@ def words(row: dict[str, object]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one row, or the number of rows; one line and exit code 1 for a user's mistake."""
-    file, *numbers = arguments(argv) or [""]
+    command_line = arguments(argv)
+    if {"--help", "-h"} & set(command_line):
+        print(__doc__)
+        return
+    file, *numbers = command_line or [""]
     try:
         print(answer(file, numbers))
     except ConfigError as error:
@@ -68,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def answer(file: str, numbers: list[str]) -> str:
     """The text that `main` prints for a sweep file and, if given, the number of a row."""
-    if not file or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+    are_numbers = all(number.isdecimal() and len(number) < 10 for number in numbers)
+    if not file or len(numbers) > 1 or not are_numbers:
         raise ConfigError("give the sweep file, and for one of its rows a number from 0")
     table = rows(Path(file))
     if not numbers:

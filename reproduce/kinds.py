@@ -68,9 +68,14 @@ class Integer(Kind):
             raise WrongValue(WRONG_TYPE)
         if abs(float(text)) > LARGEST:
             raise WrongValue(OUT_OF_RANGE)
-        if not float(text).is_integer():
+        if _vanishes(text):
             raise WrongValue(WRONG_TYPE)
-        value = int(Decimal(text))
+        value = 0
+        if float(text) != 0:
+            number = Decimal(text)
+            if number != number.to_integral_value():
+                raise WrongValue(WRONG_TYPE)
+            value = int(number)
         _check_bounds(value, self.low, self.high)
         return value
 
@@ -98,7 +103,7 @@ class Number(Kind):
         if DECIMAL.fullmatch(text) is None:
             raise WrongValue(WRONG_TYPE)
         value = float(text)
-        if _is_huge(text):
+        if _is_huge(text) or _vanishes(text):
             raise WrongValue(OUT_OF_RANGE)
         _check_bounds(value, self.low, self.high)
         if self.above is not None and value <= self.above:
@@ -215,6 +220,41 @@ class Share(Kind):
         if re.fullmatch(r"[+-]?[0-9]+", text):
             return Integer(low=0).of_text(text)
         return Number(low=0, high=1).of_text(text)
+
+
+@dataclass(frozen=True)
+class Devices(Kind):
+    """Which devices, as Lightning takes them: how many, all (auto or -1), or the numbers of GPUs.
+
+    The numbers are a list, [0, 1]; Lightning's other form of it, `0,1`, is read as well.
+    """
+
+    example: str = "1"
+
+    @property
+    def name(self) -> str:
+        return "an int from 1, auto, -1 for all GPUs, or numbers of GPUs as [0,1]"
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, str):
+            return self.of_text(raw)
+        numbers = [Integer(low=0).of_text(text) for text in _texts_of(raw)]
+        if not numbers:
+            raise WrongValue("has the wrong length")
+        if len(set(numbers)) < len(numbers):
+            raise WrongValue("names a device twice")
+        return numbers
+
+    def of_text(self, text: str) -> object:
+        if text == "auto":
+            return text
+        if text == "-1":
+            return -1
+        if text.startswith("[") and text.endswith("]"):
+            return self.read(elements(text))
+        if "," in text:
+            return self.read(elements(f"[{text.removesuffix(',')}]"))
+        return Integer(low=1).of_text(text)
 
 
 @dataclass(frozen=True)
@@ -368,12 +408,28 @@ def kind_of_value(value: object) -> Kind:
 SIMPLE: dict[type, Kind] = {bool: Switch(), int: Integer(), float: Number(), str: Text()}
 
 
+def _texts_of(raw: object) -> list[str]:
+    """A list of texts. WrongValue: it is none."""
+    if not isinstance(raw, Sequence) or not all(isinstance(part, str) for part in raw):
+        raise WrongValue(WRONG_TYPE)
+    return list(raw)
+
+
+def unquoted(text: str) -> str:
+    """A text without the blanks around it, and without the quotes in which somebody wrote it.
+
+    >>> unquoted("'my run' ")
+    'my run'
+    """
+    return re.sub(r"^(['\"])(.*)\1$", r"\2", text.strip())
+
+
 def elements(text: str) -> list[str]:
     """The elements of a list that is written [a, b], without quotes around an element."""
     inner = text[1:-1].strip()
     if not inner:
         return []
-    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in inner.split(",")]
+    return [unquoted(part) for part in inner.split(",")]
 
 
 def as_text(value: object) -> object:
@@ -409,6 +465,12 @@ def argument_text(value: object) -> str:
 def _is_huge(text: str) -> bool:
     """Whether a decimal number is too large for a float."""
     return DECIMAL.fullmatch(text) is not None and abs(float(text)) == float("inf")
+
+
+def _vanishes(text: str) -> bool:
+    """Whether a decimal number is not 0, and so small that as a float it would be."""
+    mantissa = text.lower().partition("e")[0]
+    return float(text) == 0 and any(digit in mantissa for digit in "123456789")
 
 
 def _bounds(low: float | None, high: float | None) -> str:

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 import lightning.pytorch as L
@@ -188,8 +188,13 @@ def _mode() -> Mode:
     """
     import wandb
 
-    server = wandb.setup().settings.base_url
     mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in get_args(Mode):
+        raise ConfigError(
+            f"WANDB_MODE={mode} in the environment is not known: give one of "
+            f"{', '.join(get_args(Mode))}"
+        )
+    server = wandb.setup().settings.base_url
     if not mode:
         mode = "online" if _logged_in(server) else "offline"
     if mode != "online" or _answers(server):

@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules import DATA, make_data
+from datamodules.checks import expand_home
 from datamodules.stateless import StatelessDataModule
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import finite_share, picture
@@ -302,7 +303,7 @@ def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tupl
 def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     """Read the command line: the run folder, then key=value. ConfigError: a mistake in them."""
     given_folder = words[0] if words else "nothing"
-    folder = Path(given_folder).expanduser()
+    folder = expand_home("the run's folder", given_folder)
     if not words or not folder.is_dir():
         raise ConfigError(f"{given_folder} is no run's folder: give outputs/<experiment>/<run id>")
     options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
@@ -312,7 +313,7 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     options.device = options.device or devices[0]
     if options.device not in devices:
         raise ConfigError(f"device={options.device} is not here: give {' or '.join(devices)}")
-    options.out = str(Path(str(options.out or folder / "pictures")).expanduser())
+    options.out = str(expand_home("out", options.out or folder / "pictures"))
     return folder, options
 
 

@@ -3,6 +3,7 @@
 A mistake that shows only at the end would cost the whole run.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sized
@@ -16,9 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.stateless import StatelessDataModule
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
+from reproduce.kinds import argument_text
 from reproduce.launch import processes
 
 MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
+GPUS_ALONE = (
+    "means GPUs, and this run is on the CPU: give the number of processes, as trainer.devices=1"
+)
 MOMENTS = 2  # numbers that Adam, Adamax and AdamW keep for each parameter
 
 
@@ -78,6 +83,9 @@ def _check_device(config: DictConfig) -> None:
         raise ConfigError(
             f"trainer.accelerator={accelerator}, but there is no GPU here: give preset=cpu"
         )
+    devices = config.trainer.devices
+    if devices != "auto" and not isinstance(devices, int) and _on_cpu(config):
+        raise ConfigError(f"trainer.devices={argument_text(devices)} {GPUS_ALONE}")
     if config.trainer.cuda_graph and _on_cpu(config):
         raise ConfigError("trainer.cuda_graph=true needs a GPU: give false")
     if config.trainer.precision == "16-mixed" and _on_cpu(config):  # Lightning would take bf16
@@ -96,18 +104,26 @@ def _check_processes(config: DictConfig) -> None:
             f"trainer.num_nodes={config.trainer.num_nodes}, but nobody starts the other nodes: "
             "use sbatch reproduce/slurm.sh or torchrun, or give trainer.num_nodes=1"
         )
-    if config.trainer.devices == "auto":
+    devices = config.trainer.devices
+    if devices == "auto":
         return
     if _on_cpu(config):
+        if devices < 1:
+            raise ConfigError(f"trainer.devices={devices} {GPUS_ALONE}")
         n = max(os.cpu_count() or 1, 2)  # two processes can share a core
         what = "CPU cores"
     else:
         n = torch.cuda.device_count()
         what = "GPUs"
-    if config.trainer.devices > n:
+    if isinstance(devices, int):
+        if devices > n:
+            raise ConfigError(
+                f"trainer.devices={devices}, but there are {n} {what} here: give at most {n}"
+            )
+    elif max(devices) >= n:
         raise ConfigError(
-            f"trainer.devices={config.trainer.devices}, but there are {n} {what} here: "
-            f"give at most {n}"
+            f"trainer.devices={argument_text(devices)}, but there are {n} {what} here: "
+            f"give numbers from 0 to {n - 1}"
         )
 
 
@@ -175,6 +191,16 @@ class Readiness(L.Callback):
         share = self.config.trainer[key]
         if isinstance(share, float) and n_batches and int(share * n_batches) == 0:
             raise ConfigError(
-                f"trainer.{key}={share:g} of {n_batches} batches is less than one: give at least "
-                f"{1 / n_batches:.2g}, a number of batches as an int, or null for all"
+                f"trainer.{key}={share:g} is less than one batch (batches: {n_batches}): give at "
+                f"least {share_of_one(n_batches)}, a number of batches as an int, or null for all"
             )
+
+
+def share_of_one(n: int) -> float:
+    """The least share of n with few decimals that is at least one of them.
+
+    >>> share_of_one(1), share_of_one(3), share_of_one(16)
+    (1.0, 0.4, 0.07)
+    """
+    scale = 10 ** len(str(n))
+    return math.ceil(scale / n) / scale

@@ -1,8 +1,10 @@
 """A run's folder: outputs/<experiment>/<run id>/, with its config, log, checkpoints and result."""
 
+import contextlib
 import inspect
 import json
 import logging
+import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from datamodules.checks import expand_home
 from flows.base import FlowModel
 from lightning_modules.checkpoint_io import PART
 from lightning_modules.objective import Objective
@@ -32,6 +35,9 @@ except ImportError:  # Windows
 Checkpoint = dict[str, Any]
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 BEST = "best.ckpt"
+ADVICE = "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
+WITHOUT_RUN = {"lock", "log.txt", "wandb-run-id.txt"}  # files of a folder before a run begins there
+MADE: set[Path] = set()  # folders that this process has made
 
 
 def holds_run(folder: Path) -> bool:
@@ -95,6 +101,8 @@ def open_folder(folder: Path) -> None:
 
     ConfigError: another process has locked the folder.
     """
+    if not folder.exists():
+        MADE.add(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
@@ -105,6 +113,26 @@ def open_folder(folder: Path) -> None:
     handler = LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
+
+
+def leave_no_empty_run() -> None:
+    """Remove what this process has written into its newest folder, where it has begun no run there.
+
+    A setting that is refused after the folder was opened leaves a lock and a log, and no more.
+    """
+    log = logging.getLogger("lightning.pytorch")
+    for handler in [h for h in log.handlers if isinstance(h, LogFile)]:
+        folder = Path(handler.baseFilename).parent
+        files = [path for path in folder.rglob("*") if not path.is_dir()]
+        if not {path.name for path in files} <= WITHOUT_RUN:
+            continue
+        log.removeHandler(handler)
+        handler.close()
+        with contextlib.suppress(OSError):
+            for path in files:
+                path.unlink(missing_ok=True)
+        if any(folder.resolve() == made.resolve() for made in MADE):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class LogFile(logging.FileHandler):
@@ -196,7 +224,7 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
             rank_zero_info(f"{best} is damaged: taking the newest in its place")
     newest = newest_checkpoint(folder)
     if newest is None:
-        raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite")
+        raise ValueError(f"{folder} holds no checkpoint: no step of the run was finite. {ADVICE}")
     return newest
 
 
@@ -361,7 +389,7 @@ def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
     The record has experiment, config, shape and commit. Its `parts` are the names of the parts of
     the objective that have weights or buffers, such as "flow" and "dequantizer".
     """
-    path, checkpoint = _checkpoint_of(Path(folder).expanduser())
+    path, checkpoint = _checkpoint_of(expand_home("the run's folder", folder))
     origin = checkpoint["paperflows"]
     script = import_module(f"reproduce.{origin['experiment']}")
     if not hasattr(script, "make_flow"):

@@ -14,6 +14,7 @@ import results
 from datamodules import DATA
 from flows.base import FlowModel
 from reproduce import config as config_module
+from reproduce import experiment
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, describe, presets
 from reproduce.experiment import papers_of
@@ -174,7 +175,7 @@ def test_two_claims_on_one_metric_and_unknown_ones_are_one_line():
         ConfigError, match=r"realnvp\.cifar10 and glow\.cifar10 are both claims on bpd: give one"
     ):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar10]"]))
-    with pytest.raises(ValueError, match=r"unknown claim 'glow\.cifar': did you mean"):
+    with pytest.raises(ConfigError, match=r"unknown claim 'glow\.cifar': did you mean"):
         papers_of(compose(CIFAR, ["paper=[realnvp.cifar10,glow.cifar]"]))
 
 
@@ -370,7 +371,7 @@ def test_a_key_that_is_like_no_known_key():
         ("paper=3", "list, each a name"),
         ("paper=[realnvp.cifar10,3]", "list, each a name"),
         ("paper=[[realnvp.cifar10]]", "list, each a name"),
-        ("trainer.devices=[0,1]", "int from 1, or auto"),
+        ("trainer.devices={0: 1}", "int from 1, auto"),
     ],
 )
 def test_a_wrong_type(argument, wanted):
@@ -722,6 +723,9 @@ def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
         ("presets: 3", "presets are sections"),
         ("presets: {small: }", "presets are sections"),
         ("presets: {small: 3}", "presets are sections"),
+        ("section: {<<: {k: 3}}", "section.<<.k is no key: keys are letters, digits and _"),
+        ("'a b': 3", "a b is no key: keys are letters, digits and _"),
+        ('b: "${section."', "flow_w.yaml has a wrong ${...}"),
     ],
 )
 def test_what_is_extended_keeps_its_types(extending, write, line, message):
@@ -762,6 +766,29 @@ def test_a_recipe_may_refer_to_other_keys(extending, write):
     assert "b=${sectoin.k} of the recipe has no value" in mistake(recipe="flow_w")
     write("flow_w.yaml", 'bases: [flow_x.yaml]\nb: "${list}"')
     assert "b=[1, 2, 3] has the wrong type: give an int" in mistake(recipe="flow_w")
+
+
+def test_a_mistake_in_a_preset_names_the_preset(extending, write):
+    write("flow_w.yaml", "bases: [flow_x.yaml]\npresets: {small: {b: x, c: 1}}")
+    assert mistake("preset=small", recipe="flow_w").startswith("preset=small: b=x has the wrong")
+    write("flow_w.yaml", "bases: [flow_x.yaml]\npresets: {small: {sectoin: {k: 1}}}")
+    message = mistake("preset=small", recipe="flow_w")
+    assert message.startswith("preset=small: sectoin.k is no key of this recipe (did you mean")
+    write("presets/small.yaml", "- a")
+    assert "small.yaml holds no sections" in mistake("preset=small", recipe="flow_w")
+
+
+def test_a_recipe_without_the_shared_keys_is_one_line(house, write):
+    """What every script reads is in base.yaml; the keys of a model are asked for by its script."""
+    with pytest.raises(ConfigError, match=r"of flow_x has no seed, run_dir, paper, trainer, "):
+        experiment.load_config("flow_x.py", "", [])
+
+    @command
+    def main(argv):
+        return compose("flow_x", []).flow
+
+    with pytest.raises(SystemExit, match=r"error: the recipe does not fit its script: .*flow"):
+        main([])
 
 
 def test_a_script_without_a_recipe_is_one_line(house):

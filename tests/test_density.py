@@ -308,7 +308,7 @@ NOT_NEGATIVE = (-1.0, float("nan"), float("inf"), True)
         ("warmup_steps", (-1, 1.5, True), "give a whole number of at least 0"),
         ("max_skipped", (-1, 1.5), "give a whole number of at least 0"),
         ("bn_images", (-1, 1.5), "give a whole number of at least 0"),
-        ("noise_samples", (0, 1.5), "give a whole number of at least 1"),
+        ("noise_samples", (0, 1.5), "give a whole number from 1 to 100000"),
         ("noise_seed", (-1,), "give a whole number of at least 0"),
         ("seed", (-1,), "give a whole number of at least 0"),
     ],

@@ -272,7 +272,11 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
             "flow.coupling=affin is not known: give one of affine, additive",
         ),
         ("glow_photos", ["data.size=12"], "flow.n_levels=3 halves a 12x12 image to odd sizes"),
-        ("glow_photos", ["flow.depth=0"], "flow.depth and flow.hidden_channels must be at least 1"),
+        (
+            "glow_photos",
+            ["flow.depth=0"],
+            "flow.depth=0 is out of range: give a whole",
+        ),
         ("glow_photos", ["flow.n_classes=7"], "flow.n_classes is no key of this recipe"),
         ("glow_photos", ["optim.l2=0.1"], "Glow has no L2 penalty"),
         (

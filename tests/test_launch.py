@@ -15,6 +15,7 @@ from test_scripts import curve, mistake
 
 from reproduce import launch, realnvp_cifar10
 from reproduce.config import ConfigError, override
+from reproduce.experiment import load_config, trainer_settings
 from reproduce.launch import check_processes, job, processes, requeue, requeued, run_id
 from reproduce.provenance import experiment_of
 from reproduce.run_folder import step_checkpoints
@@ -126,6 +127,20 @@ def test_devices_that_fit_or_are_left_to_lightning_are_taken(monkeypatch, variab
     """One device is what preset=cpu says; tasks of a job multiply it."""
     started(monkeypatch, variables)
     check_processes({"devices": devices, "num_nodes": 1})
+
+
+@pytest.mark.parametrize("devices", ["auto", "1", "-1"])
+def test_devices_that_are_left_open_are_those_that_were_started(monkeypatch, tmp_path, devices):
+    started(monkeypatch, PAIR)
+    words = ["preset=demo", f"trainer.devices={devices}", f"run_dir={tmp_path / 'run'}"]
+    config = load_config("realnvp_cifar10.py", "", words)
+    assert trainer_settings(config)["devices"] == 2
+
+
+def test_numbers_of_gpus_on_a_cpu_are_one_line_under_a_launcher_too(monkeypatch, tmp_path, capsys):
+    started(monkeypatch, PAIR)
+    line = mistake(capsys, *TINY, f"run_dir={tmp_path / 'run'}", "trainer.devices=0,1")
+    assert "trainer.devices=[0, 1] means GPUs, and this run is on the CPU" in line
 
 
 def test_tasks_without_their_number_a_node_are_refused(monkeypatch):

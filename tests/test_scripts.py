@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
         (["preset=demo", "data.size=4096"], "data.size=4096 does not fit"),
         (["preset=demo", "data.batch_size=0"], "data.batch_size=0"),
         (["preset=demo", "flow.n_scales=9"], "flow.n_scales=9"),
-        (["preset=demo", "flow.n_blocks=0"], "at least 1"),
+        (["preset=demo", "flow.n_blocks=0"], "from 1 to 1000"),
         (["preset=demo", "samples.n=0"], "samples.n=0"),
         (["preset=demo", "trainer.val_check_interval=0"], "give an int from 1"),
         (["preset=demo", "samples.temperatures=[]"], "give a list of at least 1"),

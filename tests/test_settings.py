@@ -3,6 +3,7 @@
 The mistakes of a command line are tried without a training run wherever that is enough.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -21,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import results
 from lightning_modules.density import DensityModule
-from reproduce import experiment, readiness, realnvp_cifar10
+from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, compose, override
 from reproduce.kinds import (
@@ -244,12 +246,23 @@ def test_arguments_that_a_class_hands_on_have_kinds():
         ("ema.decay=0", 0.0),
         ("data.micro_batch=8", 8),
         ("flow.alpha=0", 0.0),
+        ("run_dir='my run'", "my run"),
+        ('logger.name="csv"', "csv"),
+        ("optim.lr='1e-3'", 0.001),
+        ("seed= 3 ", 3),
+        ("trainer.devices='2'", 2),
+        ("trainer.devices=-1", -1),
+        ("trainer.devices=0,1", [0, 1]),
+        ("trainer.strategy=ddp_find_unused_parameters_true", "ddp_find_unused_parameters_true"),
+        ("samples.temperatures=[0.7]", [0.7]),
+        ("seed=0e-999999999999999999999", 0),
     ],
 )
 def test_the_key_decides_how_a_text_is_read(argument, expected):
     result = value(argument)
     assert result == expected
-    assert type(result) is type(expected)
+    if not isinstance(expected, list):  # OmegaConf has a list of its own
+        assert type(result) is type(expected)
 
 
 NUMBERS = ["nan", "inf", "abc", "true", "1:30", "1_000", "0x10", "010", "[1]", "{}", "${seed"]
@@ -293,7 +306,14 @@ def test_a_number_is_decimal(key, text):
         ("ema.decay=1.0", "is out of range: give a float from 0 below 1"),
         ("seed=-1", "is out of range: give an int from 0"),
         ("seed=1e30", "is out of range"),
-        ("trainer.devices=0", "is out of range: give an int from 1, or auto"),
+        ("trainer.devices=0", "is out of range: give an int from 1, auto, -1 for all GPUs, or"),
+        ("trainer.devices=-2", "is out of range"),
+        ("trainer.devices=[]", "has the wrong length"),
+        ("trainer.devices=[0,0]", "names a device twice"),
+        ("trainer.devices=0,x", "wrong type"),
+        ("seed=1e-400", "wrong type"),
+        ("optim.lr=1e-400", "is out of range"),
+        ("--seed=3", "'--seed=3' is not of the form key=value (did you mean seed=3?)"),
         ("trainer.val_check_interval=0", "is out of range: give an int from 1"),
         ("trainer.limit_test_batches=1.5", "is out of range"),
         ("run_dir={}", "wrong type: give a path"),
@@ -419,9 +439,86 @@ def test_a_share_of_the_batches_that_is_none_says_the_least_share(tmp_path):
     words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.limit_val_batches=0.01"]
     line = mistake(realnvp_cifar10.main, *words, "trainer.max_steps=2")
     assert line == (
-        "trainer.limit_val_batches=0.01 of 2 batches is less than one: give at least 0.5, "
+        "trainer.limit_val_batches=0.01 is less than one batch (batches: 2): give at least 0.5, "
         "a number of batches as an int, or null for all"
     )
+
+
+def test_the_least_share_that_is_advised_is_one_batch():
+    for n in range(1, 3000):
+        share = readiness.share_of_one(n)
+        assert int(share * n) >= 1
+        assert share <= 1
+        assert len(str(share)) <= 7
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    """Also where the mistake shows only after the folder was opened, to hold it and to log."""
+    for word in ("data.micro_batch=3", "trainer.limit_test_batches=0.01", "optim.cooldown_steps=9"):
+        words = override([*TINY, "trainer.max_steps=2", "logger.name=csv"], [word])
+        mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'run'}")
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.md").write_text("mine")
+    mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'mine'}")
+    assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+
+
+def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
+    words = [*TINY, "trainer.max_steps=2", "optim.l2=1e30", f"run_dir={tmp_path / 'run'}"]
+    assert "no step of the run was finite. Lower optim.lr" in mistake(realnvp_cifar10.main, *words)
+    assert (tmp_path / "run" / "curve.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer.devices=-1"], "trainer.devices=-1 means GPUs, and this run is on the CPU"),
+        (["trainer.devices=0,1"], "trainer.devices=[0, 1] means GPUs, and this run is on the CPU"),
+        (["run_dir=~nobody-here/x"], "run_dir=~nobody-here/x: ~nobody-here is no user's home"),
+        (["flow.n_blocks=1e9"], "flow.n_blocks=1000000000 is out of range: give a whole number"),
+        (["flow.n_scales=1e18"], "flow.n_scales=1000000000000000000 is out of range"),
+        (["flow.hidden_channels=0"], "flow.hidden_channels=0 is out of range"),
+        (["flow.alpha=0.5"], "flow.alpha=0.5 leaves no interval"),
+        (["data.size=7"], "give fewer scales, or sides that are multiples of 2"),
+        (["eval.noise_samples=1e15"], "eval.noise_samples=1000000000000000 is out of range"),
+        (["paper=x"], "paper=x: unknown claim 'x'"),
+    ],
+)
+def test_a_mistake_names_its_key_before_anything_is_written(words, message, tmp_path, monkeypatch):
+    """None of these may hang, and a layer's message names the setting that it came from."""
+    monkeypatch.chdir(tmp_path)
+    line = mistake(realnvp_cifar10.main, *override([*TINY, "run_dir=run"], words))
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_counts_of_layers_have_bounds(tmp_path):
+    for word in ("flow.depth=1e7", "flow.n_levels=1e18"):
+        words = override(small_words("glow_photos"), [word, f"run_dir={tmp_path / 'run'}"])
+        assert "is out of range: give a whole number from 1 to" in mistake(glow_photos.main, *words)
+
+
+@pytest.mark.parametrize("devices", ["-1", "0,1", "[0,1]", "0,", "[1]"])
+def test_gpus_are_given_as_lightning_takes_them(devices, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = ["trainer.accelerator=gpu", "trainer.precision=32-true"]
+    config = load(*words, f"trainer.devices={devices}", folder=tmp_path / "run")
+    numbers = {"-1": -1, "0,1": [0, 1], "[0,1]": [0, 1], "0,": [0], "[1]": [1]}[devices]
+    assert experiment.trainer_settings(config)["devices"] == numbers
+    with pytest.raises(ConfigError, match=r"=\[0, 2\], but there are 2 GPUs here: .* from 0 to 1"):
+        load(*words, "trainer.devices=0,2", folder=tmp_path / "run")
+
+
+def test_a_number_of_a_row_that_no_computer_holds_is_one_line():
+    line = mistake(lambda words: grid.main(words), "configs/sweeps/x.yaml", "9" * 5000)
+    assert "for one of its rows a number from 0" in line
+
+
+def test_help_of_the_rows_of_a_grid(capsys):
+    grid.main(["--help"])
+    assert "python -m reproduce.grid" in capsys.readouterr().out
 
 
 def test_a_checkpoint_has_to_have_room(monkeypatch, tmp_path):
@@ -552,12 +649,18 @@ def keys_of(recipe):
 KEYS = {recipe: keys_of(recipe) for recipe in RECIPES}
 
 
-def accepted(recipe, key):
-    """The texts that a key may have by its kind alone: some are refused where it is used."""
+@functools.cache
+def schema_of(recipe):
     schema = Schema(recipe)
     schema.use_data(compose(recipe, small_words(recipe)).data.name)
+    return schema
+
+
+@functools.cache
+def accepted(recipe, key):
+    """The texts that a key may have by its kind alone: some are refused where it is used."""
     texts = TEXTS if key.startswith("flow.") else [*TEXTS, *LARGE]
-    return [text for text in texts if fits(schema.kind(key), text)] or ["null"]
+    return [text for text in texts if fits(schema_of(recipe).kind(key), text)] or ["null"]
 
 
 def fits(kind, text):
@@ -645,6 +748,9 @@ def test_300_wrong_settings_are_one_line_or_a_run_that_could_start(outcomes, tmp
     """They are drawn for every key of every recipe. No other error may come of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # Reading the papers' tables would take most of the time.
+    monkeypatch.setattr(results, "load_claim", functools.cache(results.load_claim))
+    monkeypatch.setattr("reproduce.provenance.git_state", lambda: (None, False))
     check_drawn(outcomes, tmp_path / "run")
     assert outcomes["refused"] > 100
     assert outcomes["built"] > 50

@@ -242,6 +242,15 @@ def test_the_upload_is_named_once_and_takes_every_part(resumed):
 # --------------------------------------------------------------------------- without training
 
 
+def test_a_mode_that_wandb_has_not_is_one_line(tmp_path, alone, monkeypatch):
+    """wandb's own answer is four lines that do not name the variable."""
+    monkeypatch.setenv("WANDB_MODE", "garbage")
+    with pytest.raises(ConfigError) as refusal:
+        make_logger(config_for(tmp_path / "run"))
+    line = "WANDB_MODE=garbage in the environment is not known: give one of online, offline,"
+    assert str(refusal.value).startswith(line)
+
+
 def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys):
     assert make_logger(config_for(tmp_path / "run")).experiment.offline
     mark_preempting()

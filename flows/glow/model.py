@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.base import Compose, Flow, FlowModel, module_list
+from flows.checks import LARGEST_DEPTH, check_count
 from flows.context import Classes, Context
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.elementwise import Logit, Shift
@@ -18,6 +19,7 @@ from flows.glow.priors import SplitPrior, TopPrior
 from flows.glow.steps import Step, Steps
 from flows.linear import ChannelPermutation, InvertibleConv1x1, InvertibleConv1x1LU
 from flows.multiscale import (
+    MOST_HALVINGS,
     ImageShape,
     channels_last,
     check_image_shape,
@@ -117,10 +119,9 @@ class Glow(FlowModel):
         min_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        if min(n_levels, depth, hidden_channels) < 1:
-            raise ValueError(
-                "flow.n_levels, flow.depth and flow.hidden_channels must be at least 1"
-            )
+        check_count("flow.n_levels", n_levels, least=1, most=MOST_HALVINGS)
+        check_count("flow.depth", depth, least=1, most=LARGEST_DEPTH)
+        check_count("flow.hidden_channels", hidden_channels, least=1)
         _check_choice("coupling", coupling, COUPLINGS)
         _check_choice("permutation", permutation, PERMUTATIONS)
         self.n_levels = n_levels
