@@ -723,8 +723,8 @@ def test_a_paper_is_replaced_whatever_it_was(extending, write, claims):
         ("presets: 3", "presets are sections"),
         ("presets: {small: }", "presets are sections"),
         ("presets: {small: 3}", "presets are sections"),
-        ("section: {<<: {k: 3}}", "section.<<.k is no key: keys are letters, digits and _"),
-        ("'a b': 3", "a b is no key: keys are letters, digits and _"),
+        ("section: {<<: {k: 3}}", "section.<<.k is not a key: keys are letters, digits and _"),
+        ("'a b': 3", "a b is not a key: keys are letters, digits and _"),
         ('b: "${section."', "flow_w.yaml has a wrong ${...}"),
     ],
 )

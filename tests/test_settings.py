@@ -475,11 +475,11 @@ def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
     [
         (["trainer.devices=-1"], "trainer.devices=-1 means GPUs, and this run is on the CPU"),
         (["trainer.devices=0,1"], "trainer.devices=[0, 1] means GPUs, and this run is on the CPU"),
-        (["run_dir=~nobody-here/x"], "run_dir=~nobody-here/x: ~nobody-here is no user's home"),
+        (["run_dir=~nobody-here/x"], "run_dir=~nobody-here/x: ~nobody-here is not the home folder of any user"),
         (["flow.n_blocks=1e9"], "flow.n_blocks=1000000000 is out of range: give a whole number"),
         (["flow.n_scales=1e18"], "flow.n_scales=1000000000000000000 is out of range"),
         (["flow.hidden_channels=0"], "flow.hidden_channels=0 is out of range"),
-        (["flow.alpha=0.5"], "flow.alpha=0.5 leaves no interval"),
+        (["flow.alpha=0.5"], "flow.alpha=0.5 is out of range"),
         (["data.size=7"], "give fewer scales, or sides that are multiples of 2"),
         (["eval.noise_samples=1e15"], "eval.noise_samples=1000000000000000 is out of range"),
         (["paper=x"], "paper=x: unknown claim 'x'"),
