@@ -475,7 +475,10 @@ def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
     [
         (["trainer.devices=-1"], "trainer.devices=-1 means GPUs, and this run is on the CPU"),
         (["trainer.devices=0,1"], "trainer.devices=[0, 1] means GPUs, and this run is on the CPU"),
-        (["run_dir=~nobody-here/x"], "run_dir=~nobody-here/x: ~nobody-here is not the home folder of any user"),
+        (
+            ["run_dir=~nobody-here/x"],
+            "run_dir=~nobody-here/x: ~nobody-here is not the home folder",
+        ),
         (["flow.n_blocks=1e9"], "flow.n_blocks=1000000000 is out of range: give a whole number"),
         (["flow.n_scales=1e18"], "flow.n_scales=1000000000000000000 is out of range"),
         (["flow.hidden_channels=0"], "flow.hidden_channels=0 is out of range"),
