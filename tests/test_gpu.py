@@ -16,6 +16,7 @@ from flows.glow import Glow
 from flows.recompute import recompute
 from lightning_modules.callbacks.checkpoints import finite
 from lightning_modules.cuda_graph import CudaGraph
+from reproduce.config import override
 from reproduce.run_folder import newest_checkpoint, step_checkpoints
 
 pytestmark = [
@@ -24,13 +25,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 SCRIPT = Path(__file__).parent.parent / "reproduce" / "realnvp_cifar10.py"
-GPU = [
-    *TINY,
-    "trainer.accelerator=gpu",
-    "trainer.devices=1",
-    "samples.every_n_steps=10000",
-    "eval.bn_images=0",
-]
+GPU = override(
+    TINY,
+    [
+        "trainer.accelerator=gpu",
+        "trainer.devices=1",
+        "samples.every_n_steps=10000",
+        "eval.bn_images=0",
+    ],
+)
 
 
 def tiny_glow():
@@ -40,7 +43,8 @@ def tiny_glow():
 
 def started(folder, *arguments):
     """A run of the script in the background."""
-    return subprocess.Popen([sys.executable, SCRIPT, *GPU, f"run_dir={folder}", *arguments])
+    words = override(GPU, [f"run_dir={folder}", *arguments])
+    return subprocess.Popen([sys.executable, SCRIPT, *words])
 
 
 def weights(folder):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import Run
 
+from reproduce.config import override
 from reproduce.run_folder import step_checkpoints
 
 EVERYTHING = [
@@ -213,13 +214,16 @@ def test_soak_twenty_random_kills(tmp_path, ranks):
 
     At the end its weights are those of a run that was never killed.
     """
-    arguments = [
-        *EVERYTHING,
+    long_run = [
         f"trainer.max_steps={800 // ranks}",
         "checkpoint.every_n_steps=3",
         "trainer.val_check_interval=20",
+        WORKERS,
+        "checkpoint.select=last",
+        "samples.n=1",
+        "samples.every_n_steps=10000",
     ]
-    arguments += [WORKERS, "checkpoint.select=last", "samples.n=1", "samples.every_n_steps=10000"]
+    arguments = override(EVERYTHING, long_run)
     whole = Run(tmp_path / "whole", *arguments, ranks=ranks)
     assert whole.wait(600) == [0] * ranks, whole.output()
     chance = random.Random(ranks)
