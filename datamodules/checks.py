@@ -2,6 +2,7 @@
 
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import TypeGuard
 
@@ -17,11 +18,15 @@ def check_count(key: str, value: int, least: int, most: int | None = None) -> No
         ...
     ValueError: data.n_test=0 is out of range: give a whole number of at least 1
     """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and least <= value and (most is None or value <= most):
+    if is_whole(value) and least <= value and (most is None or value <= most):
         return
     request = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{key}={value} is out of range: give a whole number {request}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an int, of Python or numpy, but not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from datamodules.checks import is_whole
+
 
 class Dequantizer(nn.Module, ABC):
     """Turns integers q into x in [0, 1), whose density bounds the probability of q from below.
@@ -34,8 +36,7 @@ class Dequantizer(nn.Module, ABC):
 
     def __init__(self, n_bits: int) -> None:
         super().__init__()
-        is_whole = isinstance(n_bits, int) and not isinstance(n_bits, bool)
-        if not is_whole or not 1 <= n_bits <= 8:
+        if not is_whole(n_bits) or not 1 <= n_bits <= 8:
             raise ValueError(f"data.n_bits={n_bits} does not fit 8-bit integers: give 1 to 8")
         self.n_bits = n_bits
 

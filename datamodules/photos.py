@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.checks import check_count, check_memory
+from datamodules.checks import check_count, check_memory, is_whole
 from datamodules.dequantization import UniformDequantizer
 from datamodules.images import ImageArray, Item
 from datamodules.samplers import check_batch_size
@@ -184,8 +184,7 @@ class Photos(StatelessDataModule):
 
 def check_size(size: int, largest: int) -> None:
     """Refuse a crop size that does not fit the regions of the photographs. Raises ValueError."""
-    is_whole = isinstance(size, int) and not isinstance(size, bool)
-    if not is_whole or not 1 <= size <= largest:
+    if not is_whole(size) or not 1 <= size <= largest:
         raise ValueError(
             f"data.size={size} does not fit the regions of the photographs: give 1 to {largest}"
         )

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from datamodules.checks import is_whole
+
 Key = tuple[int, int]  # (epoch, index), the key of an item of a data set
 
 
@@ -35,8 +37,7 @@ def n_micro_batches(batch_size: int, micro_batch: int | None, world_size: int) -
 
 def check_batch_size(batch_size: int, n: int) -> None:
     """Refuse a batch size that does not fit n training items. Raises ValueError."""
-    is_whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    if not is_whole or not 1 <= batch_size <= n:
+    if not is_whole(batch_size) or not 1 <= batch_size <= n:
         raise ValueError(
             f"data.batch_size={batch_size} does not fit the {n} training items: give 1 to {n}"
         )

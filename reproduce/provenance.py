@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import results
 from lightning_modules.objective import Objective
+from lightning_modules.stopping import writing
 from reproduce.config import ConfigError
+from results.files import write
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS_FILE = "reproduce/provenance.py"
@@ -31,10 +33,14 @@ class Provenance(L.Callback):
         self.config = cast(dict[str, Any], OmegaConf.to_container(config))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the config, now that the data were found and everything has been built."""
-        if trainer.is_global_zero:
-            path = Path(self.config["run_dir"], "config.yaml")
-            path.write_text(OmegaConf.to_yaml(self.config))
+        """Write the config, now that the data were found and everything has been built.
+
+        RunStopped, on all ranks: it cannot be written.
+        """
+        path = Path(self.config["run_dir"], "config.yaml")
+        with writing(trainer, path):
+            if trainer.is_global_zero:
+                write(path, OmegaConf.to_yaml(self.config))
         if trainer.logger is not None:
             trainer.logger.log_hyperparams(self.config)
 

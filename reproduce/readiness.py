@@ -13,6 +13,7 @@ from typing import Protocol, cast, runtime_checkable
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
 
 from datamodules.stateless import StatelessDataModule
 from lightning_modules.objective import Objective
@@ -178,9 +179,10 @@ class Readiness(L.Callback):
                 f"{self.config.data.name} has no test data, on which a run is tested at its end: "
                 "give data.n_test of at least 1"
             )
-        self._check_share("limit_test_batches", len(data.test_dataloader()))
+        n_ranks = trainer.world_size
+        self._check_share("limit_test_batches", fewest_batches(data.test_dataloader(), n_ranks))
         if validates(self.config):
-            self._check_share("limit_val_batches", len(data.val_dataloader()))
+            self._check_share("limit_val_batches", fewest_batches(data.val_dataloader(), n_ranks))
         callbacks: list[L.Callback] = vars(trainer)["callbacks"]
         for part in (pl_module, *callbacks):
             if isinstance(part, PreparesTest):
@@ -194,6 +196,16 @@ class Readiness(L.Callback):
                 f"trainer.{key}={share:g} is less than one batch (batches: {n_batches}): give at "
                 f"least {share_of_one(n_batches)}, a number of batches as an int, or null for all"
             )
+
+
+def fewest_batches(loader: DataLoader | list, n_ranks: int) -> int:
+    """The number of batches of the rank that has the fewest, so that all ranks decide alike.
+
+    Ranks share the data without padding. One that ended alone would leave the others waiting.
+    """
+    if not isinstance(loader, DataLoader):
+        return 0
+    return math.ceil(len(cast("Sized", loader.dataset)) // n_ranks / (loader.batch_size or 1))
 
 
 def share_of_one(n: int) -> float:

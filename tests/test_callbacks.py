@@ -1,12 +1,15 @@
 """What the callbacks show and write beside a run."""
 
 import errno
+import gc
 import math
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_density import RandomImages, density
 from torch import nn
 
@@ -20,6 +23,7 @@ from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.samples import Samples, picture
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
+from reproduce.provenance import Provenance
 from results.metrics import Metric
 
 BPD = Metric("bpd", "lower", "bits/dim")
@@ -196,6 +200,27 @@ def test_a_model_that_cannot_be_inverted_gets_one_line_and_the_run_goes_on(tmp_p
     assert model.training
 
 
+class Wasteful(Singular):
+    """Its inverse fails while it holds a tensor."""
+
+    def draw(self, n, temperature, seed, batch):
+        activations = torch.zeros(2, 2)
+        self.held = weakref.ref(activations)
+        torch.linalg.inv(activations)
+
+
+def test_samples_that_fail_leave_no_tensors_behind(tmp_path):
+    """On a full GPU the next training step needs that memory before Python looks for cycles."""
+    samples = Samples(tmp_path, [1.0], n=2, every_n_steps=1)
+    model = Wasteful()
+    gc.disable()
+    try:
+        samples.on_train_end(trainer_at(5), model)
+        assert model.held() is None
+    finally:
+        gc.enable()
+
+
 class NoDensity(Singular):
     """A density of points that is nowhere a number, and whose inverse does not exist."""
 
@@ -231,15 +256,17 @@ def without_space(monkeypatch):
 
 
 def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monkeypatch):
-    """So do the curve, its picture, samples, and a density."""
+    """So do the curve, its picture, samples, a density, and the config."""
     curve = Curve(tmp_path, 64, 10, [])
     curve.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
     samples = Samples(tmp_path / "samples", [0.7], n=2, every_n_steps=1)
     density = Density2d(tmp_path, n=4, cell=0.5)
     tested = trainer_at(5)
     tested.datamodule = SimpleNamespace(test=Points(torch.zeros(3, 2)))
+    provenance = Provenance(OmegaConf.create({"run_dir": str(tmp_path)}))
     without_space(monkeypatch)
     writers = {
+        "config.yaml": lambda: provenance.on_fit_start(trainer_at(5), None),
         "curve.csv": lambda: curve.on_fit_start(trainer_at(5), None),
         "curve.png": lambda: curve.on_fit_end(trainer_at(5), None),
         "samples": lambda: samples.on_train_end(trainer_at(5), Singular()),

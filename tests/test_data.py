@@ -22,6 +22,7 @@ from datamodules.images import ImageArray, shift_image
 from datamodules.photos import LARGEST_SIZE, REGIONS, Crops, Photos, photographs, region
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler
 from datamodules.two_moons import TwoMoons
+from flows.glow import Glow
 from flows.realnvp import RealNVP2d
 from lightning_modules.density import DensityModule
 from lightning_modules.noise import batch_noise, image_noise
@@ -935,6 +936,15 @@ def test_values_out_of_their_range_are_one_line(name):
                 one_line(error).endswith(f"give a whole number {request}") or key == "num_workers"
             )
             assert request in one_line(error)
+
+
+def test_counts_may_be_ints_of_numpy():
+    """As in a notebook that goes through np.arange."""
+    two = np.int64(2)
+    assert make_data("two_moons", batch_size=two, seed=two, n_train=two).batch_size == 2
+    assert made_photos(size=two, n_bits=two).shape == (3, 2, 2)
+    flow = Glow((3, 4, 4), n_levels=two, depth=two, hidden_channels=two)
+    assert DensityModule(flow, None, None, seed=two, warmup_steps=two).warmup_steps == 2
 
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), True])

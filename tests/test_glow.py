@@ -18,6 +18,7 @@ from datamodules.dequantization import UniformDequantizer
 from datamodules.samplers import TrainSampler
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.glow import Glow
+from flows.glow.priors import TopPrior
 from flows.likelihood import bits_per_dim
 from flows.linear import InvertibleConv1x1LU
 from flows.normalization import ActNorm, uninitialized
@@ -471,6 +472,14 @@ def test_class_logits_of_a_glow_without_classes_are_one_line():
     message = "^this Glow is not class-conditional: build it with n_classes$"
     with pytest.raises(ValueError, match=message):
         flow.log_prob_and_class_logits(images(2, flow.shape), None)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_class_that_does_not_exist_fails_where_its_value_is_not_checked(label):
+    """As on a GPU, where the flow checks no values: no density, rather than a wrong one."""
+    prior = TopPrior(2, edges=False, n_classes=3)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        prior(torch.zeros(1, 2, 2, 2), torch.tensor([label]))
 
 
 def test_without_weights_it_is_a_standard_normal_of_x_minus_a_half():

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import results
+from datamodules import make_data
 from lightning_modules.density import DensityModule
 from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10
 from reproduce.command import command
@@ -433,6 +434,19 @@ def test_a_test_without_data_is_refused_before_the_first_step(words, tmp_path):
     assert words[0].partition("=")[0] in line
     assert "give" in line
     assert not (folder / "curve.csv").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_agree_that_a_share_is_less_than_one_batch(rank):
+    """Of 5 items in batches of 2, rank 0 has two batches and rank 1 has one."""
+    data = make_data("two_moons", seed=0, batch_size=4, n_train=8, n_val=0, n_test=5)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    data.setup()
+    config = OmegaConf.create({"data": {"n_val": 0}, "trainer": {"limit_val_batches": None}})
+    config.trainer.limit_test_batches = 0.5
+    trainer = SimpleNamespace(datamodule=data, callbacks=[], world_size=2)
+    with pytest.raises(ConfigError, match=r"limit_test_batches=0\.5 .* \(batches: 1\)"):
+        readiness.Readiness(config).setup(trainer, None, "fit")
 
 
 def test_a_share_of_the_batches_that_is_none_says_the_least_share(tmp_path):

@@ -93,9 +93,10 @@ class TopPrior(Flow):
         if self.by_class is not None:
             if context is None:
                 raise ValueError("the prior depends on the class: give it as context, (B,) int64")
-            # F.one_hot reads the values, which vmap does not allow.
-            classes = torch.arange(self.by_class.in_features, device=context.device)
-            one_hot = (context[:, None] == classes).to(x.dtype)
+            # F.one_hot reads the values, which vmap does not allow. This indexing fails for a class
+            # that is out of range, also on a GPU, where `Classes` does not check the values.
+            rows = torch.eye(self.by_class.in_features, dtype=x.dtype, device=context.device)
+            one_hot = rows.index_select(0, context)
             h = h + self.by_class(one_hot)[:, :, None, None]
         mean, log_std = h.chunk(2, dim=-3)
         return mean, log_std

@@ -124,6 +124,8 @@ class Samples(L.Callback):
         """A row of samples for each temperature, or one row; empty if the objective draws none.
 
         failures: the dict to which errors of the kinds FAILURES are added, by name of the samples.
+            They are added without their tracebacks, which refer to the tensors of the failed
+            computation, and would keep them in memory.
         """
         rows: list[Tensor] = []
         for temperature in self.temperatures if objective.has_temperature else (1.0,):
@@ -131,7 +133,7 @@ class Samples(L.Callback):
             try:
                 samples = objective.draw(self.n, temperature, self.seed, self.batch)
             except FAILURES as error:
-                failures[f"samples{suffix}"] = error
+                failures[f"samples{suffix}"] = error.with_traceback(None)
                 self.finite[f"samples/finite{suffix}"] = 0.0
                 continue
             if samples is None:
@@ -149,7 +151,7 @@ class Samples(L.Callback):
         try:
             pair = objective.reconstruct(self.batch)
         except FAILURES as error:
-            failures["reconstructions"] = error
+            failures["reconstructions"] = error.with_traceback(None)
             return []
         return [] if pair is None else list(pair)
 
