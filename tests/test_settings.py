@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 import results
 from lightning_modules.density import DensityModule
-from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10
+from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10, run_folder
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, compose, override
 from reproduce.kinds import (
@@ -458,10 +458,33 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         words = override([*TINY, "trainer.max_steps=2", "logger.name=csv"], [word])
         mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'run'}")
         assert not (tmp_path / "run").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.md").write_text("mine")
+
+
+@pytest.mark.parametrize("name", ["notes.md", "log.txt", "lock", "old/log.txt", "old/lock"])
+def test_a_run_that_is_refused_removes_nothing_of_its_user(name, tmp_path):
+    """Also if a file has the name of one of a run's own."""
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine\n")
+    words = override(TINY, ["logger.name=csv", "trainer.limit_test_batches=0.01"])
     mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'mine'}")
-    assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+    assert path.read_text().startswith("mine\n")
+
+
+def test_a_run_that_is_refused_leaves_the_run_that_another_process_begins_there(tmp_path):
+    """The other one makes files after this one has looked for them, and before it tidies up."""
+    folder = tmp_path / "run"
+    run_folder.open_folder(folder)
+    unlink = Path.unlink
+
+    def begin(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        (folder / "curve.csv").write_text("other")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", begin)
+        run_folder.leave_no_empty_run()
+    assert (folder / "curve.csv").read_text() == "other"
 
 
 def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
