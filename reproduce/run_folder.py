@@ -117,10 +117,10 @@ def open_folder(folder: Path) -> None:
 def leave_no_empty_run() -> None:
     """Remove what this process has written into its newest folder, where it has begun no run there.
 
-    A setting that is refused after the folder was opened leaves a lock and a log, and no more. Files
-    that were there before stay, and so does everything if the folder holds any other file. The lock
-    is removed last, and only empty folders are, so that nothing is lost of a run that another
-    process begins there at this moment.
+    A setting that is refused after the folder was opened leaves a lock and a log, and no more.
+    Files that were there before stay, and so does everything if the folder holds any other file.
+    The lock is removed last, and only empty folders are, so that nothing is lost of a run that
+    another process begins there at this moment.
     """
     log = logging.getLogger("lightning.pytorch")
     for handler in [h for h in log.handlers if isinstance(h, LogFile)]:

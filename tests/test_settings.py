@@ -20,6 +20,7 @@ import torch
 from cases import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 import results
@@ -549,12 +550,25 @@ def test_help_of_the_rows_of_a_grid(capsys):
 
 def test_a_checkpoint_has_to_have_room(monkeypatch, tmp_path):
     """Weights, two moments of each and, where they are averaged, the averages."""
-    usage = SimpleNamespace(free=100)
+    usage = SimpleNamespace(total=1000, free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.max_steps=2"]
     line = mistake(realnvp_cifar10.main, *words)
     assert line.startswith(f"{tmp_path} has 0.0 MB left, and a checkpoint of this run takes about")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "total"), [(1, 1000), (0, 0)])
+def test_the_folder_is_checked_by_rank_0_where_its_size_is_known(
+    rank, total, monkeypatch, tmp_path
+):
+    """Another rank writes nothing there, and its refusal would be printed by nobody."""
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    usage = SimpleNamespace(total=total, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    module = SimpleNamespace(state_dict=dict, trained=torch.nn.Linear(1, 1))
+    config = OmegaConf.create({"run_dir": str(tmp_path / "run"), "ema": {"decay": None}})
+    readiness.check_folder(config, module)
 
 
 @pytest.mark.parametrize(("decay", "averages"), [("null", 0), ("0.9", 1)])
@@ -576,9 +590,9 @@ def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("")
-    for folder in ("file", "file/run", "run"):
+    for folder, path in (("file", "file"), ("file/run", "file"), ("run", "run/samples")):
         line = mistake(realnvp_cifar10.main, *TINY, f"run_dir={tmp_path / folder}")
-        assert str(tmp_path) in line
+        assert line.startswith(f"{tmp_path / path} is no folder that this user can write: give")
 
 
 class NeedsWeights(L.Callback):
