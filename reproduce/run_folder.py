@@ -69,9 +69,11 @@ def check_run_dir(config: DictConfig) -> None:
             )
         rank_zero_only(say)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
-    last_step = max((int(row["step"]) for row in read_curve(folder / "curve.csv")), default=0)
-    was_due = last_step >= config.checkpoint.every_n_steps
-    if was_due and best_checkpoint(folder).is_file() and not step_checkpoints(folder):
+    if step_checkpoints(folder) or not best_checkpoint(folder).is_file():
+        return  # a run continues from its checkpoints alone: its curve may be damaged
+    rows = read_curve(folder / "curve.csv")
+    last_step = max((int(row.get("step") or 0) for row in rows), default=0)
+    if last_step >= config.checkpoint.every_n_steps:
         raise ConfigError(
             f"{folder} holds the curve of {last_step} steps, but its step-*.ckpt are gone: "
             f"give another run_dir, or copy its {BEST} to step-00000000.ckpt to go on from that"

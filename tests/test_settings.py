@@ -488,6 +488,15 @@ def test_a_run_that_is_refused_leaves_the_run_that_another_process_begins_there(
     assert (folder / "curve.csv").read_text() == "other"
 
 
+@pytest.mark.parametrize("curve", ["step;images\n0;0\n", "step,images\nx,y\n", "\0\0\0"])
+def test_a_run_goes_on_beside_a_damaged_curve(curve, tmp_path):
+    """Its checkpoints hold the curve, too, and it is written anew."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000002.ckpt").touch()
+    (tmp_path / "curve.csv").write_text(curve)
+    assert load("resume=auto", folder=tmp_path).resume == "auto"
+
+
 def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
     words = [*TINY, "trainer.max_steps=2", "optim.l2=1e30", f"run_dir={tmp_path / 'run'}"]
     assert "no step of the run was finite. Lower optim.lr" in mistake(realnvp_cifar10.main, *words)
