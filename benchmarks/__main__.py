@@ -33,6 +33,7 @@ from lightning_modules.precision import full_float32
 from reproduce.config import ConfigError, arguments
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state
+from reproduce.streams import say
 from results.files import write
 from results.speed import COMPILED
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     """Measure, print each row, and write the file."""
     words = arguments(argv)
     if not words or {"--help", "-h"} & set(words):
-        print((__doc__ or "").strip())
+        say((__doc__ or "").strip())
         return None
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
                 for row in measure(SETTINGS[kind][setting], rounds, device, apart, bf16)
             ]
         for row in measured:
-            print(json.dumps(row), flush=True)
+            say(json.dumps(row))
         rows += [row | about for row in measured]
         if path is not None:
             write(path, json.dumps(rows, indent=1) + "\n")

@@ -43,6 +43,7 @@ from reproduce.arguments import parse_seeds, settings
 from reproduce.config import ConfigError, arguments, compose, override
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.provenance import git_state, machine
+from reproduce.streams import say
 from results import stability
 from results.files import portable, write
 
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     """Run the seeds that FILE lacks. Returns all rows."""
     kind, *words = arguments(argv) or [""]
     if {"--help", "-h"} & {kind, *words}:
-        print((__doc__ or "").strip())
+        say((__doc__ or "").strip())
         return None
     if kind not in KINDS:
         raise ConfigError(f"'{kind}' is no kind: give one of {', '.join(KINDS)}")
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
             raise
         content["runs"].append(portable(row))  # NaN as null
         shown = {k: v for k, v in row.items() if k not in ("bpd", "optim")}
-        print(json.dumps({**shown, "last_bpd": row["bpd"][-1]}), flush=True)
+        say(json.dumps({**shown, "last_bpd": row["bpd"][-1]}))
         if path is not None:
             write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content["runs"]

@@ -379,7 +379,7 @@ def _set(values: Values, key: str, text: object, schema: Schema | None, source: 
         values[key] = kind.read(text)
     except WrongValue as error:
         example = kind.example
-        if before is not None and not _is_interpolation(before):
+        if before not in (None, "") and not _is_interpolation(before):
             example = argument_text(before)
         message = f"{source}{key}={_quoted(text)} {_advice(key, text, kind, str(error), example)}"
         raise ConfigError(" ".join(message.split())) from error

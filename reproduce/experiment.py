@@ -79,7 +79,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(words):
-        print(describe(experiment, doc))
+        say(describe(experiment, doc))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
     _check_complete(config)
@@ -88,7 +88,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     if config.trainer.precision == "auto":
         config.trainer.precision = best_precision(config.trainer.accelerator)
     if "--print-config" in words:
-        print(OmegaConf.to_yaml(config, resolve=True), end="")
+        say(OmegaConf.to_yaml(config, resolve=True).rstrip("\n"))
         sys.exit(0)
     check_settings(config)
     check_processes(config.trainer)

@@ -17,7 +17,8 @@ several GPUs, start one ablation on each, with different seeds.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+if not __package__:  # run by its path: take the packages beside this script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
 import io

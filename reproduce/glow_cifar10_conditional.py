@@ -11,7 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+if not __package__:  # run by its path: take the packages beside this script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules import make_data
 from flows.glow import Glow

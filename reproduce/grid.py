@@ -11,7 +11,8 @@ python -m reproduce.grid configs/sweeps/realnvp_cifar10_grid.yaml 3
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+if not __package__:  # run by its path: take the packages beside this script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.config import ConfigError, arguments, read
 from reproduce.kinds import argument_text

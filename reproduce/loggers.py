@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import netrc
 import os
 import secrets
@@ -174,7 +175,7 @@ def make_logger(config: DictConfig) -> Logger | bool:
 
 def _keep_caches_in(folder: Path) -> None:
     """Let wandb keep its caches in the run's folder if the home directory cannot be written."""
-    if os.access(Path.home(), os.W_OK):
+    if os.access(os.path.expanduser("~"), os.W_OK):  # it stays ~ if there is no home
         return
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, str(folder.resolve() / "wandb" / "cache"))
@@ -186,28 +187,49 @@ def _mode() -> Mode:
     An online run becomes an offline one if the server does not answer. wandb by itself would wait
     for minutes without a message, and then end the run.
     """
-    import wandb
-
     mode = os.environ.get("WANDB_MODE")
     if mode and mode not in get_args(Mode):
         raise ConfigError(
             f"WANDB_MODE={mode} in the environment is not known: give one of "
             f"{', '.join(get_args(Mode))}"
         )
-    server = wandb.setup().settings.base_url
-    if not mode:
-        mode = "online" if _logged_in(server) else "offline"
-    if mode != "online" or _answers(server):
+    if mode and mode != "online":
         return cast(Mode, mode)
-    _say_offline(f"{server} does not answer")
-    return "offline"
+    return "online" if _can_be_online(is_login_certain=bool(mode)) else "offline"
+
+
+@rank_zero_only
+def _can_be_online(is_login_certain: bool) -> bool:
+    """Whether somebody is logged in and W&B's server answers; says so if only it does not answer.
+
+    Other ranks log nothing, and the look-up of the server's address starts wandb's own process.
+    """
+    import wandb
+
+    server = wandb.setup().settings.base_url
+    if not is_login_certain and not _logged_in(server):
+        return False
+    address = _without_login(server)
+    if _answers(address):
+        return True
+    _say_offline(f"{address} does not answer")
+    return False
+
+
+def _without_login(url: str) -> str:
+    """An address that can be printed.
+
+    >>> _without_login("https://me:secret@wandb.example.org:8080/path")
+    'https://wandb.example.org:8080/path'
+    """
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _say_offline(problem: str) -> None:
     rank_zero_info(f"W&B: {problem}: this run is logged offline")
 
 
-@rank_zero_only
 def _answers(url: str) -> bool:
     """Whether a web server gives any answer at an address within ANSWER_WITHIN seconds.
 
@@ -224,7 +246,7 @@ def _answers(url: str) -> bool:
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ssl.SSLError):  # wandb may know the certificate
                 return
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):  # also a wrong address of a proxy
             return
         answered.set()
 
@@ -369,16 +391,24 @@ def _active_run() -> wandb.Run | None:
 
 
 def _logged_in(server: str) -> bool:
-    """Whether there is a key for W&B's server, in the environment or in ~/.netrc."""
+    """Whether there is a key for W&B's server, where wandb looks for one."""
     import wandb
 
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    try:
-        logins = netrc.netrc()
+    try:  # with its path: else Python refuses a file that other users can read
+        logins = netrc.netrc(_netrc_file())
     except (OSError, netrc.NetrcParseError):
         return False
     hosts = [urlsplit(server).netloc]
     if server == wandb.Settings().base_url:
         hosts.append(CLOUD)
     return any(logins.authenticators(host) is not None for host in hosts)
+
+
+def _netrc_file() -> str:
+    """The file of logins that wandb reads."""
+    path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
+    if os.name == "nt" and not os.path.exists(path):
+        return os.path.expanduser("~/_netrc")
+    return path

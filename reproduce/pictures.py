@@ -31,7 +31,8 @@ them
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages beside this script
+if not __package__:  # run by its path: take the packages beside this script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import inspect
 from collections.abc import Sequence
@@ -61,10 +62,10 @@ DEFAULTS: dict[str, object] = {
     "n": 8,
     "seed": 0,
     "n_images": 1000,
-    "attribute": None,
-    "device": None,
-    "out": None,
-    "data": {"root": None, "download": False},
+    "attribute": "",
+    "device": "",
+    "out": "",
+    "data": {"root": "", "download": False},
 }
 TEMPERATURES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # authors' code
 STRENGTHS = 0.8 * torch.arange(-2, 3)  # to 1.6, in five steps, as in the authors' demo
@@ -338,9 +339,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(folder, options)
     names = list(run.data.class_names or [])
     attribute = options.attribute
-    if attribute is not None and names and attribute not in names:
+    if attribute and names and attribute not in names:
         raise ConfigError(
-            f"attribute={attribute} is not known{nearest(str(attribute), names)}: "
+            f"attribute={attribute} is not known{nearest(attribute, names)}: "
             f"give {', '.join(names)}"
         )
     out = Path(options.out)
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         write(out / "levels.png", *levels(run), run.n_bits)
         if not names:
             say(f"{type(run.data).__name__} has no labels: no attributes.png")
-        elif attribute is None:
+        elif not attribute:
             write(out / "attributes.png", *attributes(run, names, None), run.n_bits)
         else:
             path = out / f"attributes-{attribute}.png"

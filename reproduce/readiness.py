@@ -12,6 +12,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -128,8 +129,12 @@ def _check_processes(config: DictConfig) -> None:
         )
 
 
+@rank_zero_only
 def check_folder(config: DictConfig, module: Objective) -> None:
-    """ConfigError: the run folder cannot be written, or its disk has no room for a checkpoint."""
+    """ConfigError: the run folder cannot be written, or its disk has no room for a checkpoint.
+
+    Rank 0 alone writes there. A file system that tells no size, as some network folders, has room.
+    """
     folder = Path(config.run_dir)
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -138,10 +143,10 @@ def check_folder(config: DictConfig, module: Objective) -> None:
         if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
             raise ConfigError(f"{path} is no folder that this user can write: give another run_dir")
     needed = checkpoint_bytes(config, module)
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    usage = shutil.disk_usage(existing)
+    if usage.total and usage.free < needed:
         raise ConfigError(
-            f"{existing} has {_size(free)} left, and a checkpoint of this run takes about "
+            f"{existing} has {_size(usage.free)} left, and a checkpoint of this run takes about "
             f"{_size(needed)}: make room, or give another run_dir"
         )
 

@@ -4,10 +4,9 @@ import contextlib
 import inspect
 import json
 import logging
-import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +35,8 @@ Checkpoint = dict[str, Any]
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 BEST = "best.ckpt"
 ADVICE = "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
-WITHOUT_RUN = {"lock", "log.txt", "wandb-run-id.txt"}  # files of a folder before a run begins there
-MADE: set[Path] = set()  # folders that this process has made
+# What a run writes into its folder before it begins. The lock comes last: see leave_no_empty_run.
+BEFORE_A_RUN = ("log.txt", "wandb-run-id.txt", "lock")
 
 
 def holds_run(folder: Path) -> bool:
@@ -70,9 +69,11 @@ def check_run_dir(config: DictConfig) -> None:
             )
         rank_zero_only(say)(f"{folder} is finished: see {folder / 'result.json'}")
         sys.exit(0)
-    last_step = max((int(row["step"]) for row in read_curve(folder / "curve.csv")), default=0)
-    was_due = last_step >= config.checkpoint.every_n_steps
-    if was_due and best_checkpoint(folder).is_file() and not step_checkpoints(folder):
+    if step_checkpoints(folder) or not best_checkpoint(folder).is_file():
+        return  # a run continues from its checkpoints alone: its curve may be damaged
+    rows = read_curve(folder / "curve.csv")
+    last_step = max((int(row.get("step") or 0) for row in rows), default=0)
+    if last_step >= config.checkpoint.every_n_steps:
         raise ConfigError(
             f"{folder} holds the curve of {last_step} steps, but its step-*.ckpt are gone: "
             f"give another run_dir, or copy its {BEST} to step-00000000.ckpt to go on from that"
@@ -101,8 +102,8 @@ def open_folder(folder: Path) -> None:
 
     ConfigError: another process has locked the folder.
     """
-    if not folder.exists():
-        MADE.add(folder)
+    is_new = not folder.exists()
+    missing = [name for name in BEFORE_A_RUN if not (folder / name).exists()]
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     for part in (folder / "checkpoints").glob(f"*{PART}"):
@@ -110,7 +111,7 @@ def open_folder(folder: Path) -> None:
     log = logging.getLogger("lightning.pytorch")
     for old in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
         log.removeHandler(old)  # an earlier run of this process had it
-    handler = LogFile(folder / "log.txt")
+    handler = LogFile(folder / "log.txt", missing, is_new)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
@@ -119,27 +120,42 @@ def leave_no_empty_run() -> None:
     """Remove what this process has written into its newest folder, where it has begun no run there.
 
     A setting that is refused after the folder was opened leaves a lock and a log, and no more.
+    Files that were there before stay, and so does everything if the folder holds any other file.
+    The lock is removed last, and only empty folders are, so that nothing is lost of a run that
+    another process begins there at this moment.
     """
     log = logging.getLogger("lightning.pytorch")
     for handler in [h for h in log.handlers if isinstance(h, LogFile)]:
         folder = Path(handler.baseFilename).parent
-        files = [path for path in folder.rglob("*") if not path.is_dir()]
-        if not {path.name for path in files} <= WITHOUT_RUN:
+        own = [folder / name for name in handler.made]
+        if any(path not in own for path in folder.rglob("*") if not path.is_dir()):
             continue
         log.removeHandler(handler)
         handler.close()
         with contextlib.suppress(OSError):
-            for path in files:
+            for path in own:
                 path.unlink(missing_ok=True)
-        if any(folder.resolve() == made.resolve() for made in MADE):
-            shutil.rmtree(folder, ignore_errors=True)
+            if handler.is_new:
+                for path in sorted(folder.rglob("*"), reverse=True):  # the inner ones first
+                    path.rmdir()
+                folder.rmdir()
 
 
 class LogFile(logging.FileHandler):
     """A log file that loses messages on a full disk, instead of printing a traceback for each.
 
     The next checkpoint or curve cannot be written either, and ends the run with one line.
+
+    Args:
+        path: of the file.
+        made: names of files in its folder that this process makes.
+        is_new: whether this process has made the folder.
     """
+
+    def __init__(self, path: Path, made: Sequence[str], is_new: bool) -> None:
+        super().__init__(path)
+        self.made = made
+        self.is_new = is_new
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

@@ -1,6 +1,7 @@
 """Who started the process decides its folder, its ranks, and what happens when it has to stop."""
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -222,9 +223,22 @@ def test_every_command_takes_the_packages_beside_it():
         if 'if __name__ == "__main__":' not in source:
             continue
         statements = [ast.unparse(node) for node in ast.parse(source).body]
-        position = statements.index("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))")
+        position = statements.index(
+            "if not __package__:\n    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+        )
         imports = [line for line in statements[:position] if re.match("import|from", line)]
         assert {line.split()[1] for line in imports} <= {"sys", "pathlib", "omegaconf"}, path
+
+
+def test_an_import_of_a_script_leaves_the_search_path_as_it_is():
+    """load_flow imports scripts. The folder of an installed copy may shadow Python's modules."""
+    for path in (ROOT / "reproduce").glob("*.py"):
+        if "sys.path" not in path.read_text(encoding="utf-8"):
+            continue
+        before = list(sys.path)
+        module = importlib.util.find_spec(f"reproduce.{path.stem}")
+        module.loader.exec_module(importlib.util.module_from_spec(module))
+        assert sys.path == before, path
 
 
 def test_a_script_with_the_code_of_another_clone_is_refused(tmp_path):

@@ -312,6 +312,14 @@ def test_mistakes_are_one_line_and_nothing_is_written(word, message, finished, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("text", ["0", "2026", "true", "null", "1e5"])
+def test_names_and_folders_stay_texts(text, tmp_path):
+    """A class or a folder may have a name of digits."""
+    words = [f"{key}={text}" for key in ("attribute", "out", "data.root")]
+    _, options = pictures.read_options([str(tmp_path), *words])
+    assert [options.attribute, options.out, options.data.root] == [text] * 3
+
+
 def test_folders_without_pictures_are_one_line(tmp_path, capsys):
     assert "nothing is no run's folder" in mistake(capsys)
     assert "nowhere is no run's folder: give outputs/" in mistake(capsys, tmp_path / "nowhere")

@@ -20,12 +20,13 @@ import torch
 from cases import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 import results
 from datamodules import make_data
 from lightning_modules.density import DensityModule
-from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10
+from reproduce import experiment, glow_photos, grid, readiness, realnvp_cifar10, run_folder
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, compose, override
 from reproduce.kinds import (
@@ -472,10 +473,42 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         words = override([*TINY, "trainer.max_steps=2", "logger.name=csv"], [word])
         mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'run'}")
         assert not (tmp_path / "run").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.md").write_text("mine")
+
+
+@pytest.mark.parametrize("name", ["notes.md", "log.txt", "lock", "old/log.txt", "old/lock"])
+def test_a_run_that_is_refused_removes_nothing_of_its_user(name, tmp_path):
+    """Also if a file has the name of one of a run's own."""
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine\n")
+    words = override(TINY, ["logger.name=csv", "trainer.limit_test_batches=0.01"])
     mistake(realnvp_cifar10.main, *words, f"run_dir={tmp_path / 'mine'}")
-    assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+    assert path.read_text().startswith("mine\n")
+
+
+def test_a_run_that_is_refused_leaves_the_run_that_another_process_begins_there(tmp_path):
+    """The other one makes files after this one has looked for them, and before it tidies up."""
+    folder = tmp_path / "run"
+    run_folder.open_folder(folder)
+    unlink = Path.unlink
+
+    def begin(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        (folder / "curve.csv").write_text("other")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", begin)
+        run_folder.leave_no_empty_run()
+    assert (folder / "curve.csv").read_text() == "other"
+
+
+@pytest.mark.parametrize("curve", ["step;images\n0;0\n", "step,images\nx,y\n", "\0\0\0"])
+def test_a_run_goes_on_beside_a_damaged_curve(curve, tmp_path):
+    """Its checkpoints hold the curve, too, and it is written anew."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000002.ckpt").touch()
+    (tmp_path / "curve.csv").write_text(curve)
+    assert load("resume=auto", folder=tmp_path).resume == "auto"
 
 
 def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
@@ -540,12 +573,25 @@ def test_help_of_the_rows_of_a_grid(capsys):
 
 def test_a_checkpoint_has_to_have_room(monkeypatch, tmp_path):
     """Weights, two moments of each and, where they are averaged, the averages."""
-    usage = SimpleNamespace(free=100)
+    usage = SimpleNamespace(total=1000, free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     words = [*TINY, f"run_dir={tmp_path / 'run'}", "trainer.max_steps=2"]
     line = mistake(realnvp_cifar10.main, *words)
     assert line.startswith(f"{tmp_path} has 0.0 MB left, and a checkpoint of this run takes about")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "total"), [(1, 1000), (0, 0)])
+def test_the_folder_is_checked_by_rank_0_where_its_size_is_known(
+    rank, total, monkeypatch, tmp_path
+):
+    """Another rank writes nothing there, and its refusal would be printed by nobody."""
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    usage = SimpleNamespace(total=total, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    module = SimpleNamespace(state_dict=dict, trained=torch.nn.Linear(1, 1))
+    config = OmegaConf.create({"run_dir": str(tmp_path / "run"), "ema": {"decay": None}})
+    readiness.check_folder(config, module)
 
 
 @pytest.mark.parametrize(("decay", "averages"), [("null", 0), ("0.9", 1)])
@@ -567,9 +613,9 @@ def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("")
-    for folder in ("file", "file/run", "run"):
+    for folder, path in (("file", "file"), ("file/run", "file"), ("run", "run/samples")):
         line = mistake(realnvp_cifar10.main, *TINY, f"run_dir={tmp_path / folder}")
-        assert str(tmp_path) in line
+        assert line.startswith(f"{tmp_path / path} is no folder that this user can write: give")
 
 
 class NeedsWeights(L.Callback):

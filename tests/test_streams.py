@@ -1,5 +1,6 @@
 """Standard output that nobody reads and standard error that is closed: no mistake of a run's."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,31 +10,56 @@ from pathlib import Path
 import pytest
 from test_portability import MOONS
 
-from reproduce import streams
+from benchmarks import __main__ as benchmark
+from reproduce import realnvp_cifar10, streams
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def unread(monkeypatch):
-    """Standard output as in `python ... | head -0`."""
+@contextlib.contextmanager
+def unread(buffering=-1):
+    """Standard output as in `python ... | head -0`; a fixture's would be replaced by pytest's own.
+
+    buffering: 1 for each line by itself, as on a terminal.
+    """
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w", encoding="utf-8") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        yield stream
+    with (
+        open(writer, "w", buffering=buffering, encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+    ):
+        yield
 
 
-def test_what_nobody_reads_is_printed_without_an_error(unread):
-    streams.say("a", Path("b"))
-    streams.say("c")
-    streams.flush_streams()
+def test_what_nobody_reads_is_printed_without_an_error():
+    with unread():
+        streams.say("a", Path("b"))
+        streams.say("c")
+        streams.flush_streams()
 
 
-def test_what_is_still_buffered_is_flushed_without_an_error(unread):
-    print("a")
-    streams.flush_streams()
-    print("b", flush=True)
+@pytest.mark.parametrize("word", ["--help", "--print-config"])
+def test_help_that_nobody_reads_to_its_end_is_no_mistake(word):
+    """As `| head`, which leaves before the whole text is written."""
+    with unread(buffering=1), pytest.raises(SystemExit) as end:
+        realnvp_cifar10.main([word])
+    assert end.value.code == 0
+
+
+def test_a_benchmark_that_nobody_listens_to_writes_its_file(tmp_path, monkeypatch):
+    row = {"model": "a", "dtype": "float32"}
+    monkeypatch.setattr(benchmark, "measure", lambda *arguments: [row])
+    path = tmp_path / "rows.json"
+    with unread():
+        benchmark.main(["realnvp", "--json", str(path)])
+    assert row.items() <= json.loads(path.read_text())[0].items()
+
+
+def test_what_is_still_buffered_is_flushed_without_an_error():
+    with unread():
+        print("a")
+        streams.flush_streams()
+        print("b", flush=True)
 
 
 def test_lines_are_printed_one_below_the_other(capsys):

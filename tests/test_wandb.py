@@ -57,8 +57,10 @@ def nobody_logged_in(home):
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in (
+            "NETRC",
             "WANDB_API_KEY",
             "WANDB_BASE_URL",
+            "WANDB_IDENTITY_TOKEN_FILE",
             "WANDB_MODE",
             "WANDB_DIR",
             "WANDB_RUN_ID",
@@ -551,6 +553,63 @@ def test_a_login_is_looked_up_for_the_server_in_use(tmp_path, alone, host):
     assert not loggers._logged_in(server)
     write_login(tmp_path, host)
     assert loggers._logged_in(server)
+
+
+def test_a_login_is_looked_up_where_wandb_does(tmp_path, alone):
+    """A file that others can read counts too, $NETRC names another one, and a token is a login."""
+    server = wandb.Settings().base_url
+    write_login(tmp_path, "api.wandb.ai")
+    (tmp_path / ".netrc").chmod(0o644)
+    assert loggers._logged_in(server)
+    (tmp_path / ".netrc").rename(tmp_path / "logins")
+    assert not loggers._logged_in(server)
+    with alone.context() as patch:
+        patch.setenv("NETRC", str(tmp_path / "logins"))
+        assert loggers._logged_in(server)
+    alone.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    assert loggers._logged_in(server)
+
+
+def test_no_other_rank_starts_wandb(tmp_path, alone):
+    def setup():
+        raise AssertionError("wandb was started")
+
+    alone.setenv("WANDB_API_KEY", "a" * 40)
+    alone.setattr(wandb, "setup", setup)
+    alone.setattr(loggers.rank_zero_only, "rank", 1)
+    assert loggers._mode() == "offline"
+    alone.setattr(loggers.rank_zero_only, "rank", 0)
+    alone.setenv("WANDB_MODE", "offline")
+    assert loggers._mode() == "offline"
+
+
+def test_a_password_in_the_servers_address_is_not_printed(alone, closed_port, caplog):
+    caplog.set_level("INFO")
+    alone.setenv("WANDB_API_KEY", "a" * 40)
+    alone.setenv("WANDB_BASE_URL", f"http://me:secret@{closed_port[0]}:{closed_port[1]}")
+    assert loggers._mode() == "offline"
+    assert [str(closed_port[1]) in line for line in offline_lines(caplog)] == [True]
+    assert "secret" not in caplog.text
+
+
+def test_what_answers_without_http_is_no_server_and_no_traceback(alone):
+    tracebacks = []
+    alone.setattr(threading, "excepthook", tracebacks.append)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_as_ssh, args=(server,))
+        thread.start()
+        assert not loggers._answers(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    alone.setenv("http_proxy", "http://me:secret@proxy:port")
+    assert not loggers._answers("http://wandb.example.org")
+    assert tracebacks == []
+
+
+def answer_as_ssh(server):
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(100)
+        connection.sendall(b"SSH-2.0\r\n")
 
 
 def write_login(home, host):
