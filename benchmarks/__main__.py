@@ -30,7 +30,7 @@ from benchmarks.json_file import take_json
 from benchmarks.speed import N_SAMPLES
 from benchmarks.turns import InProcess, OwnProcess, interleaved
 from lightning_modules.precision import full_float32
-from reproduce.config import ConfigError, arguments
+from reproduce.config import ConfigError, arguments, parse
 from reproduce.experiment import command
 from reproduce.provenance import best_precision, device_name, git_state
 from reproduce.streams import say
@@ -128,15 +128,14 @@ def read(words: list[str], device: torch.device) -> tuple[str, Path | None, int,
     path, words = take_json(words[1:])
     choices = list(SETTINGS[kind])
     settings = [setting for setting in choices if (setting in LARGE) == (device.type == "cuda")]
-    for word in words:
-        key, _, value = word.partition("=")
+    for key, value in parse(words).items():
         if key == "rounds" and value.isdecimal() and int(value) > 0:
             rounds = int(value)
         elif key == "settings" and value in choices:
             settings = [value]
         else:
             raise ConfigError(
-                f"{word} is not understood: "
+                f"{key}={value} is not understood: "
                 f"give --json FILE, rounds=7 or settings= one of {choices}"
             )
     return kind, path, rounds, settings

@@ -40,7 +40,7 @@ from lightning_modules.precision import full_float32
 from lightning_modules.stopping import TRY_AGAIN, Diverged, RunStopped
 from reproduce import glow_cifar10
 from reproduce.arguments import parse_seeds, settings
-from reproduce.config import ConfigError, arguments, compose, override
+from reproduce.config import ConfigError, arguments, compose, override, parse
 from reproduce.experiment import command, fit, load_config, make_trainer
 from reproduce.provenance import git_state, machine
 from reproduce.streams import say
@@ -253,14 +253,13 @@ def read(words: list[str], seeds: list[int]) -> tuple[Path | None, list[int], li
     """Split the words into file, seeds, and the overrides of all runs. ConfigError: a mistake."""
     path, others = take_json(words)
     overrides = []
-    for word in others:
-        key, _, value = word.partition("=")
+    for key, value in parse(others).items():
         if key == "seeds":
             seeds = parse_seeds(value)
         elif key in OURS:
             raise ConfigError(f"{key} is not to be given here: give seeds=0,1 and --json FILE")
         else:
-            overrides.append(word)
+            overrides.append(f"{key}={value}")
     return path, seeds, overrides
 
 

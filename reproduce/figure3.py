@@ -35,7 +35,7 @@ from datamodules.checks import expand_home
 from lightning_modules.stopping import TRY_AGAIN
 from reproduce.arguments import parse_seeds, settings
 from reproduce.command import command
-from reproduce.config import ConfigError, arguments, compose
+from reproduce.config import ConfigError, arguments, compose, parse
 from reproduce.launch import processes
 from reproduce.run_folder import DIVERGED
 from reproduce.streams import say
@@ -103,13 +103,12 @@ def run_arguments(permutation: str, coupling: str, seed: int) -> list[str]:
 def split(words: list[str]) -> tuple[list[int], Path | None, list[str]]:
     """Split the arguments into the seeds, the folder `out`, and the overrides of every run.
 
-    ConfigError: `seeds` is no list of seeds, or a key is one of OWN.
+    ConfigError: `seeds` is no list of seeds, a key is one of OWN, or a key comes twice.
     """
     seeds = list(SEEDS)
     out = None
     overrides = []
-    for word in words:
-        key, _, value = word.partition("=")
+    for key, value in parse(words).items():
         if key in OWN:
             raise ConfigError(f"{key} is not to be given here: {OWN[key]}")
         if key == "seeds":
@@ -117,7 +116,7 @@ def split(words: list[str]) -> tuple[list[int], Path | None, list[str]]:
         elif key == "out":
             out = expand_home("out", value)
         else:
-            overrides.append(word)
+            overrides.append(f"{key}={value}")
     return seeds, out, overrides
 
 
@@ -127,7 +126,7 @@ def check_one_process(config: DictConfig) -> None:
     started |= processes()
     devices = started["devices"]
     is_one_device = devices == 1
-    if devices in ("auto", -1, "-1"):  # all devices of this machine
+    if devices in ("auto", -1):  # all devices of this machine
         is_one_device = config.trainer.accelerator == "cpu" or torch.cuda.device_count() < 2
     if not is_one_device or started["num_nodes"] != 1:
         raise ConfigError(

@@ -6,7 +6,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -134,17 +134,11 @@ def _tasks_without_layout() -> bool:
 
 def _device_count(devices: object) -> int | None:
     """The number of devices that `trainer.devices` asks for; None: Lightning chooses."""
-    if devices in ("auto", -1, "-1"):
+    if devices in ("auto", -1):
         return None
     if isinstance(devices, int):
         return devices
-    if isinstance(devices, str) and "," in devices:  # the devices' own numbers, as "0,1"
-        return len([word for word in devices.split(",") if word.strip()])
-    if isinstance(devices, str) and devices.isdecimal():
-        return int(devices)
-    if isinstance(devices, Sized) and not isinstance(devices, str):
-        return len(devices)
-    return None
+    return len(cast("Sized", devices))  # a list of the devices' own numbers
 
 
 def requeue() -> None:

@@ -273,6 +273,7 @@ def test_sampling_makes_what_depends_on_weights_once(monkeypatch):
         (["glow", "--json"], "--json needs a file"),
         (["glow", "rounds=0"], "rounds=0 is not understood"),
         (["glow", "settings=K9"], "settings=K9 is not understood"),
+        (["glow", "rounds=1", "rounds=2"], "rounds is given twice"),
     ],
     ids=str,
 )

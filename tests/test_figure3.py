@@ -258,6 +258,7 @@ def test_a_run_that_fails_ends_all_with_its_line(script, capsys):
         (["seeds=[]"], "seeds=[] are no seeds"),
         (["seeds=[-1]"], "seeds=[-1] are no seeds"),
         (["seeds=a"], "seeds=a are no seeds"),
+        (["seeds=0", "seeds=1"], "seeds is given twice, as 0 and as 1"),
         (["trainer.devices=2"], "the ablation is one process, not trainer.devices=2 on 1 nodes"),
         (["trainer.num_nodes=2"], "the ablation is one process"),
     ],

@@ -79,6 +79,7 @@ def test_round_trip_is_in_grey_levels():
         ([], "is no kind: give one of short, long"),
         (["short", "seeds=a"], "seeds=a are no seeds"),
         (["short", "seed=3"], "seed is not to be given here"),
+        (["short", "seeds=0", "seeds=1"], "seeds is given twice"),
         (["short", "--json"], "--json needs a file"),
     ],
 )
