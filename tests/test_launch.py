@@ -95,10 +95,9 @@ ONE_RANK = {
     ("variables", "devices", "nodes", "how"),
     [
         (ALONE, 2, 1, "sbatch --nodes=1 --ntasks-per-node=2 reproduce/slurm.sh"),
-        (ALONE, "2", 1, "sbatch --nodes=1 --ntasks-per-node=2 reproduce/slurm.sh"),
         (ALONE, "auto", 2, "sbatch --nodes=2 --ntasks-per-node=1 reproduce/slurm.sh"),
         (PAIR, 4, 1, "sbatch --nodes=1 --ntasks-per-node=4 reproduce/slurm.sh"),
-        (PAIR, "0,1,2", 1, "sbatch --nodes=1 --ntasks-per-node=3 reproduce/slurm.sh"),
+        (PAIR, [0, 1, 2], 1, "sbatch --nodes=1 --ntasks-per-node=3 reproduce/slurm.sh"),
         (ONE_RANK, 2, 1, "torchrun --nnodes=1 --nproc-per-node=2"),
     ],
 )
