@@ -30,18 +30,31 @@ def check_image_shape(
     >>> check_image_shape("Glow", (3, 4, 8), 3, "flow.n_levels", 3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: flow.n_levels=3 halves a 4x8 image to odd sizes: give fewer levels, ...
+    ValueError: flow.n_levels=3 halves a 4x8 image to odd sizes: give at most flow.n_levels=2, ...
     """
     channels, height, width = shape if len(shape) == 3 else (None, None, None)
     if channels is None:
         raise ValueError(f"{model} models images (C, H, W), not data of shape {tuple(shape)}")
     if any(side is not None and side % 2**n_halvings for side in (height, width)):
-        unit = key.split("_")[-1]
+        largest = value - n_halvings + most_halvings(height, width)
+        advice = f"sides that are multiples of {2**n_halvings}"
+        if largest >= 1:
+            advice = f"at most {key}={largest}, or {advice}"
         raise ValueError(
-            f"{key}={value} halves a {height}x{width} image to odd sizes: give fewer {unit}, "
-            f"or sides that are multiples of {2**n_halvings}"
+            f"{key}={value} halves a {height}x{width} image to odd sizes: give {advice}"
         )
     return channels, height, width
+
+
+def most_halvings(*sides: int | None) -> int:
+    """How often all sides of an image can be halved; a side that is None always can.
+
+    >>> most_halvings(28, 28), most_halvings(48, None), most_halvings(32, 7)
+    (2, 4, 0)
+    """
+    halvings = range(MOST_HALVINGS, 0, -1)
+    known = [side for side in sides if side is not None]
+    return next((n for n in halvings if all(side % 2**n == 0 for side in known)), 0)
 
 
 def halved_shape(channels: int, shape: ImageShape, times: int) -> tuple[int, ...]:

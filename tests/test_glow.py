@@ -559,8 +559,15 @@ def test_latent_shapes(size, n_levels):
             {"permutation": "conv"},
             "flow.permutation=conv is not known: give one of reverse, shuffle, invertible",
         ),
-        ({"n_levels": 3}, "flow.n_levels=3 halves a 4x8 image to odd sizes"),
-        ({"shape": (3, 7, 8), "n_levels": 1}, "flow.n_levels=1 halves a 7x8 image to odd sizes"),
+        (
+            {"n_levels": 3},
+            "flow.n_levels=3 halves a 4x8 image to odd sizes: give at most flow.n_levels=2, or sides"
+            " that are multiples of 8",
+        ),
+        (
+            {"shape": (3, 7, 8), "n_levels": 1},
+            "flow.n_levels=1 halves a 7x8 image to odd sizes: give sides that are multiples of 2",
+        ),
         ({"n_levels": 0}, "flow.n_levels"),
         ({"depth": 0}, "flow.depth"),
         ({"hidden_channels": -1}, "flow.hidden_channels"),

@@ -206,11 +206,22 @@ def test_l2_penalty_leaves_channel_factors_and_directions_alone():
 
 
 @pytest.mark.parametrize(
-    ("shape", "n_scales"), [((3, 8, 8), 5), ((3, 6, 8), 3), ((3, 8, 6), 3), ((1, 7, 7), 2)]
+    ("shape", "n_scales", "most"),
+    [
+        ((3, 8, 8), 5, 4),
+        ((3, 6, 8), 3, 2),
+        ((3, 8, 6), 3, 2),
+        ((1, 7, 7), 2, 1),
+        ((1, 28, 28), 4, 3),
+    ],
 )
-def test_a_size_that_cannot_be_halved_so_often_is_an_error(shape, n_scales):
-    with pytest.raises(ValueError, match=rf"n_scales={n_scales}.*{shape[1]}x{shape[2]}"):
+def test_a_size_that_cannot_be_halved_so_often_is_an_error(shape, n_scales, most):
+    message = (
+        rf"n_scales={n_scales}.*{shape[1]}x{shape[2]}.* give at most flow\.n_scales={most}, or"
+    )
+    with pytest.raises(ValueError, match=message):
         tiny(shape, n_scales)
+    tiny(shape, most)
 
 
 @pytest.mark.parametrize("size", ["n_scales", "hidden_channels", "n_blocks"])
