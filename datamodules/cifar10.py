@@ -6,11 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.checks import check_count, check_share, expand_home
-from datamodules.dequantization import UniformDequantizer
-from datamodules.images import ImageArray
-from datamodules.samplers import check_batch_size
-from datamodules.stateless import StatelessDataModule
+from datamodules.images import ImageFiles
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -24,29 +20,20 @@ TRAIN_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 TEST_MD5 = {"test_batch": "40351d587109b95175f43aff81a1287e"}
-N_IMAGES = 50_000  # for training and validation
-SPLIT_SEED = 0  # the validation split is the same in every run, whatever the run's seed
 
 
-class CIFAR10(StatelessDataModule):
+class CIFAR10(ImageFiles):
     """50,000 training and 10,000 test images, (3, 32, 32), uint8, of ten classes.
 
     root: the folder that contains cifar-10-batches-py/, or the archive cifar-10-python.tar.gz,
         which is then unpacked. `~` is the home folder.
-    n_val: how many training images are held out for validation. This split is our own, since the
-        data set has none. 0 for a final run on all 50,000.
     hflip: whether half of the training images are mirrored (Dinh et al. 2017, section 4.1).
     download: whether to fetch the official archive where the files are missing.
-    n_bits: how many bits of a pixel are kept, the most significant ones.
-    shift: the largest shift along each axis in training, as a share of the side (openai/glow,
-        --dal 1: 0.1).
-    labels: whether batches are (image, index, label), where the label is an index of `class_names`.
-    The other arguments are those of `StatelessDataModule`. Raises ValueError: a value is out of
-    its range.
+    The other arguments are those of `ImageFiles`. Raises ValueError: a value is out of its range.
     """
 
     shape = (3, 32, 32)
-    n_bits: int
+    n_images = 50_000
     n_classes = 10
     class_names = (
         "airplane",
@@ -75,18 +62,19 @@ class CIFAR10(StatelessDataModule):
         shift: float = 0.0,
         labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, micro_batch, num_workers, seed)
-        self.dequantizer = UniformDequantizer(n_bits)
-        check_share("data.shift", shift)
-        check_batch_size(batch_size, N_IMAGES)
-        check_count("data.n_val", n_val, least=0, most=N_IMAGES - batch_size)
-        self.root = expand_home("data.root", root)
-        self.n_val = n_val
-        self.hflip = hflip
-        self.download = download
-        self.n_bits = n_bits
-        self.shift = shift
-        self.labels = labels
+        super().__init__(
+            root=root,
+            batch_size=batch_size,
+            n_val=n_val,
+            hflip=hflip,
+            download=download,
+            num_workers=num_workers,
+            micro_batch=micro_batch,
+            seed=seed,
+            n_bits=n_bits,
+            shift=shift,
+            labels=labels,
+        )
 
     def prepare_data(self) -> None:
         """Make sure that the pickles are under `root`, if they are not in memory yet.
@@ -132,37 +120,9 @@ class CIFAR10(StatelessDataModule):
                 f"CIFAR-10 could not be downloaded from {URL} ({error}): {advice}"
             ) from error
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read all images into memory, once.
-
-        Raises FileNotFoundError: a file is missing. Raises ValueError: a file is damaged.
-        """
-        if hasattr(self, "test"):
-            return
-        images, labels = self._read_all(TRAIN_MD5)
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-        val = np.sort(order[: self.n_val])
-        train = np.sort(order[self.n_val :])
-        self.train = ImageArray(
-            images[train],
-            seed=self.seed,
-            hflip=self.hflip,
-            shift=self.shift,
-            n_bits=self.n_bits,
-            labels=self._labels_if_used(labels[train]),
-        )
-        self.val = self._evaluation_set(images[val], labels[val])
-        self.test = self._evaluation_set(*self._read_all(TEST_MD5))
-
-    def _evaluation_set(self, images: np.ndarray, labels: np.ndarray) -> ImageArray:
-        """A data set of images that are not augmented."""
-        return ImageArray(images, n_bits=self.n_bits, labels=self._labels_if_used(labels))
-
-    def _labels_if_used(self, labels: np.ndarray) -> np.ndarray | None:
-        return labels if self.labels else None
-
-    def _read_all(self, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        """The images of several pickles, (N, 3, 32, 32) uint8, and their classes, (N,)."""
+    def _read_images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """The images of all pickles of a split, (N, 3, 32, 32) uint8, and their classes, (N,)."""
+        files = {"train": TRAIN_MD5, "test": TEST_MD5}[split]
         images, labels = zip(*(self._read(name, md5) for name, md5 in files.items()), strict=True)
         return np.concatenate(images), np.concatenate(labels)
 

@@ -1,6 +1,11 @@
-"""Images in memory, whose augmentation is a function of (seed, epoch, index)."""
+"""Images in memory, whose augmentation is a function of (seed, epoch, index).
 
+`ImageFiles` is the base class of the data sets that are read from official files.
+"""
+
+from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.checks import check_count, check_share, expand_home
+from datamodules.dequantization import UniformDequantizer
+from datamodules.samplers import check_batch_size
+from datamodules.stateless import StatelessDataModule
+
+SPLIT_SEED = 0  # the validation split is the same in every run, whatever the run's seed
 Item = tuple[Tensor, int] | tuple[Tensor, int, int]  # image, index and, with labels, the label
 
 
@@ -94,3 +105,94 @@ def shift_image(image: np.ndarray, offset: np.ndarray | tuple[float, float]) -> 
     # Shifting each channel separately takes half the time of one three-dimensional call.
     channels = [shift(channel, offset, np.float32, order=1, mode="nearest") for channel in image]
     return np.stack(channels).astype(np.uint8)
+
+
+class ImageFiles(StatelessDataModule):
+    """The base class of labelled images that are read from official files into memory.
+
+    A subclass declares `shape`, `n_images`, `n_classes` and `class_names`, obtains the files in
+    `prepare_data`, and reads them in `_read_images`.
+
+    root: the folder that contains the files. `~` is the home folder.
+    n_val: how many training images are held out for validation. This split is our own, since the
+        data sets have none. 0 for a final run on all training images.
+    hflip: whether half of the training images are mirrored.
+    download: whether to fetch the official files where they are missing.
+    n_bits: how many bits of a pixel are kept, the most significant ones.
+    shift: the largest shift along each axis in training, as a share of the side (openai/glow,
+        --dal 1: 0.1).
+    labels: whether batches are (image, index, label), where the label is an index of `class_names`.
+    The other arguments are those of `StatelessDataModule`. Raises ValueError: a value is out of
+    its range.
+    """
+
+    n_images: int  # for training and validation
+    n_bits: int
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int,
+        n_val: int,
+        hflip: bool,
+        download: bool,
+        num_workers: int,
+        micro_batch: int | None,
+        seed: int,
+        n_bits: int,
+        shift: float,
+        labels: bool,
+    ) -> None:
+        super().__init__(batch_size, micro_batch, num_workers, seed)
+        self.dequantizer = UniformDequantizer(n_bits)
+        check_share("data.shift", shift)
+        check_batch_size(batch_size, self.n_images)
+        check_count("data.n_val", n_val, least=0, most=self.n_images - batch_size)
+        self.root = expand_home("data.root", root)
+        self.n_val = n_val
+        self.hflip = hflip
+        self.download = download
+        self.n_bits = n_bits
+        self.shift = shift
+        self.labels = labels
+
+    @abstractmethod
+    def _read_images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """The images of a split, "train" or "test", (N, C, H, W) uint8, and their classes, (N,).
+
+        "train" also holds the images for validation. Raises FileNotFoundError: a file is missing.
+        Raises ValueError: a file is damaged.
+        """
+
+    def _order(self, n: int) -> np.ndarray:
+        """The numbers of the n training images, those for validation first, (n,)."""
+        return np.random.default_rng(SPLIT_SEED).permutation(n)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all images into memory, once.
+
+        Raises FileNotFoundError: a file is missing. Raises ValueError: a file is damaged.
+        """
+        if hasattr(self, "test"):
+            return
+        images, labels = self._read_images("train")
+        order = self._order(len(images))
+        val = np.sort(order[: self.n_val])
+        train = np.sort(order[self.n_val :])
+        self.train = ImageArray(
+            images[train],
+            seed=self.seed,
+            hflip=self.hflip,
+            shift=self.shift,
+            n_bits=self.n_bits,
+            labels=self._labels_if_used(labels[train]),
+        )
+        self.val = self._evaluation_set(images[val], labels[val])
+        self.test = self._evaluation_set(*self._read_images("test"))
+
+    def _evaluation_set(self, images: np.ndarray, labels: np.ndarray) -> ImageArray:
+        """A data set of images that are not augmented."""
+        return ImageArray(images, n_bits=self.n_bits, labels=self._labels_if_used(labels))
+
+    def _labels_if_used(self, labels: np.ndarray) -> np.ndarray | None:
+        return labels if self.labels else None
