@@ -7,12 +7,15 @@ the dequantiser that turns the integers into real numbers.
 from typing import Any
 
 from datamodules.cifar10 import CIFAR10
+from datamodules.mnist import MNIST, FashionMNIST
 from datamodules.photos import Photos
 from datamodules.stateless import StatelessDataModule
 from datamodules.two_moons import TwoMoons
 
 DATA: dict[str, type[StatelessDataModule]] = {
     "cifar10": CIFAR10,
+    "fashion_mnist": FashionMNIST,
+    "mnist": MNIST,
     "photos": Photos,
     "two_moons": TwoMoons,
 }

@@ -1,6 +1,6 @@
 """Data are pure functions of (seed, epoch, index).
 
-Dequantisation, samplers, loaders, and the three data sets.
+Dequantisation, samplers, loaders, and the data sets; tests/test_mnist.py has MNIST's own.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from idx_files import make_official, write
 
 from datamodules import DATA, cifar10, make_data, photos
 from datamodules.cifar10 import CIFAR10
@@ -377,7 +378,7 @@ def test_bits_are_taken_from_augmented_images():
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """Six pickles of 40 images each in the official format.
+    """Six pickles of 40 images each in the official format, and as many images in idx files.
 
     root, folder: where they are. train, test: the images, (200, 3, 32, 32) and (40, 3, 32, 32).
     train_labels, test_labels: their classes.
@@ -398,6 +399,9 @@ def cifar(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(batch))
         md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
         monkeypatch.setitem(getattr(cifar10, table), name, md5)
+    idx_files = make_official(monkeypatch, 200, 40)
+    for name in ("mnist", "fashion_mnist"):
+        write(tmp_path / name, idx_files.contents)
     train = np.concatenate([images[f"data_batch_{i}"] for i in range(1, 6)])
     train_labels = [label for i in range(1, 6) for label in labels[f"data_batch_{i}"]]
     classes = {"train_labels": train_labels, "test_labels": labels["test_batch"]}
@@ -894,14 +898,19 @@ def test_moons_splits_and_types():
 
 SMALL = {
     "cifar10": {},
+    "fashion_mnist": {},
+    "mnist": {},
     "photos": {"n_train": 200, "n_test": 40},
     "two_moons": {"n_train": 200, "n_test": 40},
 }
 
 
+FROM_FILES = ("cifar10", "fashion_mnist", "mnist")
+
+
 def small(name, cifar, **arguments):
     root = {}
-    if name == "cifar10":
+    if name in FROM_FILES:
         root = {"root": cifar.root, "download": False}
     data = make_data(name, **({"seed": 0, "batch_size": 8, **SMALL[name], **root} | arguments))
     data.prepare_data()
@@ -925,8 +934,8 @@ COUNTS = [
 @pytest.mark.parametrize("name", DATA)
 def test_values_out_of_their_range_are_one_line(name):
     """The constructor refuses them, before any data are read."""
-    required = {"root": "nowhere"} if name == "cifar10" else {}
-    counts = COUNTS if name != "cifar10" else []
+    required = {"root": "nowhere"} if name in FROM_FILES else {}
+    counts = COUNTS if name not in FROM_FILES else []
     for key, values, request in RANGES + counts:
         for value in values:
             arguments = {"batch_size": 8, "seed": 0, **required, key: value}

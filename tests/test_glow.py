@@ -561,8 +561,8 @@ def test_latent_shapes(size, n_levels):
         ),
         (
             {"n_levels": 3},
-            "flow.n_levels=3 halves a 4x8 image to odd sizes: give at most flow.n_levels=2, or sides"
-            " that are multiples of 8",
+            "flow.n_levels=3 halves a 4x8 image to odd sizes: give at most flow.n_levels=2, or "
+            "sides that are multiples of 8",
         ),
         (
             {"shape": (3, 7, 8), "n_levels": 1},
