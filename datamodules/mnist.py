@@ -204,7 +204,7 @@ def read_idx(path: Path, md5: str) -> np.ndarray:
     n_axes = 1 if "idx1" in path.name else 3
     magic = int.from_bytes(content[:4], "big")
     if magic != 0x0800 + n_axes:
-        raise damaged(path, f"it begins with the number {magic}, not {0x0800 + n_axes}")
+        raise damaged(path, f"its magic number is {magic}, not {0x0800 + n_axes}")
     start = 4 + 4 * n_axes
     if len(content) < start:
         raise damaged(path, f"it has {len(content):,} bytes, fewer than its header")
@@ -213,7 +213,7 @@ def read_idx(path: Path, md5: str) -> np.ndarray:
     if len(content) != size:
         raise damaged(path, f"it has {len(content):,} bytes, not the {size:,} of its header")
     if hashlib.md5(content).hexdigest() != md5:
-        raise damaged(path, f"unpacked, it has not the official md5 {md5}")
+        raise damaged(path, f"its content does not have the official md5 {md5}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 

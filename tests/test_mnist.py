@@ -154,11 +154,15 @@ def changed(content):
     [
         (lambda content: content[:1000], "", "it has 1,000 bytes, not the 47,056 of its header"),
         (lambda content: content[:7], "", "it has 7 bytes, fewer than its header"),
-        (lambda content: b"", "", "it begins with the number 0, not 2051"),
+        (lambda content: b"", "", "its magic number is 0, not 2051"),
         (lambda content: content + b"x", "", "it has 47,057 bytes, not the 47,056 of its header"),
-        (lambda content: idx(np.zeros(60)), "", "it begins with the number 2049, not 2051"),
-        (changed, "", "it has not the official md5"),
-        (lambda content: gzip.compress(changed(content)), ".gz", "it has not the official md5"),
+        (lambda content: idx(np.zeros(60)), "", "its magic number is 2049, not 2051"),
+        (changed, "", "its content does not have the official md5"),
+        (
+            lambda content: gzip.compress(changed(content)),
+            ".gz",
+            "its content does not have the official md5",
+        ),
         (lambda content: gzip.compress(content)[:1000], ".gz", "it cannot be unpacked: Compressed"),
         (lambda content: content, ".gz", "it cannot be unpacked: Not a gzipped file"),
         (

@@ -530,7 +530,7 @@ def test_a_run_without_a_finite_step_says_what_to_change(tmp_path):
         (["flow.n_scales=1e18"], "flow.n_scales=1000000000000000000 is out of range"),
         (["flow.hidden_channels=0"], "flow.hidden_channels=0 is out of range"),
         (["flow.alpha=0.5"], "flow.alpha=0.5 is out of range"),
-        (["data.size=7"], "give fewer scales, or sides that are multiples of 2"),
+        (["data.size=7"], "give at most flow.n_scales=1, or sides that are multiples of 2"),
         (["eval.noise_samples=1e15"], "eval.noise_samples=1000000000000000 is out of range"),
         (["paper=x"], "paper=x: unknown claim 'x'"),
     ],
