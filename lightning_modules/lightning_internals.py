@@ -88,8 +88,8 @@ def leave_last_batch_open(checkpoint: dict[str, Any]) -> None:
     """Store the last batch of an epoch as not completed, as before the validation that follows it.
 
     Lightning 2.6.6 ends the epoch at a resume from a checkpoint that was saved after a validation
-    there only if the resumed run validates at this step, too. With another trainer.val_check_interval
-    it would train on a batch beyond the end of the epoch.
+    there only if the resumed run validates at this step, too. With another
+    trainer.val_check_interval it would train on a batch beyond the end of the epoch.
     """
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if batches["is_last_batch"]:
