@@ -15,6 +15,7 @@ from reproduce.run_folder import (
     RESULT,
     SAME,
     changed_settings,
+    falling_rate,
     not_a_result,
     read_result,
     step_checkpoints,
@@ -56,8 +57,13 @@ def check_finished(config: DictConfig, module: Objective) -> None:
     if not larger or _has_all_steps(result, config):
         rank_zero_only(say)(f"{folder} is finished: see {folder / RESULT}")
         sys.exit(0)
-    if "max_steps" in larger:
-        _check_schedule(folder, config, before["max_steps"])
+    setting = falling_rate(config)
+    if setting is not None and "max_steps" in larger:
+        raise ConfigError(
+            f"{folder} is finished at trainer.max_steps={before['max_steps']}, towards which "
+            f"{setting} lowered the learning rate: it cannot go on; start a new run in another "
+            "run_dir"
+        )
     if not step_checkpoints(folder):
         raise ConfigError(
             f"{folder} is finished, but its step-*.ckpt, from which it would go on, are gone: "
@@ -116,15 +122,3 @@ def _has_all_steps(result: dict[str, Any], config: DictConfig) -> bool:
     """Whether a run has had trainer.max_steps, so that more time or epochs change nothing."""
     steps = result["images"] // config.data.batch_size
     return 0 < config.trainer.max_steps <= steps
-
-
-def _check_schedule(folder: Path, config: DictConfig, max_steps: int) -> None:
-    """ConfigError: the learning rate has fallen towards the last step that the run had."""
-    for key, without in (("schedule", "constant"), ("cooldown_steps", 0)):
-        value = config.optim.get(key, without)
-        if value != without:
-            raise ConfigError(
-                f"{folder} is finished at trainer.max_steps={max_steps}, towards which "
-                f"optim.{key}={value} lowered the learning rate: it cannot go on; start a new run "
-                "in another run_dir"
-            )

@@ -323,6 +323,9 @@ def check_checkpoint(
             f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir"
         )
     changed = changed_settings(origin["config"], config, module)
+    last = origin["config"].get("trainer", {}).get("max_steps")
+    if falling_rate(config) is not None and last not in (None, config.trainer.max_steps):
+        changed.append(f"trainer.max_steps={last}")
     if changed:
         raise ConfigError(
             f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir"
@@ -356,6 +359,15 @@ def changed_settings(earlier: dict[str, Any], config: DictConfig, module: Object
         for key in sorted(trained_with | settings)
         if trained_with.get(key) != settings.get(key)
     ]
+
+
+def falling_rate(config: DictConfig) -> str | None:
+    """The setting, as `key=value`, by which the learning rate falls to 0 at trainer.max_steps."""
+    for key, without in (("schedule", "constant"), ("cooldown_steps", 0)):
+        value = config.optim.get(key, without)
+        if value != without:
+            return f"optim.{key}={value}"
+    return None
 
 
 def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
