@@ -84,6 +84,19 @@ def count_running_epoch(checkpoint: dict[str, Any]) -> None:
         progress["completed"] = progress["processed"]
 
 
+def leave_last_batch_open(checkpoint: dict[str, Any]) -> None:
+    """Store the last batch of an epoch as not completed, as before the validation that follows it.
+
+    Lightning 2.6.6 ends the epoch at a resume from a checkpoint that was saved after a validation
+    there only if the resumed run validates at this step, too. With another
+    trainer.val_check_interval it would train on a batch beyond the end of the epoch.
+    """
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if batches["is_last_batch"]:
+        for progress in (batches["total"], batches["current"]):
+            progress["completed"] = progress["processed"] - 1
+
+
 def name_no_anonymous_mode(logger: WandbLogger) -> None:
     """Remove the argument `anonymous` that Lightning 2.6 always passes; wandb warns about it."""
     logger._wandb_init.pop("anonymous", None)

@@ -38,6 +38,7 @@ from lightning_modules.objective import Objective
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
+from reproduce.extension import check_finished, earlier_ends
 from reproduce.kinds import argument_text
 from reproduce.launch import check_processes, job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
@@ -69,7 +70,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     """Load the resolved, read-only config of a script, and seed the random generators.
 
     The config names the run folder. The program ends here, with exit code 0, after --help or
-    --print-config, and where the run is already finished.
+    --print-config.
 
     script: the file of the script, whose name is that of the experiment. doc: its docstring, which
     --help prints. argv: the arguments; None: those of the command line.
@@ -144,8 +145,10 @@ def _choose_cpu_for_mps(config: DictConfig) -> None:
 def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L.Trainer:
     """Make a Trainer with all callbacks, the logger and the plugins of a run.
 
-    The run folder and its log are made, too. extra: callbacks of one script alone.
+    The run folder and its log are made, too. The program ends here, with exit code 0, where the
+    run is already finished. extra: callbacks of one script alone.
     """
+    check_finished(config, module)
     folder = Path(config.run_dir)
     settings = trainer_settings(config)
     callbacks = make_callbacks(config, module, extra)
@@ -401,6 +404,7 @@ def record(
     """
     folder = Path(config.run_dir)
     outcome = _outcome(config, trainer, module, data)
+    extended = earlier_ends(config, outcome["images"])
     curve = _callback(trainer, Curve)
     samples = _callback(trainer, Samples)
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
@@ -421,6 +425,8 @@ def record(
         "weights": None,
         "suspect": None,
     }
+    if extended:
+        result["extended"] = extended
     result |= results.compare_all(result)
     if trainer.is_global_zero:
         write(folder / "result.json", as_json(result))

@@ -22,7 +22,7 @@ from flows.base import FlowModel
 from lightning_modules.checkpoint_io import PART
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
-from reproduce.streams import say
+from reproduce.kinds import argument_text
 from results.runs import read_curve
 
 fcntl: ModuleType | None
@@ -32,6 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 Checkpoint = dict[str, Any]
+RESULT = "result.json"
 DIVERGED = "diverged.json"  # in the place of result.json where too many steps were not finite
 BEST = "best.ckpt"
 ADVICE = "Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm, in a new run_dir"
@@ -41,14 +42,15 @@ BEFORE_A_RUN = ("log.txt", "wandb-run-id.txt", "lock")
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, finished or not: its curve exists from step 0 on."""
-    files = (folder / "curve.csv", best_checkpoint(folder))
+    files = (folder / "curve.csv", folder / RESULT, best_checkpoint(folder))
     return any(path.is_file() for path in files) or bool(step_checkpoints(folder))
 
 
 def check_run_dir(config: DictConfig) -> None:
     """ConfigError: the run would be mixed with another one in its folder.
 
-    If the folder holds this run and it is finished, say so and end the program with exit code 0.
+    Whether the settings are those of the run in the folder is checked later, when the model is
+    known: by `check_finished` for a finished run, and by `check_checkpoint` for any other.
     """
     folder = Path(config.run_dir)
     if any(folder.glob("hpc_ckpt_*")):  # Lightning would load the newest of them, unasked
@@ -61,14 +63,13 @@ def check_run_dir(config: DictConfig) -> None:
         raise ConfigError(
             f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir"
         )
-    if (folder / "result.json").is_file():
+    if (folder / RESULT).is_file():
         experiment = _result(folder, "experiment")
         if experiment != config.experiment:
             raise ConfigError(
                 f"{folder} holds a finished run of {experiment}: give another run_dir"
             )
-        rank_zero_only(say)(f"{folder} is finished: see {folder / 'result.json'}")
-        sys.exit(0)
+        return
     if step_checkpoints(folder) or not best_checkpoint(folder).is_file():
         return  # a run continues from its checkpoints alone: its curve may be damaged
     rows = read_curve(folder / "curve.csv")
@@ -80,19 +81,30 @@ def check_run_dir(config: DictConfig) -> None:
         )
 
 
-def _result(folder: Path, key: str) -> str:
-    """The text of a key in a finished run's result.json. ConfigError: there is no such text."""
-    path = folder / "result.json"
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of a finished run's result.json. ConfigError: it is not the result of a run."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except ValueError:  # the file is not JSON, or not text
         content = None
-    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise not_a_result(folder)
+    return content
+
+
+def not_a_result(folder: Path) -> ConfigError:
+    """The error for a result.json without what every result has."""
+    return ConfigError(
+        f"{folder / RESULT} is not the result of a run: delete it, and resume=auto goes on "
+        "from the newest checkpoint"
+    )
+
+
+def _result(folder: Path, key: str) -> str:
+    """The text of a key in a finished run's result.json. ConfigError: there is no such text."""
+    value = read_result(folder).get(key)
     if not isinstance(value, str):
-        raise ConfigError(
-            f"{path} is not the result of a run: delete it, and resume=auto goes on "
-            "from the newest checkpoint"
-        )
+        raise not_a_result(folder)
     return value
 
 
@@ -310,13 +322,10 @@ def check_checkpoint(
         raise ConfigError(
             f"{path} is of {origin['experiment']}, not of {config.experiment}: give another run_dir"
         )
-    trained_with = _settings(origin["config"], module)
-    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
-    changed = [
-        f"{key}={trained_with.get(key)}"
-        for key in sorted(trained_with | settings)
-        if trained_with.get(key) != settings.get(key)
-    ]
+    changed = changed_settings(origin["config"], config, module)
+    last = origin["config"].get("trainer", {}).get("max_steps")
+    if falling_rate(config) is not None and last not in (None, config.trainer.max_steps):
+        changed.append(f"trainer.max_steps={last}")
     if changed:
         raise ConfigError(
             f"{path} was trained with {' '.join(changed)}: say the same, or give another run_dir"
@@ -333,6 +342,32 @@ def check_checkpoint(
         raise ConfigError(
             f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}"
         )
+
+
+def changed_settings(earlier: dict[str, Any], config: DictConfig, module: Objective) -> list[str]:
+    """The settings of an earlier part of a run that a later part lacks, each as `key=value`.
+
+    Args:
+        earlier: the config of the earlier part.
+        config: of the later part.
+        module: of the later part, whose constructors give the defaults.
+    """
+    trained_with = _settings(earlier, module)
+    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
+    return [
+        f"{key}={argument_text(trained_with.get(key))}"
+        for key in sorted(trained_with | settings)
+        if trained_with.get(key) != settings.get(key)
+    ]
+
+
+def falling_rate(config: DictConfig) -> str | None:
+    """The setting, as `key=value`, by which the learning rate falls to 0 at trainer.max_steps."""
+    for key, without in (("schedule", "constant"), ("cooldown_steps", 0)):
+        value = config.optim.get(key, without)
+        if value != without:
+            return f"optim.{key}={value}"
+    return None
 
 
 def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
@@ -429,10 +464,14 @@ def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint at a path: of a folder the tested one, or the newest if it has no result."""
     if not path.is_dir():
         return path, read_checkpoint(path)
-    if (path / "result.json").is_file():
+    tested = None
+    if (path / RESULT).is_file():
         tested = path / _result(path, "checkpoint")
-        return tested, read_checkpoint(tested)
-    newest = newest_checkpoint(path)
+        if tested.exists():
+            return tested, read_checkpoint(tested)
+    newest = newest_checkpoint(path)  # also where an extension has removed the tested one
+    if newest is None and tested is not None:
+        return tested, read_checkpoint(tested)  # it raises FileNotFoundError with the file's name
     if newest is None:
         raise FileNotFoundError(
             f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"

@@ -97,6 +97,22 @@ def test_how_many_noise_samples_are_evaluated_may_change_in_a_run_that_goes_on(t
     )
 
 
+@pytest.mark.parametrize("setting", ["optim.schedule=cosine", "optim.cooldown_steps=2"])
+def test_the_last_step_may_not_change_where_the_learning_rate_falls_towards_it(tmp_path, setting):
+    words = [*TINY_GLOW, setting]
+    config = compose("glow_cifar10", [*words, "trainer.max_steps=90"])
+    longer = compose("glow_cifar10", [*words, "trainer.max_steps=91"])
+    stored = OmegaConf.to_container(config)
+    assert checked(tmp_path, stored, config) is None
+    assert checked(tmp_path, stored, longer) == (
+        f"{tmp_path} was trained with trainer.max_steps=90: say the same, or give another run_dir"
+    )
+    constant = ["optim.schedule=constant", "optim.cooldown_steps=0"]
+    config = compose("glow_cifar10", [*TINY_GLOW, *constant, "trainer.max_steps=90"])
+    longer = compose("glow_cifar10", [*TINY_GLOW, *constant, "trainer.max_steps=91"])
+    assert checked(tmp_path, OmegaConf.to_container(config), longer) is None
+
+
 # ------------------------------------------------------------------------- what a folder holds
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_modules.checks import check_count
-from lightning_modules.lightning_internals import count_running_epoch
+from lightning_modules.lightning_internals import count_running_epoch, leave_last_batch_open
 from lightning_modules.objective import Objective, as_objective
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from lightning_modules.stopping import stop_all_ranks
@@ -58,6 +58,7 @@ class Checkpoints(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         count_running_epoch(checkpoint)
+        leave_last_batch_open(checkpoint)
 
     def on_train_batch_end(
         self,
