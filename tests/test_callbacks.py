@@ -88,17 +88,23 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
     }
 
 
-def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
-    images = (
-        torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
-    )
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_a_picture_has_bytes_and_a_colour_of_its_own_for_what_is_not_finite(n_channels):
+    values = torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0])
+    images = values.view(6, 1, 1, 1).repeat(1, n_channels, 64, 64)
+    images[0, 0, 32, 32] = float("inf")  # one value of one pixel
     grid = picture([images[:3], images[3:]], 8)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 66 + 2, 3 * 66 + 2)
-    centres = [
-        [grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)
+    colours = [
+        [tuple(grid[:, 30 + 66 * row, 30 + 66 * column].tolist()) for column in range(3)]
+        for row in range(2)
     ]
-    assert centres == [[0, 128, 255], [0, 255, 0]]
+    grey = {level: (level, level, level) for level in (0, 128, 255)}
+    magenta = (255, 0, 255)
+    assert colours == [[grey[0], grey[128], grey[255]], [magenta, grey[255], grey[0]]]
+    assert tuple(grid[:, 2 + 32, 2 + 32].tolist()) == magenta
+    assert (grid == torch.tensor(magenta).view(3, 1, 1)).all(0).sum() == 64 * 64 + 1
     assert grid[0, 0, 0] == 255  # the border
 
 
@@ -198,6 +204,52 @@ def test_a_model_that_cannot_be_inverted_gets_one_line_and_the_run_goes_on(tmp_p
     )
     assert "\n" not in line
     assert model.training
+
+
+class Overflowing(Singular):
+    """A quarter of its samples above T = 0.8 are not finite, as long as it is `broken`."""
+
+    broken = True
+
+    def draw(self, n, temperature, seed, batch):
+        samples = torch.zeros(n, *self.shape)
+        if self.broken and temperature > 0.8:
+            samples[: n // 4, 0, 0, 0] = float("nan")
+        return samples
+
+    def reconstruct(self, batch):
+        return None
+
+
+def test_samples_that_are_not_finite_get_one_line_for_each_change(tmp_path, caplog):
+    samples = Samples(tmp_path, [0.7, 0.9, 1.0], n=8, every_n_steps=1)
+    samples.batch = [torch.zeros(2, 3, 4, 4)]
+    model = Overflowing()
+    for step, broken in enumerate((False, True, True, False, True), start=1):
+        model.broken = broken
+        n_lines = len(caplog.messages)
+        samples.on_train_end(trainer_at(step), model)
+        assert len(caplog.messages) - n_lines == (step in (2, 5))
+    first, second = caplog.messages
+    assert first == second
+    assert first == (
+        "Some samples are not finite: only 75.0% are at T=0.9, 75.0% are at T=1. "
+        "The inverse of the model overflows there, although the likelihood can be good. "
+        "Such pixels are magenta in the pictures. "
+        "What helps: lower samples.temperatures, a smaller optim.lr"
+    )
+
+
+def test_the_line_on_samples_names_the_bound_of_a_glows_scales(tmp_path, caplog):
+    module = density(Glow((3, 8, 8), n_levels=2, depth=2, hidden_channels=4, min_scale=0.25))
+    module.draw = lambda n, *_: torch.full((n, 3, 8, 8), torch.inf)
+    samples = Samples(tmp_path, [0.7], n=4, every_n_steps=1)
+    samples._draw(trainer_at(1), module)
+    [line] = caplog.messages
+    assert line.startswith("Some samples are not finite: only 0.0% are at T=0.7. ")
+    assert (
+        "a larger flow.min_scale in a new run (now 0.25, in glow_cifar10_modern 0.5), lower" in line
+    )
 
 
 class Wasteful(Singular):

@@ -9,9 +9,11 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from flows.caching import cached
+from flows.coupling import SigmoidCoupling
 from lightning_modules.callbacks.png import write_png
 from lightning_modules.checks import check_count
 from lightning_modules.numerics import FAILURES, report_failure
@@ -21,6 +23,7 @@ from lightning_modules.stopping import writing
 from results import is_number
 
 N_SHOWN = 16  # images in a row
+NOT_FINITE = (255, 0, 255)  # magenta, which photographs and grey images do not have
 LARGEST_N = 100_000  # more samples, which are drawn at once, would not fit into memory
 
 
@@ -35,6 +38,8 @@ class Samples(L.Callback):
     The callback logs `samples/finite_T<temperature>` (`samples/finite` for an objective without
     temperatures): the share of samples of which every value is finite. A flow can have a good
     likelihood although its inverse overflows. The share is 0 if a layer cannot be inverted at all.
+    Pixels that are not finite are magenta in the pictures. When the share of a temperature falls
+    below 1, one line says so, and what helps.
 
     temperatures: the temperature of each row.
     n: the number of samples for each temperature, of which 16 are shown.
@@ -63,6 +68,7 @@ class Samples(L.Callback):
         self.drawn_at = 0  # the step of the newest pictures
         self.batch: list[Tensor] | None = None  # the first validation data
         self.finite: dict[str, float] = {}  # key in the log -> share of finite samples
+        self.reported: set[str] = set()  # keys whose share was below 1 at the newest pictures
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the newest pictures, and the shares of finite samples."""
@@ -117,6 +123,7 @@ class Samples(L.Callback):
             rows["reconstruction"] = self._reconstruct(objective, failures)
         if failures:
             report_failure(", ".join(failures), next(iter(failures.values())))
+        self._report_shares(objective, failures)
         n_bits = objective.n_bits or 8
         return {name: picture(images, n_bits) for name, images in rows.items() if images}
 
@@ -141,6 +148,20 @@ class Samples(L.Callback):
             rows.append(samples[:N_SHOWN])
             self.finite[f"samples/finite{suffix}"] = finite_share(samples)
         return rows
+
+    def _report_shares(self, objective: Objective, failures: dict[str, BaseException]) -> None:
+        """Print one line if the share of a temperature has fallen below 1 since the last pictures.
+
+        failures: names of samples that could not be drawn at all, which have a line of their own.
+        """
+        broken = {
+            key: share
+            for key, share in self.finite.items()
+            if share < 1 and key.replace("/finite", "") not in failures
+        }
+        if broken.keys() - self.reported:
+            rank_zero_info(shares_line(broken, advice(objective)))
+        self.reported = set(broken)
 
     def _reconstruct(
         self, objective: Objective, failures: dict[str, BaseException]
@@ -204,16 +225,57 @@ def finite_share(samples: Tensor) -> float:
     return samples.isfinite().flatten(1).all(1).float().mean().item()
 
 
+def shares_line(shares: dict[str, float], helps: str) -> str:
+    """The line that reports samples that are not finite.
+
+    shares: key in the log -> share of finite samples, below 1. helps: what a user can try.
+
+    >>> shares_line({"samples/finite_T0.7": 0.625}, "a smaller optim.lr")[:54]
+    'Some samples are not finite: only 62.5% are at T=0.7. '
+    """
+    parts = []
+    for key, share in shares.items():
+        temperature = key.partition("_T")[2]
+        place = f" at T={temperature}" if temperature else ""
+        parts.append(f"{min(share, 0.999):.1%} are{place}")
+    return (
+        f"Some samples are not finite: only {', '.join(parts)}. The inverse of the model overflows "
+        "there, although the likelihood can be good. Such pixels are magenta in the pictures. "
+        f"What helps: {helps}"
+    )
+
+
+def advice(objective: Objective) -> str:
+    """What makes more samples of an objective finite."""
+    options = []
+    bounds = [
+        module.min_scale
+        for module in objective.trained.modules()
+        if isinstance(module, SigmoidCoupling)
+    ]
+    if bounds:
+        now = f"now {bounds[0]:g}, in glow_cifar10_modern 0.5"
+        options.append(f"a larger flow.min_scale in a new run ({now})")
+    if objective.has_temperature:
+        options.append("lower samples.temperatures")
+    return ", ".join([*options, "a smaller optim.lr"])
+
+
 def picture(rows: list[Tensor], n_bits: int) -> Tensor:
     """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width).
 
     A pixel gets the value of the lower end of its bin, one of 2^n_bits, as in the code of Glow's
-    authors. Values that are not finite are black.
+    authors. A pixel with a value that is not finite has the colour NOT_FINITE.
     """
     from torchvision.utils import make_grid
 
-    images = torch.cat(rows).float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    images = torch.cat(rows).float().cpu()
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    finite = images.isfinite().all(1, keepdim=True)
+    images = images.nan_to_num(0.0, 0.0, 0.0)
     levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
+    levels = levels.where(finite, levels.new_tensor(NOT_FINITE).view(1, 3, 1, 1))
     grid = make_grid(levels, nrow=len(rows[0]), pad_value=255)
     scale = max(1, 64 // images.shape[-1])
     return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
