@@ -30,7 +30,7 @@ class Curve(L.Callback):
 
     folder: the folder of both files. batch_size: the size of a global batch.
     papers: the papers' claims that the run is compared with, each {"metric", "value", "decimals",
-        "comparable"}; the claim on M is drawn as a line.
+        "comparable"}; the claim on M is drawn as a line if the run can be compared with it.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Curve(L.Callback):
 def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> None:
     """Draw train/M and val/M over the images seen, as a PNG, without values that are not finite.
 
-    rows, papers: as in `Curve`. The paper's claim on M, if there is one, is drawn as a dashed line.
+    rows, papers: as in `Curve`. A comparable claim of a paper on M is drawn as a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -194,11 +194,10 @@ def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> Non
         if points:
             axes.plot(*zip(*points, strict=True), label=key, marker=".")
     values = [row[key] for row in rows[1:] for key in keys if is_number(row[key])]
-    paper = next((p for p in papers if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
+    claims = [paper for paper in papers if paper["comparable"]]
+    paper = next((p for p in claims if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
     if paper is not None:
         label = f"paper {printed(paper['value'], paper)}"
-        if not paper["comparable"]:
-            label += " (on other data)"
         axes.axhline(paper["value"], linestyle="--", color="grey", label=label)
     if values:
         if paper is not None:
