@@ -216,7 +216,7 @@ def make_callbacks(
         Readiness(config),
         Provenance(config),
         Initialization(),
-        Curve(folder, batch_size, interval, papers),
+        Curve(folder, batch_size, interval, papers, f"{config.experiment}, run {folder.name}"),
         Samples(folder / "samples", **config.samples),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),

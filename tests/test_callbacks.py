@@ -20,7 +20,7 @@ from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_rows, comparison_table
 from lightning_modules.callbacks.progress import Progress
-from lightning_modules.callbacks.samples import Samples, picture
+from lightning_modules.callbacks.samples import Samples, picture, shown
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
 from reproduce.provenance import Provenance
@@ -106,6 +106,36 @@ def test_a_picture_has_bytes_and_a_colour_of_its_own_for_what_is_not_finite(n_ch
     assert tuple(grid[:, 2 + 32, 2 + 32].tolist()) == magenta
     assert (grid == torch.tensor(magenta).view(3, 1, 1)).all(0).sum() == 64 * 64 + 1
     assert grid[0, 0, 0] == 255  # the border
+
+
+def test_rows_have_their_labels_in_a_margin_on_their_left():
+    images = torch.full((3, 3, 64, 64), 0.5)
+    plain = picture([images, images], 8)
+    labelled = picture([images, images], 8, ["T=0.7", "T=1"])
+    width = labelled.shape[2] - plain.shape[2]
+    assert 40 < width < 100
+    assert torch.equal(labelled[:, :, width:], plain)
+    assert torch.equal(picture([images, images], 8, ["", ""]), plain)
+    ink = labelled[0, :, :width] < 128
+    rows = ink.any(1).nonzero().flatten().tolist()
+    half = plain.shape[1] // 2
+    centres = [[y for y in rows if y < half], [y - half for y in rows if y >= half]]
+    for centre in centres:
+        assert abs(sum(centre) / len(centre) - half / 2) < 4
+    wide, narrow = (part.any(0).sum() for part in ink.split(half))
+    assert wide > narrow > 10  # "T=0.7" and "T=1"
+
+
+def test_a_row_of_the_same_image_at_temperature_0_is_left_out():
+    same = torch.rand(1, 3, 4, 4) + 1e-6 * torch.rand(5, 3, 4, 4)
+    other = torch.rand(5, 3, 4, 4)
+    assert list(shown({"T=0": same, "T=0.7": other})) == ["T=0.7"]
+    assert torch.equal(shown({"T=0": same})["T=0"], same[:1])
+    assert list(shown({"T=0": other, "T=1": same})) == ["T=0", "T=1"]  # an image for each class
+    broken = same.clone().fill_(torch.nan)
+    assert list(shown({"T=0": broken, "T=1": same})) == ["T=0", "T=1"]
+    assert list(shown({"": other})) == [""]
+    assert shown({}) == {}
 
 
 def test_a_picture_of_5_bits_has_their_grey_levels():
@@ -312,7 +342,8 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monk
     curve = Curve(tmp_path, 64, 10, [])
     curve.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
     samples = Samples(tmp_path / "samples", [0.7], n=2, every_n_steps=1)
-    density = Density2d(tmp_path, n=4, cell=0.5)
+    objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
+    points = Density2d(tmp_path, n=4, cell=0.5)
     tested = trainer_at(5)
     tested.datamodule = SimpleNamespace(test=Points(torch.zeros(3, 2)))
     provenance = Provenance(OmegaConf.create({"run_dir": str(tmp_path)}))
@@ -320,9 +351,9 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monk
     writers = {
         "config.yaml": lambda: provenance.on_fit_start(trainer_at(5), None),
         "curve.csv": lambda: curve.on_fit_start(trainer_at(5), None),
-        "curve.png": lambda: curve.on_fit_end(trainer_at(5), None),
+        "curve.png": lambda: curve.on_fit_end(trainer_at(5), objective),
         "samples": lambda: samples.on_train_end(trainer_at(5), Singular()),
-        "density.png": lambda: density.on_test_epoch_end(tested, NoDensity()),
+        "density.png": lambda: points.on_test_epoch_end(tested, NoDensity()),
     }
     for name, write in writers.items():
         with pytest.raises(RunStopped) as stop:
@@ -464,9 +495,8 @@ def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
     rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
-    draw_curve(
-        rows, tmp_path / "curve.png", [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
-    )
+    papers = [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "bits/dim")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
@@ -486,10 +516,25 @@ def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(
         {"metric": "test/psnr", "value": 27.75, "decimals": 2, "comparable": True},
         {"metric": "test/lpips", "value": 0.12, "decimals": 3, "comparable": False},
     ]
-    draw_curve(rows, tmp_path / "curve.png", papers)
-    draw_curve(rows, tmp_path / "curve.png", [])
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
+    draw_curve(rows, tmp_path / "curve.png", [], "", "")
     labels = [{line.get_label() for line in figure.axes[0].lines} for figure in saved]
     assert labels == [lines, {f"val/{metric}"}]
+
+
+def test_the_curve_has_a_title_and_axes_with_units(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
+    curve = Curve(tmp_path, 64, 10, [], "glow_photos, run 1")
+    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.0 + i} for i in range(3)]
+    objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
+    curve.on_fit_end(trainer_at(2), objective)
+    [axes] = saved[0].axes
+    assert axes.get_title() == "glow_photos, run 1"
+    assert axes.get_xlabel() == "training images seen"
+    assert axes.get_ylabel() == "bpd (bits/dim)"
 
 
 @pytest.mark.parametrize("value", [27.75, 12.5])
@@ -500,7 +545,7 @@ def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeyp
     )
     rows = [{"images": i, "train/psnr": None, "val/psnr": 20.0 + 2 * i} for i in range(4)]
     papers = [{"metric": "test/psnr", "value": value, "decimals": 2, "comparable": True}]
-    draw_curve(rows, tmp_path / "curve.png", papers)
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
     low, high = next(bounds for bounds in limits if len(bounds) == 2)
     assert low < min(22.0, value) < max(26.0, value) < high
 
