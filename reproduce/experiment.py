@@ -30,7 +30,7 @@ from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
-from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.progress import Progress, lines_above_bar
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
@@ -293,7 +293,7 @@ def fit(
     )
     _speed_up(config, trainer, module)
     try:
-        with resumable(config, trainer):
+        with resumable(config, trainer), lines_above_bar():
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
             module.check_skipped()
     except Diverged:

@@ -2,13 +2,17 @@
 
 import errno
 import gc
+import io
+import logging
 import math
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import OmegaConf
 from test_density import RandomImages, density
 from torch import nn
@@ -19,7 +23,7 @@ from lightning_modules.callbacks.curve import Curve, draw_curve
 from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_rows, comparison_table
-from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.progress import Progress, lines_above_bar
 from lightning_modules.callbacks.samples import Samples, picture, shown
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
@@ -81,11 +85,41 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
     monkeypatch.setattr(
         "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown)
     )
-    assert bar.get_metrics(trainer, None) == {
-        "train/bpd": 4.0,
-        "images/s": "128",
-        "left": "0:01:00",
-    }
+    metrics = bar.get_metrics(trainer, None)
+    assert list(metrics.items()) == [("left", "0:01:00"), ("images/s", "128"), ("train/bpd", 4.0)]
+
+
+def test_the_time_left_is_in_view_at_80_columns():
+    stream = io.StringIO()
+    line = Tqdm(
+        total=100_000, desc="Epoch 123", ncols=80, file=stream, bar_format=Progress.BAR_FORMAT
+    )
+    line.set_postfix({"left": "3 days, 10:01:00", "images/s": "12345", "train/bpd": 4.0})
+    line.close()
+    shown = stream.getvalue().split("\r")[-2]
+    assert len(shown.rstrip("\n")) <= 80
+    assert "left=3 days, 10:01:00" in shown
+
+
+def test_a_message_does_not_break_the_bar_in_two(monkeypatch):
+    """The bar is removed before the message, and drawn again below it."""
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    log = logging.getLogger("lightning.pytorch")
+    console = logging.StreamHandler(stream)
+    other = logging.StreamHandler(io.StringIO())  # as log.txt
+    console.addFilter(logging.Filter("lightning.pytorch.utilities"))
+    console.setFormatter(logging.Formatter("<%(message)s>"))
+    monkeypatch.setattr(log, "handlers", [console, other])
+    bar = Tqdm(total=4, ncols=40, file=stream, mininterval=0, bar_format="{n_fmt} of {total_fmt}")
+    with lines_above_bar():
+        assert log.handlers[1] is other
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("step 1")
+        logging.getLogger("lightning.pytorch.other").warning("left out by the filter")
+    bar.close()
+    assert log.handlers == [console, other]
+    assert other.stream.getvalue() == "step 1\nleft out by the filter\n"
+    assert re.sub(r"\r +\r", "|", stream.getvalue()) == "\r0 of 4|<step 1>\n\r0 of 4\r0 of 4\n"
 
 
 @pytest.mark.parametrize("n_channels", [1, 3])
