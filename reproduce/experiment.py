@@ -79,7 +79,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(words):
-        say(describe(experiment, doc))
+        say(describe(experiment, doc, words))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
     _check_complete(config)
