@@ -92,19 +92,47 @@ def presets(experiment: str) -> list[str]:
     return list(_recipe_presets(_files(f"{experiment}.yaml")))
 
 
-def describe(experiment: str, doc: str) -> str:
-    """The text of --help: what is reproduced, the presets, each key with default and comment."""
-    comments = _comments(experiment)
-    lines = [doc.strip(), "", f"presets: {', '.join(presets(experiment)) or 'none'}", ""]
-    lines.append("keys, with the value of the recipe without a preset:")
-    for key, value in _leaves(compose(experiment, [])):
+def describe(experiment: str, doc: str, words: Iterable[str] = ()) -> str:
+    """The text of --help: what is reproduced, the presets, each key with its value and comment.
+
+    words: the other words of the command line, of which preset= and data.name= count.
+    ConfigError: the recipe has no such preset, or there are no such data.
+    """
+    chosen = [word for word in words if word.startswith(("preset=", "data.name="))]
+    names = presets(experiment)
+    lines = [doc.strip(), "", f"presets: {', '.join(names) or 'none'}"]
+    offline = " and ".join(sorted(_presets_without_wandb(experiment)))
+    if offline:
+        lines.append(f"{offline} switch W&B off: add logger.name=wandb to log there")
+    lines += ["", f"keys, with the value of {' '.join(chosen) or 'the recipe without a preset'}:"]
+    recipe = dict(_leaves(compose(experiment, [])))
+    config = compose(experiment, chosen)
+    of_keys, of_values = _comments(experiment)
+    if config.data.name != recipe["data.name"]:
+        # The comments of the recipe's own data do not describe others.
+        of_keys = _without_data(of_keys) | _comments_of_data(config.data.name)
+        of_values = _without_data(of_values)
+    for key, value in _leaves(config):
         if key == "experiment":  # the script's name, which cannot be given
             continue
+        comment = of_keys.get(key)
+        if recipe.get(key) == value:
+            comment = of_values.get(key, comment)
         line = f"  {key}={argument_text(value)}"
-        if key in comments:
-            line += f"  # {comments[key]}"
+        if comment is not None:
+            line += f"  # {comment}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _presets_without_wandb(experiment: str) -> list[str]:
+    """The presets that replace the recipe's logger W&B by another one."""
+    names = []
+    if OmegaConf.select(compose(experiment, []), "logger.name") == "wandb":
+        for name in presets(experiment):
+            if compose(experiment, [f"preset={name}"]).logger.name != "wandb":
+                names.append(name)
+    return names
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -502,11 +530,12 @@ def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
 
 
-def _comments(experiment: str) -> dict[str, str]:
-    """Dotted key -> the comment that --help shows.
+def _comments(experiment: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Dotted key -> the comment that --help shows, as two dicts.
 
-    The comments of base.yaml and data/*.yaml explain keys. Those of a recipe name the source of a
-    value, so they are dropped where a recipe that extends it gives another value.
+    The first has the comments of base.yaml and data/*.yaml, which explain keys. The second has
+    those of recipes, which name the source of a value, so they are dropped where a recipe that
+    extends it gives another value.
     """
     of_keys: dict[str, str] = {}
     of_values: dict[str, str] = {}
@@ -519,7 +548,17 @@ def _comments(experiment: str) -> dict[str, str]:
             of_values = older | written
         else:
             of_keys |= written
-    return of_keys | of_values
+    return of_keys, of_values
+
+
+def _comments_of_data(name: str) -> dict[str, str]:
+    """Dotted key -> the comment of a key in data/<name>.yaml."""
+    comments = _comments_of((CONFIGS / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {key: comment for key, comment in comments.items() if comment}
+
+
+def _without_data(comments: dict[str, str]) -> dict[str, str]:
+    return {key: comment for key, comment in comments.items() if not key.startswith("data.")}
 
 
 def _comments_of(text: str) -> dict[str, str | None]:

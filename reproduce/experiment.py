@@ -30,7 +30,7 @@ from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
-from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.progress import Progress, lines_above_bar
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
@@ -80,7 +80,7 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
     experiment = experiment_of(script)
     words = agent_arguments(arguments(argv), experiment)
     if {"--help", "-h"} & set(words):
-        say(describe(experiment, doc))
+        say(describe(experiment, doc, words))
         sys.exit(0)
     config = compose(experiment, [word for word in words if word != "--print-config"])
     _check_complete(config)
@@ -219,7 +219,7 @@ def make_callbacks(
         Readiness(config),
         Provenance(config),
         Initialization(),
-        Curve(folder, batch_size, interval, papers),
+        Curve(folder, batch_size, interval, papers, f"{config.experiment}, run {folder.name}"),
         Samples(folder / "samples", **config.samples),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
@@ -296,7 +296,7 @@ def fit(
     )
     _speed_up(config, trainer, module)
     try:
-        with resumable(config, trainer):
+        with resumable(config, trainer), lines_above_bar():
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
             module.check_skipped()
     except Diverged:

@@ -277,10 +277,11 @@ def _wandb_id(folder: Path) -> str:
 def report(logger: Logger | bool | None, result: dict[str, Any]) -> None:
     """Send the result of a finished run to W&B; do nothing with another logger.
 
-    The summary gets the tested metrics; for each claim `paper/<name>` and `gap/<name>` (the gap of
-    the test, not of a validation); `status` (of the first claim); and `best/val/<name>` if the best
-    weights were tested. `val/<name>` stays the last value, which sweeps read. The table
-    `comparison` has a row for each claim; the statuses become tags.
+    The summary gets the tested metrics; for each claim that the run can be compared with
+    `paper/<name>` and `gap/<name>` (the gap of the test, not of a validation); `status` (of the
+    first claim); and `best/val/<name>` if the best weights were tested. `val/<name>` stays the last
+    value, which sweeps read. The table `comparison` has a row for each metric and claim; the
+    statuses become tags.
 
     Args:
         logger: the logger of the trainer.
@@ -308,6 +309,8 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
         validated = {key: value for key, value in metrics.items() if key.startswith("val/")}
         summary |= {f"best/{key}": value for key, value in validated.items()}
     for comparison in result["comparisons"]:
+        if comparison["status"] == "-":  # the claim is on other data, for example
+            continue
         name = comparison["metric"].split("/")[-1]
         summary[f"paper/{name}"] = comparison["value"]
         if comparison["gap"] is not None:

@@ -2,13 +2,17 @@
 
 import errno
 import gc
+import io
+import logging
 import math
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import OmegaConf
 from test_density import RandomImages, density
 from torch import nn
@@ -18,9 +22,9 @@ from flows.glow import Glow
 from lightning_modules.callbacks.curve import Curve, draw_curve
 from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization
-from lightning_modules.callbacks.paper import PaperComparison, comparison_table
-from lightning_modules.callbacks.progress import Progress
-from lightning_modules.callbacks.samples import Samples, picture
+from lightning_modules.callbacks.paper import PaperComparison, comparison_rows, comparison_table
+from lightning_modules.callbacks.progress import Progress, lines_above_bar
+from lightning_modules.callbacks.samples import Samples, picture, shown
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
 from reproduce.provenance import Provenance
@@ -81,25 +85,91 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
     monkeypatch.setattr(
         "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown)
     )
-    assert bar.get_metrics(trainer, None) == {
-        "train/bpd": 4.0,
-        "images/s": "128",
-        "left": "0:01:00",
-    }
+    metrics = bar.get_metrics(trainer, None)
+    assert list(metrics.items()) == [("left", "0:01:00"), ("images/s", "128"), ("train/bpd", 4.0)]
 
 
-def test_picture_floors_to_bytes_and_blackens_what_is_not_finite():
-    images = (
-        torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0]).view(6, 1, 1, 1).expand(6, 3, 64, 64)
+def test_the_time_left_is_in_view_at_80_columns():
+    stream = io.StringIO()
+    line = Tqdm(
+        total=100_000, desc="Epoch 123", ncols=80, file=stream, bar_format=Progress.BAR_FORMAT
     )
+    line.set_postfix({"left": "3 days, 10:01:00", "images/s": "12345", "train/bpd": 4.0})
+    line.close()
+    shown = stream.getvalue().split("\r")[-2]
+    assert len(shown.rstrip("\n")) <= 80
+    assert "left=3 days, 10:01:00" in shown
+
+
+def test_a_message_does_not_break_the_bar_in_two(monkeypatch):
+    """The bar is removed before the message, and drawn again below it."""
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    log = logging.getLogger("lightning.pytorch")
+    console = logging.StreamHandler(stream)
+    other = logging.StreamHandler(io.StringIO())  # as log.txt
+    console.addFilter(logging.Filter("lightning.pytorch.utilities"))
+    console.setFormatter(logging.Formatter("<%(message)s>"))
+    monkeypatch.setattr(log, "handlers", [console, other])
+    bar = Tqdm(total=4, ncols=40, file=stream, mininterval=0, bar_format="{n_fmt} of {total_fmt}")
+    with lines_above_bar():
+        assert log.handlers[1] is other
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("step 1")
+        logging.getLogger("lightning.pytorch.other").warning("left out by the filter")
+    bar.close()
+    assert log.handlers == [console, other]
+    assert other.stream.getvalue() == "step 1\nleft out by the filter\n"
+    assert re.sub(r"\r +\r", "|", stream.getvalue()) == "\r0 of 4|<step 1>\n\r0 of 4\r0 of 4\n"
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_a_picture_has_bytes_and_a_colour_of_its_own_for_what_is_not_finite(n_channels):
+    values = torch.tensor([0.0, 0.5, 1.0, float("nan"), 2.0, -1.0])
+    images = values.view(6, 1, 1, 1).repeat(1, n_channels, 64, 64)
+    images[0, 0, 32, 32] = float("inf")  # one value of one pixel
     grid = picture([images[:3], images[3:]], 8)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 66 + 2, 3 * 66 + 2)
-    centres = [
-        [grid[0, 34 + 66 * row, 34 + 66 * column].item() for column in range(3)] for row in range(2)
+    colours = [
+        [tuple(grid[:, 30 + 66 * row, 30 + 66 * column].tolist()) for column in range(3)]
+        for row in range(2)
     ]
-    assert centres == [[0, 128, 255], [0, 255, 0]]
+    grey = {level: (level, level, level) for level in (0, 128, 255)}
+    magenta = (255, 0, 255)
+    assert colours == [[grey[0], grey[128], grey[255]], [magenta, grey[255], grey[0]]]
+    assert tuple(grid[:, 2 + 32, 2 + 32].tolist()) == magenta
+    assert (grid == torch.tensor(magenta).view(3, 1, 1)).all(0).sum() == 64 * 64 + 1
     assert grid[0, 0, 0] == 255  # the border
+
+
+def test_rows_have_their_labels_in_a_margin_on_their_left():
+    images = torch.full((3, 3, 64, 64), 0.5)
+    plain = picture([images, images], 8)
+    labelled = picture([images, images], 8, ["T=0.7", "T=1"])
+    width = labelled.shape[2] - plain.shape[2]
+    assert 40 < width < 100
+    assert torch.equal(labelled[:, :, width:], plain)
+    assert torch.equal(picture([images, images], 8, ["", ""]), plain)
+    ink = labelled[0, :, :width] < 128
+    rows = ink.any(1).nonzero().flatten().tolist()
+    half = plain.shape[1] // 2
+    centres = [[y for y in rows if y < half], [y - half for y in rows if y >= half]]
+    for centre in centres:
+        assert abs(sum(centre) / len(centre) - half / 2) < 4
+    wide, narrow = (part.any(0).sum() for part in ink.split(half))
+    assert wide > narrow > 10  # "T=0.7" and "T=1"
+
+
+def test_a_row_of_the_same_image_at_temperature_0_is_left_out():
+    same = torch.rand(1, 3, 4, 4) + 1e-6 * torch.rand(5, 3, 4, 4)
+    other = torch.rand(5, 3, 4, 4)
+    assert list(shown({"T=0": same, "T=0.7": other})) == ["T=0.7"]
+    assert torch.equal(shown({"T=0": same})["T=0"], same[:1])
+    assert list(shown({"T=0": other, "T=1": same})) == ["T=0", "T=1"]  # an image for each class
+    broken = same.clone().fill_(torch.nan)
+    assert list(shown({"T=0": broken, "T=1": same})) == ["T=0", "T=1"]
+    assert list(shown({"": other})) == [""]
+    assert shown({}) == {}
 
 
 def test_a_picture_of_5_bits_has_their_grey_levels():
@@ -200,6 +270,52 @@ def test_a_model_that_cannot_be_inverted_gets_one_line_and_the_run_goes_on(tmp_p
     assert model.training
 
 
+class Overflowing(Singular):
+    """A quarter of its samples above T = 0.8 are not finite, as long as it is `broken`."""
+
+    broken = True
+
+    def draw(self, n, temperature, seed, batch):
+        samples = torch.zeros(n, *self.shape)
+        if self.broken and temperature > 0.8:
+            samples[: n // 4, 0, 0, 0] = float("nan")
+        return samples
+
+    def reconstruct(self, batch):
+        return None
+
+
+def test_samples_that_are_not_finite_get_one_line_for_each_change(tmp_path, caplog):
+    samples = Samples(tmp_path, [0.7, 0.9, 1.0], n=8, every_n_steps=1)
+    samples.batch = [torch.zeros(2, 3, 4, 4)]
+    model = Overflowing()
+    for step, broken in enumerate((False, True, True, False, True), start=1):
+        model.broken = broken
+        n_lines = len(caplog.messages)
+        samples.on_train_end(trainer_at(step), model)
+        assert len(caplog.messages) - n_lines == (step in (2, 5))
+    first, second = caplog.messages
+    assert first == second
+    assert first == (
+        "Some samples are not finite: only 75.0% are at T=0.9, 75.0% are at T=1. "
+        "The inverse of the model overflows there, although the likelihood can be good. "
+        "Such pixels are magenta in the pictures. "
+        "What helps: lower samples.temperatures, a smaller optim.lr"
+    )
+
+
+def test_the_line_on_samples_names_the_bound_of_a_glows_scales(tmp_path, caplog):
+    module = density(Glow((3, 8, 8), n_levels=2, depth=2, hidden_channels=4, min_scale=0.25))
+    module.draw = lambda n, *_: torch.full((n, 3, 8, 8), torch.inf)
+    samples = Samples(tmp_path, [0.7], n=4, every_n_steps=1)
+    samples._draw(trainer_at(1), module)
+    [line] = caplog.messages
+    assert line.startswith("Some samples are not finite: only 0.0% are at T=0.7. ")
+    assert (
+        "a larger flow.min_scale in a new run (now 0.25, in glow_cifar10_modern 0.5), lower" in line
+    )
+
+
 class Wasteful(Singular):
     """Its inverse fails while it holds a tensor."""
 
@@ -260,7 +376,8 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monk
     curve = Curve(tmp_path, 64, 10, [])
     curve.rows = [{"step": 0, "images": 0, "val/bpd": 8.0}]
     samples = Samples(tmp_path / "samples", [0.7], n=2, every_n_steps=1)
-    density = Density2d(tmp_path, n=4, cell=0.5)
+    objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
+    points = Density2d(tmp_path, n=4, cell=0.5)
     tested = trainer_at(5)
     tested.datamodule = SimpleNamespace(test=Points(torch.zeros(3, 2)))
     provenance = Provenance(OmegaConf.create({"run_dir": str(tmp_path)}))
@@ -268,9 +385,9 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path, monk
     writers = {
         "config.yaml": lambda: provenance.on_fit_start(trainer_at(5), None),
         "curve.csv": lambda: curve.on_fit_start(trainer_at(5), None),
-        "curve.png": lambda: curve.on_fit_end(trainer_at(5), None),
+        "curve.png": lambda: curve.on_fit_end(trainer_at(5), objective),
         "samples": lambda: samples.on_train_end(trainer_at(5), Singular()),
-        "density.png": lambda: density.on_test_epoch_end(tested, NoDensity()),
+        "density.png": lambda: points.on_test_epoch_end(tested, NoDensity()),
     }
     for name, write in writers.items():
         with pytest.raises(RunStopped) as stop:
@@ -295,9 +412,9 @@ def test_ranks_stop_because_of_what_rank_0_could_not_write(tmp_path):
 
 @pytest.mark.parametrize(
     ("comparable", "expected"),
-    [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {"paper/bpd": 3.49})],
+    [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {})],
 )
-def test_gap_is_logged_only_on_the_claims_own_data(comparable, expected):
+def test_a_claim_is_logged_only_on_its_own_data(comparable, expected):
     logged = {}
     trainer = SimpleNamespace(
         sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)}
@@ -330,7 +447,7 @@ def test_each_claim_is_logged_under_its_own_name():
     ]
     module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
     PaperComparison(papers).on_validation_epoch_end(trainer, module)
-    expected = {"paper/psnr": 27.75, "gap/psnr": 0.25, "paper/ssim": 0.76, "paper/lpips": 0.12}
+    expected = {"paper/psnr": 27.75, "gap/psnr": 0.25, "paper/ssim": 0.76}
     assert logged == pytest.approx(expected)
     trainer.sanity_checking = True
     PaperComparison(papers).on_validation_epoch_end(trainer, SimpleNamespace())
@@ -412,17 +529,17 @@ def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
 
 def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
     rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
-    draw_curve(
-        rows, tmp_path / "curve.png", [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
-    )
+    papers = [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "bits/dim")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
-    ("metric", "label"), [("lpips", "paper 0.120 (on other data)"), ("psnr", "paper 27.75")]
+    ("metric", "lines"),
+    [("lpips", {"val/lpips"}), ("psnr", {"val/psnr", "paper 27.75"}), ("l1", {"val/l1"})],
 )
 def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(
-    tmp_path, monkeypatch, metric, label
+    tmp_path, monkeypatch, metric, lines
 ):
     from matplotlib.figure import Figure
 
@@ -433,10 +550,25 @@ def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(
         {"metric": "test/psnr", "value": 27.75, "decimals": 2, "comparable": True},
         {"metric": "test/lpips", "value": 0.12, "decimals": 3, "comparable": False},
     ]
-    draw_curve(rows, tmp_path / "curve.png", papers)
-    draw_curve(rows, tmp_path / "curve.png", [])
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
+    draw_curve(rows, tmp_path / "curve.png", [], "", "")
     labels = [{line.get_label() for line in figure.axes[0].lines} for figure in saved]
-    assert labels == [{f"val/{metric}", label}, {f"val/{metric}"}]
+    assert labels == [lines, {f"val/{metric}"}]
+
+
+def test_the_curve_has_a_title_and_axes_with_units(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
+    curve = Curve(tmp_path, 64, 10, [], "glow_photos, run 1")
+    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.0 + i} for i in range(3)]
+    objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
+    curve.on_fit_end(trainer_at(2), objective)
+    [axes] = saved[0].axes
+    assert axes.get_title() == "glow_photos, run 1"
+    assert axes.get_xlabel() == "training images seen"
+    assert axes.get_ylabel() == "bpd (bits/dim)"
 
 
 @pytest.mark.parametrize("value", [27.75, 12.5])
@@ -447,9 +579,17 @@ def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeyp
     )
     rows = [{"images": i, "train/psnr": None, "val/psnr": 20.0 + 2 * i} for i in range(4)]
     papers = [{"metric": "test/psnr", "value": value, "decimals": 2, "comparable": True}]
-    draw_curve(rows, tmp_path / "curve.png", papers)
+    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
     low, high = next(bounds for bounds in limits if len(bounds) == 2)
     assert low < min(22.0, value) < max(26.0, value) < high
+
+
+def test_the_table_has_no_papers_number_for_a_run_on_other_data():
+    comparison = {"metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": None, "status": "-"}
+    result = {"experiment": "e", "metrics": {"test/bpd": 4.5}, "comparisons": [comparison]}
+    assert comparison_rows(result) == [("e", "test/bpd", None, 4.5, None, "-")]
+    [row] = comparison_table(result).splitlines()[2:]
+    assert row.split() == ["e", "test/bpd", "-", "4.5000", "-", "-"]
 
 
 @pytest.mark.parametrize(("status", "n_rows"), [("-", 1), ("not measured", 2)])

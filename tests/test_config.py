@@ -858,6 +858,46 @@ def test_help_shows_the_comments():
     assert "  optim.lr=0.001" in lines
 
 
+def test_help_with_a_preset_shows_the_presets_values():
+    """A comment that names the source of the recipe's value does not stand behind another one."""
+    lines = describe(CIFAR, "", ["--help", "preset=cpu", "seed=3"]).splitlines()
+    config = compose(CIFAR, ["preset=cpu"])
+    assert "keys, with the value of preset=cpu:" in lines
+    assert f"  flow.hidden_channels={config.flow.hidden_channels}" in lines
+    assert config.flow.hidden_channels != 64
+    assert "  trainer.val_check_interval=703  # steps between validations" in lines
+    assert "  seed=0  # of initialisation, order, flips and training noise" in lines
+    shown = [line.strip().partition("  # ")[0] for line in lines if line.startswith("  ")]
+    assert compose(CIFAR, shown) == config
+
+
+def test_help_with_other_data_shows_their_keys_and_comments():
+    for words in (["preset=demo"], ["data.name=photos"]):
+        lines = describe(CIFAR, "", words).splitlines()
+        assert f"keys, with the value of {words[0]}:" in lines
+        assert "  data.size=32  # of a crop, pixels" in lines
+        n_val = compose(CIFAR, words).data.n_val
+        assert f"  data.n_val={n_val}" in lines  # not: of the 50,000 training images
+    with pytest.raises(ConfigError, match=r"preset=cpv is not known \(did you mean cpu\?\)"):
+        describe(CIFAR, "", ["preset=cpv"])
+
+
+def test_help_says_which_presets_switch_wandb_off():
+    line = "cpu and demo switch W&B off: add logger.name=wandb to log there"
+    for recipe in RECIPES:
+        has_line = line in describe(recipe, "").splitlines()
+        assert has_line == (set(presets(recipe)) == {"cpu", "demo", "gpu"})
+
+
+def test_the_presets_are_those_that_readme_names():
+    """README: "every recipe of images has presets demo, cpu and gpu"; `realnvp_moons` has none."""
+    without = [recipe for recipe in RECIPES if not presets(recipe)]
+    assert without == ["realnvp_moons"]
+    assert "realnvp_moons` has none" in (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    for recipe in set(RECIPES) - set(without):
+        assert set(presets(recipe)) == {"demo", "cpu", "gpu"}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_help_has_every_comment_of_the_recipe(recipe):
     own = (CONFIGS / f"{recipe}.yaml").read_text().split("\npresets:")[0]

@@ -167,7 +167,10 @@ def test_samples_of_a_conditional_glow_have_a_class_a_column(finished):
     temperatures = result["config"]["samples"]["temperatures"]
     cell = 8 * (8 + 2)  # an image of 8 and a border of 2, each pixel 8 x 8
     picture = np.asarray(Image.open(folder / "samples" / "samples-0000003.png"))
-    assert picture.shape == (len(temperatures) * cell + 16, 14 * cell + 16, 3)
+    margin = picture.shape[1] - (14 * cell + 16)  # the temperatures
+    assert picture.shape[0] == len(temperatures) * cell + 16
+    assert 40 < margin < 100
+    picture = picture[:, margin:]
     row = picture[16:cell]
     columns = [row[:, 16 + i * cell : (i + 1) * cell] for i in range(14)]
     assert all(np.array_equal(columns[i], columns[i + 7]) for i in range(7))

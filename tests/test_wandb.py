@@ -144,10 +144,9 @@ def test_summary_is_what_was_tested(resumed):
         assert summary["test/bpd_reestimated"] == metrics["test/bpd_reestimated"]
         assert summary["best/val/bpd"] == metrics["val/bpd"]
         assert isinstance(summary["val/bpd"], float)
-        assert summary["paper/bpd"] == 3.49
         assert summary["status"] == "-"
         assert not any(
-            key.startswith("gap/") for key in summary
+            key.startswith(("paper/", "gap/")) for key in summary
         )  # photographs beside CIFAR-10's number
 
 
@@ -177,7 +176,7 @@ def test_table_holds_the_printed_rows(resumed):
     assert table["columns"] == ["experiment", "metric", "paper", "ours", "gap", "status"]
     metrics = result["metrics"]
     assert table["data"] == [
-        ["realnvp_cifar10", "test/bpd", 3.49, metrics["test/bpd"], None, "-"],
+        ["realnvp_cifar10", "test/bpd", None, metrics["test/bpd"], None, "-"],
         [
             "realnvp_cifar10",
             "test/bpd_reestimated",

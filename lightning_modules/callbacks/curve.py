@@ -30,16 +30,23 @@ class Curve(L.Callback):
 
     folder: the folder of both files. batch_size: the size of a global batch.
     papers: the papers' claims that the run is compared with, each {"metric", "value", "decimals",
-        "comparable"}; the claim on M is drawn as a line.
+        "comparable"}; the claim on M is drawn as a line if the run can be compared with it.
+    title: of the picture, such as the names of the experiment and of the run.
     """
 
     def __init__(
-        self, folder: str | Path, batch_size: int, interval: int, papers: list[dict[str, Any]]
+        self,
+        folder: str | Path,
+        batch_size: int,
+        interval: int,
+        papers: list[dict[str, Any]],
+        title: str = "",
     ) -> None:
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.interval = interval
         self.papers = papers
+        self.title = title
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.rows: list[Row] = []
@@ -118,7 +125,8 @@ class Curve(L.Callback):
         path = self.folder / "curve.png"
         with writing(trainer, path):
             if trainer.is_global_zero and self.rows:
-                draw_curve(self.rows, path, self.papers)
+                unit = as_objective(pl_module).metric.unit
+                draw_curve(self.rows, path, self.papers, self.title, unit)
 
     def validation_result(self, metric: Metric, best: bool) -> dict[str, float]:
         """{"val/M": value} of the best or the last validation after step 0; empty if there is none.
@@ -177,28 +185,32 @@ class Curve(L.Callback):
                 write(self.path, table.getvalue())
 
 
-def draw_curve(rows: list[Row], path: Path, papers: list[dict[str, Any]]) -> None:
+def draw_curve(
+    rows: list[Row], path: Path, papers: list[dict[str, Any]], title: str, unit: str
+) -> None:
     """Draw train/M and val/M over the images seen, as a PNG, without values that are not finite.
 
-    rows, papers: as in `Curve`. The paper's claim on M, if there is one, is drawn as a dashed line.
+    rows, papers, title: as in `Curve`. unit: the unit of M. A comparable claim of a
+    paper on M is drawn as a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="training images seen")
+    axes = figure.add_subplot(title=title, xlabel="training images seen")
     keys = [key for key in rows[0] if "/" in key]
+    name = keys[0].partition("/")[2]
+    axes.set_ylabel(f"{name} ({unit})" if unit else name)
     for key in keys:
         points = [(row["images"], row[key]) for row in rows if is_number(row[key])]
         if points:
             axes.plot(*zip(*points, strict=True), label=key, marker=".")
     values = [row[key] for row in rows[1:] for key in keys if is_number(row[key])]
-    paper = next((p for p in papers if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
+    claims = [paper for paper in papers if paper["comparable"]]
+    paper = next((p for p in claims if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
     if paper is not None:
         label = f"paper {printed(paper['value'], paper)}"
-        if not paper["comparable"]:
-            label += " (on other data)"
         axes.axhline(paper["value"], linestyle="--", color="grey", label=label)
     if values:
         if paper is not None:

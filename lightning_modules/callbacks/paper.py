@@ -13,8 +13,9 @@ COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status")
 class PaperComparison(L.Callback):
     """Logs `paper/<metric>` for each claim at validations, and `gap/<metric>` = ours - paper.
 
-    The gap is logged only for claims on the data that the run uses. During training "ours" is the
-    validation value; the table at the end of a run uses the split of the claim.
+    Nothing is logged for a claim that the run cannot be compared with, for example one on other
+    data: such a number beside the run's own would look like a comparison. During training "ours" is
+    the validation value; the table at the end of a run uses the split of the claim.
 
     papers: the papers' claims that the run is compared with, each {"claim", "metric", "value",
         "comparable"}.
@@ -27,19 +28,21 @@ class PaperComparison(L.Callback):
         if trainer.sanity_checking:
             return
         for paper in self.papers:
+            if not paper["comparable"]:
+                continue
             name = paper["metric"].split("/")[-1]
             pl_module.log(f"paper/{name}", paper["value"])
             ours = trainer.callback_metrics.get(f"val/{name}")
-            if ours is not None and paper["comparable"]:
+            if ours is not None:
                 pl_module.log(f"gap/{name}", ours - paper["value"])
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
     """Rows of COLUMNS for each test metric and each claim, ordered by metric.
 
-    The value of "paper" is None if a metric has no claim, that of "ours" if the run did not measure
-    a claim's metric, and that of "gap" if the two cannot be compared. A claim on other data has a
-    row only if its metric was measured.
+    The value of "paper" is None if a metric has no claim that the run can be compared with, and
+    that of "ours" if the run did not measure a claim's metric; "gap" is None in both cases. A claim
+    whose status is "-", for example one on other data, is left out.
 
     result: the contents of result.json (the schema is in results/runs.py).
     """
@@ -47,7 +50,7 @@ def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
     claims = {
         comparison["metric"]: comparison
         for comparison in result["comparisons"]
-        if comparison["metric"] in metrics or comparison["status"] != "-"
+        if comparison["status"] != "-"
     }
     tested = {key for key in metrics if key.startswith("test/") or key == "density_integral"}
     rows = []

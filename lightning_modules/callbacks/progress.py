@@ -1,10 +1,15 @@
 """A progress bar with images per second and the time left."""
 
+import contextlib
+import logging
+import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_modules.optimizer_steps import last_step
 
@@ -30,15 +35,55 @@ class Progress(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Lightning's metrics, and from the second step on images/s and the time left."""
+        """Lightning's metrics, and from the second step on images/s and the time left.
+
+        The time left comes first, since a terminal of 80 columns cuts off the end of the bar.
+        """
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         steps = trainer.global_step - self.first_step
         if not trainer.training or steps <= 0:
             return metrics
         rate = steps / (time.monotonic() - self.started)
-        metrics["images/s"] = f"{rate * self.batch_size:.0f}"
+        own: dict[str, int | str | float | dict[str, float]] = {}
         last = last_step(trainer)
         if last is not None:
-            metrics["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
-        return metrics
+            own["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
+        own["images/s"] = f"{rate * self.batch_size:.0f}"
+        return own | metrics
+
+
+class AboveBar(logging.StreamHandler):
+    """Prints messages above the progress bar, which then moves one line down."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # logging reports it, as of every handler
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def lines_above_bar() -> Iterator[None]:
+    """Print Lightning's messages, and ours, above the progress bar instead of into it."""
+    log = logging.getLogger("lightning.pytorch")
+    handlers = log.handlers
+    log.handlers = [_above(handler) for handler in handlers]
+    try:
+        yield
+    finally:
+        log.handlers = handlers
+
+
+def _above(handler: logging.Handler) -> logging.Handler:
+    """A handler that writes above the bar, in the place of one that writes to the terminal."""
+    if not isinstance(handler, logging.StreamHandler):
+        return handler
+    if handler.stream not in (sys.stdout, sys.stderr):
+        return handler
+    above = AboveBar(handler.stream)
+    above.setFormatter(handler.formatter)
+    above.setLevel(handler.level)
+    for log_filter in handler.filters:
+        above.addFilter(log_filter)
+    return above

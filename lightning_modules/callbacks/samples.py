@@ -1,6 +1,7 @@
 """Pictures of a model's samples and reconstructions, drawn during training."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from flows.caching import cached
+from flows.coupling import SigmoidCoupling
 from lightning_modules.callbacks.png import write_png
 from lightning_modules.checks import check_count
 from lightning_modules.numerics import FAILURES, report_failure
@@ -20,21 +23,27 @@ from lightning_modules.precision import evaluation
 from lightning_modules.stopping import writing
 from results import is_number
 
+SAME = 1e-3  # largest difference of images that look the same, below one of 256 grey levels
 N_SHOWN = 16  # images in a row
+LABEL_SPACE = 8  # pixels on the left and on the right of a row's label
+NOT_FINITE = (255, 0, 255)  # magenta, which photographs and grey images do not have
 LARGEST_N = 100_000  # more samples, which are drawn at once, would not fit into memory
 
 
 class Samples(L.Callback):
     """Draws samples and reconstructions after validations, as uint8 PNGs in `folder`.
 
-    The samples form a grid with a row for each temperature. The base samples are the same at every
-    validation, so the grids show how the same images change during training. Samples are drawn in
-    float32 with the current weights, not with the best ones. Nothing is drawn if the data of the
-    objective are not images.
+    The samples form a grid with a row for each temperature, which is written beside it. At
+    temperature 0 all samples are the same, so that row is left out beside others. The base samples
+    are the same at every validation, so the grids show how the same images change during training.
+    Samples are drawn in float32 with the current weights, not with the best ones. Nothing is drawn
+    if the data of the objective are not images.
 
     The callback logs `samples/finite_T<temperature>` (`samples/finite` for an objective without
     temperatures): the share of samples of which every value is finite. A flow can have a good
     likelihood although its inverse overflows. The share is 0 if a layer cannot be inverted at all.
+    Pixels that are not finite are magenta in the pictures. When the share of a temperature falls
+    below 1, one line says so, and what helps.
 
     temperatures: the temperature of each row.
     n: the number of samples for each temperature, of which 16 are shown.
@@ -63,6 +72,7 @@ class Samples(L.Callback):
         self.drawn_at = 0  # the step of the newest pictures
         self.batch: list[Tensor] | None = None  # the first validation data
         self.finite: dict[str, float] = {}  # key in the log -> share of finite samples
+        self.reported: set[str] = set()  # keys whose share was below 1 at the newest pictures
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the newest pictures, and the shares of finite samples."""
@@ -110,26 +120,36 @@ class Samples(L.Callback):
 
     def _pictures(self, objective: Objective) -> dict[str, Tensor]:
         """name -> picture, (3, height, width) uint8, without those that cannot be drawn."""
-        rows: dict[str, list[Tensor]] = {}
         failures: dict[str, BaseException] = {}
         with evaluating(objective), evaluation(objective.device.type), cached(objective.trained):
-            rows["samples"] = self._sample(objective, failures)
-            rows["reconstruction"] = self._reconstruct(objective, failures)
+            samples = shown(self._sample(objective, failures))
+            reconstruction = self._reconstruct(objective, failures)
         if failures:
             report_failure(", ".join(failures), next(iter(failures.values())))
+        self._report_shares(objective, failures)
         n_bits = objective.n_bits or 8
-        return {name: picture(images, n_bits) for name, images in rows.items() if images}
+        pictures: dict[str, Tensor] = {}
+        if samples:
+            pictures["samples"] = picture(list(samples.values()), n_bits, list(samples))
+        if reconstruction:
+            pictures["reconstruction"] = picture(reconstruction, n_bits)
+        return pictures
 
-    def _sample(self, objective: Objective, failures: dict[str, BaseException]) -> list[Tensor]:
-        """A row of samples for each temperature, or one row; empty if the objective draws none.
+    def _sample(
+        self, objective: Objective, failures: dict[str, BaseException]
+    ) -> dict[str, Tensor]:
+        """label -> a row of samples, such as "T=0.7"; empty if the objective draws none.
+
+        There is a row for each temperature, or one with an empty label.
 
         failures: the dict to which errors of the kinds FAILURES are added, by name of the samples.
             They are added without their tracebacks, which refer to the tensors of the failed
             computation, and would keep them in memory.
         """
-        rows: list[Tensor] = []
+        rows: dict[str, Tensor] = {}
         for temperature in self.temperatures if objective.has_temperature else (1.0,):
             suffix = f"_T{temperature:g}" if objective.has_temperature else ""
+            label = suffix.replace("_T", "T=")
             try:
                 samples = objective.draw(self.n, temperature, self.seed, self.batch)
             except FAILURES as error:
@@ -137,10 +157,24 @@ class Samples(L.Callback):
                 self.finite[f"samples/finite{suffix}"] = 0.0
                 continue
             if samples is None:
-                return []
-            rows.append(samples[:N_SHOWN])
+                return {}
+            rows[label] = samples[:N_SHOWN]
             self.finite[f"samples/finite{suffix}"] = finite_share(samples)
         return rows
+
+    def _report_shares(self, objective: Objective, failures: dict[str, BaseException]) -> None:
+        """Print one line if the share of a temperature has fallen below 1 since the last pictures.
+
+        failures: names of samples that could not be drawn at all, which have a line of their own.
+        """
+        broken = {
+            key: share
+            for key, share in self.finite.items()
+            if share < 1 and key.replace("/finite", "") not in failures
+        }
+        if broken.keys() - self.reported:
+            rank_zero_info(shares_line(broken, advice(objective)))
+        self.reported = set(broken)
 
     def _reconstruct(
         self, objective: Objective, failures: dict[str, BaseException]
@@ -204,19 +238,93 @@ def finite_share(samples: Tensor) -> float:
     return samples.isfinite().flatten(1).all(1).float().mean().item()
 
 
-def picture(rows: list[Tensor], n_bits: int) -> Tensor:
+def shares_line(shares: dict[str, float], helps: str) -> str:
+    """The line that reports samples that are not finite.
+
+    shares: key in the log -> share of finite samples, below 1. helps: what a user can try.
+
+    >>> shares_line({"samples/finite_T0.7": 0.625}, "a smaller optim.lr")[:54]
+    'Some samples are not finite: only 62.5% are at T=0.7. '
+    """
+    parts = []
+    for key, share in shares.items():
+        temperature = key.partition("_T")[2]
+        place = f" at T={temperature}" if temperature else ""
+        parts.append(f"{min(share, 0.999):.1%} are{place}")
+    return (
+        f"Some samples are not finite: only {', '.join(parts)}. The inverse of the model overflows "
+        "there, although the likelihood can be good. Such pixels are magenta in the pictures. "
+        f"What helps: {helps}"
+    )
+
+
+def advice(objective: Objective) -> str:
+    """What makes more samples of an objective finite."""
+    options = []
+    bounds = [
+        module.min_scale
+        for module in objective.trained.modules()
+        if isinstance(module, SigmoidCoupling)
+    ]
+    if bounds:
+        now = f"now {bounds[0]:g}, in glow_cifar10_modern 0.5"
+        options.append(f"a larger flow.min_scale in a new run ({now})")
+    if objective.has_temperature:
+        options.append("lower samples.temperatures")
+    return ", ".join([*options, "a smaller optim.lr"])
+
+
+def shown(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of samples that a picture shows, by label.
+
+    At temperature 0 a flow without classes gives the same image again and again. Such a row is left
+    out; if it is the only one, it is cut to one image.
+    """
+    first = rows.get("T=0")
+    if first is None or not (first - first[:1]).abs().amax().item() <= SAME:  # also for nan
+        return rows
+    others = {label: row for label, row in rows.items() if label != "T=0"}
+    return others or {"T=0": first[:1]}
+
+
+def picture(rows: list[Tensor], n_bits: int, labels: Sequence[str] = ()) -> Tensor:
     """Rows of images in [0, 1], each (N, C, H, W), as one uint8 picture, (3, height, width).
 
+    labels: texts on the left of the rows, one for each; without any there is no margin.
+
     A pixel gets the value of the lower end of its bin, one of 2^n_bits, as in the code of Glow's
-    authors. Values that are not finite are black.
+    authors. A pixel with a value that is not finite has the colour NOT_FINITE.
     """
     from torchvision.utils import make_grid
 
-    images = torch.cat(rows).float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    images = torch.cat(rows).float().cpu()
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    finite = images.isfinite().all(1, keepdim=True)
+    images = images.nan_to_num(0.0, 0.0, 0.0)
     levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
+    levels = levels.where(finite, levels.new_tensor(NOT_FINITE).view(1, 3, 1, 1))
     grid = make_grid(levels, nrow=len(rows[0]), pad_value=255)
     scale = max(1, 64 // images.shape[-1])
-    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if not any(labels):
+        return grid
+    return torch.cat([margin(labels, grid.shape[1]), grid], 2)
+
+
+def margin(labels: Sequence[str], height: int) -> Tensor:
+    """A white strip, (3, height, width) uint8, with texts one below the other, evenly spaced."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    row_height = height / len(labels)
+    font = ImageFont.load_default(size=max(10, min(24, int(row_height / 3))))
+    width = max(math.ceil(font.getlength(label)) for label in labels) + 2 * LABEL_SPACE
+    strip = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, label in enumerate(labels):
+        middle = (LABEL_SPACE, (i + 0.5) * row_height)
+        draw.text(middle, label, fill="black", font=font, anchor="lm")
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def as_array(image: Tensor) -> np.ndarray:
