@@ -40,7 +40,7 @@ from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
 from reproduce.extension import check_finished, earlier_ends
 from reproduce.kinds import argument_text
-from reproduce.launch import check_processes, job, processes, requeued, run_id
+from reproduce.launch import job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
 from reproduce.provenance import Provenance, best_precision, experiment_of, machine
 from reproduce.readiness import MPS_LACKS, Readiness, check_folder, check_settings, validates
@@ -92,7 +92,6 @@ def load_config(script: str, doc: str, argv: list[str] | None) -> DictConfig:
         say(OmegaConf.to_yaml(config, resolve=True).rstrip("\n"))
         sys.exit(0)
     check_settings(config)
-    check_processes(config.trainer)
     _decide_run_dir(config)
     check_run_dir(config)
     OmegaConf.set_struct(config, False)

@@ -20,7 +20,7 @@ from datamodules.stateless import StatelessDataModule
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.kinds import argument_text
-from reproduce.launch import processes
+from reproduce.launch import check_processes, processes
 
 MPS_LACKS = "a Mac's GPU (MPS) lacks the float64 in which flows make their matrices"
 GPUS_ALONE = (
@@ -99,8 +99,11 @@ def _check_processes(config: DictConfig) -> None:
 
     Without the check the processes that do run would wait for the missing ones for ever.
     """
-    if processes() or {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
-        return  # srun, torchrun or the user has started them
+    if processes():  # srun or torchrun has started them
+        check_processes(config.trainer)
+        return
+    if {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+        return  # the user has started them
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes={config.trainer.num_nodes}, but nobody starts the other nodes: "
