@@ -5,13 +5,15 @@ They are those of Glow (Kingma & Dhariwal 2018, arXiv 1807.03039), section 6.
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12      # all of them
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
 
-They go into <run folder>/pictures/. The latents of an image are called eps; under the model they
-are standard normal on every level.
+They go into <run folder>/pictures/, with a label on the left of every row. The latents of an image
+are called eps; under the model they are standard normal on every level.
   temperature.png    a row for each temperature, 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9 and 1 (as in the
                      authors' grids), with the same base samples in every row; columns: samples, or
-                     the classes of a class-conditional flow
+                     the classes of a class-conditional flow. Without classes all samples at
+                     temperature 0 are the same, and their row is left out
   interpolation.png  rows: two test images at the ends, and between them the images whose eps are
-                     interpolated linearly on all levels (figure 5)
+                     interpolated linearly on all levels (figure 5). Labels give the numbers of the
+                     two images in the test split
   levels.png         first row: test images. Next rows: the same images from the eps of the coarsest
                      level, of the two coarsest, and so on up to all levels; the other eps are 0.
                      Last rows: the same with the other eps drawn at temperature 0.7
@@ -36,6 +38,7 @@ if not __package__:  # run by its path: take the packages beside this script
 
 import inspect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +50,8 @@ from datamodules import DATA, make_data
 from datamodules.checks import expand_home
 from datamodules.stateless import StatelessDataModule
 from flows.base import FlowModel
-from lightning_modules.callbacks.samples import finite_share, picture
+from lightning_modules.callbacks.png import write_png
+from lightning_modules.callbacks.samples import as_array, finite_share, picture, shown
 from lightning_modules.density import draw_samples
 from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
@@ -73,6 +77,25 @@ N_PAIRS = 5  # rows of interpolation.png
 N_CANDIDATES = 256  # test images from which those of attributes.png are chosen
 CHUNK = 100  # images encoded at once
 ALL_ROWS = slice(None)
+
+
+class Drawing(NamedTuple):
+    """What a picture shows: rows of images (N, C, H, W), a label for each row, and a caption."""
+
+    rows: list[Tensor]
+    labels: list[str]
+    caption: str
+
+
+class Chosen(NamedTuple):
+    """Images of a split, (N, C, H, W), dequantised as in evaluation.
+
+    labels: (N,), or None if the data have none. numbers: those of the images in the split.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    numbers: list[int]
 
 
 def move(eps: Latents, direction: Latents, strengths: Tensor) -> Latents:
@@ -140,11 +163,8 @@ class Run:
         self.data.prepare_data()
         self.data.setup("test")
 
-    def images(self, split: str, n: int) -> tuple[Tensor, Tensor | None]:
-        """n images of a split (or all, if it has fewer), chosen by the seed, and their labels.
-
-        The images are dequantised as in evaluation.
-        """
+    def images(self, split: str, n: int) -> Chosen:
+        """n images of a split (or all, if it has fewer), chosen by the seed."""
         images = getattr(self.data, split)
         if len(images) < 2:
             raise ValueError(f"{len(images)} images in the {split} split are too few for pictures")
@@ -152,11 +172,11 @@ class Run:
         x, indices, *labels = default_collate([images[0, i] for i in order[:n].tolist()])
         if self.data.dequantizer is not None:
             x, _ = evaluation_input(self.data.dequantizer, x, indices, self.noise_seed)
-        return x, labels[0] if labels else None
+        return Chosen(x, labels[0] if labels else None, indices.tolist())
 
     def labelled_images(self, split: str, n: int) -> tuple[Tensor, Tensor]:
         """As `images`. ValueError: the data have no labels."""
-        x, labels = self.images(split, n)
+        x, labels, _ = self.images(split, n)
         if labels is None:
             raise ValueError(f"{type(self.data).__name__} has no labels")
         return x, labels
@@ -215,55 +235,62 @@ def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataMo
     return data
 
 
-def temperature(run: Run) -> tuple[list[Tensor], str]:
+def temperature(run: Run) -> Drawing:
     """A row for each temperature, and the shares of samples whose every value is finite."""
     n = run.flow.n_classes or run.options.n
-    rows = []
+    rows = {}
     shares = []
     for value in TEMPERATURES:
         samples = draw_samples(run.flow, n, value, run.options.seed, run.data.shape)
         if samples is None:  # not of a flow of the kinds that `Run` takes
             raise ValueError(f"{type(run.flow).__name__} draws nothing without a context")
-        rows.append(samples)
+        rows[f"T={value:g}"] = samples
         shares.append(f"{finite_share(samples):.0%} at T={value:g}")
-    return rows, f"finite of {n} samples: {', '.join(shares)}"
+    rows = shown(rows)
+    caption = f"finite of {n} samples: {', '.join(shares)}"
+    return Drawing(list(rows.values()), list(rows), caption)
 
 
-def interpolation(run: Run) -> tuple[list[Tensor], str]:
+def interpolation(run: Run) -> Drawing:
     """A row for each pair of test images.
 
     A class-conditional flow has the first image's class in a row's first half, then the second's.
     """
-    x, labels = run.images("test", 2 * N_PAIRS)
+    x, labels, numbers = run.images("test", 2 * N_PAIRS)
     eps = run.encode(x, labels)
     n = run.options.n
     rows = []
+    names = []
     for i in range(0, len(x) - 1, 2):
         first = tuple(z[i] for z in eps)
         second = tuple(z[i + 1] for z in eps)
         owners = [i] * (n - n // 2) + [i + 1] * (n // 2)
         rows.append(run.decode(interpolate(first, second, n), labels, owners))
-    return rows, f"{len(rows)} pairs of test images"
+        names.append(f"image {numbers[i]} to {numbers[i + 1]}")
+    return Drawing(rows, names, f"{len(rows)} pairs of test images")
 
 
-def levels(run: Run) -> tuple[list[Tensor], str]:
+def levels(run: Run) -> Drawing:
     """The rows of levels.png: the images, then the images from some of their levels.
 
     First the eps of the other levels are 0, then they are drawn at temperature 0.7.
     """
-    x, labels = run.images("test", run.options.n)
+    x, labels, _ = run.images("test", run.options.n)
     eps = run.encode(x, labels)
     generator = torch.Generator().manual_seed(run.options.seed)
     shapes = run.flow.latent_shapes(run.data.shape)
     others = run.flow.base.sample(len(x), shapes, 0.7, generator, eps[0])
-    latents = [keep_levels(eps, k) for k in range(1, len(eps) + 1)]
-    latents += [keep_levels(eps, k, others) for k in range(1, len(eps))]
+    n = len(eps)
+    latents = [keep_levels(eps, k) for k in range(1, n + 1)]
+    latents += [keep_levels(eps, k, others) for k in range(1, n)]
     rows = [x, *(run.decode(z, labels) for z in latents)]
-    return rows, f"test images from 1 to {len(eps)} levels"
+    names = ["image", *(f"{k} of {n} levels" for k in range(1, n + 1))]
+    names += [f"{k} of {n}, rest T=0.7" for k in range(1, n)]
+    return Drawing(rows, names, f"test images from 1 to {n} levels")
 
 
-def attributes(run: Run, names: Sequence[str], cls: int | None) -> tuple[list[Tensor], str]:
-    """A row for each moved image, and a caption that names its class and the direction's.
+def attributes(run: Run, names: Sequence[str], cls: int | None) -> Drawing:
+    """A row for each moved image, whose label names its class and the direction's.
 
     The flow encodes and decodes each image with the image's own label.
 
@@ -278,13 +305,13 @@ def attributes(run: Run, names: Sequence[str], cls: int | None) -> tuple[list[Te
     eps = run.encode(x, labels)
     labels_train = labels_train.to(run.options.device)
     rows = []
-    captions = []
+    changes = []
     for i, target in _moves(labels, len(names), cls, run.options.n):
         direction = attribute_direction(eps_train, labels_train, target)
         moved = move(tuple(z[i] for z in eps), direction, STRENGTHS)
         rows.append(run.decode(moved, labels, [i] * len(STRENGTHS)))
-        captions.append(f"{names[int(labels[i])]} to {names[target]}")
-    return rows, ", ".join(captions)
+        changes.append(f"{names[int(labels[i])]} to {names[target]}")
+    return Drawing(rows, changes, ", ".join(changes))
 
 
 def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tuple[int, int]]:
@@ -318,13 +345,14 @@ def read_options(words: list[str]) -> tuple[Path, DictConfig]:
     return folder, options
 
 
-def write(path: Path, rows: list[Tensor], caption: str, n_bits: int) -> None:
-    """Write one picture, and print its path with a caption."""
+def write(path: Path, drawing: Drawing, n_bits: int) -> None:
+    """Write one picture, and print its path with its caption."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(rows, n_bits).permute(1, 2, 0).numpy()).save(path, optimize=True)
-    say(f"{path}: {caption}")
+    image = Image.fromarray(as_array(picture(drawing.rows, n_bits, drawing.labels)))
+    write_png(path, lambda stream: image.save(stream, "PNG", optimize=True))
+    say(f"{path}: {drawing.caption}")
 
 
 @command
@@ -346,17 +374,17 @@ def main(argv: list[str] | None = None) -> None:
         )
     out = Path(options.out)
     with evaluation(options.device):
-        write(out / "temperature.png", *temperature(run), run.n_bits)
+        write(out / "temperature.png", temperature(run), run.n_bits)
         run.read_data()
-        write(out / "interpolation.png", *interpolation(run), run.n_bits)
-        write(out / "levels.png", *levels(run), run.n_bits)
+        write(out / "interpolation.png", interpolation(run), run.n_bits)
+        write(out / "levels.png", levels(run), run.n_bits)
         if not names:
             say(f"{type(run.data).__name__} has no labels: no attributes.png")
         elif not attribute:
-            write(out / "attributes.png", *attributes(run, names, None), run.n_bits)
+            write(out / "attributes.png", attributes(run, names, None), run.n_bits)
         else:
             path = out / f"attributes-{attribute}.png"
-            write(path, *attributes(run, names, names.index(attribute)), run.n_bits)
+            write(path, attributes(run, names, names.index(attribute)), run.n_bits)
 
 
 if __name__ == "__main__":
