@@ -27,8 +27,10 @@ from pathlib import Path
 if not __package__:  # run by its path: take the packages beside this script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
@@ -139,20 +141,21 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
     silence_lightning()
-    trainer = L.Trainer(
-        accelerator={"cuda": "gpu", "cpu": "cpu"}[device],
-        devices=1,
-        precision="32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-        limit_test_batches=config.trainer.get("limit_test_batches"),
-        deterministic=config.trainer.get("deterministic", False),
-        use_distributed_sampler=False,
-        inference_mode=not module.needs_autograd,
-    )
+    with without_device_lines():
+        trainer = L.Trainer(
+            accelerator={"cuda": "gpu", "cpu": "cpu"}[device],
+            devices=1,
+            precision="32-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            limit_test_batches=config.trainer.get("limit_test_batches"),
+            deterministic=config.trainer.get("deterministic", False),
+            use_distributed_sampler=False,
+            inference_mode=not module.needs_autograd,
+        )
     try:
         trainer.test(module, datamodule=data, verbose=False)
     except SystemExit as end:  # how Lightning ends after a KeyboardInterrupt
@@ -161,6 +164,18 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     is_anew = is_averaged and has_batch_norm(module.trained)
     reestimated = frozenset(key for key in figures if is_anew or key.endswith(REESTIMATED))
     return Evaluation(figures, reestimated, getattr(data, "content_hash", None))
+
+
+@contextlib.contextmanager
+def without_device_lines() -> Iterator[None]:
+    """Leave out Lightning's lines about devices that are there and are not used."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def difference(

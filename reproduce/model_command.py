@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -84,6 +85,17 @@ def progress_bar(total: int, unit: str) -> Tqdm:
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
     )
+
+
+@contextlib.contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """ConfigError, one line, if the block cannot write to a path, which out= has given."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}): give another out="
+        ) from error
 
 
 @contextlib.contextmanager

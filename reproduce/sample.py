@@ -32,6 +32,7 @@ if not __package__:  # run by its path: take the packages beside this script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ from reproduce.model_command import (
     at_least,
     device_of,
     fingerprint,
+    opening,
     progress_bar,
     read_words,
     repeatable,
@@ -101,14 +103,14 @@ def settings_of(model: TrainedModel, options: DictConfig, label: int | None) -> 
 def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder of samples and its RECORD, or check that it has samples of these settings.
 
-    ConfigError, one line: it has other files, or samples of other settings. OSError: it cannot be
-    written.
+    ConfigError, one line: it has other files or samples of other settings, or cannot be written.
     """
     path = folder / RECORD
     if not path.is_file():
         if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise ConfigError(f"{folder} holds other files than samples: give another out=")
-        write(path, json.dumps(settings, indent=1) + "\n")
+        with opening(folder):
+            write(path, json.dumps(settings, indent=1) + "\n")
         return
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -116,6 +118,8 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         earlier = None
     if not isinstance(earlier, dict):
         raise ConfigError(f"{path} is damaged: give another out=")
+    if earlier.get("weights") != settings["weights"]:
+        raise ConfigError(f"{folder} holds samples of another model: give another out=")
     different = [
         f"{key}={argument_text(earlier.get(key))}"
         for key in sorted(earlier | settings)
@@ -125,6 +129,8 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(
             f"{folder} holds samples with {' '.join(different)}: say the same, or give another out="
         )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} cannot be written: give another out=")
 
 
 def write_samples(

@@ -61,6 +61,7 @@ from reproduce.model_command import (
     at_least,
     device_of,
     fingerprint,
+    opening,
     progress_bar,
     read_words,
     repeatable,
@@ -340,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
         "seed": options.seed,
     }
     partial = out.with_name(f"{out.name}{PARTIAL}")
-    scores = Scores(partial, settings)
+    with opening(partial):
+        scores = Scores(partial, settings)
     model.to(device)
     with repeatable("the same command keeps what is scored, and goes on"):
         rows = table(model, folder, paths, labels, options, scores)

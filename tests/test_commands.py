@@ -257,7 +257,7 @@ def test_a_folder_of_other_samples_or_files_is_refused(realnvp, averaged, tmp_pa
         mistake("sample", realnvp, *other, "seed=2") == f"{folder} holds samples with seed=0 "
         "temperature=0.5: say the same, or give another out="
     )
-    assert "weights=" in mistake("sample", averaged, *other, "temperature=0.5")
+    assert "samples of another model" in mistake("sample", averaged, *other, "temperature=0.5")
     (folder / "samples.json").write_text("{")
     assert "samples.json is damaged" in mistake("sample", realnvp, *other)
     (folder / "samples.json").unlink()
@@ -265,8 +265,18 @@ def test_a_folder_of_other_samples_or_files_is_refused(realnvp, averaged, tmp_pa
     before.pop("samples.json")
     assert contents(folder) == before
     (tmp_path / "file").touch()
-    line = mistake("sample", realnvp, f"out={tmp_path / 'file' / 'in'}")
-    assert "Not a directory" in line or "File exists" in line
+
+
+@pytest.mark.parametrize("name", ["sample", "score"])
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_computed(
+    name, realnvp, images, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    words = {"sample": [realnvp], "score": [realnvp, images]}[name]
+    monkeypatch.setattr(TrainedModel, "to", None)
+    line = mistake(name, *words, f"out={tmp_path / 'file' / 'in'}")
+    assert "file/in" in line
+    assert line.endswith(": give another out=")
 
 
 def test_samples_that_are_not_finite_are_counted_also_where_they_are_kept(
