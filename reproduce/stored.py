@@ -263,6 +263,11 @@ def _of_row(name: str) -> Stored:
     """The weights of a recorded run. FileNotFoundError, one line: there are none."""
     root = results.ROOT
     path = root / "runs" / f"{name}.json"
+    if not (root / "runs").is_dir():
+        raise FileNotFoundError(
+            f"no model {name}: recorded runs come with a clone of the repository, and this is an "
+            "installed copy; give the folder of a run, an exported folder, or a checkpoint"
+        )
     if not path.is_file():
         names = [f"{file.parent.name}/{file.stem}" for file in (root / "runs").glob("*/*.json")]
         raise FileNotFoundError(f"no model {name}{nearest(name, names)}: give {KINDS}")

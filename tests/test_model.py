@@ -294,6 +294,9 @@ ZEROS = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         (ZEROS[:, :1], r"not \(2, 1, 8, 8\)"),
         (ZEROS.permute(0, 2, 3, 1), r"not \(2, 8, 8, 3\)"),
         ([ZEROS], "not list"),
+        (np.zeros((2, 3, 8, 8), np.uint16), "not uint16 from 0 to 0"),
+        (np.full((2, 3, 8, 8), "a"), "not <U1"),
+        (ZEROS.bool(), "not bool from 0 to 0"),
     ],
 )
 def test_wrong_images_are_one_line(images, message, realnvp):
@@ -313,6 +316,8 @@ def test_wrong_images_are_one_line(images, message, realnvp):
         ([True, False], r"not \(2,\) bool"),
         (torch.tensor([3, 7], dtype=torch.int32), "from 0 to 6, not 3 to 7"),
         (np.array([-1, 0]), "from 0 to 6, not -1 to 0"),
+        ([1, "cat"], "2 whole numbers from 0 to 6, or names, all of one kind"),
+        (["cat"], r"not \(1,\) int64"),
     ],
 )
 def test_wrong_labels_are_one_line(labels, message, glow):
@@ -326,6 +331,29 @@ def test_labels_are_integers_of_any_width(glow):
     values = glow.bits_per_dim(images, labels)
     for others in (labels.tolist(), labels.numpy().astype(np.uint8), labels.int()):
         assert torch.equal(glow.bits_per_dim(images, others), values)
+
+
+def test_labels_may_be_names(glow):
+    images, labels = test_images(glow)
+    names = [PHOTOS[label] for label in labels]
+    assert torch.equal(glow.bits_per_dim(images, names), glow.bits_per_dim(images, labels))
+    with pytest.raises(ValueError, match=r"label=catt is not known \(did you mean cat\?\)"):
+        glow.bits_per_dim(ZEROS, ["cat", "catt"])
+
+
+def test_a_number_is_not_the_class_of_that_name(glow):
+    """Folders 1, 10, 2 are the classes 0, 1, 2."""
+    glow.class_names = ("1", "10", "2")
+    assert [glow.label_of(label) for label in (1, "1", 0, "10", 2, "2")] == [1, 0, 0, 1, 2, 2]
+
+
+def test_images_may_be_a_file_that_is_mapped_read_only(realnvp, tmp_path, recwarn):
+    images, _ = test_images(realnvp)
+    np.save(tmp_path / "images.npy", images.numpy()[..., ::-1])
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    values = realnvp.bits_per_dim(mapped[..., ::-1])
+    assert torch.equal(values, realnvp.bits_per_dim(images))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_class_is_named_or_numbered(glow, realnvp):
@@ -355,6 +383,14 @@ def test_a_class_is_named_or_numbered(glow, realnvp):
 def test_wrong_numbers_are_one_line(arguments, message, realnvp):
     with pytest.raises(ValueError, match=message):
         realnvp.sample(**arguments)
+
+
+def test_wrong_keys_are_one_line(realnvp):
+    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
+        with pytest.raises(ValueError, match=r"^keys are 2 numbers of at least 0, as an int64"):
+            realnvp.bits_per_dim(ZEROS, keys=keys)
+    with pytest.raises(ValueError, match="seed=-1: give a whole number of at least 0"):
+        realnvp.bits_per_dim(ZEROS, seed=-1)
 
 
 def test_wrong_latents_are_one_line(realnvp):
@@ -522,6 +558,14 @@ def test_a_row_without_weights_names_those_with_some(tmp_path, monkeypatch):
         load("realnvp_moons/old")
     expected = "the weights of realnvp_moons/old were not kept: give glow_cifar10/new"
     assert str(refusal.value) == expected
+
+
+def test_an_installed_copy_has_no_recorded_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="with a clone of the repository, and this is an in"
+    ):
+        load("glow_cifar10/cpu-seed0")
 
 
 def test_an_experiment_without_a_flow_is_one_line(runs, tmp_path):
