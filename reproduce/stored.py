@@ -17,8 +17,8 @@ from reproduce.config import ConfigError, nearest
 from reproduce.run_folder import (
     RESULT,
     Checkpoint,
+    load_checkpoint,
     newest_checkpoint,
-    read_checkpoint,
     read_result,
     result_text,
 )
@@ -28,6 +28,7 @@ from results.runs import read_json
 EXPORTED = "model.safetensors"  # the weights in an exported folder, and in that of a finished run
 METADATA = "paperflows"  # the entry of a safetensors file's metadata that holds `Stored.origin`
 PARTS = ("flow.", "dequantizer.")  # the weights of an objective that belong to its model
+RECORDED = {"experiment", "config", "shape", "commit"}  # in every checkpoint
 NEEDED = {
     "experiment",
     "config",
@@ -37,6 +38,7 @@ NEEDED = {
     "commit",
     "parts",
 }  # in `origin`
+KEPT = NEEDED | {"dirty"}  # of the origin, in a safetensors file
 KINDS = (
     "the folder of a run, an exported folder, a checkpoint, or a recorded run such as "
     "glow_cifar10/cpu-seed0"
@@ -78,27 +80,30 @@ def read_stored(model: str | Path) -> Stored:
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
     if path.is_file() or path.is_symlink() or path.suffix == ".ckpt":
-        return _of_checkpoint(path, read_checkpoint(path), _result_of_weights(path))
+        return _of_checkpoint_file(path)
     return _of_row(str(model))
 
 
 def _of_folder(folder: Path) -> Stored:
     """The tested weights of a run or an export; the newest if there is no result or they are gone.
 
-    An extension removes the tested weights, until the extended run is tested.
+    A run that goes on behind its result may replace or remove the checkpoint that was tested, but
+    not its model.safetensors.
     """
+    if (folder / EXPORTED).is_file():
+        return _of_safetensors(folder / EXPORTED)
     tested = None
     if (folder / RESULT).is_file():
         tested = folder / result_text(folder, "checkpoint")
         if tested.exists():
-            return _of_checkpoint(tested, read_checkpoint(tested), read_result(folder))
-    if (folder / EXPORTED).is_file():
-        return _of_safetensors(folder / EXPORTED)
+            return _of_checkpoint_file(tested)
     newest = newest_checkpoint(folder)
     if newest is not None:
-        return _of_checkpoint(*newest)
+        return of_checkpoint(*newest)
     if tested is not None:
-        read_checkpoint(tested)  # it raises FileNotFoundError with the file's name
+        _load(tested)  # it raises FileNotFoundError with the file's name
+    if any(folder.glob("*.ckpt")):
+        raise FileNotFoundError(f"{folder} is not the folder of a run: give {folder.parent}")
     raise FileNotFoundError(
         f"{folder} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
     )
@@ -107,26 +112,45 @@ def _of_folder(folder: Path) -> Stored:
 # ---------------------------------------------------------------------- checkpoints
 
 
-def _result_of_weights(path: Path) -> dict[str, Any] | None:
-    """The result of the run that a checkpoint file lies in, if exactly this file was tested."""
+def _load(path: Path) -> Checkpoint:
+    """As `load_checkpoint`, with an advice in its messages."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: give {KINDS}") from error
+
+
+def _of_checkpoint_file(path: Path) -> Stored:
+    """The weights of a checkpoint, with the result of its run if exactly they were tested."""
+    checkpoint = _load(path)
     folder = path.parent.parent
     if not (folder / RESULT).is_file():
-        return None
+        return of_checkpoint(path, checkpoint)
     result = read_result(folder)
-    if result.get("checkpoint") == f"{path.parent.name}/{path.name}":
-        return result
-    return None
+    is_tested = result.get("checkpoint") == f"{path.parent.name}/{path.name}"
+    step = (result.get("tested") or {}).get("step")
+    if is_tested and step in (None, checkpoint.get("global_step")):
+        return of_checkpoint(path, checkpoint, result)
+    return of_checkpoint(path, checkpoint)
 
 
-def _of_checkpoint(
+def of_checkpoint(
     path: Path, checkpoint: Checkpoint, result: dict[str, Any] | None = None
 ) -> Stored:
+    """The content of a checkpoint, and the result of the test of its weights.
+
+    ConfigError or ValueError, one line: it lacks what every checkpoint records.
+    """
     weights = {
         key: _as_float32(value)
         for key, value in checkpoint["state_dict"].items()
         if key.startswith(PARTS)
     }
-    origin = _known(dict(checkpoint["paperflows"]), path)
+    recorded = dict(checkpoint["paperflows"])
+    missing = sorted(RECORDED - recorded.keys())
+    if missing:
+        raise ValueError(f"{path} does not record its {', '.join(missing)}: give {KINDS}")
+    origin = _known(recorded, path)
     origin["parts"] = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
     return Stored(weights, origin, result, path)
 
@@ -166,8 +190,26 @@ def as_safetensors(stored: Stored) -> bytes:
     Paths of this machine are reduced to their last part.
     """
     tensors = {key: value.contiguous() for key, value in sorted(stored.weights.items())}
-    origin = json.dumps(portable(stored.origin), sort_keys=True)
-    return save(tensors, {METADATA: origin})
+    known = {key: value for key, value in stored.origin.items() if key in KEPT}
+    return save(tensors, {METADATA: json.dumps(portable(known))})
+
+
+def exported_weights(path: Path, checkpoint: Checkpoint) -> bytes | None:
+    """The content of a safetensors file with a checkpoint's weights; None without a flow."""
+    stored = of_checkpoint(path, checkpoint)
+    if stored.weights:
+        return as_safetensors(stored)
+    return None
+
+
+def described(content: bytes, name: str) -> dict[str, Any]:
+    """What a result says of a file of weights: its name, SHA-256, size, and the type of floats."""
+    return {
+        "file": name,
+        "sha256": sha256_of(content),
+        "bytes": len(content),
+        "dtype": "float32",
+    }
 
 
 def sha256_of(content: bytes) -> str:
@@ -221,15 +263,19 @@ def _of_row(name: str) -> Stored:
     """The weights of a recorded run. FileNotFoundError, one line: there are none."""
     root = results.ROOT
     path = root / "runs" / f"{name}.json"
+    if not (root / "runs").is_dir():
+        raise FileNotFoundError(
+            f"no model {name}: recorded runs come with a clone of the repository, and this is an "
+            "installed copy; give the folder of a run, an exported folder, or a checkpoint"
+        )
     if not path.is_file():
         names = [f"{file.parent.name}/{file.stem}" for file in (root / "runs").glob("*/*.json")]
         raise FileNotFoundError(f"no model {name}{nearest(name, names)}: give {KINDS}")
     result = read_json(path)
     recorded = result.get("weights")
     if not isinstance(recorded, dict):
-        raise FileNotFoundError(
-            f"no weights of {name} were kept: give one of {', '.join(_rows_with_weights())}"
-        )
+        kept = ", ".join(_rows_with_weights()) or "the folder of a run"
+        raise FileNotFoundError(f"the weights of {name} were not kept: give {kept}")
     file = root / recorded["file"]
     weights, origin = _read_safetensors(file, recorded)
     return Stored(weights, origin, result, file)
