@@ -15,7 +15,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any 
 KINDS = "PNG, JPEG, WebP, BMP and TIFF"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's names of the KINDS
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image with so many channels
-LONGEST_ASPECT = 4  # a strip that is longer than so many crops is cut to them: `read_strip`
+LONGEST_ASPECT = 4  # of a longer strip than so many crops the middle is kept (`read_strip`)
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 HEADER = 32  # bytes that are enough for SIGNATURES and for the header of a PNG
 PNG_DEPTH = 24  # the position of the byte with the bits of a sample
@@ -55,7 +55,7 @@ def find_images(root: Path) -> list[Path]:
     Raises FileNotFoundError: there is no such folder. Raises ValueError: it is no folder, it or one
     of its folders must not be read, or there are no such files in it.
     """
-    _check_folder(root)
+    check_folder(root)
     images: list[Path] = []
     others: Counter[str] = Counter()
     for path in _files(root, ()):
@@ -72,7 +72,7 @@ def find_images(root: Path) -> list[Path]:
     return sorted(images, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _check_folder(root: Path) -> None:
+def check_folder(root: Path) -> None:
     """Raises FileNotFoundError or ValueError, as `find_images`: there is no folder to read."""
     try:
         mode = root.stat().st_mode
@@ -125,31 +125,44 @@ def read_image(path: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
 
 def read_pixels(path: Path, channels: int, size: tuple[int, int]) -> Pixels:
     """The image that `read_image` returns, and what was done to it."""
-    image, is_transparent = _decode(path, channels, size)
-    is_enlarged = image.width < size[1] or image.height < size[0]
-    return Pixels(_resized(image, size), is_transparent, is_enlarged)
+    strip = read_strip(path, channels, size)
+    return strip._replace(pixels=cut(strip.pixels, size))
 
 
 def read_strip(path: Path, channels: int, size: tuple[int, int]) -> Pixels:
-    """As `read_pixels`, but with all of the longer side: (channels, H, W) with H or W as in `size`.
+    """As `read_pixels`, with all of the longer side: (channels, H, W), with H or W as in `size`.
 
     At most LONGEST_ASPECT times the side of the crop are kept, from the middle.
     """
     image, is_transparent = _decode(path, channels, size)
-    is_enlarged = image.width < size[1] or image.height < size[0]
     scale = max(size[0] / image.height, size[1] / image.width)
     height = min(max(round(image.height * scale), size[0]), LONGEST_ASPECT * size[0])
     width = min(max(round(image.width * scale), size[1]), LONGEST_ASPECT * size[1])
-    return Pixels(_resized(image, (height, width)), is_transparent, is_enlarged)
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The middle of an image, resized to `size` = (H, W): (C, H, W), uint8."""
-    fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = np.asarray(fitted)
+    pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
     if pixels.ndim == 2:
-        return pixels[None].copy()
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        pixels = pixels[:, :, None]
+    return Pixels(pixels.transpose(2, 0, 1).copy(), is_transparent, is_enlarged=scale > 1)
+
+
+def cut(strip: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
+    """The crop of a strip, (C, H, W), of `size` = (H, W).
+
+    place: where it is along the strip: 0 at the left or at the top, 1 at the other end, and 0.5 in
+    the middle.
+
+    >>> cut(np.arange(8).reshape(1, 1, 8), size=(1, 4)).tolist()
+    [[[2, 3, 4, 5]]]
+    """
+    height = size[0]
+    width = size[1]
+    top = _start(strip.shape[1] - height, place)
+    left = _start(strip.shape[2] - width, place)
+    return strip[:, top : top + height, left : left + width]
+
+
+def _start(n_beyond: int, place: float) -> int:
+    """The first of the n_beyond + 1 positions of a crop at place 0, and so on to the last at 1."""
+    return min(int(place * (n_beyond + 1)), n_beyond)
 
 
 def _decode(path: Path, channels: int, size: tuple[int, int]) -> tuple[Image.Image, bool]:

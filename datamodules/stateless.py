@@ -43,6 +43,8 @@ class StatelessDataModule(L.LightningDataModule):
                         data sets, indexed by a key (epoch, index). An item is (datum, index), or
                         with labels (datum, index, label), and a pure function of the seed and the
                         key. `val` and `test` do not depend on the epoch. `val` may be empty.
+        content_hash    one sha256 of all data, for a data set of which there is no official
+                        version; None for any other.
 
     Batches are collated items. If a data set has no validation split of its own, the datamodule
     takes an argument `n_val` (data.n_val in a recipe): how many training data are held out for
@@ -63,6 +65,7 @@ class StatelessDataModule(L.LightningDataModule):
     n_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     labels: bool = False
+    content_hash: str | None = None
     train: Dataset
     val: Dataset
     test: Dataset
@@ -86,6 +89,10 @@ class StatelessDataModule(L.LightningDataModule):
     def n_train(self) -> int:
         """The size of the training set, after `setup`."""
         return n_items(self.train)
+
+    def counts(self) -> dict[str, int]:
+        """The size of each split, after `setup`."""
+        return {split: n_items(getattr(self, split)) for split in ("train", "val", "test")}
 
     def train_dataloader(self) -> TrainLoader:
         """The batches of this rank, in the order of the sampler's epoch."""

@@ -490,7 +490,7 @@ def _outcome(
     curve = _callback(trainer, Curve)
     provenance = _callback(trainer, Provenance)
     metric = module.metric
-    return {
+    outcome = {
         "experiment": config.experiment,
         "run": Path(config.run_dir).name,
         "preset": config.preset,
@@ -516,6 +516,9 @@ def _outcome(
         "n_train": data.n_train,
         "parameters": module.n_parameters,
     }
+    if data.content_hash is not None:
+        outcome["data"] = {"sha256": data.content_hash, "n_images": data.counts()}
+    return outcome
 
 
 def _budget(images: int, full: int | None) -> dict | None:
