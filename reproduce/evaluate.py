@@ -131,11 +131,21 @@ def config_of(
     return config, changed
 
 
+def check_classes(model: TrainedModel, names: tuple[str, ...]) -> None:
+    """ConfigError, one line: the classes of the data are not those that the flow knows."""
+    if names and model.class_names and names != model.class_names:
+        raise ConfigError(
+            f"the classes of the data are {', '.join(names)}, and those of the model "
+            f"{', '.join(model.class_names)}: give another data.root="
+        )
+
+
 def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation:
     """Test a model's weights as a run does. device: "cpu" or "cuda"."""
     data = make_data(seed=config.seed, **config.data)
     module = model.module(data, config)
     module.check_data(data)
+    check_classes(model, data.class_names or ())
     callbacks: list[L.Callback] = [TestBar()]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures

@@ -568,6 +568,13 @@ def test_a_test_on_other_images_is_not_compared():
     assert evaluate.other_images(evaluation, {}) == []
 
 
+def test_data_of_other_classes_are_refused(conditional):
+    model = load(conditional)
+    evaluate.check_classes(model, NAMES)
+    with pytest.raises(ConfigError, match="the classes of the data are cat, dog, and those"):
+        evaluate.check_classes(model, ("cat", "dog"))
+
+
 def test_weights_that_were_not_tested_have_nothing_to_be_compared_with(realnvp, tmp_path, capsys):
     path = tmp_path / "moved.ckpt"
     shutil.copy(realnvp / "checkpoints" / "best.ckpt", path)
