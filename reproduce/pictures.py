@@ -5,8 +5,10 @@ They are those of Glow (Kingma & Dhariwal 2018, arXiv 1807.03039), section 6.
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12      # all of them
 python -m reproduce.pictures outputs/realnvp_cifar10/20261122-231500-ab12 attribute=cat n=5
 
-They go into <run folder>/pictures/, with a label on the left of every row. The latents of an image
-are called eps; under the model they are standard normal on every level.
+The model is the folder of a run, an exported folder, a checkpoint, or the name of a recorded run.
+The pictures go into its folder, or into pictures/ where it has none. Every row has a label on its
+left. The latents of an image are called eps; under the model they are standard normal on every
+level.
   temperature.png    a row for each temperature, 0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9 and 1 (as in the
                      authors' grids), with the same base samples in every row; columns: samples, or
                      the classes of a class-conditional flow. Without classes all samples at
@@ -26,8 +28,8 @@ are called eps; under the model they are standard normal on every level.
 
 keys: n=8 pictures in a row, seed=0 of samples and of the choice of images, n_images=1000 training
 images for the means, attribute=CLASS, device=cpu or cuda (default: cuda where there is one),
-out=FOLDER, data.root=FOLDER of the images where it is not the run's, data.download=true to fetch
-them
+out=FOLDER of the pictures, data.root=FOLDER of the images where it is not the run's,
+data.download=true to fetch them
 """
 
 import sys
@@ -42,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -56,8 +58,9 @@ from lightning_modules.density import draw_samples
 from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
 from reproduce.command import command
-from reproduce.config import ConfigError, arguments, merge, nearest, parse
+from reproduce.config import ConfigError, arguments, nearest
 from reproduce.model import load_model
+from reproduce.model_command import MODEL, at_least, device_of, read_words
 from reproduce.streams import say
 
 Latents = tuple[Tensor, ...]
@@ -140,20 +143,20 @@ class Run:
     Labels are (B,) int64 on the CPU; None if the data have no labels.
     """
 
-    def __init__(self, folder: Path, options: DictConfig) -> None:
-        model = load_model(folder)
+    def __init__(self, name: str, options: DictConfig) -> None:
+        model = load_model(name)
         flow = model.flow
         origin = model.stored.origin
         if len(flow.shape) != 3:
-            raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
+            raise ConfigError(f"{name} is of a flow of points: there are pictures of images only")
         problem = _obstacle(flow, origin["parts"])
         if problem is not None:
-            raise ConfigError(f"{folder} is of a flow {problem}: there are no pictures of such yet")
+            raise ConfigError(f"{name} is of a flow {problem}: there are no pictures of such yet")
         self.options = options
         self.flow = flow.to(options.device)
         config = origin["config"]
         self.noise_seed: int = config["eval"]["noise_seed"]
-        self.data = _data_of(folder, config, options)
+        self.data = _data_of(name, config, options)
 
     @property
     def n_bits(self) -> int:
@@ -214,7 +217,7 @@ def _obstacle(flow: FlowModel, parts: list[str]) -> str | None:
     return None
 
 
-def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataModule:
+def _data_of(model: str, config: dict, options: DictConfig) -> StatelessDataModule:
     """The data of a run, with labels if they have any, and changed as `options.data` says.
 
     ConfigError: the data set has no such key, or its images have several sizes.
@@ -225,7 +228,7 @@ def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataMo
     unknown = sorted(changes.keys() - parameters)
     if unknown:
         raise ConfigError(
-            f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
+            f"data.{unknown[0]} is no key of {name}, the data of {model}: leave it out"
         )
     has_classes = config["data"].get("labels") or getattr(DATA[name], "n_classes", None)
     settings = {"download": False, "labels": bool(has_classes)} | changes
@@ -233,7 +236,7 @@ def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataMo
     data = make_data(seed=config["seed"], **{**config["data"], **known})
     if None in data.shape:
         raise ConfigError(
-            f"{folder} has data of several sizes: give data.size=, where its data set has that key"
+            f"{model} has data of several sizes: give data.size=, where its data set has that key"
         )
     return data
 
@@ -331,21 +334,15 @@ def _moves(labels: Tensor, n_classes: int, cls: int | None, n: int) -> list[tupl
     return [(int(np.argmin(steps)), target) for target, steps in enumerate(distances)]
 
 
-def read_options(words: list[str]) -> tuple[Path, DictConfig]:
-    """Read the command line: the run folder, then key=value. ConfigError: a mistake in them."""
-    given_folder = words[0] if words else "nothing"
-    folder = expand_home("the run's folder", given_folder)
-    if not words or not folder.is_dir():
-        raise ConfigError(f"{given_folder} is no run's folder: give outputs/<experiment>/<run id>")
-    options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
-    if min(options.n, options.n_images) < 2 or options.seed < 0:
-        raise ConfigError("n and n_images must be at least 2, and seed at least 0")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    options.device = options.device or devices[0]
-    if options.device not in devices:
-        raise ConfigError(f"device={options.device} is not here: give {' or '.join(devices)}")
-    options.out = str(expand_home("out", options.out or folder / "pictures"))
-    return folder, options
+def read_options(words: list[str]) -> tuple[str, DictConfig]:
+    """Read the command line: the model, then key=value. ConfigError: a mistake in them."""
+    [name], options = read_words(words, [MODEL], DEFAULTS)
+    at_least(options, n=2, n_images=2, seed=0)
+    options.device = device_of(options.device)
+    folder = expand_home("the model", name)
+    out = folder / "pictures" if folder.is_dir() else "pictures"
+    options.out = str(expand_home("out", options.out or out))
+    return name, options
 
 
 def write(path: Path, drawing: Drawing, n_bits: int) -> None:
@@ -366,8 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    folder, options = read_options(words)
-    run = Run(folder, options)
+    name, options = read_options(words)
+    run = Run(name, options)
     names = list(run.data.class_names or [])
     attribute = options.attribute
     if attribute and names and attribute not in names:

@@ -322,6 +322,7 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
         ("seed=-1", "at least 0"),
         ("device=gpu", "device=gpu is not here: give"),
         ("cat", "'cat' is not of the form key=value"),
+        ("n_images=1", "at least 2"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(word, message, finished, tmp_path, capsys):
@@ -338,8 +339,8 @@ def test_names_and_folders_stay_texts(text, tmp_path):
 
 
 def test_folders_without_pictures_are_one_line(tmp_path, capsys):
-    assert "nothing is no run's folder" in mistake(capsys)
-    assert "nowhere is no run's folder: give outputs/" in mistake(capsys, tmp_path / "nowhere")
+    assert "MODEL is missing: give MODEL" in mistake(capsys)
+    assert "nowhere: give the folder of a run" in mistake(capsys, tmp_path / "nowhere")
     assert "holds no checkpoint" in mistake(capsys, tmp_path)
     small = [
         "flow.hidden_channels=4",
