@@ -19,7 +19,8 @@ from results import (
     speed,
     stability,
 )
-from results.curves import curve_svg
+from results.curves import run_curve
+from results.drawing import svg
 from results.files import NO_FILES, write_all
 from results.formats import (
     budget,
@@ -84,7 +85,7 @@ def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path
     papers = load_papers(root)
     runs = read_runs(root, new)
     ordered = ordered_runs(runs, claims)
-    curves = {run_name(run): curve_svg(run, claims_of(run, claims)) for run in ordered}
+    curves = {run_name(run): run_curve(run, claims_of(run, claims)) for run in ordered}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, runs, root)]
     lines += ["## Runs without a paper number", ""]
     lines += others_table([run for run in ordered if not counted_comparisons(run)])
@@ -98,7 +99,11 @@ def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path
         lines += pictures(run_name(run), curves[run_name(run)] is not None, root, new)
     for paper in papers.values():
         lines += paper_section(paper)
-    files = {root / f"runs/{name}.svg": svg for name, svg in curves.items() if svg is not None}
+    files = {
+        root / f"runs/{name}.svg": svg(picture)
+        for name, picture in curves.items()
+        if picture is not None
+    }
     page = {root / "README.md": "\n".join(lines).rstrip() + "\n"}
     return page | files | front_page(root, claims, ordered)
 
