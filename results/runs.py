@@ -38,6 +38,22 @@ PAPER = record(
     {"claim": text, "metric": text, "comparable": flag},
     optional={"decimals": decimals_form},
 )
+METRIC = record(
+    {"unit": text, "direction": one_of("lower", "higher")},
+    optional={"name": text},
+)
+END = record(  # of a run that was extended
+    {
+        "steps": number,
+        "images": number,
+        "seconds": number,
+        "metrics": mapping,
+        "commit": or_null(text),
+        "date": text,
+    }
+)
+WEIGHTS = record({"file": text, "sha256": text, "bytes": number, "dtype": text})
+DATA = record(optional={"sha256": text})  # of a user's own images
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
 RESULT = record(
     {
@@ -63,14 +79,15 @@ RESULT = record(
         "papers": list_of(PAPER),
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(mapping),
-        "extended": list_of(mapping),  # the earlier ends of a run that was extended
-        "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
+        "data": or_null(DATA),
+        "extended": list_of(END),  # the earlier ends, the first one first
+        "metric": or_null(METRIC),
         "overrides": list_of(text),
         "parameters": or_null(number),
         "suspect": or_null(text),
         "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
         "wandb_url": or_null(text),
-        "weights": or_null(text),
+        "weights": or_null(WEIGHTS),
     },
 )
 

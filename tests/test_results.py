@@ -94,6 +94,18 @@ def result(value=3.9, fraction=0.032, **more):
     }
 
 
+EARLIER_END = {
+    "steps": 100,
+    "images": 6400,
+    "seconds": 60.0,
+    "metrics": {"test/bpd": 4.5, "val/bpd": 4.6},
+    "commit": "abcdef0123",
+    "date": "2026-11-27T10:00:00+00:00",
+}
+WEIGHTS = {"file": "weights/a/b.safetensors", "sha256": 64 * "0", "bytes": 3_140_000}
+WEIGHTS |= {"dtype": "float32"}
+
+
 def write_claims(root, **claims):
     """The file of a paper with these claims, in the place of one that is there."""
     paper = {"title": "A flow", "arxiv": "1234.5678", "claims": claims}
@@ -790,6 +802,8 @@ def test_a_result_edited_anywhere_is_shown_or_refused_in_one_line(root, run):
         parameters=3,
         suspect="another network",
         tested={"step": 3, "chosen": "best", "weights": "raw"},
+        data={"sha256": 64 * "a"},
+        extended=[EARLIER_END],
     )
     messages = set()
     for content in edited(original):
@@ -830,7 +844,45 @@ def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
     )
     page = (root / "README.md").read_text()
     assert "Suspect: no weight norm" in page
-    assert "| gap | 100 % of 12.5 M images (ours) | 0 | 0123456 (dirty) |" in page
+    cells = "| gap | 100 % of 12.5 M images (ours) | preset=cpu | 0 | 0123456 (dirty) |"
+    assert cells in page
+
+
+def test_the_page_shows_the_earlier_ends_of_a_run_that_was_extended(root):
+    recorded(root, extended=[EARLIER_END, EARLIER_END | {"steps": 200, "metrics": {}}])
+    page = render(root)[root / "README.md"]
+    words = "6.4 k images; 1.0 min; commit abcdef0; 2026-11-27) and was trained on.\n"
+    assert f"Extended: this run had ended at step 100 (test/bpd 4.500; {words}" in page
+    assert f"Extended: this run had ended at step 200 (nothing measured; {words}" in page
+
+
+def test_rows_with_weights_say_how_they_are_loaded(root):
+    write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
+    recorded(root, run="a", weights=WEIGHTS)
+    recorded(root, run="b", value=3.8)
+    files = render(root)
+    page = files[root / "README.md"]
+    call = 'load("flow_cifar10/a")'
+    for content in (page, files[root.parent / "README.md"]):
+        rows = [line for line in content.splitlines() if line.startswith("| flow_cifar10 ")]
+        assert [row.rsplit(" | ", 1)[1] for row in rows] == ["- |", f"`{call}` |"]
+    block = f"```python\nfrom reproduce import load\n\nmodel = {call}\n```\n"
+    link = "[weights/a/b.safetensors](weights/a/b.safetensors)"
+    assert f"Weights: {link}, 3.1 MB, float32.\n\n{block}" in page
+    note = f"Weights: `from reproduce import load; model = {call}`.\n"
+    assert note in files[root.parent / "README.md"]
+    assert page.count("from reproduce import load") == 1
+
+
+def test_a_part_of_the_test_is_named(root):
+    """Such a run is compared with no claim, although its data are the claim's."""
+    trainer = {"limit_test_batches": 10}
+    config = {"data": {"name": "cifar10"}, "trainer": trainer}
+    tested = {"step": 3, "chosen": "best", "weights": "raw"}
+    recorded(root, papers=[PAPER | {"comparable": False}], config=config, tested=tested)
+    page = render(root)[root / "README.md"]
+    assert "| flow_cifar10 | cifar10, a part of the test | test/bpd 3.900 |" in page
+    assert "Tested: raw weights of step 3 (best by validation); limit_test_batches 10.\n" in page
 
 
 def test_two_dimensional_run(root, run):
@@ -906,7 +958,7 @@ def test_claims_are_listed_with_a_recipe_or_a_run_best_first(root):
         ["-", "-", "not run"],
     ]
     assert rows[3].startswith("| flow_mnist | CIFAR-10 | test/bpd | 1980.50 |")
-    assert {row.count(" | ") for row in rows} == {13}
+    assert {row.count(" | ") for row in rows} == {14}
 
 
 def test_a_claim_without_recipe_and_run_is_only_in_the_papers_table(root):
@@ -934,7 +986,7 @@ def test_other_bits_stand_without_the_papers_number_and_say_so(root):
     assert "3.900" not in beside
     assert "| flow_cifar10 | cifar10, 5 bit | test/bpd 3.900 |" in without
     assert (
-        "| flow_cifar10 | cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |"
+        "| flow_cifar10 | preset=cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |"
         in files[root.parent / "README.md"]
     )
 
@@ -1064,13 +1116,6 @@ def figure(tmp_path):
 def edit(folder, **more):
     content = json.loads((folder / "figure3.json").read_text())
     write(folder / "figure3.json", json.dumps(content | more))
-
-
-def test_mean_and_standard_error():
-    assert figure3.mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx(
-        (3.0, math.sqrt(14 / 3 / 4))
-    )
-    assert figure3.mean_and_error([2.5]) == (2.5, None)
 
 
 def test_ablation_table():
