@@ -27,6 +27,7 @@ PAPER_COLOR = "#cf222e"
 POINTS = 400  # the most that a line has, about
 DOTTED = 40  # the most points of a line that has a dot at each
 TITLE = 60  # the most letters of a title, so that it does not touch the legend
+TICKS = 6  # about the most numbers at an axis; at least half as many
 LARGEST = 1e30  # values beyond it are not drawn, like those that are not finite
 UNITS = {"bpd": "bits/dim", "nll": "nats"}  # of older runs, which were recorded without
 
@@ -73,8 +74,8 @@ def curve(
     low, high = limits(values, claimed, direction)
     at = pixels(most, low, high)
     shapes = heading(title, list(lines))
-    shapes += images_axis(at, ticks(0, most, 5), low)
-    shapes += values_axis(at, ticks(low, high, 5), axis_label(name, unit))
+    shapes += images_axis(at, ticks(0, most, TICKS), low)
+    shapes += values_axis(at, ticks(low, high, TICKS), axis_label(name, unit))
     for claim in on_curve:
         shapes += paper_line(claim, at)
     for split, line in lines.items():

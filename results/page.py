@@ -77,7 +77,8 @@ training images, in whole batches.
 
 Runs that differ in their seed alone are one row: mean ± standard error over n seeds, with the
 status of the mean. Rows of the same experiment, data and metric are sorted, the best one first.
-Where two of them would look alike, the settings that differ stand beside the preset.
+Where two of them would look alike, the settings that differ stand beside the preset. Weights: the
+call of `reproduce.load` that gives the trained model of a row, where its weights are kept.
 """
 MACHINE = ["settings", "seed", "commit", "device", "precision", "wall time", "weights"]
 SHORT = ["ours", "gap", "status", "budget"]
@@ -164,7 +165,8 @@ def notes(rows: list[list]) -> list[str]:
     calls = [row[-1] for row in rows if row[-1] != "-"]
     if calls:
         call = calls[0].strip("`")
-        lines += [f"Weights: `from reproduce import load; model = {call}`.", ""]
+        example = f"`from reproduce import load; model = {call}`"
+        lines += [f"Weights: how to load the trained model of a row, for example {example}.", ""]
     return lines
 
 

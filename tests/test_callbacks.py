@@ -28,9 +28,10 @@ from lightning_modules.callbacks.samples import Samples, picture, shown
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
 from reproduce.provenance import Provenance
-from results.curves import curve as drawn
-from results.drawing import png
+from results.curves import run_curve, title_of
+from results.drawing import Text, png
 from results.metrics import Metric
+from results.runs import read_curve
 
 BPD = Metric("bpd", "lower", "bits/dim")
 PSNR = Metric("psnr", "higher", "dB")
@@ -529,19 +530,23 @@ def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
     assert curve.validation_result(metric, best=False) == {key: 25.0}
 
 
-def test_the_curves_picture_has_the_claim_that_the_run_can_be_compared_with(tmp_path):
-    """It is the `Picture` of results/curves.py, as a PNG."""
-    claim = {"metric": "test/bpd", "value": 1.25, "decimals": 2, "comparable": True}
-    curve = Curve(tmp_path, 64, 10, [claim], "glow_photos, run 1")
-    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.0 + i} for i in range(3)]
+@pytest.mark.parametrize("comparable", [True, False])
+def test_a_run_draws_the_same_curve_as_the_page_of_its_record(tmp_path, comparable):
+    """The page reads curve.csv, and knows the claims with which a run can be compared."""
+    claim = {"metric": "test/bpd", "value": 1.25, "decimals": 2, "comparable": comparable}
+    curve = Curve(tmp_path, 64, 10, [claim], title_of("glow_photos", "a"))
+    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.1 + i / 3} for i in range(3)]
     objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
-    path = tmp_path / "curve.png"
-    for comparable in (True, False):
-        claim["comparable"] = comparable
-        curve.on_fit_end(trainer_at(2), objective)
-        claims = [claim] if comparable else []
-        picture = drawn(curve.rows, "glow_photos, run 1", "bits/dim", "lower", claims)
-        assert path.read_bytes() == png(picture)
+    curve.on_fit_start(trainer_at(2), objective)
+    curve.on_fit_end(trainer_at(2), objective)
+    metric = {"unit": "bits/dim", "direction": "lower"}
+    rows = read_curve(curve.path)
+    record = {"experiment": "glow_photos", "run": "a", "curve": rows, "metric": metric}
+    picture = run_curve(record, [claim] if comparable else [])
+    assert (tmp_path / "curve.png").read_bytes() == png(picture)
+    texts = [shape.content for shape in picture.shapes if isinstance(shape, Text)]
+    assert ("paper 1.25" in texts) == comparable
+    assert "glow_photos, run a" in texts
 
 
 def test_a_curve_of_nothing_finite_has_no_picture(tmp_path):
