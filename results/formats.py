@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from results import is_number
 from results.checks import LARGEST
@@ -106,9 +107,14 @@ def run_name(run: dict) -> str:
 
 
 def data_name(run: dict) -> str:
-    """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`."""
+    """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`.
+
+    A user's own images also have the name of their folder: `folder holidays`.
+    """
     data = run["config"].get("data") or {}
     name = str(data.get("name", "-"))
+    if fingerprint(run):
+        name = f"{name} {Path(str(data.get('root') or '')).name}".strip()
     n_bits = data.get("n_bits", 8)
     if n_bits == 8:
         return name

@@ -57,9 +57,12 @@ def seeds(group: Group) -> list[int | None]:
 
 
 def settings_key(run: dict) -> str:
-    """A text that is the same for runs of the same experiment, settings, precision and data."""
-    parts = [run["experiment"], run["precision"], run.get("data"), dict(settings(run))]
-    return json.dumps(parts, sort_keys=True)
+    """A text that is the same for runs of the same experiment, settings, precision and data.
+
+    Runs that started from other trained weights have other settings.
+    """
+    parts = [run["experiment"], run["precision"], run.get("data"), run.get("init_from")]
+    return json.dumps([*parts, dict(settings(run))], sort_keys=True)
 
 
 def settings(run: dict) -> Iterator[tuple[str, Any]]:
@@ -186,25 +189,27 @@ def load_call(run: dict) -> str:
 
 
 def settings_cells(groups: Sequence[Group], visible: Sequence[str]) -> list[str]:
-    """For each group its preset and, where rows would look alike, the settings that differ.
+    """For each group its `chosen` settings and, where rows would look alike, those that differ.
 
     visible: what else tells the groups apart in their rows, such as experiment and data.
     """
-    presets = [preset_of(group) for group in groups]
-    cells = list(presets)
+    given = [chosen(group) for group in groups]
+    cells = list(given)
     alike: dict[tuple[str, str], list[int]] = {}
-    for k, row in enumerate(zip(visible, presets, strict=True)):
+    for k, row in enumerate(zip(visible, given, strict=True)):
         alike.setdefault(row, []).append(k)
     for places in alike.values():
         words = marks([groups[k] for k in places])
         for k, mark in zip(places, words, strict=True):
-            cells[k] = f"{presets[k]} {mark}".strip() or "-"
+            cells[k] = f"{given[k]} {mark}".strip() or "-"
     return cells
 
 
-def preset_of(group: Group) -> str:
-    """The preset as it is given on the command line; empty without one."""
-    return distinct((f"preset={run['preset']}" for run in group if run["preset"]), " or ")
+def chosen(group: Group) -> str:
+    """The preset of a group and the trained weights that it started from; empty without both."""
+    words = [f"preset={run['preset']}" for run in group if run["preset"]]
+    words += [f"init_from={run['init_from']['model']}" for run in group if run.get("init_from")]
+    return distinct(words, " ")
 
 
 def marks(alike: Sequence[Group]) -> list[str]:
@@ -229,7 +234,7 @@ def facts_of(group: Group) -> dict[str, str]:
     """The seeds, the precision, the images and all settings of a group as texts by their keys."""
     run = group[0]
     facts = {
-        "seed": ",".join(map(str, seeds(group))),
+        "seed": ",".join(map(cell_text, seeds(group))),
         "trainer.precision": run["precision"],
         "data.sha256": fingerprint(run),
     }

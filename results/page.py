@@ -38,6 +38,7 @@ from results.groups import (
     Group,
     budget_of,
     comparison_of,
+    devices_of,
     load_call,
     measured,
     metrics_of,
@@ -299,7 +300,7 @@ def machine_cells(group: Group, words: str) -> list[str]:
         words,
         seeds_of(group),
         distinct(map(commit, group), " and "),
-        distinct([run["device"] for run in group], " and "),
+        devices_of(group),
         distinct([run["precision"] for run in group], " and "),
         seconds_of(group),
         weights_cell(group),
@@ -332,6 +333,8 @@ def run_section(run: dict, claims: list[dict]) -> list[str]:
     if run.get("tested"):
         lines += [f"Tested: {'; '.join(tested_weights(run))}.", ""]
     lines += protocol_lines(claims)
+    if run.get("init_from"):
+        lines += [f"Started from: {origin(run['init_from'])}.", ""]
     for end in run.get("extended") or []:
         lines += [f"Extended: {earlier_end(end)}.", ""]
     for label, key in {"Suspect": "suspect", "W&B": "wandb_url"}.items():
@@ -340,6 +343,12 @@ def run_section(run: dict, claims: list[dict]) -> list[str]:
     if run.get("weights"):
         lines += weights_lines(run)
     return lines
+
+
+def origin(start: dict) -> str:
+    """The trained weights from which a run started."""
+    parts = [start["experiment"], f"commit {commit(start)}", f"sha256 {start['sha256'][:12]}"]
+    return f"the weights of {start['model']} ({'; '.join(parts)})"
 
 
 def earlier_end(end: dict) -> str:

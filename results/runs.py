@@ -52,9 +52,10 @@ END = record(  # of a run that was extended
         "date": text,
     }
 )
-WEIGHTS = record({"file": text, "sha256": text, "bytes": number, "dtype": text})
+START = record({"model": text, "experiment": text, "commit": or_null(text), "sha256": text})
 DATA = record(optional={"sha256": text})  # of a user's own images
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
+WEIGHTS = record({"file": text, "sha256": text, "bytes": number, "dtype": text})
 RESULT = record(
     {
         "experiment": stem,
@@ -81,6 +82,7 @@ RESULT = record(
         "curve": list_of(mapping),
         "data": or_null(DATA),
         "extended": list_of(END),  # the earlier ends, the first one first
+        "init_from": or_null(START),  # the trained weights from which the run started
         "metric": or_null(METRIC),
         "overrides": list_of(text),
         "parameters": or_null(number),

@@ -41,8 +41,9 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group():
         run("e", seed=3, precision="bf16-mixed"),
         run("f", seed=3, data={"sha256": "1234"}),
         run("g", seed=4, experiment="another"),
+        run("h", seed=4, init_from={"sha256": "1234"}),
     ]
-    assert names(seed_groups(runs)) == [["g"], ["c", "a", "b"], ["d"], ["e"], ["f"]]
+    assert names(seed_groups(runs)) == [["g"], ["c", "a", "b"], ["d"], ["e"], ["f"], ["h"]]
     assert names(seed_groups(runs[::-1])) == names(seed_groups(runs))
 
 

@@ -102,6 +102,7 @@ EARLIER_END = {
     "commit": "abcdef0123",
     "date": "2026-11-27T10:00:00+00:00",
 }
+START = {"model": "a/b", "experiment": "a", "commit": "abcdef0123", "sha256": 64 * "0"}
 WEIGHTS = {"file": "weights/a/b.safetensors", "sha256": 64 * "0", "bytes": 3_140_000}
 WEIGHTS |= {"dtype": "float32"}
 
@@ -804,6 +805,7 @@ def test_a_result_edited_anywhere_is_shown_or_refused_in_one_line(root, run):
         tested={"step": 3, "chosen": "best", "weights": "raw"},
         data={"sha256": 64 * "a"},
         extended=[EARLIER_END],
+        init_from=START,
     )
     messages = set()
     for content in edited(original):
@@ -854,6 +856,26 @@ def test_the_page_shows_the_earlier_ends_of_a_run_that_was_extended(root):
     words = "6.4 k images; 1.0 min; commit abcdef0; 2026-11-27) and was trained on.\n"
     assert f"Extended: this run had ended at step 100 (test/bpd 4.500; {words}" in page
     assert f"Extended: this run had ended at step 200 (nothing measured; {words}" in page
+
+
+def test_the_page_says_from_which_weights_a_run_started(root):
+    recorded(root, papers=[], init_from=START)
+    page = render(root)[root / "README.md"]
+    assert "| preset=cpu init_from=a/b | 0 |" in page
+    origin = "the weights of a/b (a; commit abcdef0; sha256 000000000000)"
+    assert f"Started from: {origin}.\n" in page
+
+
+def test_a_users_own_images_are_named_by_their_folder_and_their_content(root):
+    for name, letter in (("a", "1"), ("b", "2")):
+        config = {"data": {"name": "folder", "root": "/home/me/my photos"}}
+        recorded(root, run=name, papers=[], config=config, data={"sha256": 64 * letter})
+    page = render(root)[root / "README.md"]
+    row = "| flow_cifar10 | folder my photos | test/bpd 3.900 |"
+    assert page.count(row) == 2
+    for letter in "12":
+        assert f"| preset=cpu data.sha256={12 * letter} |" in page
+        assert f"; data.sha256 {12 * letter}; commit 0123456;" in page
 
 
 def test_rows_with_weights_say_how_they_are_loaded(root):
