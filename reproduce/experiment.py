@@ -57,6 +57,7 @@ from reproduce.run_folder import (
 from reproduce.stored import EXPORTED, described, exported_weights
 from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
+from results.curves import title_of
 from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
@@ -219,7 +220,7 @@ def make_callbacks(
         Readiness(config),
         Provenance(config),
         Initialization(),
-        Curve(folder, batch_size, interval, papers, f"{config.experiment}, run {folder.name}"),
+        Curve(folder, batch_size, interval, papers, title_of(config.experiment, folder.name)),
         Samples(folder / "samples", **config.samples),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
