@@ -58,7 +58,7 @@ from reproduce.stored import EXPORTED, described, exported_weights
 from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.curves import title_of
-from results.files import write
+from results.files import write, write_all
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
 SHARED_KEYS = (  # which base.yaml gives to every recipe
@@ -435,9 +435,10 @@ def record(
         result["extended"] = extended
     result |= results.compare_all(result)
     if trainer.is_global_zero:
-        if content is not None:
-            write(folder / EXPORTED, content)
-        write(folder / "result.json", as_json(result))
+        files: dict[Path, str | bytes] = {folder / "result.json": as_json(result)}
+        if content is not None:  # together with the result that describes it
+            files = {folder / EXPORTED: content, **files}
+        write_all(files)
         report(trainer.logger, result)
         _print_summary(folder, result)
     _check_finite(result["metrics"])

@@ -468,7 +468,7 @@ def test_weights_other_than_those_recorded_are_refused(runs, tmp_path):
     (out / "result.json").unlink()
     assert load(out).result is None
     (out / "model.safetensors").write_bytes(content[:-50])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): fetch or export"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): restore it"):
         load(out)
 
 
@@ -516,7 +516,7 @@ def as_cut(path):
         (as_a_tensor, "flow.pt", "is no checkpoint of this repository: give"),
         (as_other_record, "best.ckpt", "does not record its commit, config, shape: give"),
         (Path.mkdir, "empty", "holds no checkpoint: give the folder of a run"),
-        (as_text, "a.safetensors", r"is damaged \(.*\): fetch or export it again"),
+        (as_text, "a.safetensors", r"is damaged \(.*\): restore it, or export it again"),
     ],
 )
 def test_what_is_no_model_is_one_line(make, name, message, tmp_path):
