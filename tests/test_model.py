@@ -279,6 +279,21 @@ def test_points_are_drawn_too(runs):
         moons.sample(1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["realnvp", "glow"])
+def test_a_gpu_computes_the_same(name, runs):
+    model = load(runs[name])
+    images, labels = test_images(model)
+    values = model.bits_per_dim(images, labels)
+    samples = model.draw(9, 0.7)
+    assert model.to("cuda") is model
+    assert model.device.type == "cuda"
+    torch.testing.assert_close(model.bits_per_dim(images, labels), values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(model.draw(9, 0.7), samples, rtol=0, atol=1e-3)
+    assert torch.equal(model.decode(model.encode(images, labels), labels), images)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 ZEROS = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
