@@ -32,6 +32,7 @@ from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress, lines_above_bar
 from lightning_modules.callbacks.samples import Samples
+from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.objective import Objective
@@ -157,7 +158,7 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     open_folder(folder)
     logger = make_logger(config)
     if logger:
-        callbacks.append(LearningRateMonitor("step"))
+        callbacks += [LearningRateMonitor("step"), Throughput(config.data.batch_size)]
     _silence_lightning()
     plugins: list = [SafeCheckpointIO()]
     if job() is not None:

@@ -72,6 +72,7 @@ OWN: dict[str, Kind] = {
     "logger.name": Choice(("wandb", "csv", "none")),
     # W&B refuses longer names of projects, and names with one of these characters.
     "logger.project": Text("a name", r"[^/\\#?%:]+", longest=128, example="paperflows"),
+    "logger.weights": Switch(),
     "budget.images": Nullable(Integer(low=1, example="1000000")),
 }
 ANNOTATED: dict[object, Kind] = {Path: PATH}
