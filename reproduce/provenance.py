@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import results
-from lightning_modules.objective import Objective
+from lightning_modules.lightning_internals import datamodule_of
+from lightning_modules.objective import as_objective
 from lightning_modules.stopping import writing
 from reproduce.config import ConfigError
 from results.files import write
@@ -56,11 +57,15 @@ class Provenance(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        shape = cast(Objective, pl_module).shape
+        objective = as_objective(pl_module)
+        shape = objective.shape
+        class_names = getattr(datamodule_of(trainer), "class_names", None)
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
             "shape": None if shape is None else list(shape),
+            "n_bits": objective.n_bits,
+            "class_names": list(class_names or ()),
             "n_micro_batches": trainer.accumulate_grad_batches,
             "commit": self.commit,
             "dirty": self.dirty,

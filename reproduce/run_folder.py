@@ -7,7 +7,6 @@ import logging
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
@@ -17,8 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from datamodules.checks import expand_home
-from flows.base import FlowModel
 from lightning_modules.checkpoint_io import PART
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
@@ -64,7 +61,7 @@ def check_run_dir(config: DictConfig) -> None:
             f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir"
         )
     if (folder / RESULT).is_file():
-        experiment = _result(folder, "experiment")
+        experiment = result_text(folder, "experiment")
         if experiment != config.experiment:
             raise ConfigError(
                 f"{folder} holds a finished run of {experiment}: give another run_dir"
@@ -100,7 +97,7 @@ def not_a_result(folder: Path) -> ConfigError:
     )
 
 
-def _result(folder: Path, key: str) -> str:
+def result_text(folder: Path, key: str) -> str:
     """The text of a key in a finished run's result.json. ConfigError: there is no such text."""
     value = read_result(folder).get(key)
     if not isinstance(value, str):
@@ -337,10 +334,10 @@ def check_checkpoint(
             f"now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
-    mismatch = _mismatch(checkpoint["state_dict"], module.state_dict())
-    if mismatch:
+    problem = mismatch(checkpoint["state_dict"], module.state_dict())
+    if problem:
         raise ConfigError(
-            f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}"
+            f"{path} {problem}; give another run_dir, or use its commit {origin['commit']}"
         )
 
 
@@ -399,7 +396,7 @@ def _config_value(default: object) -> object:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the first weight that is missing or has another shape; None: all fit."""
     for key in sorted({*weights, *expected}):
         stored = _shape(weights, key)
@@ -422,58 +419,3 @@ def _flat(value: object, key: str) -> dict[str, object]:
         if name not in FREE:
             flat |= _flat(part, f"{key}.{name}")
     return flat
-
-
-def load_flow(folder: str | Path) -> FlowModel:
-    """The flow of a run, finished or not, or of one checkpoint file, in eval mode on the CPU.
-
-    A learned dequantiser is not loaded. Batch norms use their running statistics. ConfigError,
-    ValueError or FileNotFoundError, one line: there is nothing to load.
-    """
-    flow, _ = read_run(folder)
-    return flow
-
-
-def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
-    """The flow as `load_flow` returns it, and what its checkpoint records of the run.
-
-    The record has experiment, config, shape and commit. Its `parts` are the names of the parts of
-    the objective that have weights or buffers, such as "flow" and "dequantizer".
-    """
-    path, checkpoint = _checkpoint_of(expand_home("the run's folder", folder))
-    origin = checkpoint["paperflows"]
-    script = import_module(f"reproduce.{origin['experiment']}")
-    if not hasattr(script, "make_flow"):
-        raise ConfigError(
-            f"{path} is of {origin['experiment']}, which trains no flow: load another run"
-        )
-    flow: FlowModel = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
-    weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
-    stored = {
-        key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")
-    }
-    mismatch = _mismatch(stored, weights)
-    if mismatch:
-        raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
-    flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
-    parts = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
-    return flow.eval(), {**origin, "parts": parts}
-
-
-def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint at a path: of a folder the tested one, or the newest if it has no result."""
-    if not path.is_dir():
-        return path, read_checkpoint(path)
-    tested = None
-    if (path / RESULT).is_file():
-        tested = path / _result(path, "checkpoint")
-        if tested.exists():
-            return tested, read_checkpoint(tested)
-    newest = newest_checkpoint(path)  # also where an extension has removed the tested one
-    if newest is None and tested is not None:
-        return tested, read_checkpoint(tested)  # it raises FileNotFoundError with the file's name
-    if newest is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
-        )
-    return newest

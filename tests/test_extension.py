@@ -200,7 +200,7 @@ def test_an_extension_that_is_killed_goes_on_bit_for_bit(tmp_path):
     steps = [path.name for path in step_checkpoints(tmp_path / "run")]
     assert steps == ["step-00000008.ckpt", "step-00000006.ckpt"]
     weights = read_checkpoint(tmp_path / "run" / "checkpoints" / steps[0])["state_dict"]
-    loaded = load(tmp_path / "run").state_dict()
+    loaded = load(tmp_path / "run").flow.state_dict()
     assert all(torch.equal(value, weights[f"flow.{key}"]) for key, value in loaded.items())
     resumed = Run(tmp_path / "run", *long, "resume=auto")
     assert resumed.wait() == [0], resumed.output()

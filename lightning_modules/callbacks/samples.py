@@ -305,16 +305,28 @@ def picture(rows: list[Tensor], n_bits: int, labels: Sequence[str] = ()) -> Tens
     images = torch.cat(rows).float().cpu()
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    finite = images.isfinite().all(1, keepdim=True)
-    images = images.nan_to_num(0.0, 0.0, 0.0)
-    levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
-    levels = levels.where(finite, levels.new_tensor(NOT_FINITE).view(1, 3, 1, 1))
-    grid = make_grid(levels, nrow=len(rows[0]), pad_value=255)
+    grid = make_grid(as_levels(images, n_bits), nrow=len(rows[0]), pad_value=255)
     scale = max(1, 64 // images.shape[-1])
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if not any(labels):
         return grid
     return torch.cat([margin(labels, grid.shape[1]), grid], 2)
+
+
+def as_levels(images: Tensor, n_bits: int) -> Tensor:
+    """Images in [0, 1] as integers from 0 to 255, (N, C, H, W) uint8.
+
+    A value becomes the lower end of its bin, one of 2^n_bits. A pixel with a value that is not
+    finite has the colour NOT_FINITE, or 255 in images that have not three channels.
+
+    >>> as_levels(torch.tensor([0.0, 0.3, 2.0]).view(1, 1, 1, 3), n_bits=2).tolist()
+    [[[[0, 64, 255]]]]
+    """
+    finite = images.isfinite().all(1, keepdim=True)
+    images = images.nan_to_num(0.0, 0.0, 0.0)
+    levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
+    colour = NOT_FINITE if images.shape[1] == 3 else (255,)
+    return levels.where(finite, levels.new_tensor(colour).view(1, -1, 1, 1))
 
 
 def margin(labels: Sequence[str], height: int) -> Tensor:
