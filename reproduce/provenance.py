@@ -48,7 +48,7 @@ class Provenance(L.Callback):
     def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What a logger gets beside the config, by the names of result.json (`sweep.FACTS`)."""
         return {
-            "parameters": cast(Objective, pl_module).n_parameters,
+            "parameters": as_objective(pl_module).n_parameters,
             "commit": self.commit,
             "dirty": self.dirty,
             **machine(trainer),

@@ -237,7 +237,7 @@ def test_weights_are_an_artifact_where_asked_for(resumed, tmp_path):
         path.write_bytes(Path(entry.local_path).read_bytes())
         assert Path(entry.local_path).is_relative_to(resumed.folder)  # and no copy in the home
     weights = read_checkpoint(resumed.folder / "checkpoints" / "best.ckpt")["state_dict"]
-    loaded = load(tmp_path).state_dict()
+    loaded = load(tmp_path).flow.state_dict()
     assert loaded
     assert all(torch.equal(value, weights[f"flow.{key}"]) for key, value in loaded.items())
 
