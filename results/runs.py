@@ -64,6 +64,7 @@ RESULT = record(
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(mapping),
         "extended": list_of(mapping),  # the earlier ends of a run that was extended
+        "init_from": mapping,  # the trained weights from which the run started
         "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
         "overrides": list_of(text),
         "parameters": or_null(number),
