@@ -56,6 +56,7 @@ from reproduce.run_folder import (
     open_folder,
     selected_weights,
 )
+from reproduce.stored import EXPORTED, described, exported_weights
 from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.files import write
@@ -415,7 +416,9 @@ def _paper(config: DictConfig, claim: dict) -> dict:
 def record(
     config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
-    """Test the selected weights, write result.json, and print the table of results.
+    """Test the selected weights, write them and result.json, and print the table of results.
+
+    The weights of a flow go into model.safetensors, without the state of the optimizer.
 
     Returns the result (its form: RESULT in results/runs.py). RunStopped, with exit code 1: a metric
     is not finite. result.json is written all the same, with null in the place of the metric.
@@ -443,10 +446,15 @@ def record(
         "weights": None,
         "suspect": None,
     }
+    content = exported_weights(weights, checkpoint)
+    if content is not None:
+        result["weights"] = described(content, EXPORTED)
     if extended:
         result["extended"] = extended
     result |= results.compare_all(result)
     if trainer.is_global_zero:
+        if content is not None:
+            write(folder / EXPORTED, content)
         write(folder / "result.json", as_json(result))
         report(trainer.logger, result)
         _print_summary(folder, result)

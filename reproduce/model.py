@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from datamodules.checks import expand_home, is_number
 from datamodules.dequantization import Dequantizer, UniformDequantizer
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import as_levels
@@ -21,7 +23,8 @@ from lightning_modules.objective import Data, Objective
 from lightning_modules.precision import evaluation
 from reproduce.config import ConfigError
 from reproduce.run_folder import mismatch
-from reproduce.stored import Stored, read_stored
+from reproduce.stored import Stored, as_safetensors, read_stored
+from results.files import write
 
 Images = Tensor | np.ndarray
 Labels = Tensor | np.ndarray | list[int] | None
@@ -138,6 +141,16 @@ class TrainedModel:
         objective.load_state_dict(self.stored.weights, strict=False)
         return objective
 
+    def save(self, path: str | Path) -> None:
+        """Write the weights, and what is needed to build the model, to a safetensors file.
+
+        `reproduce.load` loads the file. ValueError, one line: it has not the ending .safetensors.
+        """
+        target = expand_home("path", path)
+        if target.suffix != ".safetensors":
+            raise ValueError(f"{path}: give a name that ends with .safetensors")
+        write(target, as_safetensors(self.stored))
+
     # ------------------------------------------------------------------ likelihood
 
     def bits_per_dim(
@@ -238,6 +251,8 @@ class TrainedModel:
         _check_at_least("n", n, 0)
         _check_at_least("first", first, 0)
         _check_at_least("seed", seed, 0)
+        if not is_number(temperature) or not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: give a number of at least 0")
         shape = self._sample_shape()
         classes = self._classes_of_samples(n, label, first)
         drawn = [torch.zeros(0, *shape)]
@@ -305,9 +320,7 @@ class TrainedModel:
         ValueError, one line: the latents or labels do not fit the model.
         """
         self._check_images("decode")
-        if isinstance(latents, Tensor) or not all(isinstance(z, Tensor) for z in latents):
-            raise ValueError("latents are a tuple with one tensor for each level, as of encode")
-        n = len(latents[0])
+        n = self._n_latents(latents)
         classes = self._classes(labels, n)
         images = [torch.zeros(0, *self._sample_shape())]
         for rows in _batches(n, batch_size):
@@ -372,6 +385,18 @@ class TrainedModel:
             )
         return sides
 
+    def _n_latents(self, latents: "Latents") -> int:
+        """How many data the latents are of. ValueError: they do not fit the flow."""
+        shapes = self.flow.latent_shapes(self._sample_shape())
+        sizes: list[tuple[int, ...]] = []
+        if isinstance(latents, tuple | list):
+            sizes = [tuple(z.shape) for z in latents if isinstance(z, Tensor)]
+        n = sizes[0][0] if sizes and sizes[0] else 0
+        if sizes != [(n, *shape) for shape in shapes]:
+            texts = [f"(N, {', '.join(map(str, shape))})" for shape in shapes]
+            raise ValueError(f"latents are a tuple, {', '.join(texts)}, as encode returns")
+        return n
+
     def _integers(self, images: Images) -> Tensor:
         """Images as the integers that the flow was trained on. ValueError: they do not fit."""
         if self.n_bits is None:
@@ -406,9 +431,10 @@ class TrainedModel:
             if labels is not None:
                 raise ValueError(f"this {name} has no classes: leave the labels out")
             return None
-        request = f"this {name} is class-conditional: give labels, {n} whole numbers"
+        numbers = f"{n} whole numbers from 0 to {n_classes - 1}"
+        request = f"this {name} is class-conditional: give labels, {numbers}"
         if labels is None:
-            raise ValueError(f"{request} from 0 to {n_classes - 1}")
+            raise ValueError(request)
         classes = torch.as_tensor(labels)
         is_whole = not classes.is_floating_point() and classes.dtype != torch.bool
         if tuple(classes.shape) != (n,) or (n and not is_whole):
@@ -417,9 +443,7 @@ class TrainedModel:
             )
         classes = classes.long().cpu()
         if n and not 0 <= int(classes.min()) <= int(classes.max()) < n_classes:
-            raise ValueError(
-                f"{request} from 0 to {n_classes - 1}, not {classes.min()} to {classes.max()}"
-            )
+            raise ValueError(f"{request}, not {classes.min()} to {classes.max()}")
         return classes
 
     def _classes_of_samples(self, n: int, label: int | str | None, first: int) -> Tensor | None:

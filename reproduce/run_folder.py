@@ -254,27 +254,50 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
+    """As `load_checkpoint`, for a run that goes on: a message says what to do in its folder."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: delete it to continue from another one, or to start anew"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
     """Load a checkpoint of this repository onto the CPU: plain tensors and dicts, no code.
 
-    ValueError, one line: it is damaged, of another program, or no file (a folder, or a link that
-    leads nowhere). FileNotFoundError: nothing has that name.
+    ValueError, one line without advice: it is damaged, of another kind or program, or no file (a
+    folder, or a link that leads nowhere). FileNotFoundError: nothing has that name.
     """
     if not path.is_file() and (path.is_symlink() or path.exists()):
-        raise ValueError(
-            f"{path} is no file: delete it to continue from another one, or to start anew"
-        )
+        raise ValueError(f"{path} is no file")
+    if not _is_archive(path):
+        kind = "is damaged" if path.suffix == ".ckpt" else "is no checkpoint"
+        raise ValueError(f"{path} {kind}")
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["paperflows"]["experiment"], checkpoint["state_dict"]
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or not of this repository: "
-            "delete it to continue from another one, or to start anew"
-        ) from error
+        raise ValueError(f"{path} is damaged or not of this repository") from error
+    if not _is_ours(checkpoint):
+        raise ValueError(f"{path} is no checkpoint of this repository")
     return checkpoint
+
+
+def _is_ours(checkpoint: object) -> bool:
+    """Whether what a file holds is a checkpoint of this repository."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        return False
+    origin = checkpoint.get("paperflows")
+    return isinstance(origin, dict) and "experiment" in origin
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as a zip archive does, such as every checkpoint; maybe a cut one."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _check_sums(path: Path) -> None:

@@ -17,8 +17,8 @@ from reproduce.config import ConfigError, nearest
 from reproduce.run_folder import (
     RESULT,
     Checkpoint,
+    load_checkpoint,
     newest_checkpoint,
-    read_checkpoint,
     read_result,
     result_text,
 )
@@ -28,6 +28,7 @@ from results.runs import read_json
 EXPORTED = "model.safetensors"  # the weights in an exported folder, and in that of a finished run
 METADATA = "paperflows"  # the entry of a safetensors file's metadata that holds `Stored.origin`
 PARTS = ("flow.", "dequantizer.")  # the weights of an objective that belong to its model
+RECORDED = {"experiment", "config", "shape", "commit"}  # in every checkpoint
 NEEDED = {
     "experiment",
     "config",
@@ -37,6 +38,7 @@ NEEDED = {
     "commit",
     "parts",
 }  # in `origin`
+KEPT = NEEDED | {"dirty"}  # of the origin, in a safetensors file
 KINDS = (
     "the folder of a run, an exported folder, a checkpoint, or a recorded run such as "
     "glow_cifar10/cpu-seed0"
@@ -78,7 +80,7 @@ def read_stored(model: str | Path) -> Stored:
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
     if path.is_file() or path.is_symlink() or path.suffix == ".ckpt":
-        return _of_checkpoint(path, read_checkpoint(path), _result_of_weights(path))
+        return of_checkpoint(path, _load(path), _result_of_weights(path))
     return _of_row(str(model))
 
 
@@ -91,20 +93,30 @@ def _of_folder(folder: Path) -> Stored:
     if (folder / RESULT).is_file():
         tested = folder / result_text(folder, "checkpoint")
         if tested.exists():
-            return _of_checkpoint(tested, read_checkpoint(tested), read_result(folder))
+            return of_checkpoint(tested, _load(tested), read_result(folder))
     if (folder / EXPORTED).is_file():
         return _of_safetensors(folder / EXPORTED)
     newest = newest_checkpoint(folder)
     if newest is not None:
-        return _of_checkpoint(*newest)
+        return of_checkpoint(*newest)
     if tested is not None:
-        read_checkpoint(tested)  # it raises FileNotFoundError with the file's name
+        _load(tested)  # it raises FileNotFoundError with the file's name
+    if any(folder.glob("*.ckpt")):
+        raise FileNotFoundError(f"{folder} is not the folder of a run: give {folder.parent}")
     raise FileNotFoundError(
         f"{folder} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
     )
 
 
 # ---------------------------------------------------------------------- checkpoints
+
+
+def _load(path: Path) -> Checkpoint:
+    """As `load_checkpoint`, with an advice in its messages."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: give {KINDS}") from error
 
 
 def _result_of_weights(path: Path) -> dict[str, Any] | None:
@@ -118,15 +130,23 @@ def _result_of_weights(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _of_checkpoint(
+def of_checkpoint(
     path: Path, checkpoint: Checkpoint, result: dict[str, Any] | None = None
 ) -> Stored:
+    """The content of a checkpoint, and the result of the test of its weights.
+
+    ConfigError or ValueError, one line: it lacks what every checkpoint records.
+    """
     weights = {
         key: _as_float32(value)
         for key, value in checkpoint["state_dict"].items()
         if key.startswith(PARTS)
     }
-    origin = _known(dict(checkpoint["paperflows"]), path)
+    recorded = dict(checkpoint["paperflows"])
+    missing = sorted(RECORDED - recorded.keys())
+    if missing:
+        raise ValueError(f"{path} does not record its {', '.join(missing)}: give {KINDS}")
+    origin = _known(recorded, path)
     origin["parts"] = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
     return Stored(weights, origin, result, path)
 
@@ -166,8 +186,26 @@ def as_safetensors(stored: Stored) -> bytes:
     Paths of this machine are reduced to their last part.
     """
     tensors = {key: value.contiguous() for key, value in sorted(stored.weights.items())}
-    origin = json.dumps(portable(stored.origin), sort_keys=True)
-    return save(tensors, {METADATA: origin})
+    known = {key: value for key, value in stored.origin.items() if key in KEPT}
+    return save(tensors, {METADATA: json.dumps(portable(known))})
+
+
+def exported_weights(path: Path, checkpoint: Checkpoint) -> bytes | None:
+    """The content of a safetensors file with a checkpoint's weights; None without a flow."""
+    stored = of_checkpoint(path, checkpoint)
+    if stored.weights:
+        return as_safetensors(stored)
+    return None
+
+
+def described(content: bytes, name: str) -> dict[str, Any]:
+    """What a result says of a file of weights: its name, SHA-256, size, and the type of floats."""
+    return {
+        "file": name,
+        "sha256": sha256_of(content),
+        "bytes": len(content),
+        "dtype": "float32",
+    }
 
 
 def sha256_of(content: bytes) -> str:
@@ -227,9 +265,8 @@ def _of_row(name: str) -> Stored:
     result = read_json(path)
     recorded = result.get("weights")
     if not isinstance(recorded, dict):
-        raise FileNotFoundError(
-            f"no weights of {name} were kept: give one of {', '.join(_rows_with_weights())}"
-        )
+        kept = ", ".join(_rows_with_weights()) or "the folder of a run"
+        raise FileNotFoundError(f"the weights of {name} were not kept: give {kept}")
     file = root / recorded["file"]
     weights, origin = _read_safetensors(file, recorded)
     return Stored(weights, origin, result, file)

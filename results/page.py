@@ -283,9 +283,12 @@ def run_section(run: dict, claims: list[dict]) -> list[str]:
     if run.get("tested"):
         lines += [f"Tested: {'; '.join(tested_weights(run))}.", ""]
     lines += protocol_lines(claims)
-    for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
+    for label, key in {"Suspect": "suspect", "W&B": "wandb_url"}.items():
         if run.get(key):
             lines += [f"{label}: {run[key]}", ""]
+    if run.get("weights"):
+        file = run["weights"]["file"]
+        lines += [f'Weights: [{Path(file).name}]({file}), `reproduce.load("{run_name(run)}")`.', ""]
     return lines
 
 
