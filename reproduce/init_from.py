@@ -79,6 +79,11 @@ def _check_model(stored: Stored, config: DictConfig, module: Objective) -> None:
     """ConfigError: the weights are of another model, or of one with other settings."""
     origin = stored.origin
     experiment = origin["experiment"]
+    if not stored.weights:
+        raise ConfigError(
+            f"init_from={config.init_from} is of {experiment}, which trains no flow, and holds no "
+            "weights of one"
+        )
     kind = constructors(experiment).get("flow")
     own_kind = module.constructors().get("flow")
     if isinstance(kind, type) and kind is not own_kind:

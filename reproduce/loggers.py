@@ -347,13 +347,18 @@ def _report(run: wandb.Run, result: dict[str, Any]) -> None:
 
 
 def _send_weights(run: wandb.Run, folder: Path, result: dict[str, Any]) -> None:
-    """Send the checkpoint that was tested, with the files of the run that tell what it is."""
+    """Send the tested weights, with the files of the run that tell what they are.
+
+    They are model.safetensors, which has no state of the optimizer, or the checkpoint of an
+    objective without a flow.
+    """
     import wandb
 
     metrics = {key: value for key, value in result["metrics"].items() if is_number(value)}
     facts = {"experiment": result["experiment"], "commit": result["commit"], **metrics}
     artifact = wandb.Artifact(f"{result['experiment']}-{run.id}", "model", metadata=facts)
-    for name in (result["checkpoint"], "result.json", "config.yaml"):
+    weights = (result["weights"] or {}).get("file", result["checkpoint"])
+    for name in (weights, "result.json", "config.yaml"):
         # An immutable file is sent from where it is; of others wandb makes a copy in the home.
         artifact.add_file(str(folder / name), name, policy="immutable")
     run.log_artifact(artifact)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,16 @@ import torch
 from processes import TINY, Run
 
 from datamodules.dequantization import UniformDequantizer
-from reproduce import glow_photos, realnvp_cifar10
+from reproduce import glow_photos, init_from, realnvp_cifar10
 from reproduce.config import ConfigError, compose, override
 from reproduce.experiment import papers_of
 from reproduce.init_from import InitFrom
 from reproduce.run_folder import read_checkpoint, step_checkpoints
-from reproduce.stored import EXPORTED, as_safetensors, read_stored
+from reproduce.stored import EXPORTED, Stored, as_safetensors, read_stored
 
 GLOW = [word for word in TINY if not word.startswith(("flow.", "eval.bn_images"))]
 GLOW += ["flow.n_levels=2", "flow.depth=1", "flow.hidden_channels=4"]
+SHAPE = (3, 8, 8)
 SHORT = "trainer.max_steps=4"
 
 
@@ -121,7 +123,7 @@ def test_an_exported_folder_is_a_start(trained, tmp_path):
     stored = read_stored(trained / "glow")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / EXPORTED).write_bytes(as_safetensors(stored))
-    module = module_for("glow_photos", GLOW, (3, 8, 8))
+    module = module_for("glow_photos", GLOW, SHAPE)
     start = InitFrom()
     start.load(config_for("glow_photos", GLOW, tmp_path / "model"), module)
     assert not module.needs_initialization()
@@ -170,6 +172,29 @@ def test_another_model_is_named(trained, tmp_path):
         f"init_from={trained / 'realnvp'} is a RealNVP of realnvp_cifar10, and glow_photos trains "
         "a Glow: give weights of that"
     )
+
+
+def test_weights_of_no_flow_are_refused(monkeypatch):
+    """An objective without a flow has other keys, of which none is loaded."""
+    stored = Stored({}, {"experiment": "denoiser", "config": {}}, None, Path("x.ckpt"))
+    monkeypatch.setattr(init_from, "read_stored", lambda model: stored)
+    with pytest.raises(ConfigError, match="init_from=x is of denoiser, which trains no flow"):
+        InitFrom().load(
+            config_for("glow_photos", GLOW, "x"), module_for("glow_photos", GLOW, SHAPE)
+        )
+
+
+def test_an_older_finished_run_has_started_from_random_weights(trained, tmp_path, capsys):
+    """Its config has no key init_from."""
+    shutil.copytree(trained / "glow", tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    assert result["config"].pop("init_from") is None
+    path.write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as end:
+        glow(tmp_path / "run", SHORT, "resume=auto")
+    assert end.value.code == 0
+    assert "is finished: see" in capsys.readouterr().out
 
 
 def test_what_does_not_exist_is_named(tmp_path):

@@ -231,10 +231,10 @@ def test_weights_are_an_artifact_where_asked_for(resumed, tmp_path):
     assert artifact.name == f"realnvp_cifar10-{second.run.run_id}"
     metrics = resumed.results[1]["metrics"]
     assert json.loads(artifact.metadata)["test/bpd"] == metrics["test/bpd"]
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert names == {"model.safetensors", "result.json", "config.yaml"}
     for entry in artifact.manifest.contents:
-        path = tmp_path / entry.path
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(Path(entry.local_path).read_bytes())
+        (tmp_path / entry.path).write_bytes(Path(entry.local_path).read_bytes())
         assert Path(entry.local_path).is_relative_to(resumed.folder)  # and no copy in the home
     weights = read_checkpoint(resumed.folder / "checkpoints" / "best.ckpt")["state_dict"]
     loaded = load(tmp_path).flow.state_dict()
