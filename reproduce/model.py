@@ -1,9 +1,8 @@
 """A trained model as an object, for notebooks and commands: `from reproduce import load`."""
 
 import contextlib
-import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,13 +20,14 @@ from lightning_modules.callbacks.samples import as_levels
 from lightning_modules.density import DensityModule
 from lightning_modules.objective import Data, Objective
 from lightning_modules.precision import evaluation
-from reproduce.config import ConfigError
+from reproduce.config import ConfigError, nearest
 from reproduce.run_folder import mismatch
 from reproduce.stored import Stored, as_safetensors, read_stored
 from results.files import write
 
 Images = Tensor | np.ndarray
-Labels = Tensor | np.ndarray | list[int] | None
+Labels = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
+Latents = tuple[Tensor, ...]
 
 
 def load_model(model: str | Path) -> "TrainedModel":
@@ -86,7 +86,7 @@ class TrainedModel:
         origin = stored.origin
         self.experiment: str = origin["experiment"]
         self.config: DictConfig = OmegaConf.create(origin["config"])
-        self.commit: str = origin["commit"]
+        self.commit: str | None = origin["commit"]
         self.result = stored.result
         data = RecordedData(origin)
         objective = self.module(cast(Data, data))
@@ -116,7 +116,7 @@ class TrainedModel:
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model to a device, such as "cuda"; returns the model itself."""
-        self._objective.to(device)
+        self._objective.to(torch.device(device))
         return self
 
     def module(self, data: Data, config: DictConfig | None = None) -> Objective:
@@ -170,7 +170,7 @@ class TrainedModel:
         statistics that it estimates anew.
 
         images: uint8 from 0 to 255, (N, *shape), a tensor or an array.
-        labels: the classes of the images, (N,), for a class-conditional flow.
+        labels: the classes of the images, (N,), for a class-conditional flow: names or numbers.
         noise_samples: how many samples of the dequantisation noise are drawn for an image; the
             result is their mean.
         seed: of the noise.
@@ -179,16 +179,20 @@ class TrainedModel:
 
         ValueError, one line: the images or labels do not fit the model.
         """
-        q = self._integers(images)
-        classes = self._classes(labels, len(q))
+        n = self._n_images(images)
+        classes = self._classes(labels, n)
         _check_at_least("noise_samples", noise_samples, 1)
+        _check_at_least("seed", seed, 0)
         if keys is None:
-            keys = torch.arange(len(q))
+            keys = torch.arange(n)
+        if tuple(keys.shape) != (n,) or keys.dtype != torch.int64 or (n and int(keys.min()) < 0):
+            raise ValueError(f"keys are {n} numbers of at least 0, as an int64 tensor ({n},)")
         means = [torch.zeros(0)]
-        for rows in _batches(len(q), batch_size):
-            batch = [q[rows].to(self.device), keys[rows]]
-            if classes is not None:
-                batch.append(classes[rows].to(self.device))
+        for rows in _batches(n, batch_size):
+            batch = [self._integers(images, rows), keys[rows]]
+            context = self._context(classes, rows)
+            if context is not None:
+                batch.append(context)
             total = torch.zeros(len(batch[0]), dtype=torch.float64)
             for k in range(noise_samples):
                 total += self._measured(batch, seed, k).double().cpu()
@@ -258,7 +262,7 @@ class TrainedModel:
         drawn = [torch.zeros(0, *shape)]
         for rows in _batches(n, batch_size):
             numbers = range(first + rows.start, first + rows.stop)
-            context = None if classes is None else classes[rows].to(self.device)
+            context = self._context(classes, rows)
             drawn.append(self._drawn(numbers, temperature, seed, context, shape))
         return torch.cat(drawn)
 
@@ -284,25 +288,23 @@ class TrainedModel:
 
     # ------------------------------------------------------------------ latents
 
-    def encode(self, images: Images, labels: Labels = None, batch_size: int = 64) -> "Latents":
+    def encode(self, images: Images, labels: Labels = None, batch_size: int = 64) -> Latents:
         """The latents of images: a tuple with one tensor (N, *latent_shape) for each level.
 
         An integer stands for the middle of its bin, so that `decode` gives the same image back.
         The latents are on the device of the model. The arguments are those of `bits_per_dim`.
         """
-        q = self._integers(images)
-        classes = self._classes(labels, len(q))
-        parts = []
-        for rows in _batches(len(q), batch_size):
-            context = None if classes is None else classes[rows].to(self.device)
-            parts.append(self._encoded(q[rows].to(self.device), context))
-        if not parts:
-            sides = tuple(q.shape[1:])
-            like = next(self.flow.parameters())
-            return tuple(like.new_zeros(0, *shape) for shape in self.flow.latent_shapes(sides))
+        n = self._n_images(images)
+        classes = self._classes(labels, n)
+        shapes = self.flow.latent_shapes(tuple(images.shape[1:]))
+        like = next(self.flow.parameters())
+        parts: list[Latents] = [tuple(like.new_zeros(0, *shape) for shape in shapes)]
+        for rows in _batches(n, batch_size):
+            context = self._context(classes, rows)
+            parts.append(self._encoded(self._integers(images, rows), context))
         return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
-    def _encoded(self, q: Tensor, context: Tensor | None) -> "Latents":
+    def _encoded(self, q: Tensor, context: Tensor | None) -> Latents:
         dequantizer = cast(Dequantizer, self.dequantizer)
         middle = {"uniform": 0.5, "normal": 0.0}[dequantizer.noise]
         noise = torch.full(q.shape, middle, device=self.device)
@@ -311,7 +313,7 @@ class TrainedModel:
             latents, _ = self.flow(x, context)
         return tuple(level.detach() for level in latents)
 
-    def decode(self, latents: "Latents", labels: Labels = None, batch_size: int = 64) -> Tensor:
+    def decode(self, latents: Latents, labels: Labels = None, batch_size: int = 64) -> Tensor:
         """The images of latents, (N, *shape) uint8 from 0 to 255, on the CPU.
 
         latents: a tuple with one tensor (N, *latent_shape) for each level, as `encode` returns.
@@ -324,33 +326,33 @@ class TrainedModel:
         classes = self._classes(labels, n)
         images = [torch.zeros(0, *self._sample_shape())]
         for rows in _batches(n, batch_size):
-            context = None if classes is None else classes[rows].to(self.device)
+            context = self._context(classes, rows)
             images.append(self._inverse(tuple(z[rows].to(self.device) for z in latents), context))
         return as_levels(torch.cat(images), self._depth)
 
-    def _inverse(self, latents: "Latents", context: Tensor | None) -> Tensor:
+    def _inverse(self, latents: Latents, context: Tensor | None) -> Tensor:
         with self._computing():
             x, _ = self.flow.inverse(latents, context)
         return x.detach().cpu()
 
     # ------------------------------------------------------------------ checks
 
-    def label_of(self, text: str) -> int:
-        """The number of a class from its name, or from the number as text.
+    def label_of(self, label: int | str) -> int:
+        """The number of a class from its name, from the number as text, or from the number.
 
         ValueError, one line: the flow has no such class. The nearest name is named.
         """
-        if not self.class_names:
-            raise ValueError(f"label={text}: this {type(self.flow).__name__} has no classes")
-        if text in self.class_names:
-            return self.class_names.index(text)
-        if text.isdecimal() and int(text) < len(self.class_names):
+        names = self.class_names
+        if not names:
+            raise ValueError(f"label={label}: this {type(self.flow).__name__} has no classes")
+        text = str(label)
+        if isinstance(label, str) and text in names:
+            return names.index(text)
+        if text.isdecimal() and int(text) < len(names):
             return int(text)
-        near = difflib.get_close_matches(text, self.class_names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"label={text} is not known{hint}: give {', '.join(self.class_names)}, "
-            f"or a number from 0 to {len(self.class_names) - 1}"
+            f"label={label} is not known{nearest(text, names)}: give {', '.join(names)}, "
+            f"or a number from 0 to {len(names) - 1}"
         )
 
     @property
@@ -385,7 +387,7 @@ class TrainedModel:
             )
         return sides
 
-    def _n_latents(self, latents: "Latents") -> int:
+    def _n_latents(self, latents: Latents) -> int:
         """How many data the latents are of. ValueError: they do not fit the flow."""
         shapes = self.flow.latent_shapes(self._sample_shape())
         sizes: list[tuple[int, ...]] = []
@@ -397,8 +399,8 @@ class TrainedModel:
             raise ValueError(f"latents are a tuple, {', '.join(texts)}, as encode returns")
         return n
 
-    def _integers(self, images: Images) -> Tensor:
-        """Images as the integers that the flow was trained on. ValueError: they do not fit."""
+    def _n_images(self, images: Images) -> int:
+        """How many images there are. ValueError: they are no images of the flow."""
         if self.n_bits is None:
             raise ValueError(
                 f"this {type(self.flow).__name__} is a flow of real numbers, not of images: "
@@ -408,26 +410,40 @@ class TrainedModel:
         request = f"give images as uint8 from 0 to 255, (N, {sides})"
         if not isinstance(images, Tensor | np.ndarray):
             raise ValueError(f"{request}, not {type(images).__name__}")
-        q = torch.as_tensor(images)
-        if q.dtype != torch.uint8:
-            span = ""
-            if q.numel() and not q.is_complex():
-                span = f" from {q.min().item():g} to {q.max().item():g}"
-            raise ValueError(f"{request}, not {q.dtype}{span}".replace("torch.", ""))
-        fits = q.dim() == 1 + len(self.shape) and all(
-            own in (None, side) for own, side in zip(self.shape, q.shape[1:], strict=True)
+        if images.dtype not in (torch.uint8, np.uint8):
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise ValueError(f"{request}, not {dtype}{_span(images)}")
+        shape = tuple(images.shape)
+        fits = len(shape) == 1 + len(self.shape) and all(
+            own in (None, side) for own, side in zip(self.shape, shape[1:], strict=True)
         )
         if not fits:
-            raise ValueError(f"{request}, not {tuple(q.shape)}")
-        return q >> (8 - self.n_bits)
+            raise ValueError(f"{request}, not {shape}")
+        return len(images)
+
+    def _integers(self, images: Images, rows: slice) -> Tensor:
+        """Some of the images as integers of `n_bits` bits, on the device of the flow."""
+        part = images[rows]
+        if isinstance(part, np.ndarray):
+            part = torch.from_numpy(part.copy())  # also of a file that is mapped to be read only
+        return part.to(self.device) >> (8 - cast(int, self.n_bits))
+
+    def _n_classes(self) -> int | None:
+        """The number of classes; None without. ValueError: the flow is conditioned on images."""
+        if self.flow.conditioned_on is not None and self.flow.n_classes is None:
+            raise ValueError(
+                f"this {type(self.flow).__name__} is conditioned on images: use model.flow"
+            )
+        return self.flow.n_classes
 
     def _classes(self, labels: Labels, n: int) -> Tensor | None:
-        """The classes of n images, (n,) int64; None without classes. ValueError: they do not fit"""
-        n_classes = self.flow.n_classes
+        """The classes of n images, (n,) int64; None without classes.
+
+        ValueError: the labels do not fit the flow or the images.
+        """
+        n_classes = self._n_classes()
         name = type(self.flow).__name__
         if n_classes is None:
-            if self.flow.conditioned_on is not None:
-                raise ValueError(f"this {name} is conditioned on images: use model.flow")
             if labels is not None:
                 raise ValueError(f"this {name} has no classes: leave the labels out")
             return None
@@ -435,34 +451,38 @@ class TrainedModel:
         request = f"this {name} is class-conditional: give labels, {numbers}"
         if labels is None:
             raise ValueError(request)
-        classes = torch.as_tensor(labels)
+        if isinstance(labels, list | tuple) and all(isinstance(each, str) for each in labels):
+            labels = [self.label_of(str(each)) for each in labels]
+        try:
+            classes = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{request}, or names, all of one kind") from error
         is_whole = not classes.is_floating_point() and classes.dtype != torch.bool
         if tuple(classes.shape) != (n,) or (n and not is_whole):
-            raise ValueError(
-                f"{request}, not {tuple(classes.shape)} {classes.dtype}".replace("torch.", "")
-            )
+            dtype = str(classes.dtype).removeprefix("torch.")
+            raise ValueError(f"{request}, not {tuple(classes.shape)} {dtype}")
         classes = classes.long().cpu()
         if n and not 0 <= int(classes.min()) <= int(classes.max()) < n_classes:
             raise ValueError(f"{request}, not {classes.min()} to {classes.max()}")
         return classes
 
     def _classes_of_samples(self, n: int, label: int | str | None, first: int) -> Tensor | None:
-        """The classes of n samples, (n,); None for a flow without classes. ValueError."""
-        n_classes = self.flow.n_classes
+        """The classes of n samples, (n,) int64; None without classes.
+
+        ValueError: there is no such class.
+        """
+        n_classes = self._n_classes()
+        if label is not None:
+            return torch.full((n,), self.label_of(label))
         if n_classes is None:
-            if self.flow.conditioned_on is not None:
-                raise ValueError(
-                    f"this {type(self.flow).__name__} is conditioned on images: use model.flow"
-                )
-            if label is not None:
-                raise ValueError(f"label={label}: this {type(self.flow).__name__} has no classes")
             return None
-        if label is None:
-            return (first + torch.arange(n)) % n_classes
-        return torch.full((n,), self.label_of(str(label)))
+        return (first + torch.arange(n)) % n_classes
 
-
-Latents = tuple[Tensor, ...]
+    def _context(self, classes: Tensor | None, rows: slice) -> Tensor | None:
+        """Some rows of the classes, on the device of the flow."""
+        if classes is None:
+            return None
+        return classes[rows].to(self.device)
 
 
 def _script(stored: Stored) -> ModuleType:
@@ -485,6 +505,14 @@ def _script(stored: Stored) -> ModuleType:
             f"{' and no '.join(missing)}"
         )
     return script
+
+
+def _span(images: Images) -> str:
+    """The range of some images for a message, ` from 0 to 1`; empty where there is none."""
+    values = np.asarray(images.cpu()) if isinstance(images, Tensor) else images
+    if not values.size or values.dtype.kind not in "biuf":
+        return ""
+    return f" from {values.min():g} to {values.max():g}"
 
 
 def _batches(n: int, batch_size: int) -> Iterator[slice]:

@@ -80,22 +80,23 @@ def read_stored(model: str | Path) -> Stored:
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
     if path.is_file() or path.is_symlink() or path.suffix == ".ckpt":
-        return of_checkpoint(path, _load(path), _result_of_weights(path))
+        return _of_checkpoint_file(path)
     return _of_row(str(model))
 
 
 def _of_folder(folder: Path) -> Stored:
     """The tested weights of a run or an export; the newest if there is no result or they are gone.
 
-    An extension removes the tested weights, until the extended run is tested.
+    A run that goes on behind its result may replace or remove the checkpoint that was tested, but
+    not its model.safetensors.
     """
+    if (folder / EXPORTED).is_file():
+        return _of_safetensors(folder / EXPORTED)
     tested = None
     if (folder / RESULT).is_file():
         tested = folder / result_text(folder, "checkpoint")
         if tested.exists():
-            return of_checkpoint(tested, _load(tested), read_result(folder))
-    if (folder / EXPORTED).is_file():
-        return _of_safetensors(folder / EXPORTED)
+            return _of_checkpoint_file(tested)
     newest = newest_checkpoint(folder)
     if newest is not None:
         return of_checkpoint(*newest)
@@ -119,15 +120,18 @@ def _load(path: Path) -> Checkpoint:
         raise ValueError(f"{error}: give {KINDS}") from error
 
 
-def _result_of_weights(path: Path) -> dict[str, Any] | None:
-    """The result of the run that a checkpoint file lies in, if exactly this file was tested."""
+def _of_checkpoint_file(path: Path) -> Stored:
+    """The weights of a checkpoint, with the result of its run if exactly they were tested."""
+    checkpoint = _load(path)
     folder = path.parent.parent
     if not (folder / RESULT).is_file():
-        return None
+        return of_checkpoint(path, checkpoint)
     result = read_result(folder)
-    if result.get("checkpoint") == f"{path.parent.name}/{path.name}":
-        return result
-    return None
+    is_tested = result.get("checkpoint") == f"{path.parent.name}/{path.name}"
+    step = (result.get("tested") or {}).get("step")
+    if is_tested and step in (None, checkpoint.get("global_step")):
+        return of_checkpoint(path, checkpoint, result)
+    return of_checkpoint(path, checkpoint)
 
 
 def of_checkpoint(
@@ -259,6 +263,11 @@ def _of_row(name: str) -> Stored:
     """The weights of a recorded run. FileNotFoundError, one line: there are none."""
     root = results.ROOT
     path = root / "runs" / f"{name}.json"
+    if not (root / "runs").is_dir():
+        raise FileNotFoundError(
+            f"no model {name}: recorded runs come with a clone of the repository, and this is an "
+            "installed copy; give the folder of a run, an exported folder, or a checkpoint"
+        )
     if not path.is_file():
         names = [f"{file.parent.name}/{file.stem}" for file in (root / "runs").glob("*/*.json")]
         raise FileNotFoundError(f"no model {name}{nearest(name, names)}: give {KINDS}")

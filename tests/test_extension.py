@@ -198,12 +198,19 @@ def test_an_extension_that_is_killed_goes_on_bit_for_bit(tmp_path):
     killed = Run(tmp_path / "run", *long, "resume=auto", kill=(9, 1))
     assert killed.wait() == [-signal.SIGKILL], killed.output()
     assert (tmp_path / "run" / "result.json").read_bytes() == content
-    # The tested checkpoint, that of step 4, is removed by now, and the newest takes its place.
+    # The tested checkpoint, that of step 4, is removed by now. Its weights are still loaded, since
+    # the result is theirs; without them the newest take their place.
     steps = [path.name for path in step_checkpoints(tmp_path / "run")]
     assert steps == ["step-00000008.ckpt", "step-00000006.ckpt"]
+    tested = load(tmp_path / "run")
+    assert tested.stored.path.name == "model.safetensors"
+    assert tested.result == json.loads(content)
+    (tmp_path / "run" / "model.safetensors").unlink()
     weights = read_checkpoint(tmp_path / "run" / "checkpoints" / steps[0])["state_dict"]
-    loaded = load(tmp_path / "run").flow.state_dict()
-    assert all(torch.equal(value, weights[f"flow.{key}"]) for key, value in loaded.items())
+    newest = load(tmp_path / "run")
+    assert newest.result is None
+    for key, value in newest.flow.state_dict().items():
+        assert torch.equal(value, weights[f"flow.{key}"])
     resumed = Run(tmp_path / "run", *long, "resume=auto")
     assert resumed.wait() == [0], resumed.output()
     assert resumed.losses() == whole.losses()
