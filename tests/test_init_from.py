@@ -68,7 +68,7 @@ def test_a_run_starts_with_the_tested_weights_and_all_else_is_new(trained, tmp_p
     result = run(tmp_path / "run", *words, "data.n_train=32")
     assert first_validation(tmp_path / "run") == before["metrics"]["val/bpd"]
     assert result["metrics"]["val/bpd"] != before["metrics"]["val/bpd"]
-    file = source / "checkpoints" / "best.ckpt"
+    file = source / EXPORTED
     assert result["init_from"] == {
         "model": str(source),
         "file": str(file),
@@ -78,6 +78,7 @@ def test_a_run_starts_with_the_tested_weights_and_all_else_is_new(trained, tmp_p
         "shape": [3, 8, 8],
         "images": 64,
     }
+    assert result["init_from"]["sha256"] == before["weights"]["sha256"]
     assert (result["images"], result["budget"]) == (32, None)
     final = read_checkpoint(step_checkpoints(tmp_path / "run")[0])
     assert final["global_step"] == 2
@@ -152,7 +153,7 @@ def test_other_shapes_are_named_and_nothing_is_loaded(trained):
     with pytest.raises(ConfigError) as refusal:
         InitFrom().load(config_for("glow_photos", GLOW, trained / "glow"), module)
     line = str(refusal.value)
-    assert line.startswith(f"{trained / 'glow' / 'checkpoints' / 'best.ckpt'} does not fit")
+    assert line.startswith(f"{trained / 'glow' / EXPORTED} does not fit")
     assert line.endswith("; they are of data of shape 3 x 8 x 8, and here are data of 1 x 8 x 8")
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
