@@ -43,7 +43,16 @@ class Provenance(L.Callback):
             if trainer.is_global_zero:
                 write(path, OmegaConf.to_yaml(self.config))
         if trainer.logger is not None:
-            trainer.logger.log_hyperparams(self.config)
+            trainer.logger.log_hyperparams(self.config | self._facts(trainer, pl_module))
+
+    def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What a logger gets beside the config, by the names of result.json (`sweep.FACTS`)."""
+        return {
+            "parameters": as_objective(pl_module).n_parameters,
+            "commit": self.commit,
+            "dirty": self.dirty,
+            **machine(trainer),
+        }
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -310,7 +310,7 @@ def _check_sums(path: Path) -> None:
 
 # A resumed run must share the sections of SAME with its first part, except for the keys of FREE,
 # which may differ.
-SAME = ("flow", "data", "optim", "ema", "eval", "seed")
+SAME = ("flow", "data", "optim", "ema", "eval", "seed", "init_from")
 FREE = (
     "root",
     "cache",
@@ -365,16 +365,22 @@ def check_checkpoint(
         )
 
 
-def changed_settings(earlier: dict[str, Any], config: DictConfig, module: Objective) -> list[str]:
+def changed_settings(
+    earlier: dict[str, Any],
+    config: DictConfig,
+    module: Objective,
+    sections: Sequence[str] = SAME,
+) -> list[str]:
     """The settings of an earlier part of a run that a later part lacks, each as `key=value`.
 
     Args:
         earlier: the config of the earlier part.
         config: of the later part.
         module: of the later part, whose constructors give the defaults.
+        sections: the sections of a config that are compared.
     """
-    trained_with = _settings(earlier, module)
-    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
+    trained_with = _settings(earlier, module, sections)
+    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module, sections)
     return [
         f"{key}={argument_text(trained_with.get(key))}"
         for key in sorted(trained_with | settings)
@@ -391,15 +397,17 @@ def falling_rate(config: DictConfig) -> str | None:
     return None
 
 
-def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
-    """The values of a config that a resumed run must share with its first part, by dotted key.
+def _settings(
+    config: dict[str, Any], module: Objective, sections: Sequence[str]
+) -> dict[str, object]:
+    """The values of some sections of a config, by dotted key, without those that may change.
 
     A checkpoint may be older than a key of the recipe. The key then has the constructor's default,
-    with which the run was trained.
+    with which the run was trained, or null.
     """
     settings = _defaults(module)
-    for section in SAME:
-        settings |= _flat(config[section], section)
+    for section in sections:
+        settings |= _flat(config.get(section), section)
     return settings
 
 

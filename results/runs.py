@@ -40,6 +40,22 @@ PAPER = record(
     {"claim": text, "metric": text, "comparable": flag},
     optional={"decimals": decimals_form},
 )
+METRIC = record(
+    {"unit": text, "direction": one_of("lower", "higher")},
+    optional={"name": text},
+)
+END = record(  # of a run that was extended
+    {
+        "steps": number,
+        "images": number,
+        "seconds": number,
+        "metrics": mapping,
+        "commit": or_null(text),
+        "date": text,
+    }
+)
+START = record({"model": text, "experiment": text, "commit": or_null(text), "sha256": text})
+DATA = record(optional={"sha256": text})  # of a user's own images
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
 WEIGHTS_BYTES = 8_000_000  # of one file of weights in results/weights/
 ALL_WEIGHTS_BYTES = 40_000_000  # of all of them
@@ -68,9 +84,10 @@ RESULT = record(
         "papers": list_of(PAPER),
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(mapping),
-        "data": record({"sha256": text, "n_images": mapping}),  # of a user's own images
-        "extended": list_of(mapping),  # the earlier ends of a run that was extended
-        "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
+        "data": or_null(DATA),
+        "extended": list_of(END),  # the earlier ends, the first one first
+        "init_from": or_null(START),  # the trained weights from which the run started
+        "metric": or_null(METRIC),
         "overrides": list_of(text),
         "parameters": or_null(number),
         "suspect": or_null(text),

@@ -73,9 +73,10 @@ def test_the_same_settings_are_finished(finished, capsys):
 )
 def test_other_settings_are_refused_by_name(finished, change, stored):
     line = f"{finished} is finished, and was trained with {stored}: say the same, or give another"
-    assert ended(finished, *override([SHORT], [change])) == f"{line} run_dir"
+    line += f" run_dir (with init_from={finished} it starts from these weights)"
+    assert ended(finished, *override([SHORT], [change])) == line
     if "max_steps" not in change:
-        assert ended(finished, LONG, change) == f"{line} run_dir"
+        assert ended(finished, LONG, change) == line
 
 
 def test_all_that_differs_is_named(finished):
@@ -98,7 +99,7 @@ def test_a_result_alone_is_a_run_that_is_not_overwritten(finished, tmp_path):
     assert ended(tmp_path, SHORT) == 0
     assert ended(tmp_path, LONG) == (
         f"{tmp_path} is finished, but its step-*.ckpt, from which it would go on, are gone: "
-        "give another run_dir"
+        f"start a new run from its weights with init_from={tmp_path}, in another run_dir"
     )
 
 
@@ -181,7 +182,8 @@ def test_a_rate_that_has_fallen_to_the_last_step_cannot_go_on(tmp_path, setting)
     assert ended(folder, SHORT, setting) == 0
     assert ended(folder, LONG, setting) == (
         f"{folder} is finished at trainer.max_steps=4, towards which {setting} lowered the "
-        "learning rate: it cannot go on; start a new run in another run_dir"
+        f"learning rate: it cannot go on; start a new run from its weights with init_from={folder},"
+        " in another run_dir"
     )
 
 

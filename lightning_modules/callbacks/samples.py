@@ -73,6 +73,7 @@ class Samples(L.Callback):
         self.drawn_at = 0  # the step of the newest pictures
         self.batch: list[Tensor] | None = None  # the first validation data
         self.finite: dict[str, float] = {}  # key in the log -> share of finite samples
+        self.labels: list[str] = []  # of the rows of the newest picture of samples
         self.reported: set[str] = set()  # keys whose share was below 1 at the newest pictures
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class Samples(L.Callback):
         self._report_shares(objective, failures)
         n_bits = objective.n_bits or 8
         pictures: dict[str, Tensor] = {}
+        self.labels = list(samples)
         if samples:
             pictures["samples"] = picture(list(samples.values()), n_bits, list(samples))
         if reconstruction:
@@ -203,7 +205,10 @@ class Samples(L.Callback):
             for name, image in pictures.items():
                 # uint8, since W&B shows floats in [0, 1] as black.
                 trainer.logger.log_image(
-                    f"pictures/{name}", [as_array(image)], step=trainer.global_step
+                    f"pictures/{name}",
+                    [as_array(image)],
+                    step=trainer.global_step,
+                    caption=[caption(name, trainer.global_step, self.labels)],
                 )
         if trainer.logger is not None and self.finite:
             trainer.logger.log_metrics(self.finite, step=trainer.global_step)
@@ -354,6 +359,24 @@ def shortened(label: str) -> str:
     if len(label) <= LONGEST_LABEL:
         return label
     return f"{label[: LONGEST_LABEL - 3]}..."
+
+
+def caption(name: str, step: int, labels: Sequence[str]) -> str:
+    """The text below a picture at W&B. labels: of the rows of samples, from the top.
+
+    >>> caption("samples", 500, ["T=0.7", "T=1"])
+    'step 500, samples at T=0.7, T=1 from the top'
+    >>> caption("samples", 500, [""])
+    'step 500, samples'
+    """
+    if name == "reconstruction":
+        return f"step {step}, validation data above, reconstructions below"
+    text = f"step {step}, {name}"
+    if any(labels):
+        text += f" at {', '.join(labels)}"
+    if len(labels) > 1:
+        text += " from the top"
+    return text
 
 
 def as_array(image: Tensor) -> np.ndarray:
