@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.checks import check_count, expand_home
+from datamodules.checks import SharedError, check_count, expand_home
 from datamodules.dequantization import UniformDequantizer
 from datamodules.image_cache import (
     Decoded,
@@ -156,7 +156,7 @@ class ImageFolder(StatelessDataModule):
             self.class_names = class_names(self.root)
             self.n_classes = len(self.class_names)
 
-    def prepare_data(self) -> None:
+    def _obtain(self) -> None:
         """Decode the images into the cache, if they are not there yet.
 
         Raises FileNotFoundError or ValueError, one line: there is no such folder, a file cannot be
@@ -169,9 +169,9 @@ class ImageFolder(StatelessDataModule):
         """Open the images in the cache, once. The errors are those of `prepare_data`."""
         if hasattr(self, "test"):
             return
+        self._raise_problems()
         content = self._load()
         parts = {split: content.part(split) for split in SPLITS}
-        self._check_counts({split: len(parts[split]) for split in SPLITS})
         labels = self._labels(content.files)
         for split, numbers in parts.items():
             of_split = None if labels is None else labels[numbers]
@@ -186,9 +186,9 @@ class ImageFolder(StatelessDataModule):
         return {"sha256": self.content_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other images than those of a checkpoint. Raises ValueError."""
+        """Refuse to go on with other images than those of a checkpoint. Raises SharedError."""
         if state_dict["sha256"] != self.content_hash:
-            raise ValueError(
+            raise SharedError(
                 f"data.root={shown(self.root)} has other images than when this run began (sha256 "
                 f"{self.content_hash}, and then {state_dict['sha256']}): put the earlier ones "
                 "back, or give another run_dir"
@@ -209,8 +209,11 @@ class ImageFolder(StatelessDataModule):
         images = decoded(paths, sha256, reading, self.cache, self.skip_unreadable)
         readable = [file for k, file in enumerate(files) if k not in images.unreadable]
         named = {shown(paths[k]): reason for k, reason in images.unreadable.items()}
-        self._content = Content(readable, images, sha256, named, unused)
-        return self._content
+        content = Content(readable, images, sha256, named, unused)
+        self._check_counts({split: len(content.part(split)) for split in SPLITS})
+        self._labels(readable)
+        self._content = content
+        return content
 
     def _check_counts(self, counts: Mapping[str, int]) -> None:
         """Raises ValueError: a split has no images, or training has fewer than a batch.
@@ -356,7 +359,7 @@ def class_names(root: Path) -> tuple[str, ...]:
         names = [path.name for path in folder.iterdir() if path.is_dir()]
     except OSError as error:
         raise ValueError(f"{shown(folder)} cannot be read: {error.strerror}") from error
-    classes = sorted(printable(name) for name in names if not name.startswith("."))
+    classes = sorted({printable(name) for name in names if not name.startswith(".")})
     if not classes:
         raise ValueError(
             f"data.labels=true needs a folder of images for each class in {shown(folder)}, and "
@@ -372,7 +375,7 @@ def printable(name: str) -> str:
 
 def checked_size(size: int | Sequence[int]) -> tuple[int, int]:
     """The height and width that `data.size` means. Raises ValueError: there is no such size."""
-    sides = [size, size] if isinstance(size, int) else list(size)
+    sides = list(size) if isinstance(size, Sequence) else [size, size]
     if len(sides) != 2:
         raise ValueError(f"data.size={sides}: give one side, or [height,width]")
     for side in sides:

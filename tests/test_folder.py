@@ -24,6 +24,7 @@ from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
 from reproduce.config import compose
 from reproduce.schema import Schema
+from results.runs import form
 
 
 @pytest.fixture
@@ -183,6 +184,7 @@ def test_an_empty_or_missing_folder_is_one_line(tmp_path, cache, batch_size):
     ("settings", "message"),
     [
         ({"channels": 2}, "data.channels=2: give 1 for grey images, or 3 for colour"),
+        ({"size": 2.5}, "data.size=2.5 is out of range: give a whole number from 1 to 4096"),
         ({"size": 0}, "data.size=0 is out of range: give a whole number from 1 to 4096"),
         ({"size": [8, 5000]}, "data.size=5000 is out of range: give a whole number from 1 to 4096"),
         ({"size": [8]}, "data.size=[8]: give one side, or [height,width]"),
@@ -571,11 +573,13 @@ def test_two_runs_that_decode_at_once_do_not_hurt_each_other(tmp_path, cache, mo
         if not others:
             others.append(None)
             others[0] = images(ready(root).train)
+            others.extend(path.stat().st_ino for path in cache.glob("*.pixels"))
         return write(*arguments)
 
     monkeypatch.setattr(image_cache, "_write_pixels", write_after_another)
     assert images(ready(root).train) == others[0]
-    assert len(list(cache.glob("*.pixels"))) == 1
+    # The first file stays: on a network's file system, replacing it would end the other run.
+    assert [path.stat().st_ino for path in cache.glob("*.pixels")] == others[1:]
     assert list(cache.glob("*.part")) == []
 
 
@@ -647,6 +651,7 @@ def test_recipes_train_on_it_without_the_row_of_the_paper(tmp_path, cache, recip
     }
     assert not any(claim["comparable"] for claim in result["papers"])
     assert (result["gap"], result["status"]) == (None, "-")
+    assert form(result) == []
     assert list((folder / "samples").glob("*.png"))
 
 
