@@ -95,8 +95,8 @@ class ImageFolder(StatelessDataModule):
     """The image files below a folder, resized and cropped: (channels, H, W), uint8.
 
     The subfolders train/, val/ and test/ are the splits. Where val/ or test/ is missing, 5 % of the
-    other images take its place, chosen by a hash of their names: a new file does not move another
-    one from split to split. Without train/ all images are divided in this way.
+    other images take its place, at least one, chosen by a hash of their names: a new file does not
+    move others from split to split. Without train/ all images are divided in this way.
 
     With labels the class of an image is the folder that it is in: DIR/cat/1.png, or
     DIR/train/cat/1.png. Folders inside cat/ belong to the same class.
@@ -181,6 +181,13 @@ class ImageFolder(StatelessDataModule):
         for line in self._report(content):
             rank_zero_info(line)
 
+    def counts(self) -> dict[str, int]:
+        """The size of each split and, if there are any, how many files could not be read."""
+        n_unreadable = len(self._load().unreadable)
+        if n_unreadable:
+            return super().counts() | {"unreadable": n_unreadable}
+        return super().counts()
+
     def state_dict(self) -> dict[str, Any]:
         """The content of the folder, for checkpoints."""
         return {"sha256": self.content_hash}
@@ -220,10 +227,7 @@ class ImageFolder(StatelessDataModule):
 
         counts: the number of images of each split.
         """
-        needed = list(SPLITS)
-        if getattr(self.trainer, "limit_val_batches", None) == 0:
-            needed.remove("val")
-        for split in needed:
+        for split in SPLITS:
             if not counts.get(split):
                 raise ValueError(
                     f"data.root={shown(self.root)} has {sum(counts.values())} images, and none "
@@ -315,25 +319,39 @@ def find_files(root: Path) -> tuple[list[File], list[str]]:
             f"data.root={shown(root)} has {folders[0]}/, but no train/: add it, or rename "
             f"{folders[0]}/, if it is no split"
         )
-    used = {name.partition("/")[0] for _, name in images}
-    held_out = {
-        split: bounds for split, bounds in HELD_OUT.items() if not folders or split not in used
-    }
     files = []
     unused = []
     for path, name in images:
         first, _, rest = name.partition("/")
-        split = first if folders else "train"
-        inner = rest if folders else name
-        if split not in SPLITS or not inner:
+        if not folders:
+            files.append(File(path, name, name, "train"))
+        elif first in SPLITS and rest:
+            files.append(File(path, name, rest, first))
+        else:
             unused.append(name)
-            continue
-        if split == "train":
-            share = hashed_share(inner)
-            chosen = [part for part, (low, high) in held_out.items() if low <= share < high]
-            split = (*chosen, "train")[0]
-        files.append(File(path, name, inner, split))
-    return files, unused
+    return hold_out(files), unused
+
+
+def hold_out(files: list[File]) -> list[File]:
+    """The files, with some of train/ in the place of val/ or test/, if these have none.
+
+    They are those of HELD_OUT. If there are none, since the images are few, it is the one with the
+    next share: above the bounds for val/, and below them, or the largest, for test/.
+    """
+    shares = {file: hashed_share(file.inner) for file in files if file.split == "train"}
+    missing = [split for split in HELD_OUT if split not in {file.split for file in files}]
+    moved: dict[File, str] = {}
+    for split in missing:
+        low, high = HELD_OUT[split]
+        moved |= {file: split for file, share in shares.items() if low <= share < high}
+    remaining = sorted(
+        (file for file in shares if file not in moved), key=lambda file: shares[file]
+    )
+    for split in missing:
+        if split not in moved.values() and remaining:
+            next_one = remaining.pop(0 if split == "val" else -1)
+            moved[next_one] = split
+    return [file._replace(split=moved.get(file, file.split)) for file in files]
 
 
 def hashed_share(name: str) -> float:
