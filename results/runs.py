@@ -63,7 +63,6 @@ RESULT = record(
         "papers": list_of(PAPER),
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(mapping),
-        "data": record({"sha256": text, "n_images": mapping}),  # of a user's own images
         "extended": list_of(mapping),  # the earlier ends of a run that was extended
         "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
         "overrides": list_of(text),
