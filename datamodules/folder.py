@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.checks import check_count, expand_home
+from datamodules.checks import SharedError, check_count, expand_home
 from datamodules.dequantization import UniformDequantizer
 from datamodules.image_cache import (
     Decoded,
@@ -95,8 +95,8 @@ class ImageFolder(StatelessDataModule):
     """The image files below a folder, resized and cropped: (channels, H, W), uint8.
 
     The subfolders train/, val/ and test/ are the splits. Where val/ or test/ is missing, 5 % of the
-    other images take its place, chosen by a hash of their names: a new file does not move another
-    one from split to split. Without train/ all images are divided in this way.
+    other images take its place, at least one, chosen by a hash of their names: a new file does not
+    move others from split to split. Without train/ all images are divided in this way.
 
     With labels the class of an image is the folder that it is in: DIR/cat/1.png, or
     DIR/train/cat/1.png. Folders inside cat/ belong to the same class.
@@ -156,7 +156,7 @@ class ImageFolder(StatelessDataModule):
             self.class_names = class_names(self.root)
             self.n_classes = len(self.class_names)
 
-    def prepare_data(self) -> None:
+    def _obtain(self) -> None:
         """Decode the images into the cache, if they are not there yet.
 
         Raises FileNotFoundError or ValueError, one line: there is no such folder, a file cannot be
@@ -169,9 +169,9 @@ class ImageFolder(StatelessDataModule):
         """Open the images in the cache, once. The errors are those of `prepare_data`."""
         if hasattr(self, "test"):
             return
+        self._raise_problems()
         content = self._load()
         parts = {split: content.part(split) for split in SPLITS}
-        self._check_counts({split: len(parts[split]) for split in SPLITS})
         labels = self._labels(content.files)
         for split, numbers in parts.items():
             of_split = None if labels is None else labels[numbers]
@@ -181,14 +181,21 @@ class ImageFolder(StatelessDataModule):
         for line in self._report(content):
             rank_zero_info(line)
 
+    def counts(self) -> dict[str, int]:
+        """The size of each split and, if there are any, how many files could not be read."""
+        n_unreadable = len(self._load().unreadable)
+        if n_unreadable:
+            return super().counts() | {"unreadable": n_unreadable}
+        return super().counts()
+
     def state_dict(self) -> dict[str, Any]:
         """The content of the folder, for checkpoints."""
         return {"sha256": self.content_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other images than those of a checkpoint. Raises ValueError."""
+        """Refuse to go on with other images than those of a checkpoint. Raises SharedError."""
         if state_dict["sha256"] != self.content_hash:
-            raise ValueError(
+            raise SharedError(
                 f"data.root={shown(self.root)} has other images than when this run began (sha256 "
                 f"{self.content_hash}, and then {state_dict['sha256']}): put the earlier ones "
                 "back, or give another run_dir"
@@ -209,18 +216,18 @@ class ImageFolder(StatelessDataModule):
         images = decoded(paths, sha256, reading, self.cache, self.skip_unreadable)
         readable = [file for k, file in enumerate(files) if k not in images.unreadable]
         named = {shown(paths[k]): reason for k, reason in images.unreadable.items()}
-        self._content = Content(readable, images, sha256, named, unused)
-        return self._content
+        content = Content(readable, images, sha256, named, unused)
+        self._check_counts({split: len(content.part(split)) for split in SPLITS})
+        self._labels(readable)
+        self._content = content
+        return content
 
     def _check_counts(self, counts: Mapping[str, int]) -> None:
         """Raises ValueError: a split has no images, or training has fewer than a batch.
 
         counts: the number of images of each split.
         """
-        needed = list(SPLITS)
-        if getattr(self.trainer, "limit_val_batches", None) == 0:
-            needed.remove("val")
-        for split in needed:
+        for split in SPLITS:
             if not counts.get(split):
                 raise ValueError(
                     f"data.root={shown(self.root)} has {sum(counts.values())} images, and none "
@@ -312,25 +319,39 @@ def find_files(root: Path) -> tuple[list[File], list[str]]:
             f"data.root={shown(root)} has {folders[0]}/, but no train/: add it, or rename "
             f"{folders[0]}/, if it is no split"
         )
-    used = {name.partition("/")[0] for _, name in images}
-    held_out = {
-        split: bounds for split, bounds in HELD_OUT.items() if not folders or split not in used
-    }
     files = []
     unused = []
     for path, name in images:
         first, _, rest = name.partition("/")
-        split = first if folders else "train"
-        inner = rest if folders else name
-        if split not in SPLITS or not inner:
+        if not folders:
+            files.append(File(path, name, name, "train"))
+        elif first in SPLITS and rest:
+            files.append(File(path, name, rest, first))
+        else:
             unused.append(name)
-            continue
-        if split == "train":
-            share = hashed_share(inner)
-            chosen = [part for part, (low, high) in held_out.items() if low <= share < high]
-            split = (*chosen, "train")[0]
-        files.append(File(path, name, inner, split))
-    return files, unused
+    return hold_out(files), unused
+
+
+def hold_out(files: list[File]) -> list[File]:
+    """The files, with some of train/ in the place of val/ or test/, if these have none.
+
+    They are those of HELD_OUT. If there are none, since the images are few, it is the one with the
+    next share: above the bounds for val/, and below them, or the largest, for test/.
+    """
+    shares = {file: hashed_share(file.inner) for file in files if file.split == "train"}
+    missing = [split for split in HELD_OUT if split not in {file.split for file in files}]
+    moved: dict[File, str] = {}
+    for split in missing:
+        low, high = HELD_OUT[split]
+        moved |= {file: split for file, share in shares.items() if low <= share < high}
+    remaining = sorted(
+        (file for file in shares if file not in moved), key=lambda file: shares[file]
+    )
+    for split in missing:
+        if split not in moved.values() and remaining:
+            next_one = remaining.pop(0 if split == "val" else -1)
+            moved[next_one] = split
+    return [file._replace(split=moved.get(file, file.split)) for file in files]
 
 
 def hashed_share(name: str) -> float:
@@ -356,7 +377,7 @@ def class_names(root: Path) -> tuple[str, ...]:
         names = [path.name for path in folder.iterdir() if path.is_dir()]
     except OSError as error:
         raise ValueError(f"{shown(folder)} cannot be read: {error.strerror}") from error
-    classes = sorted(printable(name) for name in names if not name.startswith("."))
+    classes = sorted({printable(name) for name in names if not name.startswith(".")})
     if not classes:
         raise ValueError(
             f"data.labels=true needs a folder of images for each class in {shown(folder)}, and "
@@ -372,7 +393,7 @@ def printable(name: str) -> str:
 
 def checked_size(size: int | Sequence[int]) -> tuple[int, int]:
     """The height and width that `data.size` means. Raises ValueError: there is no such size."""
-    sides = [size, size] if isinstance(size, int) else list(size)
+    sides = list(size) if isinstance(size, Sequence) else [size, size]
     if len(sides) != 2:
         raise ValueError(f"data.size={sides}: give one side, or [height,width]")
     for side in sides:

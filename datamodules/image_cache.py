@@ -6,7 +6,7 @@ A cache folder holds for each content of a folder of images, and each set of set
     <shape>-<key>.json      the shape of each image, and which files could not be read
 
 and for each folder of images `<key>.files`, with size, times and sha256 of its files, so that a
-file that has not changed is not read again. All may be deleted at any time.
+file that has not changed is not read again. All may be deleted while no run uses them.
 """
 
 import contextlib
@@ -263,8 +263,9 @@ def _read(target: Path) -> Decoded | None:
 def _make(target: Path, paths: Sequence[Path], reading: Reading, skip: bool) -> None:
     """Decode images into a file that gets its name only when it is complete.
 
-    Several processes may do it at once, each in a part of its own. Raises OSError, UnreadableImage
-    and CacheError, as `decoded`.
+    Several processes may do it at once, each in a part of its own. The first to end gives its part
+    the name; it is not replaced, since on a network's file system that would take the file away
+    from a run that has opened it. Raises OSError, UnreadableImage and CacheError, as `decoded`.
     """
     cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
@@ -282,8 +283,9 @@ def _make(target: Path, paths: Sequence[Path], reading: Reading, skip: bool) -> 
             record = _write_pixels(file, paths, reading, skip)
             file.flush()
             os.fsync(file.fileno())
-        _write_json(target.with_suffix(".json"), record)
-        part.replace(target)
+        if _read(target) is None:
+            _write_json(target.with_suffix(".json"), record)
+            part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 

@@ -124,7 +124,7 @@ class ImageFiles(StatelessDataModule):
     """The base class of labelled images that are read from official files into memory.
 
     A subclass declares `shape`, `n_images`, `n_classes` and `class_names`, obtains the files in
-    `prepare_data`, and reads them in `_read_images`.
+    `_obtain`, and reads them in `_read_images`.
 
     root: the folder that contains the files. `~` is the home folder.
     n_val: how many training images are held out for validation. This split is our own, since the
@@ -188,6 +188,7 @@ class ImageFiles(StatelessDataModule):
         """
         if hasattr(self, "test"):
             return
+        self._raise_problems()
         images, labels = self._read_images("train")
         order = self._order(len(images))
         val = np.sort(order[: self.n_val])

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.checks import check_count
+from datamodules.checks import SharedError, check_count
 from datamodules.dequantization import Dequantizer
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
@@ -69,6 +69,7 @@ class StatelessDataModule(L.LightningDataModule):
     train: Dataset
     val: Dataset
     test: Dataset
+    _problem: Exception | None = None
 
     def __init__(
         self, batch_size: int, micro_batch: int | None, num_workers: int, seed: int
@@ -84,6 +85,35 @@ class StatelessDataModule(L.LightningDataModule):
         self.micro_batch = micro_batch
         self.num_workers = num_workers
         self.seed = seed
+
+    def prepare_data(self) -> None:
+        """Make sure that the files exist. Lightning calls it in one process of each machine.
+
+        Raises OSError or ValueError, one line: they do not, and cannot be obtained. If there are
+        other processes, `setup` raises it in all of them instead: they would wait for this one.
+        """
+        try:
+            self._obtain()
+        except (OSError, ValueError) as error:
+            if not distributed.is_initialized():
+                raise
+            self._problem = error
+
+    def _obtain(self) -> None:
+        """Obtain the files; data without files have nothing to do here."""
+
+    def _raise_problems(self) -> None:
+        """Raise the error that `prepare_data` met in any process, in all of them: SharedError.
+
+        `setup` of a data set with files begins with it.
+        """
+        if not distributed.is_initialized():
+            return
+        own = None if self._problem is None else " ".join(str(self._problem).split())
+        texts: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(texts, own)
+        for text in filter(None, texts):
+            raise SharedError(text) from self._problem
 
     @property
     def n_train(self) -> int:

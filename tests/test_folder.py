@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from image_folders import make_split_folder, save_image
+from image_folders import make_split_folder, make_strangers_folder, save_image
 from PIL import Image
 
 from datamodules import image_cache, make_data
@@ -24,6 +24,7 @@ from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
 from reproduce.config import compose
 from reproduce.schema import Schema
+from results.runs import form
 
 
 @pytest.fixture
@@ -148,26 +149,33 @@ def test_images_outside_the_subfolders_are_said(tmp_path, cache, lines):
     assert lines[1:] == ["images outside train/, val/ and test/, which are not used: 2, as 0.png"]
 
 
+def test_few_images_have_one_for_each_split(tmp_path, cache):
+    """No name has a hash that chooses it."""
+    root = tmp_path / "images"
+    names = [name for name in (f"{k}.png" for k in range(20)) if hashed_share(name) >= 0.1][:7]
+    for name in names:
+        save_image(root / name)
+    by_share = sorted(names, key=hashed_share)
+    assert split_names(ready(root)) == {
+        "train": sorted(by_share[1:-1]),
+        "val": by_share[:1],
+        "test": by_share[-1:],
+    }
+
+
 def test_too_few_images_are_one_line(tmp_path, cache):
     root = tmp_path / "images"
-    for k in range(3):
-        save_image(root / f"{k}.png")
+    save_image(root / "1.png")
+    save_image(root / "2.png")
     assert refused(root) == (
-        f"data.root={root} has 3 images, and none for test: add images, or divide them into "
+        f"data.root={root} has 2 images, and none for train: add images, or divide them into "
         "train/, val/ and test/"
     )
-    assert not cache.exists()
+    save_image(root / "3.png")
+    assert refused(root) == "data.batch_size=4 does not fit the 1 training items: give 1 to 1"
     make_split_folder(root, n_train=3, n_val=1, n_test=1)
     assert refused(root) == "data.batch_size=4 does not fit the 3 training items: give 1 to 3"
-
-
-def test_no_validation_needs_no_images_for_it(tmp_path, cache):
-    root = make_split_folder(tmp_path / "images", n_train=4, n_val=0, n_test=1)
-    assert "none for val" in refused(root)
-    data = ImageFolder(root, batch_size=4, size=8)
-    data.trainer = SimpleNamespace(limit_val_batches=0, global_rank=0, world_size=1)
-    data.setup()
-    assert data.val_dataloader() == []
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -183,6 +191,7 @@ def test_an_empty_or_missing_folder_is_one_line(tmp_path, cache, batch_size):
     ("settings", "message"),
     [
         ({"channels": 2}, "data.channels=2: give 1 for grey images, or 3 for colour"),
+        ({"size": 2.5}, "data.size=2.5 is out of range: give a whole number from 1 to 4096"),
         ({"size": 0}, "data.size=0 is out of range: give a whole number from 1 to 4096"),
         ({"size": [8, 5000]}, "data.size=5000 is out of range: give a whole number from 1 to 4096"),
         ({"size": [8]}, "data.size=[8]: give one side, or [height,width]"),
@@ -571,11 +580,13 @@ def test_two_runs_that_decode_at_once_do_not_hurt_each_other(tmp_path, cache, mo
         if not others:
             others.append(None)
             others[0] = images(ready(root).train)
+            others.extend(path.stat().st_ino for path in cache.glob("*.pixels"))
         return write(*arguments)
 
     monkeypatch.setattr(image_cache, "_write_pixels", write_after_another)
     assert images(ready(root).train) == others[0]
-    assert len(list(cache.glob("*.pixels"))) == 1
+    # The first file stays: on a network's file system, replacing it would end the other run.
+    assert [path.stat().st_ino for path in cache.glob("*.pixels")] == others[1:]
     assert list(cache.glob("*.part")) == []
 
 
@@ -647,7 +658,20 @@ def test_recipes_train_on_it_without_the_row_of_the_paper(tmp_path, cache, recip
     }
     assert not any(claim["comparable"] for claim in result["papers"])
     assert (result["gap"], result["status"]) == (None, "-")
+    assert form(result) == []
     assert list((folder / "samples").glob("*.png"))
+
+
+def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog):
+    root = make_strangers_folder(tmp_path / "Meine Bilder", n=60)
+    run = tmp_path / "run"
+    words = [*RUN, *GLOW, f"data.root={root}", "data.size=16", f"run_dir={run}"]
+    glow_photos.main([*words, "data.skip_unreadable=true"])
+    result = finished(run)
+    assert result["data"]["n_images"] == {"train": 63, "val": 1, "test": 6, "unreadable": 9}
+    assert 0 < result["metrics"]["test/bpd"] < 20
+    named = [line for line in caplog.messages if line.startswith(f"  {root}/wrong/")]
+    assert len(named) == 9
 
 
 def test_pictures_of_a_run_without_classes(tmp_path, cache):
