@@ -18,7 +18,8 @@ keys:
                    (test/bpd_iwK), which takes K times as long; the default is the run's
   device=cpu       or cuda; the default is the run's kind of device, if it is here
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER where the images are not
-                   where the run had them, or data.download=true to fetch them
+                   where the run had them, data.download=true to fetch them, or
+                   data.micro_batch=N to compute N images at once where memory is short
 """
 
 import sys
@@ -64,7 +65,7 @@ DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
 ROUNDING = 1e-4  # of a figure (of 1, if it is smaller): what another machine may change
 OTHER_NOISE = 1e-3  # the same for re-estimated statistics on another kind of device
 # Keys of the data that change no figure of a test, if the files are the same.
-FREE = ("root", "download", "cache", "num_workers", "micro_batch")
+FREE = ("root", "download", "cache", "num_workers")
 
 
 class Evaluation(NamedTuple):
@@ -120,10 +121,13 @@ def config_of(
         if key in schema.kinds and OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, None, force_add=True)
     config = merge(config, texts, schema)
+    free = list(FREE)
+    if config.trainer.get("limit_test_batches") is None:  # else it decides which images are tested
+        free.append("micro_batch")
     changed = [
         f"{key}={argument_text(OmegaConf.select(config, key))}"
         for key in texts
-        if key.removeprefix("data.") not in FREE
+        if key.removeprefix("data.") not in free
         and OmegaConf.select(config, key) != OmegaConf.select(model.config, key)
     ]
     if noise_samples:

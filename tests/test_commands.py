@@ -561,6 +561,17 @@ def test_a_test_with_other_settings_is_not_compared(realnvp, tmp_path, capsys):
     assert "not the recorded figures" in mistake("evaluate", far, "data.n_test=40")
 
 
+def test_micro_batches_change_no_figure_but_where_a_number_of_batches_is_tested(
+    realnvp, conditional, capsys
+):
+    call("evaluate", realnvp, "data.micro_batch=5")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("test/bpd: ")
+    assert lines[-2].endswith(("equal to the last digit", "within rounding"))
+    _, changed = evaluate.config_of(load(conditional), 0, {"data.micro_batch": "5"})
+    assert changed == ["data.micro_batch=5"]
+
+
 def test_a_test_on_other_images_is_not_compared():
     evaluation = evaluate.Evaluation({}, frozenset(), "abc")
     assert evaluate.other_images(evaluation, {"data": {"sha256": "abd"}}) == ["other images"]
