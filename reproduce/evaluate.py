@@ -80,7 +80,7 @@ class Evaluation(NamedTuple):
     content_hash: str | None
 
 
-class TestBar(L.Callback):
+class EvaluationBar(L.Callback):
     """A bar with the number of tested images and the time left, on standard error."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -113,6 +113,11 @@ def config_of(
     ConfigError, one line: the data have no such key, or it takes no such value.
     """
     config = OmegaConf.create(plain(model.config))
+    if "data.name" in texts:
+        raise ConfigError(
+            f"data.name={texts['data.name']}: a test is on the data of the run, {config.data.name}; "
+            "python -m reproduce.score is for other images"
+        )
     if "download" in config.data:
         config.data.download = False  # unless it is given
     schema = Schema(model.experiment)
@@ -150,7 +155,7 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    callbacks: list[L.Callback] = [TestBar()]
+    callbacks: list[L.Callback] = [EvaluationBar()]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))

@@ -144,6 +144,7 @@ def test_help_names_every_key(name, capsys):
         (["evaluate", "RUN", "data.n_tst=5"], "did you mean data.n_test?"),
         (["evaluate", "RUN", "data.n_test=many"], "data.n_test=many has the wrong type"),
         (["evaluate", "RUN", "data.root=here"], "data.root is no key"),
+        (["evaluate", "RUN", "data.name=mnist"], "a test is on the data of the run, photos"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
