@@ -13,6 +13,7 @@ from datamodules.checks import SharedError, check_count, expand_home
 from datamodules.dequantization import UniformDequantizer
 from datamodules.image_cache import (
     Decoded,
+    Files,
     Images,
     Reading,
     content_hash,
@@ -210,10 +211,11 @@ class ImageFolder(StatelessDataModule):
         self._check_counts(counts)
         self._labels(files)
         paths = [file.path for file in files]
-        sums = digests(self.root, paths, self.cache)
-        sha256 = content_hash([file.name for file in files], sums)
+        read = digests(self.root, paths, self.cache)
+        sha256 = content_hash([file.name for file in files], read.sums)
         reading = Reading(self.shape[0], self.size, whole=self.random_crop)
-        images = decoded(paths, sha256, reading, self.cache, self.skip_unreadable)
+        image_files = Files(paths, read.states, sha256)
+        images = decoded(image_files, reading, self.cache, self.skip_unreadable)
         readable = [file for k, file in enumerate(files) if k not in images.unreadable]
         named = {shown(paths[k]): reason for k, reason in images.unreadable.items()}
         content = Content(readable, images, sha256, named, unused)

@@ -543,7 +543,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache):
     [record] = cache.glob("*.json")
     [index] = cache.glob("*.files")
     for path in (pixels, record, index):
-        for content in (b"", b"[1", path.read_bytes()[:-1]):
+        for content in (b"", b"[1", b"[]", b"{}", path.read_bytes()[:-1]):
             path.write_bytes(content)
             assert images(ready(root).train) == expected
         path.unlink()
@@ -588,6 +588,22 @@ def test_two_runs_that_decode_at_once_do_not_hurt_each_other(tmp_path, cache, mo
     # The first file stays: on a network's file system, replacing it would end the other run.
     assert [path.stat().st_ino for path in cache.glob("*.pixels")] == others[1:]
     assert list(cache.glob("*.part")) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, cache, monkeypatch):
+    """A folder to which files are still being copied."""
+    root = make_split_folder(tmp_path / "images", n_train=4, n_val=1, n_test=1)
+    fsync = os.fsync
+
+    def change_a_file(number):
+        save_image(root / "train" / "002.png", height=9)
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", change_a_file)
+        assert refused(root) == f"{root}/train/002.png has changed while it was read: start again"
+    assert list(cache.glob("*.p*")) == []
+    assert ready(root).n_train == 4
 
 
 def full(*arguments):
