@@ -234,7 +234,7 @@ def _content(path: Path) -> str:
     for start, signature, name in SIGNATURES:
         if header[start:].startswith(signature):
             return f"is {name}, and not one of {KINDS}"
-    return f"is damaged at its beginning, or not a common kind of {KINDS}"
+    return f"is damaged at its beginning, or not one of {KINDS}"
 
 
 def _upright(image: Image.Image) -> Image.Image:

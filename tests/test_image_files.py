@@ -379,8 +379,8 @@ def png_of(width, height):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (bytes(1000), f"is damaged at its beginning, or not a common kind of {KINDS}"),
-        (b"no image", f"is damaged at its beginning, or not a common kind of {KINDS}"),
+        (bytes(1000), f"is damaged at its beginning, or not one of {KINDS}"),
+        (b"no image", f"is damaged at its beginning, or not one of {KINDS}"),
         (b"GIF89a\1\0\1\0\0\0\0;", f"is a GIF, and not one of {KINDS}"),
         (b"\0\0\0\x18ftypheic", f"is a HEIC, an AVIF or a video, and not one of {KINDS}"),
         (b"<!DOCTYPE html>", f"is a web page or an SVG, and not one of {KINDS}"),
