@@ -19,7 +19,7 @@ from image_folders import make_split_folder, make_strangers_folder, save_image
 from PIL import Image
 
 from datamodules import image_cache, make_data
-from datamodules.folder import HELD_OUT, ImageFolder, hashed_share
+from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
 from reproduce.config import compose
@@ -183,8 +183,8 @@ def test_an_empty_or_missing_folder_is_one_line(tmp_path, cache, batch_size):
     (tmp_path / "empty").mkdir()
     assert "contains no .png" in refused(tmp_path / "empty", batch_size=batch_size)
     message = refused(tmp_path / "nothing", FileNotFoundError, batch_size=batch_size)
-    assert message == f"there is no folder {tmp_path / 'nothing'}"
-    assert refused(None) == "data.root is missing: give the folder that contains the images"
+    assert message == f"there is no folder {tmp_path / 'nothing'}: {ANOTHER_ROOT}"
+    assert refused(None) == f"data.root is missing: {ANOTHER_ROOT}"
 
 
 @pytest.mark.parametrize(
@@ -678,7 +678,7 @@ def test_recipes_train_on_it_without_the_row_of_the_paper(tmp_path, cache, recip
     assert list((folder / "samples").glob("*.png"))
 
 
-def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog):
+def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog, recwarn):
     root = make_strangers_folder(tmp_path / "Meine Bilder", n=60)
     run = tmp_path / "run"
     words = [*RUN, *GLOW, f"data.root={root}", "data.size=16", f"run_dir={run}"]
@@ -688,6 +688,7 @@ def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog):
     assert 0 < result["metrics"]["test/bpd"] < 20
     named = [line for line in caplog.messages if line.startswith(f"  {root}/wrong/")]
     assert len(named) == 9
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
 
 
 def test_pictures_of_a_run_without_classes(tmp_path, cache):
@@ -726,9 +727,12 @@ def test_a_mistake_ends_a_run_with_one_line_and_leaves_no_folder(tmp_path, cache
         return stop.value.code
 
     root = make_with_wrong_files(tmp_path / "images")
-    assert answer() == "error: data.root is missing: give the folder that contains the images"
+    assert answer() == f"error: data.root is missing: {ANOTHER_ROOT}"
     assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty"
-    assert answer(f"data.root={tmp_path}/no") == f"error: there is no folder {tmp_path}/no"
+    assert (
+        answer(f"data.root={tmp_path}/no")
+        == f"error: there is no folder {tmp_path}/no: {ANOTHER_ROOT}"
+    )
     few = answer(f"data.root={root}", "data.skip_unreadable=true")
     assert few == "error: data.batch_size=4 does not fit the 3 training items: give 1 to 3"
 
