@@ -22,7 +22,7 @@ from datamodules import image_cache, make_data
 from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
-from reproduce.config import compose
+from reproduce.config import compose, override
 from reproduce.schema import Schema
 from results.runs import form
 
@@ -682,7 +682,8 @@ def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog, recwar
     root = make_strangers_folder(tmp_path / "Meine Bilder", n=60)
     run = tmp_path / "run"
     words = [*RUN, *GLOW, f"data.root={root}", "data.size=16", f"run_dir={run}"]
-    glow_photos.main([*words, "data.skip_unreadable=true"])
+    words = override(words, ["data.skip_unreadable=true", "logger.name=csv"])
+    glow_photos.main(words)
     result = finished(run)
     assert result["data"]["n_images"] == {"train": 63, "val": 1, "test": 6, "unreadable": 9}
     assert 0 < result["metrics"]["test/bpd"] < 20
