@@ -13,6 +13,7 @@ from datamodules.checks import SharedError, check_count, expand_home
 from datamodules.dequantization import UniformDequantizer
 from datamodules.image_cache import (
     Decoded,
+    Files,
     Images,
     Reading,
     content_hash,
@@ -31,6 +32,7 @@ SPLITS = ("train", "val", "test")  # and the names of their subfolders
 HELD_OUT = {"test": (0.0, 0.05), "val": (0.05, 0.1)}
 CHANNELS = (1, 3)
 LARGEST_SIZE = 4096  # pixels
+ANOTHER_ROOT = "give the folder that contains the images as data.root"
 MOST_NAMED = 10  # files that are named one by one, if they cannot be read
 
 
@@ -137,7 +139,7 @@ class ImageFolder(StatelessDataModule):
         super().__init__(batch_size, micro_batch, num_workers, seed)
         self.dequantizer = UniformDequantizer(n_bits)
         if root is None:
-            raise ValueError("data.root is missing: give the folder that contains the images")
+            raise ValueError(f"data.root is missing: {ANOTHER_ROOT}")
         if channels not in CHANNELS:
             raise ValueError(f"data.channels={channels}: give 1 for grey images, or 3 for colour")
         self.root = expand_home("data.root", root)
@@ -210,10 +212,11 @@ class ImageFolder(StatelessDataModule):
         self._check_counts(counts)
         self._labels(files)
         paths = [file.path for file in files]
-        sums = digests(self.root, paths, self.cache)
-        sha256 = content_hash([file.name for file in files], sums)
+        read = digests(self.root, paths, self.cache)
+        sha256 = content_hash([file.name for file in files], read.sums)
         reading = Reading(self.shape[0], self.size, whole=self.random_crop)
-        images = decoded(paths, sha256, reading, self.cache, self.skip_unreadable)
+        image_files = Files(paths, read.states, sha256)
+        images = decoded(image_files, reading, self.cache, self.skip_unreadable)
         readable = [file for k, file in enumerate(files) if k not in images.unreadable]
         named = {shown(paths[k]): reason for k, reason in images.unreadable.items()}
         content = Content(readable, images, sha256, named, unused)
@@ -312,7 +315,11 @@ def find_files(root: Path) -> tuple[list[File], list[str]]:
     Raises FileNotFoundError or ValueError, as `find_images`; ValueError: val/ or test/ are there
     without train/.
     """
-    images = [(path, path.relative_to(root).as_posix()) for path in find_images(root)]
+    try:
+        paths = find_images(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {ANOTHER_ROOT}") from error
+    images = [(path, path.relative_to(root).as_posix()) for path in paths]
     folders = [split for split in SPLITS if (root / split).is_dir()]
     if folders and "train" not in folders:
         raise ValueError(
@@ -369,7 +376,10 @@ def class_names(root: Path) -> tuple[str, ...]:
 
     Raises FileNotFoundError or ValueError: there are none.
     """
-    check_folder(root)
+    try:
+        check_folder(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {ANOTHER_ROOT}") from error
     folder = root / "train"
     if not folder.is_dir():
         folder = root

@@ -39,6 +39,7 @@ MOST_THREADS = 32
 CHUNK = 256  # files that are handed to the threads at once
 UNREADABLE = "unreadable"  # in the place of a sha256
 
+State = list[int]  # size and times of a file
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -62,20 +63,26 @@ def default_cache() -> Path:
 # ------------------------------------------------------------------------------ content of files
 
 
-def digests(root: Path, paths: Sequence[Path], cache: Path) -> list[str]:
-    """The sha256 of each file; UNREADABLE for one that cannot be read.
+class Digests(NamedTuple):
+    """The sha256 of each file, UNREADABLE for one that cannot be read, and its `file_state`."""
 
-    root: the folder of the files. cache: the cache folder. A file is read only where its size or
-    one of its times is not as before.
+    sums: list[str]
+    states: list[State | None]
+
+
+def digests(root: Path, paths: Sequence[Path], cache: Path) -> Digests:
+    """The content of files. A file is read only where its size or one of its times has changed.
+
+    root: the folder of the files. cache: the cache folder.
     """
     index = cache / f"{key_of(str(root.resolve()))}.files"
     known = _read_index(index)
     names = [path.relative_to(root).as_posix() for path in paths]
-    states = [_state(path) for path in paths]
+    states = [file_state(path) for path in paths]
     sums: dict[str, str] = {}
     for name, state in zip(names, states, strict=True):
         entry = known.get(name)
-        if state is not None and entry is not None and entry[:-1] == state:
+        if state is not None and isinstance(entry, list) and entry[:-1] == state:
             sums[name] = entry[-1]
     missing = [k for k, name in enumerate(names) if name not in sums]
     now = time.time()
@@ -90,7 +97,7 @@ def digests(root: Path, paths: Sequence[Path], cache: Path) -> list[str]:
         with contextlib.suppress(OSError):  # a cache that is read-only: files are read again
             cache.mkdir(parents=True, exist_ok=True)
             _write_json(index, entries)
-    return [sums[name] for name in names]
+    return Digests([sums[name] for name in names], states)
 
 
 def content_hash(names: Sequence[str], sums: Sequence[str]) -> str:
@@ -116,7 +123,7 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _state(path: Path) -> list[int] | None:
+def file_state(path: Path) -> State | None:
     """Size and times of a file; None if it is no regular file, or cannot be looked at."""
     try:
         status = path.stat()
@@ -127,13 +134,13 @@ def _state(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _is_settled(state: list[int], now: float) -> bool:
+def _is_settled(state: State, now: float) -> bool:
     """Whether a later change of a file would show in its times. now: a time before it was read."""
     return max(state[1:]) < (now - UNSURE_SECONDS) * 1e9
 
 
 def _sha256(path: Path) -> str:
-    if _state(path) is None:  # a pipe would be waited for for ever
+    if file_state(path) is None:  # a pipe would be waited for for ever
         return UNREADABLE
     try:
         with path.open("rb") as file:
@@ -210,24 +217,29 @@ class Reading(NamedTuple):
     whole: bool
 
 
-def decoded(
-    paths: Sequence[Path], content: str, reading: Reading, cache: Path, skip: bool
-) -> Decoded:
+class Files(NamedTuple):
+    """Files of images. content: their `content_hash`. states: of each, when that was computed."""
+
+    paths: list[Path]
+    states: list[State | None]
+    content: str
+
+
+def decoded(files: Files, reading: Reading, cache: Path, skip: bool) -> Decoded:
     """The images in files, from the cache or, if they are not there, decoded into it.
 
-    content: the `content_hash` of the files. cache: the cache folder. skip: whether files that
-    cannot be read are left out.
+    cache: the cache folder. skip: whether files that cannot be read are left out.
 
     Raises UnreadableImage: a file cannot be read, and `skip` is false. Raises CacheError: the cache
-    folder cannot be written, or has no room.
+    folder cannot be written, or has no room; or files have changed meanwhile.
     """
     shape = "x".join(str(side) for side in (reading.channels, *reading.size))
-    key = key_of(VERSION, PIL.__version__, content, reading)
+    key = key_of(VERSION, PIL.__version__, files.content, reading)
     target = cache / f"{shape}-{key}.pixels"
     found = _read(target)
     if found is None:
         try:
-            _make(target, paths, reading, skip)
+            _make(target, files, reading, skip)
         except OSError as error:
             raise CacheError(
                 f"data.cache={shown(cache)} cannot be used: {error.strerror}: "
@@ -238,7 +250,7 @@ def decoded(
         raise CacheError(f"{shown(target)} was changed by another program: start again")
     if found.unreadable and not skip:
         number = min(found.unreadable)
-        raise UnreadableImage(f"{shown(paths[number])} {found.unreadable[number]}")
+        raise UnreadableImage(f"{shown(files.paths[number])} {found.unreadable[number]}")
     return found
 
 
@@ -246,21 +258,22 @@ def _read(target: Path) -> Decoded | None:
     """What a cache has; None if it has not these images, or not all of them."""
     try:
         record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+        shapes = np.array(record["shapes"], dtype=np.int64).reshape(-1, 3)
+        found = Decoded(
+            images=Images(target, shapes, np.arange(len(shapes))),
+            unreadable={int(number): reason for number, reason in record["unreadable"].items()},
+            n_transparent=record["n_transparent"],
+            n_enlarged=record["n_enlarged"],
+        )
         size = target.stat().st_size
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):  # missing, or damaged
         return None
-    shapes = np.array(record["shapes"], dtype=np.int64).reshape(-1, 3)
     if size != shapes.prod(axis=1).sum():
         return None
-    return Decoded(
-        images=Images(target, shapes, np.arange(len(shapes))),
-        unreadable={int(number): reason for number, reason in record["unreadable"].items()},
-        n_transparent=record["n_transparent"],
-        n_enlarged=record["n_enlarged"],
-    )
+    return found
 
 
-def _make(target: Path, paths: Sequence[Path], reading: Reading, skip: bool) -> None:
+def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
     """Decode images into a file that gets its name only when it is complete.
 
     Several processes may do it at once, each in a part of its own. The first to end gives its part
@@ -270,19 +283,23 @@ def _make(target: Path, paths: Sequence[Path], reading: Reading, skip: bool) -> 
     cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
     _remove_old_parts(cache)
-    needed = len(paths) * reading.channels * reading.size[0] * reading.size[1]
+    n = len(files.paths)
+    needed = n * reading.channels * reading.size[0] * reading.size[1]
     usage = shutil.disk_usage(cache)
     if usage.total and usage.free < needed:  # some network folders tell no size
         raise CacheError(
-            f"data.cache={shown(cache)} has {usage.free / 1e9:,.1f} GB left, and {len(paths):,} "
+            f"data.cache={shown(cache)} has {usage.free / 1e9:,.1f} GB left, and {n:,} "
             f"images take {needed / 1e9:,.1f} GB: give another folder, or a smaller data.size"
         )
     part = cache / f"{target.stem}-{uuid.uuid4().hex}{PART}"
     try:
         with part.open("xb") as file:
-            record = _write_pixels(file, paths, reading, skip)
+            record = _write_pixels(file, files.paths, reading, skip)
             file.flush()
             os.fsync(file.fileno())
+        for path, state in zip(files.paths, files.states, strict=True):
+            if file_state(path) != state:
+                raise CacheError(f"{shown(path)} has changed while it was read: start again")
         if _read(target) is None:
             _write_json(target.with_suffix(".json"), record)
             part.replace(target)

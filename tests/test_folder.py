@@ -19,10 +19,10 @@ from image_folders import make_split_folder, make_strangers_folder, save_image
 from PIL import Image
 
 from datamodules import image_cache, make_data
-from datamodules.folder import HELD_OUT, ImageFolder, hashed_share
+from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
-from reproduce.config import compose
+from reproduce.config import compose, override
 from reproduce.schema import Schema
 from results.runs import form
 
@@ -183,8 +183,8 @@ def test_an_empty_or_missing_folder_is_one_line(tmp_path, cache, batch_size):
     (tmp_path / "empty").mkdir()
     assert "contains no .png" in refused(tmp_path / "empty", batch_size=batch_size)
     message = refused(tmp_path / "nothing", FileNotFoundError, batch_size=batch_size)
-    assert message == f"there is no folder {tmp_path / 'nothing'}"
-    assert refused(None) == "data.root is missing: give the folder that contains the images"
+    assert message == f"there is no folder {tmp_path / 'nothing'}: {ANOTHER_ROOT}"
+    assert refused(None) == f"data.root is missing: {ANOTHER_ROOT}"
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache):
     [record] = cache.glob("*.json")
     [index] = cache.glob("*.files")
     for path in (pixels, record, index):
-        for content in (b"", b"[1", path.read_bytes()[:-1]):
+        for content in (b"", b"[1", b"[]", b"{}", path.read_bytes()[:-1]):
             path.write_bytes(content)
             assert images(ready(root).train) == expected
         path.unlink()
@@ -588,6 +588,22 @@ def test_two_runs_that_decode_at_once_do_not_hurt_each_other(tmp_path, cache, mo
     # The first file stays: on a network's file system, replacing it would end the other run.
     assert [path.stat().st_ino for path in cache.glob("*.pixels")] == others[1:]
     assert list(cache.glob("*.part")) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, cache, monkeypatch):
+    """A folder to which files are still being copied."""
+    root = make_split_folder(tmp_path / "images", n_train=4, n_val=1, n_test=1)
+    fsync = os.fsync
+
+    def change_a_file(number):
+        save_image(root / "train" / "002.png", height=9)
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", change_a_file)
+        assert refused(root) == f"{root}/train/002.png has changed while it was read: start again"
+    assert list(cache.glob("*.p*")) == []
+    assert ready(root).n_train == 4
 
 
 def full(*arguments):
@@ -662,16 +678,18 @@ def test_recipes_train_on_it_without_the_row_of_the_paper(tmp_path, cache, recip
     assert list((folder / "samples").glob("*.png"))
 
 
-def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog):
+def test_wrong_files_do_not_cost_a_strangers_run(tmp_path, cache, caplog, recwarn):
     root = make_strangers_folder(tmp_path / "Meine Bilder", n=60)
     run = tmp_path / "run"
     words = [*RUN, *GLOW, f"data.root={root}", "data.size=16", f"run_dir={run}"]
-    glow_photos.main([*words, "data.skip_unreadable=true"])
+    words = override(words, ["data.skip_unreadable=true", "logger.name=csv"])
+    glow_photos.main(words)
     result = finished(run)
     assert result["data"]["n_images"] == {"train": 63, "val": 1, "test": 6, "unreadable": 9}
     assert 0 < result["metrics"]["test/bpd"] < 20
     named = [line for line in caplog.messages if line.startswith(f"  {root}/wrong/")]
     assert len(named) == 9
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
 
 
 def test_pictures_of_a_run_without_classes(tmp_path, cache):
@@ -710,9 +728,12 @@ def test_a_mistake_ends_a_run_with_one_line_and_leaves_no_folder(tmp_path, cache
         return stop.value.code
 
     root = make_with_wrong_files(tmp_path / "images")
-    assert answer() == "error: data.root is missing: give the folder that contains the images"
+    assert answer() == f"error: data.root is missing: {ANOTHER_ROOT}"
     assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty"
-    assert answer(f"data.root={tmp_path}/no") == f"error: there is no folder {tmp_path}/no"
+    assert (
+        answer(f"data.root={tmp_path}/no")
+        == f"error: there is no folder {tmp_path}/no: {ANOTHER_ROOT}"
+    )
     few = answer(f"data.root={root}", "data.skip_unreadable=true")
     assert few == "error: data.batch_size=4 does not fit the 3 training items: give 1 to 3"
 
