@@ -115,8 +115,8 @@ def config_of(
     config = OmegaConf.create(plain(model.config))
     if "data.name" in texts:
         raise ConfigError(
-            f"data.name={texts['data.name']}: a test is on the data of the run, {config.data.name}; "
-            "python -m reproduce.score is for other images"
+            f"data.name={texts['data.name']}: a test is on the data of the run, "
+            f"{config.data.name}; python -m reproduce.score is for other images"
         )
     if "download" in config.data:
         config.data.download = False  # unless it is given
