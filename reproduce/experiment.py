@@ -269,6 +269,7 @@ USELESS_WARNINGS = (
     "srun. command is available",
     "LeafSpec",
     "exists and is not empty",
+    "is smaller than the logging interval",  # an epoch of few images
     "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
     r"self.log\('(paper|gap)/",  # asks for sync_dist, but these values are equal on all ranks
 )
@@ -511,7 +512,7 @@ def _outcome(
     curve = _callback(trainer, Curve)
     provenance = _callback(trainer, Provenance)
     metric = module.metric
-    return {
+    outcome = {
         "experiment": config.experiment,
         "run": Path(config.run_dir).name,
         "preset": config.preset,
@@ -538,6 +539,9 @@ def _outcome(
         "parameters": module.n_parameters,
         **_callback(trainer, InitFrom).record,
     }
+    if data.content_hash is not None:
+        outcome["data"] = {"sha256": data.content_hash, "n_images": data.counts()}
+    return outcome
 
 
 def _budget(config: DictConfig, images: int) -> dict | None:
