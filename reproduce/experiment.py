@@ -411,7 +411,7 @@ def _paper(config: DictConfig, claim: dict) -> dict:
         "value": claim["value"],
         "decimals": results.decimals_of(claim),
         "direction": claim["direction"],
-        "comparable": same_data and config.init_from is None and is_whole,
+        "comparable": same_data and config.get("init_from") is None and is_whole,
     }
 
 
@@ -550,7 +550,7 @@ def _budget(config: DictConfig, images: int) -> dict | None:
     None too for a run that started from trained weights, which had more training than its own.
     """
     full = config.budget.images
-    if full is None or config.init_from is not None:
+    if full is None or config.get("init_from") is not None:
         return None
     return {"images": images, "of": full, "fraction": images / full, "source": "ours"}
 

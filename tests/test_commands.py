@@ -630,3 +630,11 @@ def test_an_interrupted_test_is_one_line(realnvp, monkeypatch):
 def test_unreadable_files_are_counted(n, words):
     rows = [["a.png", "3.5", "", "2.0", "1.5"], *[["b.png", "", "", "", ""]] * n]
     assert score.summary(rows) == f"1 image, mean 3.5000 bits/dim; {words} an empty row"
+
+
+def test_a_run_that_is_older_than_a_key_is_tested_again(realnvp, capsys):
+    config, _ = evaluate.config_of(load(realnvp), 0, {})
+    del config["init_from"]
+    evaluation = evaluate.Evaluation({"test/bpd": 3.5}, frozenset(), None)
+    lines = evaluate.table(config, evaluation, load(realnvp).result).splitlines()
+    assert lines[-1].split()[:2] == ["realnvp_photos", "test/bpd"]
