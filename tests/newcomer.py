@@ -160,6 +160,7 @@ def furnish(folder: Path, monkeypatch) -> None:
     for name in ("reproduce", "configs", "tests"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "results", folder / "results")
+    monkeypatch.setattr("results.ROOT", folder / "results")
     shutil.copy(ROOT / "README.md", folder)
     rng = np.random.default_rng(0)
     write_images(folder / "photos", 60, rng)
