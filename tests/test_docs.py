@@ -200,6 +200,12 @@ def test_links_and_pictures_lead_somewhere(page):
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
+def test_lines_have_at_most_100_characters(page):
+    lines = [line for line in content(page).splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def test_readme_is_read_in_five_minutes():
     assert len(prose(ROOT / "README.md").split()) < 1300  # tables and links included
 
