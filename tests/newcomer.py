@@ -161,6 +161,7 @@ def furnish(folder: Path, monkeypatch) -> None:
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "results", folder / "results")
     monkeypatch.setattr("results.ROOT", folder / "results")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # of decoded images
     shutil.copy(ROOT / "README.md", folder)
     rng = np.random.default_rng(0)
     write_images(folder / "photos", 60, rng)
