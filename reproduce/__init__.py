@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flows.base import FlowModel
+    from reproduce.model import TrainedModel
 
 
-def load(folder: str | Path) -> FlowModel:
-    """The trained flow of a run folder (or of one checkpoint file), in eval mode on the CPU.
+def load(model: str | Path) -> TrainedModel:
+    """Load a trained model onto the CPU, in eval mode.
 
-    >>> flow = load("outputs/realnvp_cifar10/20261122-231500-ab12")  # doctest: +SKIP
-    >>> images = flow.sample(16, temperature=0.7)  # doctest: +SKIP
+    model: the folder of a run, an exported folder, a checkpoint file, or the name of a recorded run
+        whose weights were kept, such as "glow_cifar10/cpu-seed0".
+
+    ConfigError, ValueError or FileNotFoundError, one line: there is nothing to load.
+
+    >>> model = load("outputs/realnvp_cifar10/20261122-231500-ab12")  # doctest: +SKIP
+    >>> images = model.sample(16, temperature=0.7)  # doctest: +SKIP
     """
-    from reproduce.run_folder import load_flow
+    from reproduce.model import load_model
 
-    return load_flow(folder)
+    return load_model(model)

@@ -32,6 +32,7 @@ from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress, lines_above_bar
 from lightning_modules.callbacks.samples import Samples
+from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.objective import Objective
@@ -39,6 +40,7 @@ from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
 from reproduce.extension import check_finished, earlier_ends
+from reproduce.init_from import InitFrom
 from reproduce.kinds import argument_text
 from reproduce.launch import job, processes, requeued, run_id
 from reproduce.loggers import make_logger, report
@@ -54,13 +56,26 @@ from reproduce.run_folder import (
     open_folder,
     selected_weights,
 )
+from reproduce.stored import EXPORTED, described, exported_weights
 from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
+from results.curves import title_of
 from results.files import write
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
 SHARED_KEYS = (  # which base.yaml gives to every recipe
-    *("seed", "run_dir", "resume", "paper", "trainer", "optim", "ema", "eval", "samples"),
+    *(
+        "seed",
+        "run_dir",
+        "resume",
+        "init_from",
+        "paper",
+        "trainer",
+        "optim",
+        "ema",
+        "eval",
+        "samples",
+    ),
     *("checkpoint", "logger", "budget"),
 )
 C = TypeVar("C", bound=L.Callback)
@@ -157,7 +172,7 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     open_folder(folder)
     logger = make_logger(config)
     if logger:
-        callbacks.append(LearningRateMonitor("step"))
+        callbacks += [LearningRateMonitor("step"), Throughput(config.data.batch_size)]
     _silence_lightning()
     plugins: list = [SafeCheckpointIO()]
     if job() is not None:
@@ -217,8 +232,9 @@ def make_callbacks(
     callbacks = [
         Readiness(config),
         Provenance(config),
+        InitFrom(),
         Initialization(),
-        Curve(folder, batch_size, interval, papers, f"{config.experiment}, run {folder.name}"),
+        Curve(folder, batch_size, interval, papers, title_of(config.experiment, folder.name)),
         Samples(folder / "samples", **config.samples),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
@@ -276,6 +292,8 @@ def fit(
 ) -> None:
     """Train; with resume=auto continue from the newest checkpoint of the run folder, if it has one.
 
+    Without one a run starts from the weights that `init_from` names, or from random ones.
+
     ConfigError: the data are not those that the objective is for. Diverged: too many steps were not
     finite; diverged.json in the run folder then describes the training.
     """
@@ -287,6 +305,8 @@ def fit(
     path = None
     if config.resume == "auto":
         path = _load_newest(config, trainer, module)
+    if path is None:
+        _callback(trainer, InitFrom).load(config, module)
     if path is None and config.preset is None and not torch.cuda.is_available():
         _warn_of_duration(config, module)
     rank_zero_info(
@@ -362,7 +382,7 @@ def papers_of(config: DictConfig) -> list[dict]:
     """The papers' claims with which a run is compared, by the key `paper` of its recipe.
 
     `paper` is null, the id of a claim, or a list of ids. Each claim gets `comparable`: whether the
-    run has the claim's data, and is tested on all of the test split.
+    run has the claim's data, starts from random weights, and is tested on all of the test split.
     ConfigError: an id is unknown, or two claims are on the same metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
@@ -383,20 +403,23 @@ def papers_of(config: DictConfig) -> list[dict]:
 
 def _paper(config: DictConfig, claim: dict) -> dict:
     same_data = config.data.name == claim["data"] and results.same_n_bits(claim, config.data)
+    is_whole = config.trainer.limit_test_batches is None
     return {
         "claim": claim["id"],
         "metric": claim["metric"],
         "value": claim["value"],
         "decimals": results.decimals_of(claim),
         "direction": claim["direction"],
-        "comparable": same_data and config.trainer.limit_test_batches is None,
+        "comparable": same_data and config.init_from is None and is_whole,
     }
 
 
 def record(
     config: DictConfig, trainer: L.Trainer, module: Objective, data: StatelessDataModule
 ) -> dict:
-    """Test the selected weights, write result.json, and print the table of results.
+    """Test the selected weights, write them and result.json, and print the table of results.
+
+    The weights of a flow go into model.safetensors, without the state of the optimizer.
 
     Returns the result (its form: RESULT in results/runs.py). RunStopped, with exit code 1: a metric
     is not finite. result.json is written all the same, with null in the place of the metric.
@@ -424,10 +447,15 @@ def record(
         "weights": None,
         "suspect": None,
     }
+    content = exported_weights(weights, checkpoint)
+    if content is not None:
+        result["weights"] = described(content, EXPORTED)
     if extended:
         result["extended"] = extended
     result |= results.compare_all(result)
     if trainer.is_global_zero:
+        if content is not None:
+            write(folder / EXPORTED, content)
         write(folder / "result.json", as_json(result))
         report(trainer.logger, result)
         _print_summary(folder, result)
@@ -494,7 +522,7 @@ def _outcome(
             "unit": metric.unit,
         },
         "papers": papers_of(config),
-        "budget": _budget(images, config.budget.images),
+        "budget": _budget(config, images),
         "seed": config.seed,
         "commit": provenance.commit,
         "dirty": provenance.dirty,
@@ -507,12 +535,17 @@ def _outcome(
         "skipped_steps": int(module.skipped),
         "n_train": data.n_train,
         "parameters": module.n_parameters,
+        **_callback(trainer, InitFrom).record,
     }
 
 
-def _budget(images: int, full: int | None) -> dict | None:
-    """The share of a recipe's training that a run had; None where the recipe gives no budget."""
-    if full is None:
+def _budget(config: DictConfig, images: int) -> dict | None:
+    """The share of a recipe's training that a run had; None where the recipe gives no budget.
+
+    None too for a run that started from trained weights, which had more training than its own.
+    """
+    full = config.budget.images
+    if full is None or config.init_from is not None:
         return None
     return {"images": images, "of": full, "fraction": images / full, "source": "ours"}
 

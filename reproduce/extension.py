@@ -52,7 +52,7 @@ def check_finished(config: DictConfig, module: Objective) -> None:
     if changed:
         raise ConfigError(
             f"{folder} is finished, and was trained with {' '.join(changed)}: say the same, or "
-            "give another run_dir"
+            f"give another run_dir (with init_from={folder} it starts from these weights)"
         )
     if not larger or _has_all_steps(result, config):
         rank_zero_only(say)(f"{folder} is finished: see {folder / RESULT}")
@@ -61,13 +61,13 @@ def check_finished(config: DictConfig, module: Objective) -> None:
     if setting is not None and "max_steps" in larger:
         raise ConfigError(
             f"{folder} is finished at trainer.max_steps={before['max_steps']}, towards which "
-            f"{setting} lowered the learning rate: it cannot go on; start a new run in another "
-            "run_dir"
+            f"{setting} lowered the learning rate: it cannot go on; start a new run from its "
+            f"weights with init_from={folder}, in another run_dir"
         )
     if not step_checkpoints(folder):
         raise ConfigError(
             f"{folder} is finished, but its step-*.ckpt, from which it would go on, are gone: "
-            "give another run_dir"
+            f"start a new run from its weights with init_from={folder}, in another run_dir"
         )
     limits = " ".join(f"trainer.{key}={argument_text(now[key])}" for key in larger)
     rank_zero_info(f"{folder} is finished, and is extended to {limits}")
@@ -96,7 +96,7 @@ def earlier_ends(config: DictConfig, images: int) -> list[dict[str, Any]]:
 def _config(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The config in a result. ConfigError: it lacks what every result has."""
     config = result.get("config")
-    needed = {*SAME, "trainer"}
+    needed = {*SAME, "trainer"} - {"init_from"}  # older runs have no init_from
     if not isinstance(config, dict) or not needed <= config.keys():
         raise not_a_result(folder)
     if not isinstance(config["trainer"], dict) or not isinstance(result.get("images"), int):

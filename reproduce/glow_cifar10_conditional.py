@@ -17,6 +17,7 @@ if not __package__:  # run by its path: take the packages beside this script
 from datamodules import make_data
 from flows.glow import Glow
 from lightning_modules.class_conditional import ClassConditionalModule
+from lightning_modules.objective import Data
 from reproduce.experiment import command, fit, load_config, make_trainer, record
 
 
@@ -24,12 +25,16 @@ def make_flow(config: DictConfig, shape: tuple[int, ...]) -> Glow:
     return Glow(shape, **config.flow)
 
 
+def make_module(config: DictConfig, flow: Glow, data: Data) -> ClassConditionalModule:
+    return ClassConditionalModule.of(config, flow, data)
+
+
 @command
 def main(argv: list[str] | None = None) -> dict:
     config = load_config(__file__, __doc__, argv)
     data = make_data(seed=config.seed, **config.data)
     flow = make_flow(config, data.shape)
-    module = ClassConditionalModule.of(config, flow, data)
+    module = make_module(config, flow, data)
     trainer = make_trainer(config, module)
     fit(config, trainer, module, data)
     return record(config, trainer, module, data)

@@ -26,12 +26,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
+from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
-from lightning_modules.lightning_internals import name_no_anonymous_mode
+from lightning_modules.lightning_internals import callbacks_of, name_no_anonymous_mode
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
 from reproduce.streams import say
 from reproduce.sweep import in_sweep
+from results import is_number
 from results.files import write
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ STOP_WITHIN = 16.0
 ANSWER_WITHIN = 10.0  # seconds in which W&B's server has to answer before a run begins
 INIT_WITHIN = 60.0  # seconds in which it has to accept a new run
 CLOUD = "api.wandb.ai"  # the host name under which ~/.netrc may hold a login for W&B's own server
+SHORTEST_KEY = 40  # letters of a key of W&B, without a prefix that ends with a dash
 _stop_wanted = threading.Event()
 Mode = Literal["online", "offline", "shared", "disabled", "dryrun", "run"]
 
@@ -50,8 +53,9 @@ Mode = Literal["online", "offline", "shared", "disabled", "dryrun", "run"]
 class StepLogger(WandbLogger):
     """A logger for W&B with one row for each optimizer step. No failure of W&B ends the run.
 
-    Each row has trainer/global_step and trainer/images (images seen in training, over all ranks).
-    The number of a row is the trainer's step. (Lightning would number the rows of training and
+    Each row has trainer/global_step, trainer/images (images seen in training, over all ranks) and
+    trainer/seconds (of the run, including those before a resume, as in curve.csv). The number of a
+    row is the trainer's step. (Lightning would number the rows of training and
     validation one below those of callbacks, and W&B would count from 0 again in every offline part
     of a run, so that the parts would not follow one another.)
 
@@ -61,13 +65,21 @@ class StepLogger(WandbLogger):
     Args:
         batch_size: images in an optimizer step, over all ranks.
         settings: wandb's settings.
+        sends_weights: whether `report` sends the tested weights.
         arguments: those of Lightning's logger.
     """
 
-    def __init__(self, batch_size: int, settings: wandb.Settings, **arguments: Any) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        settings: wandb.Settings,
+        sends_weights: bool = False,
+        **arguments: Any,
+    ) -> None:
         super().__init__(settings=settings, **arguments)
         name_no_anonymous_mode(self)
         self.batch_size = batch_size
+        self.sends_weights = sends_weights
         self.settings = settings
         self.trainer: L.Trainer | None = None
         self.first_step: int | None = None
@@ -106,10 +118,14 @@ class StepLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Send one row, numbered by the trainer's step; by `step` if no trainer is known yet."""
         number = step or 0
+        row = dict(metrics)
         if self.trainer is not None:
             number = self.trainer.global_step
-        images = number * self.batch_size
-        row = {**metrics, "trainer/global_step": number, "trainer/images": images}
+            for callback in callbacks_of(self.trainer):
+                if isinstance(callback, Curve):
+                    row["trainer/seconds"] = round(callback.seconds, 1)
+        row["trainer/global_step"] = number
+        row["trainer/images"] = number * self.batch_size
         self.tell(lambda run: self._log(run, row, number))
 
     def _log(self, run: wandb.Run, row: dict[str, Any], step: int) -> None:
@@ -142,6 +158,11 @@ def make_logger(config: DictConfig) -> Logger | bool:
             f"logger.name={name} in a W&B sweep, which needs val/*: "
             "add logger.name=wandb to its command"
         )
+    if config.logger.weights and name != "wandb":
+        raise ConfigError(
+            f"logger.weights=true sends weights to W&B, and logger.name={name} does not: "
+            "give logger.name=wandb"
+        )
     if name == "none":
         return False
     if name == "csv":
@@ -163,6 +184,7 @@ def make_logger(config: DictConfig) -> Logger | bool:
         tags.append(config.preset)
     return StepLogger(
         batch_size=config.data.batch_size,
+        sends_weights=config.logger.weights,
         id=_wandb_id(folder),
         name=folder.name,
         project=config.logger.project,
@@ -195,21 +217,38 @@ def _mode() -> Mode:
         )
     if mode and mode != "online":
         return cast(Mode, mode)
+    _check_key()
     return "online" if _can_be_online(is_login_certain=bool(mode)) else "offline"
+
+
+def _check_key() -> None:
+    """ConfigError: $WANDB_API_KEY is too short to be a key of W&B. The message does not show it."""
+    key = os.environ.get("WANDB_API_KEY")
+    if not key or key.count(".") == 2:  # a token in the form of a JWT has two dots
+        return
+    n = len(key.partition("-")[2] or key)
+    if n < SHORTEST_KEY:
+        raise ConfigError(
+            f"WANDB_API_KEY in the environment has {n} characters, and a key of W&B at least "
+            f"{SHORTEST_KEY}: run unset WANDB_API_KEY and wandb login, or add logger.name=csv"
+        )
 
 
 @rank_zero_only
 def _can_be_online(is_login_certain: bool) -> bool:
-    """Whether somebody is logged in and W&B's server answers; says so if only it does not answer.
+    """Whether somebody is logged in and W&B's server answers; says why if not.
 
+    Without a login nothing is said about W&B's own server, which wandb takes if nobody names one.
     Other ranks log nothing, and the look-up of the server's address starts wandb's own process.
     """
     import wandb
 
     server = wandb.setup().settings.base_url
-    if not is_login_certain and not _logged_in(server):
-        return False
     address = _without_login(server)
+    if not is_login_certain and not _logged_in(server):
+        if server != wandb.Settings().base_url:
+            _say_offline(f"nobody is logged in; wandb login --host={address} does it")
+        return False
     if _answers(address):
         return True
     _say_offline(f"{address} does not answer")
@@ -281,14 +320,19 @@ def report(logger: Logger | bool | None, result: dict[str, Any]) -> None:
     `paper/<name>` and `gap/<name>` (the gap of the test, not of a validation); `status` (of the
     first claim); and `best/val/<name>` if the best weights were tested. `val/<name>` stays the last
     value, which sweeps read. The table `comparison` has a row for each metric and claim; the
-    statuses become tags.
+    statuses become tags. With `logger.weights=true` the tested weights follow as an artifact, a
+    folder that `reproduce.load` takes.
 
     Args:
         logger: the logger of the trainer.
-        result: the content of result.json.
+        result: the content of result.json, which is in the run's folder by now.
     """
-    if isinstance(logger, StepLogger):
-        logger.tell(lambda run: _report(run, result))
+    if not isinstance(logger, StepLogger):
+        return
+    logger.tell(lambda run: _report(run, result))
+    if logger.sends_weights:
+        folder = Path(result["config"]["run_dir"]).resolve()
+        logger.tell(lambda run: _send_weights(run, folder, result))
 
 
 def _report(run: wandb.Run, result: dict[str, Any]) -> None:
@@ -300,6 +344,24 @@ def _report(run: wandb.Run, result: dict[str, Any]) -> None:
     run.summary.update(_summary(result))
     statuses = dict.fromkeys(comparison["status"] for comparison in result["comparisons"])
     run.tags = (*(run.tags or ()), *(status for status in statuses if status != "-"))
+
+
+def _send_weights(run: wandb.Run, folder: Path, result: dict[str, Any]) -> None:
+    """Send the tested weights, with the files of the run that tell what they are.
+
+    They are model.safetensors, which has no state of the optimizer, or the checkpoint of an
+    objective without a flow.
+    """
+    import wandb
+
+    metrics = {key: value for key, value in result["metrics"].items() if is_number(value)}
+    facts = {"experiment": result["experiment"], "commit": result["commit"], **metrics}
+    artifact = wandb.Artifact(f"{result['experiment']}-{run.id}", "model", metadata=facts)
+    weights = (result["weights"] or {}).get("file", result["checkpoint"])
+    for name in (weights, "result.json", "config.yaml"):
+        # An immutable file is sent from where it is; of others wandb makes a copy in the home.
+        artifact.add_file(str(folder / name), name, policy="immutable")
+    run.log_artifact(artifact)
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:

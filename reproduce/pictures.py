@@ -53,7 +53,7 @@ from lightning_modules.noise import evaluation_input
 from lightning_modules.precision import evaluation
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, nearest, parse
-from reproduce.run_folder import read_run
+from reproduce.model import load_model
 from reproduce.streams import say
 
 Latents = tuple[Tensor, ...]
@@ -118,7 +118,9 @@ class Run:
     """
 
     def __init__(self, folder: Path, options: DictConfig) -> None:
-        flow, origin = read_run(folder)
+        model = load_model(folder)
+        flow = model.flow
+        origin = model.stored.origin
         if len(flow.shape) != 3:
             raise ConfigError(f"{folder} is of a flow of points: there are pictures of images only")
         problem = _obstacle(flow, origin["parts"])

@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import results
-from lightning_modules.objective import Objective
+from lightning_modules.lightning_internals import datamodule_of
+from lightning_modules.objective import as_objective
 from lightning_modules.stopping import writing
 from reproduce.config import ConfigError
 from results.files import write
@@ -42,16 +43,29 @@ class Provenance(L.Callback):
             if trainer.is_global_zero:
                 write(path, OmegaConf.to_yaml(self.config))
         if trainer.logger is not None:
-            trainer.logger.log_hyperparams(self.config)
+            trainer.logger.log_hyperparams(self.config | self._facts(trainer, pl_module))
+
+    def _facts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What a logger gets beside the config, by the names of result.json (`sweep.FACTS`)."""
+        return {
+            "parameters": as_objective(pl_module).n_parameters,
+            "commit": self.commit,
+            "dirty": self.dirty,
+            **machine(trainer),
+        }
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        shape = cast(Objective, pl_module).shape
+        objective = as_objective(pl_module)
+        shape = objective.shape
+        class_names = getattr(datamodule_of(trainer), "class_names", None)
         checkpoint["paperflows"] = {
             "experiment": self.config["experiment"],
             "config": self.config,
             "shape": None if shape is None else list(shape),
+            "n_bits": objective.n_bits,
+            "class_names": list(class_names or ()),
             "n_micro_batches": trainer.accumulate_grad_batches,
             "commit": self.commit,
             "dirty": self.dirty,

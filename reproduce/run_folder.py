@@ -7,7 +7,6 @@ import logging
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
@@ -17,8 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from datamodules.checks import expand_home
-from flows.base import FlowModel
 from lightning_modules.checkpoint_io import PART
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
@@ -64,7 +61,7 @@ def check_run_dir(config: DictConfig) -> None:
             f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir"
         )
     if (folder / RESULT).is_file():
-        experiment = _result(folder, "experiment")
+        experiment = result_text(folder, "experiment")
         if experiment != config.experiment:
             raise ConfigError(
                 f"{folder} holds a finished run of {experiment}: give another run_dir"
@@ -100,7 +97,7 @@ def not_a_result(folder: Path) -> ConfigError:
     )
 
 
-def _result(folder: Path, key: str) -> str:
+def result_text(folder: Path, key: str) -> str:
     """The text of a key in a finished run's result.json. ConfigError: there is no such text."""
     value = read_result(folder).get(key)
     if not isinstance(value, str):
@@ -257,27 +254,50 @@ def selected_weights(folder: Path, select: str) -> tuple[Path, Checkpoint]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
+    """As `load_checkpoint`, for a run that goes on: a message says what to do in its folder."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: delete it to continue from another one, or to start anew"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
     """Load a checkpoint of this repository onto the CPU: plain tensors and dicts, no code.
 
-    ValueError, one line: it is damaged, of another program, or no file (a folder, or a link that
-    leads nowhere). FileNotFoundError: nothing has that name.
+    ValueError, one line without advice: it is damaged, of another kind or program, or no file (a
+    folder, or a link that leads nowhere). FileNotFoundError: nothing has that name.
     """
     if not path.is_file() and (path.is_symlink() or path.exists()):
-        raise ValueError(
-            f"{path} is no file: delete it to continue from another one, or to start anew"
-        )
+        raise ValueError(f"{path} is no file")
+    if not _is_archive(path):
+        kind = "is damaged" if path.suffix == ".ckpt" else "is no checkpoint"
+        raise ValueError(f"{path} {kind}")
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["paperflows"]["experiment"], checkpoint["state_dict"]
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or not of this repository: "
-            "delete it to continue from another one, or to start anew"
-        ) from error
+        raise ValueError(f"{path} is damaged or not of this repository") from error
+    if not _is_ours(checkpoint):
+        raise ValueError(f"{path} is no checkpoint of this repository")
     return checkpoint
+
+
+def _is_ours(checkpoint: object) -> bool:
+    """Whether what a file holds is a checkpoint of this repository."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        return False
+    origin = checkpoint.get("paperflows")
+    return isinstance(origin, dict) and "experiment" in origin
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as a zip archive does, such as every checkpoint; maybe a cut one."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _check_sums(path: Path) -> None:
@@ -290,7 +310,7 @@ def _check_sums(path: Path) -> None:
 
 # A resumed run must share the sections of SAME with its first part, except for the keys of FREE,
 # which may differ.
-SAME = ("flow", "data", "optim", "ema", "eval", "seed")
+SAME = ("flow", "data", "optim", "ema", "eval", "seed", "init_from")
 FREE = (
     "root",
     "download",
@@ -337,23 +357,29 @@ def check_checkpoint(
             f"now there are {n_micro_batches}: "
             "change data.micro_batch, or the number of processes"
         )
-    mismatch = _mismatch(checkpoint["state_dict"], module.state_dict())
-    if mismatch:
+    problem = mismatch(checkpoint["state_dict"], module.state_dict())
+    if problem:
         raise ConfigError(
-            f"{path} {mismatch}; give another run_dir, or use its commit {origin['commit']}"
+            f"{path} {problem}; give another run_dir, or use its commit {origin['commit']}"
         )
 
 
-def changed_settings(earlier: dict[str, Any], config: DictConfig, module: Objective) -> list[str]:
+def changed_settings(
+    earlier: dict[str, Any],
+    config: DictConfig,
+    module: Objective,
+    sections: Sequence[str] = SAME,
+) -> list[str]:
     """The settings of an earlier part of a run that a later part lacks, each as `key=value`.
 
     Args:
         earlier: the config of the earlier part.
         config: of the later part.
         module: of the later part, whose constructors give the defaults.
+        sections: the sections of a config that are compared.
     """
-    trained_with = _settings(earlier, module)
-    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module)
+    trained_with = _settings(earlier, module, sections)
+    settings = _settings(cast(dict[str, Any], OmegaConf.to_container(config)), module, sections)
     return [
         f"{key}={argument_text(trained_with.get(key))}"
         for key in sorted(trained_with | settings)
@@ -370,15 +396,17 @@ def falling_rate(config: DictConfig) -> str | None:
     return None
 
 
-def _settings(config: dict[str, Any], module: Objective) -> dict[str, object]:
-    """The values of a config that a resumed run must share with its first part, by dotted key.
+def _settings(
+    config: dict[str, Any], module: Objective, sections: Sequence[str]
+) -> dict[str, object]:
+    """The values of some sections of a config, by dotted key, without those that may change.
 
     A checkpoint may be older than a key of the recipe. The key then has the constructor's default,
-    with which the run was trained.
+    with which the run was trained, or null.
     """
     settings = _defaults(module)
-    for section in SAME:
-        settings |= _flat(config[section], section)
+    for section in sections:
+        settings |= _flat(config.get(section), section)
     return settings
 
 
@@ -399,7 +427,7 @@ def _config_value(default: object) -> object:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the first weight that is missing or has another shape; None: all fit."""
     for key in sorted({*weights, *expected}):
         stored = _shape(weights, key)
@@ -422,58 +450,3 @@ def _flat(value: object, key: str) -> dict[str, object]:
         if name not in FREE:
             flat |= _flat(part, f"{key}.{name}")
     return flat
-
-
-def load_flow(folder: str | Path) -> FlowModel:
-    """The flow of a run, finished or not, or of one checkpoint file, in eval mode on the CPU.
-
-    A learned dequantiser is not loaded. Batch norms use their running statistics. ConfigError,
-    ValueError or FileNotFoundError, one line: there is nothing to load.
-    """
-    flow, _ = read_run(folder)
-    return flow
-
-
-def read_run(folder: str | Path) -> tuple[FlowModel, dict[str, Any]]:
-    """The flow as `load_flow` returns it, and what its checkpoint records of the run.
-
-    The record has experiment, config, shape and commit. Its `parts` are the names of the parts of
-    the objective that have weights or buffers, such as "flow" and "dequantizer".
-    """
-    path, checkpoint = _checkpoint_of(expand_home("the run's folder", folder))
-    origin = checkpoint["paperflows"]
-    script = import_module(f"reproduce.{origin['experiment']}")
-    if not hasattr(script, "make_flow"):
-        raise ConfigError(
-            f"{path} is of {origin['experiment']}, which trains no flow: load another run"
-        )
-    flow: FlowModel = script.make_flow(OmegaConf.create(origin["config"]), origin["shape"])
-    weights = {f"flow.{key}": value for key, value in flow.state_dict().items()}
-    stored = {
-        key: value for key, value in checkpoint["state_dict"].items() if key.startswith("flow.")
-    }
-    mismatch = _mismatch(stored, weights)
-    if mismatch:
-        raise ConfigError(f"{path} {mismatch}; use its commit {origin['commit']}")
-    flow.load_state_dict({key.removeprefix("flow."): value for key, value in stored.items()})
-    parts = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
-    return flow.eval(), {**origin, "parts": parts}
-
-
-def _checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint at a path: of a folder the tested one, or the newest if it has no result."""
-    if not path.is_dir():
-        return path, read_checkpoint(path)
-    tested = None
-    if (path / RESULT).is_file():
-        tested = path / _result(path, "checkpoint")
-        if tested.exists():
-            return tested, read_checkpoint(tested)
-    newest = newest_checkpoint(path)  # also where an extension has removed the tested one
-    if newest is None and tested is not None:
-        return tested, read_checkpoint(tested)  # it raises FileNotFoundError with the file's name
-    if newest is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
-        )
-    return newest

@@ -33,6 +33,7 @@ from reproduce.kinds import (
 )
 
 PATH = Text("a path", example="outputs/mine")
+MODEL = Text("a run's folder, an export, a checkpoint or a recorded run", example="outputs/mine")
 CLAIM = Text("a name", r"[A-Za-z_][\w.-]*", example="glow.cifar10")
 STEPS = Integer(low=1, example="100")
 PRECISION = Choice(
@@ -43,6 +44,7 @@ OWN: dict[str, Kind] = {
     "seed": Integer(0, 10**9, example="0"),
     "run_dir": Nullable(PATH),
     "resume": Nullable(Choice(("auto",))),
+    "init_from": Nullable(MODEL),
     "paper": Nullable(Either((CLAIM, ListOf(CLAIM)))),
     "data.name": CLAIM,
     # Lightning's Trainer accepts more values; these are the ones that work here.
@@ -72,6 +74,7 @@ OWN: dict[str, Kind] = {
     "logger.name": Choice(("wandb", "csv", "none")),
     # W&B refuses longer names of projects, and names with one of these characters.
     "logger.project": Text("a name", r"[^/\\#?%:]+", longest=128, example="paperflows"),
+    "logger.weights": Switch(),
     "budget.images": Nullable(Integer(low=1, example="1000000")),
 }
 ANNOTATED: dict[object, Kind] = {Path: PATH}
@@ -263,6 +266,13 @@ ALIASES: Mapping[str, str] = {
     "save_dir": "run_dir",
     "ckpt_path": "resume",
     "resume_from_checkpoint": "resume",
+    "load_from": "init_from",
+    "load_weights": "init_from",
+    "pretrained": "init_from",
+    "pretrained_path": "init_from",
+    "finetune": "init_from",
+    "fine_tune": "init_from",
+    "init_checkpoint": "init_from",
     "ema_decay": "ema.decay",
     "temperature": "samples.temperatures",
     "save_every": "checkpoint.every_n_steps",

@@ -9,7 +9,8 @@ from reproduce.config import ConfigError, compose
 from reproduce.kinds import DECIMAL, argument_text
 
 # Keys in the recorded config of a run that are not arguments of the run that continues it.
-OF_THE_OLD_RUN = {"_wandb", "experiment", "overrides", "run_dir", "resume"}
+FACTS = {"parameters", "commit", "dirty", "versions", "device", "tf32"}
+OF_THE_OLD_RUN = {"_wandb", "experiment", "overrides", "run_dir", "resume", *FACTS}
 
 
 def in_sweep() -> bool:

@@ -36,6 +36,7 @@ GENERATED = (
     "results/benchmarks",
     "results/runs",
     "results/stability",
+    "results/weights",
 )
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
 FIGURE = record({"value": number, "train": or_null(number)}, optional={"bound": text})

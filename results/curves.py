@@ -1,72 +1,111 @@
-"""The curve of a run as SVG: training and validation over images seen.
+"""The curve of a run: training and validation over images seen, beside the paper's value.
 
-The same run gives the same bytes, so that the page can be made again and compared.
+A run draws it as curve.png, and the results page as SVG, both from the same `Picture`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 from results import is_number, printed
+from results.drawing import Dot, Line, Picture, Point, Shape, Text
 from results.formats import count
 
-WIDTH = 640  # pixels, as the next five
+WIDTH = 640  # pixels, as the next eight
 HEIGHT = 320
-LEFT = 64  # margins of the plot
+LEFT = 76  # margins of the plot
 RIGHT = 24
 TOP = 36
 BOTTOM = 48
+HEADING = 20  # of the baseline of title and legend
+LEGEND = 50  # from one entry of the legend to the next
 COLORS = {"train": "#9a6700", "val": "#0550ae"}
+GRID_COLOR = "#dddddd"
+AXIS_COLOR = "#888888"
 PAPER_COLOR = "#cf222e"
 POINTS = 400  # the most that a line has, about
+DOTTED = 40  # the most points of a line that has a dot at each
+TITLE = 60  # the most letters of a title, so that it does not touch the legend
+TICKS = 6  # about the most numbers at an axis; at least half as many
 LARGEST = 1e30  # values beyond it are not drawn, like those that are not finite
+UNITS = {"bpd": "bits/dim", "nll": "nats"}  # of older runs, which were recorded without
 
-Point = tuple[float, float]
+Row = Mapping[str, Any]
 Pixels = Callable[[float, float], Point]
 
 
-def curve_svg(run: dict, claims: list[dict]) -> str | None:
-    """Training and validation curve over images seen, as SVG; None if there is no curve.
+def run_curve(run: dict, claims: list[dict]) -> Picture | None:
+    """The curve of a recorded run; None if it has none.
 
-    The run's claim on the metric of the curve, if there is one, is drawn as a dashed line.
+    claims: those with which the run is compared.
     """
-    name, lines = series(run)
+    rows = run.get("curve") or []
+    metric = run.get("metric") or {}
+    unit = metric.get("unit", UNITS.get(metric_name(rows), ""))
+    direction = metric.get("direction", "lower")  # in all older runs, which have no metric
+    return curve(rows, title_of(run["experiment"], run["run"]), unit, direction, claims)
+
+
+def title_of(experiment: str, run: str) -> str:
+    """The title of a run's curve."""
+    return f"{experiment}, run {run}"
+
+
+def curve(
+    rows: Sequence[Row], title: str, unit: str, direction: str, claims: Sequence[Mapping]
+) -> Picture | None:
+    """train/M and val/M over images seen; None if no value of them can be drawn.
+
+    rows: of curve.csv, with `images` and the values of one metric M; missing values are None.
+    unit, direction: of M. direction is "lower" or "higher", whichever is better.
+    claims: those with which the run can be compared, each with its `metric`, `value` and
+        `decimals`. The claim on M, if there is one, is drawn as a dashed line.
+    """
+    name = metric_name(rows)
+    lines = series(rows, name)
     if not lines:
         return None
     on_curve = [claim for claim in claims if claim["metric"].partition("/")[2] == name][:1]
-    metric = run.get("metric") or {}  # older runs have none: lower was better in all of them
     points = [point for line in lines.values() for point in line]
     values = [y for _, y in points]
     claimed = [claim["value"] for claim in on_curve]
-    x_ticks = ticks(0, max([1, *(x for x, _ in points)]), 6)
-    y_ticks = ticks(*limits(values, claimed, metric.get("direction", "lower")), 5)
-    at = pixels(x_ticks, y_ticks)
-    title = f"{run['experiment']}, {name}"
-    if metric:
-        title += f" ({metric['unit']})"
-    parts = [*frame(title, at, x_ticks, y_ticks), *polylines(lines, at)]
+    most = max([1, *(x for x, _ in points)])
+    low, high = limits(values, claimed, direction)
+    at = pixels(most, low, high)
+    shapes = heading(title, list(lines))
+    shapes += images_axis(at, ticks(0, most, TICKS), low)
+    shapes += values_axis(at, ticks(low, high, TICKS), axis_label(name, unit))
     for claim in on_curve:
-        parts += paper_line(claim, at)
-    return "\n".join([*parts, "</svg>", ""])
+        shapes += paper_line(claim, at)
+    for split, line in lines.items():
+        shapes += plotted(line, at, low, high, COLORS[split])
+    return Picture(WIDTH, HEIGHT, tuple(shapes))
 
 
-def series(run: dict) -> tuple[str, dict[str, list[Point]]]:
-    """The metric of the curve (bpd, nll ..), and the points (images, value) of train and val.
+# What is shown
+
+
+def metric_name(rows: Sequence[Row]) -> str:
+    """The metric M of a curve's columns train/M and val/M; empty if there are none."""
+    names = [key.partition("/")[2] for row in rows for key in row if "/" in key]
+    return next(iter(names), "")
+
+
+def series(rows: Sequence[Row], name: str) -> dict[str, list[Point]]:
+    """The points (images, value) of train and val, without a split that has none.
 
     Long lines are thinned to about POINTS points.
     """
-    rows = run.get("curve") or []
-    names = [key.removeprefix("val/") for row in rows for key in row if key.startswith("val/")]
-    claimed = [comparison["metric"].partition("/")[2] for comparison in run["comparisons"]]
-    name = next((metric for metric in claimed if metric in names), next(iter(names), "bpd"))
     lines = {}
     for split in COLORS:
         points = [(row.get("images"), row.get(f"{split}/{name}")) for row in rows]
         lines[split] = thinned([(x, y) for x, y in points if drawable(x) and drawable(y)])
-    return name, {split: points for split, points in lines.items() if points}
+    return {split: points for split, points in lines.items() if points}
 
 
-def drawable(value: object) -> bool:
-    """Whether a value has a place in a plot."""
+def drawable(value: object) -> TypeGuard[float]:
+    """True for a value that has a place in a plot."""
     return is_number(value) and abs(value) < LARGEST
 
 
@@ -99,84 +138,128 @@ def limits(
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:
-    """About n round numbers that enclose [low, high].
+    """About n round numbers in [low, high].
 
-    >>> ticks(3.4, 4.1, 5)
-    [3.4, 3.6, 3.8, 4.0, 4.2]
+    >>> ticks(3.34, 4.1, 4)
+    [3.4, 3.6, 3.8, 4.0]
     """
     rough = (high - low) / n
     power = 10.0 ** math.floor(math.log10(rough))
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
     step = next(step for step in steps if step >= rough * (1 - 1e-9))
-    first = math.floor(low / step)
-    last = math.ceil(high / step - 1e-9)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [round(step * k, 9) for k in range(first, last + 1)]
 
 
-def pixels(x_ticks: list[float], y_ticks: list[float]) -> Pixels:
-    """The map from a point to its pixels.
+def tick_labels(values: list[float]) -> list[str]:
+    """Numbers with as many decimals as the one that needs most.
 
-    The plot shows x from 0 to the last tick, and y from the first tick to the last.
+    >>> tick_labels([3.5, 3.75, 4.0]), tick_labels([5e8, 1e9])
+    (['3.50', '3.75', '4.00'], ['5e+08', '1e+09'])
     """
+    labels = [f"{value:.7g}" for value in values]
+    if any("e" in label for label in labels):
+        return labels
+    decimals = max(len(label.partition(".")[2]) for label in labels)
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def axis_label(name: str, unit: str) -> str:
+    """`bpd (bits/dim)`; the name alone without a unit."""
+    if unit:
+        return f"{name} ({unit})"
+    return name
+
+
+# Where it is shown
+
+
+def pixels(most: float, low: float, high: float) -> Pixels:
+    """The map from a point to its pixels: the plot shows x in [0, most] and y in [low, high]."""
 
     def at(x: float, y: float) -> Point:
-        right = x / x_ticks[-1]
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        right = x / most
+        up = (y - low) / (high - low)
         return LEFT + (WIDTH - LEFT - RIGHT) * right, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
 
     return at
 
 
-def text(x: float, y: float, content: str, anchor: str, more: str = "") -> str:
-    """An SVG text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{content}</text>'
+def heading(title: str, splits: list[str]) -> list[Shape]:
+    """The title on the left, and on the right the names of the lines in their colours."""
+    if len(title) > TITLE:
+        title = f"{title[: TITLE - 1]}…"
+    shapes: list[Shape] = [Text((LEFT, HEADING), title, "start", bold=True)]
+    for k, split in enumerate(reversed(splits)):
+        place = (WIDTH - RIGHT - LEGEND * k, HEADING)
+        shapes.append(Text(place, split, "end", COLORS[split], bold=True))
+    return shapes
 
 
-def frame(title: str, at: Pixels, x_ticks: list[float], y_ticks: list[float]) -> list[str]:
-    """The SVG's head, title, grid and tick labels."""
+def images_axis(at: Pixels, values: list[float], low: float) -> list[Shape]:
+    """The horizontal axis: a line below the plot, counts of images below it, and its label."""
     right = WIDTH - RIGHT
     bottom = HEIGHT - BOTTOM
-    size = f'width="{WIDTH}" height="{HEIGHT}"'
-    font = 'font-family="sans-serif" font-size="12" fill="#333333"'
-    plot = f"M{LEFT} {TOP}H{right}V{bottom}H{LEFT}Z"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>',
-        f'<rect {size} fill="#ffffff"/>',
-        text(LEFT, 20, title, "start", ' font-weight="bold"'),
-        f'<clipPath id="plot"><path d="{plot}"/></clipPath>',
-    ]
-    for value in y_ticks:
+    shapes: list[Shape] = [Line(((LEFT, bottom), (right, bottom)), AXIS_COLOR)]
+    for value in values:
+        x = at(value, low)[0]
+        shapes.append(Line(((x, bottom), (x, bottom + 4)), AXIS_COLOR))
+        shapes.append(Text((x, bottom + 18), count(value)))
+    return [*shapes, Text(((LEFT + right) / 2, HEIGHT - 8), "training images seen")]
+
+
+def values_axis(at: Pixels, values: list[float], label: str) -> list[Shape]:
+    """The vertical axis: lines across the plot, numbers beside them, and its label."""
+    shapes: list[Shape] = []
+    for value, number in zip(values, tick_labels(values), strict=True):
         y = at(0, value)[1]
-        lines.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#dddddd"/>')
-        lines.append(text(LEFT - 8, y + 4, f"{value:.7g}", "end"))
-    for value in x_ticks:
-        x = at(value, y_ticks[0])[0]
-        lines.append(text(x, bottom + 18, count(value), "middle"))
-    lines.append(text((LEFT + right) / 2, HEIGHT - 8, "images seen", "middle"))
-    return lines
+        shapes.append(Line(((LEFT, y), (WIDTH - RIGHT, y)), GRID_COLOR))
+        shapes.append(Text((LEFT - 8, y + 4), number, "end"))
+    return [*shapes, Text((16, (TOP + HEIGHT - BOTTOM) / 2), label, upright=True)]
 
 
-def polylines(lines: dict[str, list[Point]], at: Pixels) -> list[str]:
-    """Each series as a line, with dots where it has few points, and its name at the top right."""
-    parts = []
-    for k, (split, points) in enumerate(lines.items()):
-        color = COLORS[split]
-        places = [f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points)]
-        paint = f'fill="none" stroke="{color}" stroke-linecap="round" clip-path="url(#plot)"'
-        parts.append(f'<polyline points="{" ".join(places)}" {paint} stroke-width="1.5"/>')
-        if len(places) <= 40:
-            dots = "".join(f"M{place}h0" for place in places)
-            parts.append(f'<path d="{dots}" {paint} stroke-width="5"/>')
-        bold = f' fill="{color}" font-weight="bold"'
-        parts.append(text(WIDTH - RIGHT - 50 * k, 20, split, "end", bold))
-    return parts
+def plotted(points: list[Point], at: Pixels, low: float, high: float, color: str) -> list[Shape]:
+    """A line as far as it lies in the plot, with a dot at each point where it has few."""
+    shapes: list[Shape] = []
+    for piece in pieces_inside(points, low, high):
+        shapes.append(Line(tuple(at(*point) for point in piece), color, 1.5))
+    if len(points) <= DOTTED:
+        shapes += [Dot(at(x, y), color, 5) for x, y in points if low <= y <= high]
+    return shapes
 
 
-def paper_line(claim: dict, at: Pixels) -> list[str]:
+def pieces_inside(points: list[Point], low: float, high: float) -> list[list[Point]]:
+    """The pieces of a line whose values lie in [low, high].
+
+    >>> pieces_inside([(0, 4), (2, 0), (3, 1), (4, 9)], 0, 2)
+    [[(1.0, 2), (2, 0), (3, 1), (3.125, 2)]]
+    """
+    pieces: list[list[Point]] = []
+    for start, end in pairwise(points):
+        if max(start[1], end[1]) < low or min(start[1], end[1]) > high:
+            continue
+        first = moved_inside(start, end, low, high)
+        last = moved_inside(end, start, low, high)
+        if pieces and pieces[-1][-1] == first:
+            pieces[-1].append(last)
+        else:
+            pieces.append([first, last])
+    return pieces
+
+
+def moved_inside(point: Point, other: Point, low: float, high: float) -> Point:
+    """A point, or where the line from it to another one enters [low, high]."""
+    x, y = point
+    bound = min(max(y, low), high)
+    if y == bound:
+        return point
+    return x + (other[0] - x) * (bound - y) / (other[1] - y), bound
+
+
+def paper_line(claim: Mapping, at: Pixels) -> list[Shape]:
     """The value of a claim, dashed across the plot."""
     y = at(0, claim["value"])[1]
     label = f"paper {printed(claim['value'], claim)}"
-    line = (
-        f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{PAPER_COLOR}" stroke-dasharray="6 4"/>'
-    )
-    return [line, text(LEFT + 6, y - 5, label, "start", f' fill="{PAPER_COLOR}"')]
+    line = Line(((LEFT, y), (WIDTH - RIGHT, y)), PAPER_COLOR, dashed=True)
+    return [line, Text((LEFT + 6, y - 5), label, "start", PAPER_COLOR)]

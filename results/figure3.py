@@ -5,9 +5,7 @@ writes the table for a terminal and for the results page.
 """
 
 import json
-import math
 import shlex
-import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,17 @@ from results.files import (
     portable,
     small_png,
 )
-from results.formats import commit, count, data_name, distinct, span, table, wall_time
+from results.formats import (
+    commit,
+    count,
+    data_name,
+    distinct,
+    mean_and_error,
+    plus_minus,
+    span,
+    table,
+    wall_time,
+)
 
 NAME = "figure3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
@@ -96,14 +104,6 @@ ABLATION = record(  # what a figure3.json holds
 )
 
 # Numbers
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, which is None for one value. ValueError: no values."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
 def seeds_of(runs: list[dict], permutation: str, coupling: str) -> dict[int, dict]:
@@ -210,13 +210,6 @@ def bpd_cell(runs: list[dict]) -> str:
     if lost:
         cell += f" ({lost} not finite)"
     return cell
-
-
-def plus_minus(mean: float, error: float | None, form: str = ".4f") -> str:
-    """`3.5120 ± 0.0040`; without an error the mean alone."""
-    if error is None:
-        return format(mean, form)
-    return f"{mean:{form}} ± {error:.4f}"
 
 
 def verdict_line(pair: dict) -> str:

@@ -1,9 +1,12 @@
 """How the results page writes numbers, machines and tables."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from results import is_number
+from results.checks import LARGEST
 
 
 def fixed(value: object, form: str = ".3f") -> str:
@@ -11,6 +14,42 @@ def fixed(value: object, form: str = ".3f") -> str:
     if is_number(value):
         return format(value, form)
     return "-"
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, which is None for one value. ValueError: no values."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def plus_minus(mean: float, error: float | None, form: str = ".4f") -> str:
+    """`3.5120 ± 0.0040`; without an error the mean alone."""
+    if error is None:
+        return format(mean, form)
+    return f"{mean:{form}} ± {error:{form.removeprefix('+')}}"
+
+
+def finite(values: Sequence[object]) -> list[float]:
+    """The numbers among some values whose mean and error are finite, too."""
+    return [value for value in values if is_number(value) and abs(value) < LARGEST]
+
+
+def averaged(values: Sequence[object], decimals: int = 3) -> str:
+    """One value as it is, several as mean ± standard error, with one decimal more, and their count.
+
+    >>> averaged([3.5]), averaged([3.5, 3.6, None])
+    ('3.500', '3.5500 ± 0.0500 (n=2, 1 not finite)')
+    """
+    numbers = finite(values)
+    if not numbers or len(values) == 1:
+        return fixed(values[0], f".{decimals}f")
+    mean, error = mean_and_error(numbers)
+    notes = [f"n={len(numbers)}"]
+    if len(numbers) < len(values):
+        notes.append(f"{len(values) - len(numbers)} not finite")
+    return f"{plus_minus(mean, error, f'.{decimals + 1}f')} ({', '.join(notes)})"
 
 
 def count(value: object) -> str:
@@ -57,19 +96,43 @@ def wall_time(seconds: float) -> str:
 def commit(run: dict) -> str:
     """Seven characters of the commit, and `(dirty)` if the code differed from it."""
     short = (run["commit"] or "-")[:7]
-    if run["dirty"]:
+    if run.get("dirty"):
         return f"{short} (dirty)"
     return short
 
 
+def run_name(run: dict) -> str:
+    """`<experiment>/<run>`, the path of the run's files below runs/, without a suffix."""
+    return f"{run['experiment']}/{run['run']}"
+
+
 def data_name(run: dict) -> str:
-    """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`."""
+    """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`.
+
+    A user's own images also have the name of their folder: `folder holidays`.
+    """
     data = run["config"].get("data") or {}
     name = str(data.get("name", "-"))
+    if fingerprint(run):
+        name = f"{name} {Path(str(data.get('root') or '')).name}".strip()
     n_bits = data.get("n_bits", 8)
     if n_bits == 8:
         return name
     return f"{name}, {n_bits} bit"
+
+
+def fingerprint(run: dict) -> str:
+    """The start of the hash of a run's images, where they are a user's own; else empty."""
+    return (run.get("data") or {}).get("sha256", "")[:12]
+
+
+def tested_data(run: dict) -> str:
+    """The data set's name as `data_name`, and whether only a part of its test images was used."""
+    name = data_name(run)
+    limit = (run["config"].get("trainer") or {}).get("limit_test_batches")
+    if limit is None:
+        return name
+    return f"{name}, a part of the test"
 
 
 def main_metrics(run: dict) -> list[str]:

@@ -4,7 +4,6 @@ It is made only from the files in this folder and the names of the recipes in co
 same files give the same bytes.
 """
 
-import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +18,37 @@ from results import (
     speed,
     stability,
 )
-from results.curves import curve_svg
+from results.curves import run_curve
+from results.drawing import svg
 from results.files import NO_FILES, write_all
 from results.formats import (
-    budget,
     commit,
-    data_name,
+    count,
+    distinct,
+    fingerprint,
     fixed,
     main_metrics,
     metrics,
+    run_name,
     table,
+    tested_data,
     wall_time,
+)
+from results.groups import (
+    Group,
+    budget_of,
+    comparison_of,
+    devices_of,
+    load_call,
+    measured,
+    metrics_of,
+    rank,
+    rank_without_claim,
+    seconds_of,
+    seed_groups,
+    seeds_of,
+    settings_cells,
+    weights_of,
 )
 from results.metrics import KINDS, kind_of
 from results.runs import read_runs
@@ -55,9 +74,14 @@ is typed by hand.
 Gap: our number minus the paper's. Budget: the images that a run was trained on, as a share of those
 of a full training; in brackets who set that number, the paper or, where it gives none, we.
 Re-estimated: before the test, batch-norm statistics were estimated anew on `eval.bn_images`
-training images, in whole batches. The best run of a claim comes first.
+training images, in whole batches.
+
+Runs that differ in their seed alone are one row: mean ± standard error over n seeds, with the
+status of the mean. Rows of the same experiment, data and metric are sorted, the best one first.
+Where two of them would look alike, the settings that differ stand beside the preset. Weights: the
+call of `reproduce.load` that gives the trained model of a row, where its weights are kept.
 """
-MACHINE = ["seed", "commit", "preset", "device", "precision", "wall time"]
+MACHINE = ["settings", "seed", "commit", "device", "precision", "wall time", "weights"]
 SHORT = ["ours", "gap", "status", "budget"]
 COLUMNS = ["experiment", "dataset", "metric", "paper", *SHORT, *MACHINE]
 START = "<!-- results -->\n"  # the marks in the project's README.md
@@ -83,11 +107,12 @@ def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path
     claims = load_claims(root)
     papers = load_papers(root)
     runs = read_runs(root, new)
+    others = groups_without_claim(runs)
     ordered = ordered_runs(runs, claims)
-    curves = {run_name(run): curve_svg(run, claims_of(run, claims)) for run in ordered}
+    curves = {run_name(run): run_curve(run, claims_of(run, claims)) for run in ordered}
     lines = [HEADER, "## Beside the papers", "", *claims_table(claims, papers, runs, root)]
     lines += ["## Runs without a paper number", ""]
-    lines += others_table([run for run in ordered if not counted_comparisons(run)])
+    lines += others_table(others)
     lines += figure3.section(root, new)
     lines += stability.section(root)
     lines += speed.section(root)
@@ -98,9 +123,13 @@ def render(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> dict[Path
         lines += pictures(run_name(run), curves[run_name(run)] is not None, root, new)
     for paper in papers.values():
         lines += paper_section(paper)
-    files = {root / f"runs/{name}.svg": svg for name, svg in curves.items() if svg is not None}
+    files = {
+        root / f"runs/{name}.svg": svg(picture)
+        for name, picture in curves.items()
+        if picture is not None
+    }
     page = {root / "README.md": "\n".join(lines).rstrip() + "\n"}
-    return page | files | front_page(root, claims, ordered)
+    return page | files | front_page(root, claims, runs)
 
 
 def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
@@ -115,28 +144,31 @@ def front_page(root: Path, claims: dict, runs: list[dict]) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not start or not end:
         return {}
-    columns = ["experiment", "preset", "data", "metric", "paper", *SHORT]
-    rows = [
-        [
-            run["experiment"],
-            run["preset"],
-            claim["dataset"],
-            *paper_cells(claim),
-            *measured_cells(run, comparison, claim),
-        ]
-        for claim in claims.values()
-        for run, comparison in runs_beside(claim, runs)
-    ]
-    for run in runs:
-        if not counted_comparisons(run):
-            measured = [metrics(run), "-", "-", budget(run)]
-            rows.append([run["experiment"], run["preset"], data_name(run), "-", "-", *measured])
-    return {path: before + start + "\n".join(table(columns, rows, "None yet.")) + end + after}
+    columns = ["experiment", "settings", "data", "metric", "paper", *SHORT, "weights"]
+    rows = []
+    for claim in claims.values():
+        for group, comparison, words in rows_beside(claim, runs):
+            begin = [group[0]["experiment"], words, claim["dataset"], *paper_cells(claim)]
+            rows.append([*begin, *measured_cells(group, comparison, claim), weights_cell(group)])
+    others = groups_without_claim(runs)
+    for group, words in zip(others, words_without_claim(others), strict=True):
+        begin = [group[0]["experiment"], words, tested_data(group[0]), "-", "-"]
+        rows.append([*begin, metrics_of(group), "-", "-", budget_of(group), weights_cell(group)])
+    lines = table(columns, rows, "None yet.") + notes(rows)
+    return {path: before + start + "\n".join(lines) + end + after}
 
 
-def run_name(run: dict) -> str:
-    """`<experiment>/<run>`, the path of the run's files below runs/, without a suffix."""
-    return f"{run['experiment']}/{run['run']}"
+def notes(rows: list[list]) -> list[str]:
+    """Lines below the front page's table, on the signs that it contains."""
+    lines = []
+    if any("±" in cell for row in rows for cell in row):
+        lines += ["±: standard error over n runs, which differ in their seed alone.", ""]
+    calls = [row[-1] for row in rows if row[-1] != "-"]
+    if calls:
+        call = calls[0].strip("`")
+        example = f"`from reproduce import load; model = {call}`"
+        lines += [f"Weights: how to load the trained model of a row, for example {example}.", ""]
+    return lines
 
 
 def counted_comparisons(run: dict) -> list[dict]:
@@ -149,36 +181,48 @@ def claims_of(run: dict, claims: dict) -> list[dict]:
     return [claims[comparison["claim"]] for comparison in counted_comparisons(run)]
 
 
-def runs_beside(claim: dict, runs: list[dict]) -> list[tuple[dict, dict]]:
-    """The runs that are compared with a claim, each with its comparison.
+def groups_beside(claim: dict, runs: list[dict]) -> list[tuple[Group, dict]]:
+    """The runs that are compared with a claim, by seeds, each group with its comparison.
 
-    The best run comes first, runs without a number come last; equal ones are sorted by name.
+    The best group comes first, groups without a number come last; equal ones are sorted by name.
     """
-    sign = {"lower": 1, "higher": -1}[claim["direction"]]
-
-    def rank(pair: tuple[dict, dict]) -> tuple[float, str]:
-        run, comparison = pair
-        excess = math.inf
-        if comparison["gap"] is not None:
-            excess = sign * comparison["gap"]
-        return excess, run_name(run)
-
-    pairs = [
-        (run, comparison)
+    by_run = {
+        run_name(run): comparison
         for run in runs
         for comparison in counted_comparisons(run)
         if comparison["claim"] == claim["id"]
-    ]
-    return sorted(pairs, key=rank)
+    }
+    pairs = []
+    for group in seed_groups([run for run in runs if run_name(run) in by_run]):
+        comparisons = [by_run[run_name(run)] for run in group]
+        pairs.append((group, comparison_of(group, comparisons, claim)))
+    return sorted(pairs, key=lambda pair: rank(pair[0], claim["direction"], [pair[1]["gap"]]))
+
+
+def rows_beside(claim: dict, runs: list[dict]) -> list[tuple[Group, dict, str]]:
+    """As `groups_beside`, with the settings that the row of the group shows."""
+    pairs = groups_beside(claim, runs)
+    groups = [group for group, _ in pairs]
+    words = settings_cells(groups, [group[0]["experiment"] for group in groups])
+    return [(*pair, cell) for pair, cell in zip(pairs, words, strict=True)]
+
+
+def groups_without_claim(runs: list[dict]) -> list[Group]:
+    """The runs that are compared with no claim, by seeds; the best group comes first."""
+    others = [run for run in runs if not counted_comparisons(run)]
+    return sorted(seed_groups(others), key=rank_without_claim)
+
+
+def words_without_claim(groups: list[Group]) -> list[str]:
+    """The settings that the rows of groups without a claim show."""
+    return settings_cells(groups, [f"{g[0]['experiment']} {tested_data(g[0])}" for g in groups])
 
 
 def ordered_runs(runs: list[dict], claims: dict) -> list[dict]:
-    """Every run once: those compared with a claim in the claims' order, then all others by name."""
-    with_claim = {
-        run_name(run): run for claim in claims.values() for run, _ in runs_beside(claim, runs)
-    }
-    by_name = {run_name(run): run for run in sorted(runs, key=run_name)}
-    return list((with_claim | by_name).values())
+    """Every run once, in the order of the tables."""
+    groups = [group for claim in claims.values() for group, _ in groups_beside(claim, runs)]
+    groups += groups_without_claim(runs)
+    return list({run_name(run): run for group in groups for run in group}.values())
 
 
 # Tables and sections: lists of Markdown lines
@@ -198,17 +242,12 @@ def claims_table(claims: dict, papers: dict, runs: list[dict], root: Path) -> li
 
 
 def claim_rows(claim: dict, runs: list[dict], root: Path) -> list[list]:
-    """The rows of a claim: one for each run or, without any run, one for its recipe."""
+    """The rows of a claim: one for each group of runs or, without any run, one for its recipe."""
     start = [claim["dataset"], *paper_cells(claim)]
-    rows = [
-        [
-            run["experiment"],
-            *start,
-            *measured_cells(run, comparison, claim),
-            *machine_cells(run),
-        ]
-        for run, comparison in runs_beside(claim, runs)
-    ]
+    rows = []
+    for group, comparison, words in rows_beside(claim, runs):
+        cells = [*measured_cells(group, comparison, claim), *machine_cells(group, words)]
+        rows.append([group[0]["experiment"], *start, *cells])
     recipe = claim["id"].replace(".", "_")
     if not rows and (root.parent / "configs" / f"{recipe}.yaml").is_file():
         rows = [[recipe, *start, "-", "-", "not run", "-", *["-"] * len(MACHINE)]]
@@ -227,14 +266,15 @@ def kinds_section(keys: list[str]) -> list[str]:
     return lines
 
 
-def others_table(runs: list[dict]) -> list[str]:
+def others_table(groups: list[Group]) -> list[str]:
     """The table of runs that are compared with no paper's number."""
-    rows = [
-        [run["experiment"], data_name(run), metrics(run), budget(run), *machine_cells(run)]
-        for run in runs
-    ]
+    rows = []
+    for group, words in zip(groups, words_without_claim(groups), strict=True):
+        start = [group[0]["experiment"], tested_data(group[0]), metrics_of(group)]
+        rows.append([*start, budget_of(group), *machine_cells(group, words)])
     lines = table(["experiment", "data", "metrics", "budget", *MACHINE], rows, "None yet.")
-    return [*lines, *kinds_section([key for run in runs for key in main_metrics(run)])]
+    keys = [key for group in groups for run in group for key in main_metrics(run)]
+    return [*lines, *kinds_section(keys)]
 
 
 def paper_cells(claim: dict) -> list[str]:
@@ -242,27 +282,37 @@ def paper_cells(claim: dict) -> list[str]:
     return [claim["metric"], printed(claim["value"], claim)]
 
 
-def measured_cells(run: dict, comparison: dict, claim: dict) -> list[str]:
+def measured_cells(group: Group, comparison: dict, claim: dict) -> list[str]:
     """The cells `ours` to `budget`."""
     key = comparison["metric"]
-    form = f".{own_decimals(claim)}f"
-    ours = fixed(run["metrics"].get(key), form)
-    again = fixed(run["metrics"].get(f"{key}_reestimated"), form)
+    decimals = own_decimals(claim)
+    ours = measured(group, key, decimals)
+    again = measured(group, f"{key}_reestimated", decimals)
     if again != "-":
         ours += f" (re-estimated {again})"
-    return [ours, fixed(comparison["gap"], f"+{form}"), comparison["status"], budget(run)]
+    gap = fixed(comparison["gap"], f"+.{decimals}f")
+    return [ours, gap, comparison["status"], budget_of(group)]
 
 
-def machine_cells(run: dict) -> list:
-    """The cells of MACHINE."""
+def machine_cells(group: Group, words: str) -> list[str]:
+    """The cells of MACHINE. words: the cell `settings`."""
     return [
-        run["seed"],
-        commit(run),
-        run["preset"],
-        run["device"],
-        run["precision"],
-        wall_time(run["seconds"]),
+        words,
+        seeds_of(group),
+        distinct(map(commit, group), " and "),
+        devices_of(group),
+        distinct([run["precision"] for run in group], " and "),
+        seconds_of(group),
+        weights_cell(group),
     ]
+
+
+def weights_cell(group: Group) -> str:
+    """The call that loads a group's weights; `-` where none are kept."""
+    call = weights_of(group)
+    if call is None:
+        return "-"
+    return f"`{call}`"
 
 
 def command(run: dict) -> str:
@@ -283,10 +333,50 @@ def run_section(run: dict, claims: list[dict]) -> list[str]:
     if run.get("tested"):
         lines += [f"Tested: {'; '.join(tested_weights(run))}.", ""]
     lines += protocol_lines(claims)
-    for label, key in {"Suspect": "suspect", "W&B": "wandb_url", "Weights": "weights"}.items():
+    if run.get("init_from"):
+        lines += [f"Started from: {origin(run['init_from'])}.", ""]
+    for end in run.get("extended") or []:
+        lines += [f"Extended: {earlier_end(end)}.", ""]
+    for label, key in {"Suspect": "suspect", "W&B": "wandb_url"}.items():
         if run.get(key):
             lines += [f"{label}: {run[key]}", ""]
+    if run.get("weights"):
+        lines += weights_lines(run)
     return lines
+
+
+def origin(start: dict) -> str:
+    """The trained weights from which a run started."""
+    parts = [start["experiment"], f"commit {commit(start)}", f"sha256 {start['sha256'][:12]}"]
+    return f"the weights of {start['model']} ({'; '.join(parts)})"
+
+
+def earlier_end(end: dict) -> str:
+    """Where a run had ended before it was trained on, and what it measured there."""
+    parts = [
+        metrics(end) or "nothing measured",
+        f"{count(end['images'])} images",
+        wall_time(end["seconds"]),
+        f"commit {commit(end)}",
+        end["date"].partition("T")[0],
+    ]
+    return f"this run had ended at step {end['steps']} ({'; '.join(parts)}) and was trained on"
+
+
+def weights_lines(run: dict) -> list[str]:
+    """How a run's weights are loaded, and the file in which they are."""
+    weights = run["weights"]
+    size = f"{weights['bytes'] / 1e6:.1f} MB"
+    return [
+        f"Weights: [{weights['file']}]({weights['file']}), {size}, {weights['dtype']}.",
+        "",
+        "```python",
+        "from reproduce import load",
+        "",
+        f"model = {load_call(run)}",
+        "```",
+        "",
+    ]
 
 
 def pictures(name: str, has_curve: bool, root: Path, new: Mapping[Path, bytes]) -> list[str]:
@@ -306,6 +396,8 @@ def settings(run: dict) -> list[str]:
     parts = [f"{key} {run[key]}" for key in keys]
     if run.get("parameters"):
         parts = [f"{run['parameters']:,} parameters", *parts]
+    if fingerprint(run):
+        parts.append(f"data.sha256 {fingerprint(run)}")
     return [*parts, f"commit {commit(run)}", wall_time(run["seconds"])]
 
 
@@ -316,7 +408,7 @@ def tested_weights(run: dict) -> list[str]:
     trainer = run["config"].get("trainer") or {}
     limits = [
         f"{key} {trainer[key]}"
-        for key in ("limit_val_batches", "max_time")
+        for key in ("limit_val_batches", "limit_test_batches", "max_time")
         if trainer.get(key) is not None
     ]
     return [f"{weights['weights']} weights of step {weights['step']} ({choice})", *limits]

@@ -1,11 +1,12 @@
 """Recorded runs: record one from its run folder, and read all of them."""
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from results import ROOT, compare_all, decimals_form, papers_in
 from results.checks import (
@@ -24,6 +25,7 @@ from results.files import (
     NO_FILES,
     Addition,
     checked_json,
+    content_of,
     is_new_record,
     matching_files,
     portable,
@@ -38,7 +40,26 @@ PAPER = record(
     {"claim": text, "metric": text, "comparable": flag},
     optional={"decimals": decimals_form},
 )
+METRIC = record(
+    {"unit": text, "direction": one_of("lower", "higher")},
+    optional={"name": text},
+)
+END = record(  # of a run that was extended
+    {
+        "steps": number,
+        "images": number,
+        "seconds": number,
+        "metrics": mapping,
+        "commit": or_null(text),
+        "date": text,
+    }
+)
+START = record({"model": text, "experiment": text, "commit": or_null(text), "sha256": text})
+DATA = record(optional={"sha256": text})  # of a user's own images
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
+WEIGHTS_BYTES = 8_000_000  # of one file of weights in results/weights/
+ALL_WEIGHTS_BYTES = 40_000_000  # of all of them
+WEIGHTS = record({"file": text, "sha256": text, "bytes": number, "dtype": text})
 RESULT = record(
     {
         "experiment": stem,
@@ -63,14 +84,16 @@ RESULT = record(
         "papers": list_of(PAPER),
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(mapping),
-        "extended": list_of(mapping),  # the earlier ends of a run that was extended
-        "metric": or_null(record({"unit": text, "direction": one_of("lower", "higher")})),
+        "data": or_null(DATA),
+        "extended": list_of(END),  # the earlier ends, the first one first
+        "init_from": or_null(START),  # the trained weights from which the run started
+        "metric": or_null(METRIC),
         "overrides": list_of(text),
         "parameters": or_null(number),
         "suspect": or_null(text),
         "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
         "wandb_url": or_null(text),
-        "weights": or_null(text),
+        "weights": or_null(WEIGHTS),
     },
 )
 
@@ -150,8 +173,91 @@ def picture(folder: Path) -> bytes | None:
     return None
 
 
+class Weights(NamedTuple):
+    """The weights of a run that is recorded.
+
+    entry: what the record says of them; None if they are not kept.
+    files: the file's content by its path; {} if they are not kept.
+    line: what is printed.
+    """
+
+    entry: dict[str, Any] | None
+    files: dict[Path, bytes]
+    line: str
+
+
+def weights_of(folder: Path, result: Mapping[str, Any], root: Path = ROOT) -> Weights:
+    """The weights of a run, if they are small enough for the repository.
+
+    They are in the run's folder, or were exported to its folder `export`. A file may have
+    WEIGHTS_BYTES, and all of them together ALL_WEIGHTS_BYTES: a repository keeps every version of a
+    file for good.
+
+    ValueError, one line: the file is missing, or is not the one that the result describes.
+    """
+    source, described = described_weights(folder, result)
+    if described is None:
+        reason = f"make a file of them with python -m reproduce.export {folder}, then record it"
+        return Weights(None, {}, f"no weights are kept: {reason}")
+    name = f"weights/{result['experiment']}/{result['run']}.safetensors"
+    target = Path(root) / name
+    obstacle = too_large(described["bytes"], target, Path(root) / "weights")
+    if obstacle is not None:
+        return Weights(None, {}, f"no weights are kept: {obstacle}")
+    file = source / described["file"]
+    content = content_of(file)
+    if content is None or hashlib.sha256(content).hexdigest() != described["sha256"]:
+        raise ValueError(
+            f"{file} is missing, or is not the file that {source / 'result.json'} describes: "
+            "restore it, or make both again"
+        )
+    line = f"weights: {target}, {megabytes(len(content))}"
+    return Weights({**described, "file": name}, {target: content}, line)
+
+
+def described_weights(folder: Path, result: Mapping[str, Any]) -> tuple[Path, dict | None]:
+    """The folder of a run's file of weights, and what its result says of the file, if there is one.
+
+    ValueError, one line: the file in `export` is of other weights than the result.
+    """
+    exported = folder / "export"
+    if result.get("weights") is not None or not (exported / "result.json").is_file():
+        return folder, result.get("weights")
+    other = read_json(exported / "result.json")
+    if (other["run"], other["metrics"]) != (result["run"], result["metrics"]):
+        raise ValueError(f"{exported} is of other weights than {folder}: delete it")
+    return exported, other.get("weights")
+
+
+def too_large(size: int, target: Path, weights: Path) -> str | None:
+    """Why a file of weights is too large for the repository; None: it is not.
+
+    Args:
+        size: in bytes.
+        target: where the file would lie; an older file there is replaced.
+        weights: the folder of all weights.
+    """
+    if size > WEIGHTS_BYTES:
+        return f"they are {megabytes(size)}, and at most {megabytes(WEIGHTS_BYTES)} are"
+    others = [path for path in weights.glob("*/*") if path != target]
+    total = size + sum(path.stat().st_size for path in others)
+    if total > ALL_WEIGHTS_BYTES:
+        limit = megabytes(ALL_WEIGHTS_BYTES)
+        return f"{weights} would grow to {megabytes(total)}, and may have {limit}"
+    return None
+
+
+def megabytes(n: int) -> str:
+    """A number of bytes in megabytes.
+
+    >>> megabytes(3_140_000), megabytes(40_000_000), megabytes(98_765)
+    ('3.1 MB', '40 MB', '0.099 MB')
+    """
+    return f"{n / 1e6:.2g} MB"
+
+
 def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Addition:
-    """The files that record a finished run: `runs/<experiment>/<run>.json`, and a picture.
+    """The files that record a finished run: `runs/<experiment>/<run>.json`, a picture, weights.
 
     Args:
         folder: the run's folder, `outputs/<experiment>/<run>`.
@@ -182,16 +288,18 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Ad
             "a gap at full budget needs a named suspect: "
             f'python -m results add {folder} suspect="..."'
         )
+    weights = weights_of(folder, result, root)
+    result["weights"] = weights.entry
     path = Path(root) / "runs" / result["experiment"] / f"{result['run']}.json"
     content = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
     if not is_new_record(path, content):
         return Addition(lines=[f"{path} is already recorded, with the same content"])
-    files = {}
+    files = dict(weights.files)
     image = picture(folder)
     if image is not None:
         files[path.with_suffix(".png")] = image
     files[path] = content.encode()  # last: the run counts as recorded from here on
-    lines = [f"recorded {path}: {summary(result, statuses)}"]
+    lines = [f"recorded {path}: {summary(result, statuses)}", weights.line]
     if result["dirty"]:
         lines.append(
             f"warning: {result['run']} was made with uncommitted changes: "

@@ -19,7 +19,7 @@ from torch import nn
 
 from datamodules.two_moons import Points
 from flows.glow import Glow
-from lightning_modules.callbacks.curve import Curve, draw_curve
+from lightning_modules.callbacks.curve import Curve
 from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_rows, comparison_table
@@ -28,7 +28,10 @@ from lightning_modules.callbacks.samples import Samples, picture, shown
 from lightning_modules.optimizer_steps import last_step
 from lightning_modules.stopping import RunStopped
 from reproduce.provenance import Provenance
+from results.curves import run_curve, title_of
+from results.drawing import Text, png
 from results.metrics import Metric
+from results.runs import read_curve
 
 BPD = Metric("bpd", "lower", "bits/dim")
 PSNR = Metric("psnr", "higher", "dB")
@@ -527,61 +530,31 @@ def test_the_best_of_a_curve_is_the_metrics(tmp_path, metric, best):
     assert curve.validation_result(metric, best=False) == {key: 25.0}
 
 
-def test_a_curve_of_nothing_finite_can_be_drawn(tmp_path):
-    rows = [{"images": i, "train/bpd": None, "val/bpd": float("nan")} for i in range(3)]
-    papers = [{"metric": "test/bpd", "value": 3.49, "comparable": True}]
-    draw_curve(rows, tmp_path / "curve.png", papers, "", "bits/dim")
-    assert (tmp_path / "curve.png").stat().st_size > 5000
+@pytest.mark.parametrize("comparable", [True, False])
+def test_a_run_draws_the_same_curve_as_the_page_of_its_record(tmp_path, comparable):
+    """The page reads curve.csv, and knows the claims with which a run can be compared."""
+    claim = {"metric": "test/bpd", "value": 1.25, "decimals": 2, "comparable": comparable}
+    curve = Curve(tmp_path, 64, 10, [claim], title_of("glow_photos", "a"))
+    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.1 + i / 3} for i in range(3)]
+    objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
+    curve.on_fit_start(trainer_at(2), objective)
+    curve.on_fit_end(trainer_at(2), objective)
+    metric = {"unit": "bits/dim", "direction": "lower"}
+    rows = read_curve(curve.path)
+    record = {"experiment": "glow_photos", "run": "a", "curve": rows, "metric": metric}
+    picture = run_curve(record, [claim] if comparable else [])
+    assert (tmp_path / "curve.png").read_bytes() == png(picture)
+    texts = [shape.content for shape in picture.shapes if isinstance(shape, Text)]
+    assert ("paper 1.25" in texts) == comparable
+    assert "glow_photos, run a" in texts
 
 
-@pytest.mark.parametrize(
-    ("metric", "lines"),
-    [("lpips", {"val/lpips"}), ("psnr", {"val/psnr", "paper 27.75"}), ("l1", {"val/l1"})],
-)
-def test_the_curve_has_the_line_of_its_own_metric_with_the_claims_decimals(
-    tmp_path, monkeypatch, metric, lines
-):
-    from matplotlib.figure import Figure
-
-    saved = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
-    rows = [{"images": i, f"train/{metric}": None, f"val/{metric}": 1.0 + i} for i in range(3)]
-    papers = [
-        {"metric": "test/psnr", "value": 27.75, "decimals": 2, "comparable": True},
-        {"metric": "test/lpips", "value": 0.12, "decimals": 3, "comparable": False},
-    ]
-    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
-    draw_curve(rows, tmp_path / "curve.png", [], "", "")
-    labels = [{line.get_label() for line in figure.axes[0].lines} for figure in saved]
-    assert labels == [lines, {f"val/{metric}"}]
-
-
-def test_the_curve_has_a_title_and_axes_with_units(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    saved = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
-    curve = Curve(tmp_path, 64, 10, [], "glow_photos, run 1")
-    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": 1.0 + i} for i in range(3)]
+def test_a_curve_of_nothing_finite_has_no_picture(tmp_path):
+    curve = Curve(tmp_path, 64, 10, [])
+    curve.rows = [{"images": i, "train/bpd": None, "val/bpd": math.nan} for i in range(3)]
     objective = density(Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4))
     curve.on_fit_end(trainer_at(2), objective)
-    [axes] = saved[0].axes
-    assert axes.get_title() == "glow_photos, run 1"
-    assert axes.get_xlabel() == "training images seen"
-    assert axes.get_ylabel() == "bpd (bits/dim)"
-
-
-@pytest.mark.parametrize("value", [27.75, 12.5])
-def test_the_papers_value_is_in_view_above_and_below_the_curve(tmp_path, monkeypatch, value):
-    limits = []
-    monkeypatch.setattr(
-        "matplotlib.axes.Axes.set_ylim", lambda axes, *bounds, **more: limits.append(bounds)
-    )
-    rows = [{"images": i, "train/psnr": None, "val/psnr": 20.0 + 2 * i} for i in range(4)]
-    papers = [{"metric": "test/psnr", "value": value, "decimals": 2, "comparable": True}]
-    draw_curve(rows, tmp_path / "curve.png", papers, "", "")
-    low, high = next(bounds for bounds in limits if len(bounds) == 2)
-    assert low < min(22.0, value) < max(26.0, value) < high
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_has_no_papers_number_for_a_run_on_other_data():

@@ -18,7 +18,8 @@ from lightning_modules.callbacks.checkpoints import Checkpoints, finite
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from reproduce import realnvp_moons
 from reproduce.config import ConfigError, compose
-from reproduce.run_folder import load_flow, newest_checkpoint, read_checkpoint, step_checkpoints
+from reproduce.model import load_model
+from reproduce.run_folder import newest_checkpoint, read_checkpoint, step_checkpoints
 from results.metrics import Metric
 
 BIG = {"state_dict": {"w": torch.arange(100_000.0)}}
@@ -170,9 +171,7 @@ def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
         "commit": "0123abc",
     }
     torch.save({"paperflows": origin, "state_dict": weights}, tmp_path / "same.ckpt")
-    assert set(load_flow(tmp_path / "same.ckpt").state_dict()) == {
-        key.removeprefix("flow.") for key in weights
-    }
+    assert set(load_model(tmp_path / "same.ckpt").stored.weights) == set(weights)
     key = next(iter(weights))
     torch.save(
         {"paperflows": origin, "state_dict": weights | {key: torch.zeros(7)}},
@@ -181,7 +180,7 @@ def test_a_run_of_another_layout_is_named_with_its_commit(tmp_path):
     with pytest.raises(
         ConfigError, match=f"other.ckpt does not fit this flow: {key} is .7,. there and .* 0123abc"
     ) as e:
-        load_flow(tmp_path / "other.ckpt")
+        load_model(tmp_path / "other.ckpt")
     assert "\n" not in str(e.value)
 
 

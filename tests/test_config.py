@@ -780,7 +780,9 @@ def test_a_mistake_in_a_preset_names_the_preset(extending, write):
 
 def test_a_recipe_without_the_shared_keys_is_one_line(house, write):
     """What every script reads is in base.yaml; the keys of a model are asked for by its script."""
-    with pytest.raises(ConfigError, match=r"of flow_x has no seed, run_dir, paper, trainer, "):
+    with pytest.raises(
+        ConfigError, match=r"of flow_x has no seed, run_dir, init_from, paper, trainer, "
+    ):
         experiment.load_config("flow_x.py", "", [])
 
     @command

@@ -73,9 +73,10 @@ def test_the_same_settings_are_finished(finished, capsys):
 )
 def test_other_settings_are_refused_by_name(finished, change, stored):
     line = f"{finished} is finished, and was trained with {stored}: say the same, or give another"
-    assert ended(finished, *override([SHORT], [change])) == f"{line} run_dir"
+    line += f" run_dir (with init_from={finished} it starts from these weights)"
+    assert ended(finished, *override([SHORT], [change])) == line
     if "max_steps" not in change:
-        assert ended(finished, LONG, change) == f"{line} run_dir"
+        assert ended(finished, LONG, change) == line
 
 
 def test_all_that_differs_is_named(finished):
@@ -98,7 +99,7 @@ def test_a_result_alone_is_a_run_that_is_not_overwritten(finished, tmp_path):
     assert ended(tmp_path, SHORT) == 0
     assert ended(tmp_path, LONG) == (
         f"{tmp_path} is finished, but its step-*.ckpt, from which it would go on, are gone: "
-        "give another run_dir"
+        f"start a new run from its weights with init_from={tmp_path}, in another run_dir"
     )
 
 
@@ -181,7 +182,8 @@ def test_a_rate_that_has_fallen_to_the_last_step_cannot_go_on(tmp_path, setting)
     assert ended(folder, SHORT, setting) == 0
     assert ended(folder, LONG, setting) == (
         f"{folder} is finished at trainer.max_steps=4, towards which {setting} lowered the "
-        "learning rate: it cannot go on; start a new run in another run_dir"
+        f"learning rate: it cannot go on; start a new run from its weights with init_from={folder},"
+        " in another run_dir"
     )
 
 
@@ -196,12 +198,19 @@ def test_an_extension_that_is_killed_goes_on_bit_for_bit(tmp_path):
     killed = Run(tmp_path / "run", *long, "resume=auto", kill=(9, 1))
     assert killed.wait() == [-signal.SIGKILL], killed.output()
     assert (tmp_path / "run" / "result.json").read_bytes() == content
-    # The tested checkpoint, that of step 4, is removed by now, and the newest takes its place.
+    # The tested checkpoint, that of step 4, is removed by now. Its weights are still loaded, since
+    # the result is theirs; without them the newest take their place.
     steps = [path.name for path in step_checkpoints(tmp_path / "run")]
     assert steps == ["step-00000008.ckpt", "step-00000006.ckpt"]
+    tested = load(tmp_path / "run")
+    assert tested.stored.path.name == "model.safetensors"
+    assert tested.result == json.loads(content)
+    (tmp_path / "run" / "model.safetensors").unlink()
     weights = read_checkpoint(tmp_path / "run" / "checkpoints" / steps[0])["state_dict"]
-    loaded = load(tmp_path / "run").state_dict()
-    assert all(torch.equal(value, weights[f"flow.{key}"]) for key, value in loaded.items())
+    newest = load(tmp_path / "run")
+    assert newest.result is None
+    for key, value in newest.flow.state_dict().items():
+        assert torch.equal(value, weights[f"flow.{key}"])
     resumed = Run(tmp_path / "run", *long, "resume=auto")
     assert resumed.wait() == [0], resumed.output()
     assert resumed.losses() == whole.losses()

@@ -144,7 +144,7 @@ def test_a_glow_begins_at_about_the_bits_of_its_data(name, finished):
 def test_load_gives_the_tested_flow(name, finished):
     """It is the tested flow, bit for bit; its bits/dim, taken here by hand, are test/bpd."""
     folder, result, module = finished(name)
-    flow = load(folder)
+    flow = load(folder).flow
     assert not flow.training
     data = make_data(seed=0, **result["config"]["data"])
     data.setup()
@@ -175,7 +175,7 @@ def test_samples_of_a_conditional_glow_have_a_class_a_column(finished):
     columns = [row[:, 16 + i * cell : (i + 1) * cell] for i in range(14)]
     assert all(np.array_equal(columns[i], columns[i + 7]) for i in range(7))
     assert len({column.tobytes() for column in columns}) == 7
-    flow = load(folder / "checkpoints" / "step-00000003.ckpt")
+    flow = load(folder / "checkpoints" / "step-00000003.ckpt").flow
     means = flow.sample(1, 0.0, torch.arange(7))[0].detach()
     for column, mean in zip(columns, means, strict=False):
         shown = 8 * (mean * 32).floor().clamp(0, 31).permute(1, 2, 0).numpy()  # of 5 bits
@@ -230,7 +230,7 @@ def test_an_interrupted_glow_ends_bit_for_bit_as_if_it_had_not_been(
     initialized = [value for key, value in b["state_dict"].items() if key.endswith(".initialized")]
     assert len(initialized) == 9  # a level: one in the step, two in its network
     assert all(initialized)
-    assert not uninitialized(load(tmp_path / "parts"))
+    assert not uninitialized(load(tmp_path / "parts").flow)
 
 
 def test_a_checkpoint_of_realnvp_is_no_glow_s(finished, tmp_path):

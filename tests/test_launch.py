@@ -230,7 +230,7 @@ def test_every_command_takes_the_packages_beside_it():
 
 
 def test_an_import_of_a_script_leaves_the_search_path_as_it_is():
-    """load_flow imports scripts. The folder of an installed copy may shadow Python's modules."""
+    """`load` imports scripts. The folder of an installed copy may shadow Python's modules."""
     for path in (ROOT / "reproduce").glob("*.py"):
         if "sys.path" not in path.read_text(encoding="utf-8"):
             continue

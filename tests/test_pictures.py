@@ -11,10 +11,9 @@ from datamodules.images import ImageArray
 from flows.context import Classes
 from flows.realnvp import RealNVP
 from lightning_modules.noise import image_noise
-from reproduce import pictures, realnvp_cifar10, realnvp_moons
+from reproduce import load, pictures, realnvp_cifar10, realnvp_moons
 from reproduce.config import override
 from reproduce.pictures import attribute_direction, interpolate, keep_levels, move
-from reproduce.run_folder import load_flow, read_run
 
 CASE = next(case for case in MODELS if case.name == "RealNVP-3scales")
 NAMES = ("ape", "bee", "cat")
@@ -77,12 +76,13 @@ def labelled(monkeypatch):
 @pytest.fixture
 def conditional(monkeypatch, labelled):
     def read(folder):
-        flow, origin = read_run(folder)
-        other = Conditional(flow.shape, n_scales=2, hidden_channels=4, n_blocks=1).eval()
-        other.load_state_dict(flow.state_dict())
-        return other, origin
+        model = load(folder)
+        other = Conditional(model.shape, n_scales=2, hidden_channels=4, n_blocks=1).eval()
+        other.load_state_dict(model.flow.state_dict())
+        model.flow = other
+        return model
 
-    monkeypatch.setattr(pictures, "read_run", read)
+    monkeypatch.setattr(pictures, "load_model", read)
 
 
 def draw(*words):
@@ -207,7 +207,7 @@ def test_what_the_pictures_show(finished, tmp_path):
     assert (grid[0] == grid[0, :1]).all()  # T = 0
     assert (grid[-1] != grid[-1, :1]).any()
     with torch.no_grad():
-        samples = load_flow(finished).sample(3, 0.7, generator=torch.Generator().manual_seed(0))
+        samples = load(finished).flow.sample(3, 0.7, generator=torch.Generator().manual_seed(0))
     samples = (samples * 256).floor().clamp(0, 255).permute(0, 2, 3, 1).int().numpy()
     assert np.abs(grid[pictures.TEMPERATURES.index(0.7)] - samples).max() <= 1
 

@@ -35,7 +35,7 @@ def open_no_folder(path, *arguments, **options):
 os.open = open_no_folder
 del os.O_DIRECTORY
 result = realnvp_moons.main(sys.argv[1:])
-flow = load(result["config"]["run_dir"])
+flow = load(result["config"]["run_dir"]).flow
 print("loaded", type(flow).__name__, tuple(flow.sample(3).shape))
 ignore_signals(0)
 print("ignores SIGTERM:", signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)

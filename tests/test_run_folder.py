@@ -18,7 +18,6 @@ from reproduce.experiment import load_config
 from reproduce.run_folder import (
     check_checkpoint,
     check_run_dir,
-    load_flow,
     newest_checkpoint,
     open_folder,
 )
@@ -182,7 +181,7 @@ def test_a_damaged_result_is_one_line_with_the_files_name(tmp_path, content):
     add_curve(tmp_path / "run", 0)
     path = tmp_path / "run" / "result.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    for read in (lambda: check_run_dir(config_for(path.parent)), lambda: load_flow(path.parent)):
+    for read in (lambda: check_run_dir(config_for(path.parent)), lambda: load(path.parent)):
         with pytest.raises(ConfigError) as refusal:
             read()
         assert f"{path} is not the result of a run: delete it" in str(refusal.value)

@@ -147,7 +147,7 @@ def test_the_printed_table_shows_no_papers_number_beside_photographs(finished):
 
 def test_load_gives_the_tested_flow(finished):
     folder, _ = finished
-    flow = load(folder)
+    flow = load(folder).flow
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     assert not flow.training
     assert torch.equal(
@@ -155,7 +155,7 @@ def test_load_gives_the_tested_flow(finished):
         best["state_dict"]["flow.scales.0.layers.0.log_scale_factor"],
     )
     x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(flow.log_prob(x), load(newest(folder).parent / "best.ckpt").log_prob(x))
+    assert torch.equal(flow.log_prob(x), load(newest(folder).parent / "best.ckpt").flow.log_prob(x))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load(folder / "samples")
 

@@ -19,6 +19,8 @@ from omegaconf import OmegaConf
 from wandb_file import parts_of
 
 from reproduce.config import CONFIGS, ConfigError, compose
+from reproduce.grid import rows
+from reproduce.grid import words as words_of_row
 from reproduce.sweep import agent_arguments, in_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +31,12 @@ QUICK = {
     "realnvp_photos",
     "glow_cifar10_conditional",
 }  # the others: slow
+GRIDS = {"realnvp_cifar10_grid", "realnvp_cifar10_gpu"}
 RUN = [
     pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow)
     for path in FILES
-    if path.stem != "realnvp_cifar10"  # has a test of its own
+    # The first has a test of its own, and the second needs a GPU.
+    if path.stem not in ("realnvp_cifar10", "realnvp_cifar10_gpu")
 ]
 CIFAR = "realnvp_cifar10"
 RUN_ID = "kd83hsl0"
@@ -152,9 +156,30 @@ def violations(sweep):
 
 
 def test_there_are_sweeps():
-    """There is one for each recipe, and a grid."""
+    """There is one for each recipe, and two grids."""
     recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - {"base"}
-    assert {path.stem for path in FILES} == recipes | {"realnvp_cifar10_grid"}
+    assert {path.stem for path in FILES} == recipes | GRIDS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_ends_and_has_several_seeds(path):
+    """The points of realnvp_moons are drawn by the seed, so that its runs share one."""
+    sweep = load(path)
+    assert 1 <= sweep["run_cap"] <= 100
+    seeds = sweep["parameters"].get("seed", {}).get("values", [])
+    assert len(seeds) == (0 if path.stem == "realnvp_moons" else 3)
+    if sweep["method"] == "grid":
+        assert sweep["run_cap"] == len(rows(path))
+
+
+def test_a_grid_for_a_gpu():
+    path = CONFIGS / "sweeps" / "realnvp_cifar10_gpu.yaml"
+    configs = [compose(CIFAR, words_of_row(row)) for row in rows(path)]
+    assert {config.trainer.accelerator for config in configs} == {"gpu"}
+    assert {(config.optim.lr, config.seed) for config in configs} == {
+        (lr, seed) for lr in (1e-3, 2e-3, 4e-3) for seed in range(3)
+    }
+    assert {config.logger.name for config in configs} == {"wandb"}
 
 
 @pytest.mark.parametrize(
@@ -206,11 +231,11 @@ def test_a_sweep_is_of_its_recipe(path):
     """
     sweep = load(path)
     experiment = experiment_of(sweep)
-    assert path.stem.removesuffix("_grid") == experiment
+    assert path.stem.removesuffix("_grid").removesuffix("_gpu") == experiment
     assert (ROOT / sweep["program"]).is_file()
     assert sweep["name"] == path.stem
     assert sweep["metric"]["name"] == ("val/nll" if experiment == "realnvp_moons" else "val/bpd")
-    assert (sweep["method"] == "grid") == path.stem.endswith("_grid")
+    assert (sweep["method"] == "grid") == (path.stem in GRIDS)
     assert ("early_terminate" in sweep) == (sweep["method"] != "grid")
     assert not [key for key, parameter in sweep["parameters"].items() if "parameters" in parameter]
     own = [word for word in sweep["command"] if not word.startswith("${")]
@@ -230,6 +255,7 @@ def test_the_agent_expands_a_command(clean, tmp_path):
         *("/usr/bin/env", "python", "reproduce/realnvp_cifar10.py"),
         *("preset=cpu", "logger.name=wandb", "trainer.max_steps=-1", "trainer.max_epochs=15"),
         *("optim.lr=0.0001", "flow.hidden_channels=8", "flow.n_blocks=1", "data.batch_size=32"),
+        "seed=0",
     ]
     assert (environment["WANDB_SWEEP_ID"], environment["WANDB_RUN_ID"]) == ("abcd1234", RUN_ID)
 

@@ -14,21 +14,26 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import cases
 import numpy as np
 import pytest
+import torch
 import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 from wandb_file import parts_of
 
-from reproduce import loggers, realnvp_cifar10
+from lightning_modules.callbacks import throughput
+from reproduce import load, loggers, realnvp_cifar10
 from reproduce.config import ConfigError, compose, override
 from reproduce.loggers import close, make_logger, mark_preempting, report
 from reproduce.provenance import git_state
+from reproduce.run_folder import read_checkpoint
+from reproduce.sweep import FACTS
 
 BATCH = 16
 TINY = override(cases.TINY, ["logger.name=wandb", "trainer.log_every_n_steps=2"])
@@ -105,9 +110,11 @@ def resumed(tmp_path_factory):
             contextlib.redirect_stderr(err),
         ):
             arguments = [f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"]
-            results.append(realnvp_cifar10.main(override(TINY, arguments)))
+            weights = f"logger.weights={str(steps == 7).lower()}"
+            results.append(realnvp_cifar10.main(override(TINY, [*arguments, weights])))
         outputs.append((out.getvalue(), err.getvalue()))
-        (folder / "result.json").rename(folder / f"result-{steps}.json")
+        if steps == 4:  # else the run would count as finished
+            (folder / "result.json").rename(folder / "result-4.json")
     return SimpleNamespace(folder=folder, outputs=outputs, results=results, parts=parts_of(folder))
 
 
@@ -123,6 +130,45 @@ def test_curves_are_the_curve_over_steps_and_images(resumed):
     assert {2, 4, 6} <= set(train)
     assert all(2 < value < 20 for value in train.values())
     assert {row["lr-Adam"] for row in rows if "lr-Adam" in row} == {1e-3}
+
+
+def test_rows_have_the_seconds_of_the_run_and_training_rows_its_speed(resumed):
+    """Seconds go on from the checkpoint after a resume, as in curve.csv."""
+    with (resumed.folder / "curve.csv").open() as file:
+        curve = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
+    first, second = ([row["trainer/seconds"] for row in part.rows] for part in resumed.parts)
+    assert first == sorted(first)
+    assert second == sorted(second)
+    assert second[0] >= curve[3]
+    rows = [row for part in resumed.parts for row in part.rows]
+    for row in rows:
+        step = row["trainer/global_step"]
+        if step in curve and "val/bpd" in row and step > 0:
+            assert curve[step] <= row["trainer/seconds"] < curve[step] + 30
+    speeds = {
+        row["trainer/global_step"]: row["trainer/images_per_second"]
+        for row in rows
+        if "trainer/images_per_second" in row
+    }
+    assert set(speeds) == {2, 4, 6}  # every second step
+    assert all(speed > BATCH / 30 for speed in speeds.values())
+
+
+def test_the_speed_is_that_of_training_without_validations(monkeypatch):
+    seconds = iter([100.0, 105.0, 125.0, 130.0, 200.0])
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(seconds))
+    trainer = SimpleNamespace(global_step=3, log_every_n_steps=4, accumulate_grad_batches=2)
+    logged = []
+    module = SimpleNamespace(log=lambda key, value: logged.append((trainer.global_step, value)))
+    callback = throughput.Throughput(BATCH)
+    callback.on_train_start(trainer, module)  # second 100, as a run that goes on
+    for step, batch_idx in ((3, 0), (4, 1), (4, 2), (5, 3)):
+        if (step, batch_idx) == (4, 1):
+            callback.on_validation_start(trainer, module)  # 105
+        callback.on_train_batch_start(trainer, module, None, batch_idx)  # 125, after it
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, module, None, None, batch_idx)  # 130
+    assert logged == [(4, BATCH / 10)]  # 30 seconds, of which 20 were no training
 
 
 def test_one_row_a_step_also_over_the_parts_of_a_run(resumed):
@@ -168,6 +214,38 @@ def test_config_group_name_and_tags(resumed):
         assert list(part.run.tags) == tags
 
 
+def test_config_tells_where_the_numbers_come_from(resumed):
+    for part, result in zip(resumed.parts, resumed.results, strict=True):
+        facts = {key: part.config[key] for key in FACTS}
+        assert facts == {key: result[key] for key in FACTS}
+        assert facts["parameters"] == 18_701
+        assert facts["versions"]["torch"] == metadata.version("torch")
+        assert "threads" in facts["device"]
+
+
+def test_weights_are_an_artifact_where_asked_for(resumed, tmp_path):
+    """Its files are a folder from which the tested weights load."""
+    first, second = resumed.parts
+    assert models_of(first) == []
+    [artifact] = models_of(second)
+    assert artifact.name == f"realnvp_cifar10-{second.run.run_id}"
+    metrics = resumed.results[1]["metrics"]
+    assert json.loads(artifact.metadata)["test/bpd"] == metrics["test/bpd"]
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert names == {"model.safetensors", "result.json", "config.yaml"}
+    for entry in artifact.manifest.contents:
+        (tmp_path / entry.path).write_bytes(Path(entry.local_path).read_bytes())
+        assert Path(entry.local_path).is_relative_to(resumed.folder)  # and no copy in the home
+    weights = read_checkpoint(resumed.folder / "checkpoints" / "best.ckpt")["state_dict"]
+    loaded = load(tmp_path).flow.state_dict()
+    assert loaded
+    assert all(torch.equal(value, weights[f"flow.{key}"]) for key, value in loaded.items())
+
+
+def models_of(part):
+    return [record for record in part.records.get("artifact", []) if record.type == "model"]
+
+
 def test_table_holds_the_printed_rows(resumed):
     part = resumed.parts[1]
     result = resumed.results[1]
@@ -206,6 +284,16 @@ def test_pictures_are_those_of_the_run_folder(resumed):
         assert np.array_equal(picture, written[name])
     assert shown["reconstruction-0000007.png"].std() > 20
     assert shown["reconstruction-0000007.png"].max() > 200
+
+
+def test_pictures_have_captions(resumed):
+    captions = {}
+    for row in [row for part in resumed.parts for row in part.rows]:
+        for name in ("samples", "reconstruction"):
+            if f"pictures/{name}.captions" in row:
+                [captions[name, row["trainer/global_step"]]] = row[f"pictures/{name}.captions"]
+    assert captions["samples", 3] == "step 3, samples at T=0.5, T=0.7, T=0.9, T=1 from the top"
+    assert captions["reconstruction", 7] == ("step 7, validation data above, reconstructions below")
 
 
 def test_a_resumed_run_is_the_same_at_wandb(resumed):
@@ -250,6 +338,31 @@ def test_a_mode_that_wandb_has_not_is_one_line(tmp_path, alone, monkeypatch):
         make_logger(config_for(tmp_path / "run"))
     line = "WANDB_MODE=garbage in the environment is not known: give one of online, offline,"
     assert str(refusal.value).startswith(line)
+
+
+@pytest.mark.parametrize("key", ["abc", f"local-{'a' * 39}", "a b"])
+def test_a_key_that_is_too_short_is_one_line(tmp_path, alone, key):
+    alone.setenv("WANDB_API_KEY", key)
+    with pytest.raises(ConfigError) as refusal:
+        make_logger(config_for(tmp_path / "run"))
+    n = len(key.removeprefix("local-"))
+    assert str(refusal.value) == (
+        f"WANDB_API_KEY in the environment has {n} characters, and a key of W&B at least 40: "
+        "run unset WANDB_API_KEY and wandb login, or add logger.name=csv"
+    )
+    alone.setenv("WANDB_MODE", "offline")  # where no key is needed
+    assert make_logger(config_for(tmp_path / "run")).settings.mode == "offline"
+
+
+@pytest.mark.parametrize("key", ["a" * 40, f"local-{'a' * 40}", "wandb_v1_" + "a" * 77, "a.b.c"])
+def test_keys_of_all_forms_are_taken(alone, key):
+    alone.setenv("WANDB_API_KEY", key)
+    loggers._check_key()
+
+
+def test_weights_without_wandb_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"logger\.name=csv does not: give logger\.name=wandb$"):
+        make_logger(config_for(tmp_path / "run", "logger.name=csv", "logger.weights=true"))
 
 
 def test_a_preempted_run_says_so_and_keeps_its_exit_code(tmp_path, alone, capsys):
@@ -552,6 +665,23 @@ def test_a_login_is_looked_up_for_the_server_in_use(tmp_path, alone, host):
     assert not loggers._logged_in(server)
     write_login(tmp_path, host)
     assert loggers._logged_in(server)
+
+
+def test_a_server_that_is_named_without_a_login_is_named(tmp_path, alone, caplog, strange_server):
+    """wandb's own server is not: nobody may have thought of W&B at all."""
+    caplog.set_level("INFO")
+    host = f"127.0.0.1:{strange_server[1]}"
+    assert loggers._mode() == "offline"
+    assert offline_lines(caplog) == []
+    alone.setenv("WANDB_BASE_URL", f"http://{host}")
+    wandb.teardown()
+    assert loggers._mode() == "offline"
+    assert offline_lines(caplog) == [
+        f"W&B: nobody is logged in; wandb login --host=http://{host} does it: "
+        "this run is logged offline"
+    ]
+    write_login(tmp_path, host)
+    assert loggers._mode() == "online"
 
 
 def test_a_login_is_looked_up_where_wandb_does(tmp_path, alone):

@@ -9,11 +9,11 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_modules.callbacks.png import write_png
 from lightning_modules.objective import as_objective
 from lightning_modules.optimizer_steps import ends_step, last_step, validates_now
 from lightning_modules.stopping import writing
-from results import is_number, printed
+from results.curves import curve
+from results.drawing import png
 from results.files import write
 from results.metrics import Metric
 
@@ -123,10 +123,14 @@ class Curve(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.folder / "curve.png"
+        metric = as_objective(pl_module).metric
+        claims = [paper for paper in self.papers if paper["comparable"]]
+        picture = None
+        if trainer.is_global_zero:
+            picture = curve(self.rows, self.title, metric.unit, metric.direction, claims)
         with writing(trainer, path):
-            if trainer.is_global_zero and self.rows:
-                unit = as_objective(pl_module).metric.unit
-                draw_curve(self.rows, path, self.papers, self.title, unit)
+            if picture is not None:
+                write(path, png(picture))
 
     def validation_result(self, metric: Metric, best: bool) -> dict[str, float]:
         """{"val/M": value} of the best or the last validation after step 0; empty if there is none.
@@ -183,41 +187,3 @@ class Curve(L.Callback):
                 writer.writeheader()
                 writer.writerows(self.rows)
                 write(self.path, table.getvalue())
-
-
-def draw_curve(
-    rows: list[Row], path: Path, papers: list[dict[str, Any]], title: str, unit: str
-) -> None:
-    """Draw train/M and val/M over the images seen, as a PNG, without values that are not finite.
-
-    rows, papers, title: as in `Curve`. unit: the unit of M. A comparable claim of a
-    paper on M is drawn as a dashed line.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel="training images seen")
-    keys = [key for key in rows[0] if "/" in key]
-    name = keys[0].partition("/")[2]
-    axes.set_ylabel(f"{name} ({unit})" if unit else name)
-    for key in keys:
-        points = [(row["images"], row[key]) for row in rows if is_number(row[key])]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=key, marker=".")
-    values = [row[key] for row in rows[1:] for key in keys if is_number(row[key])]
-    claims = [paper for paper in papers if paper["comparable"]]
-    paper = next((p for p in claims if f"val/{p['metric'].split('/')[-1]}" in rows[0]), None)
-    if paper is not None:
-        label = f"paper {printed(paper['value'], paper)}"
-        axes.axhline(paper["value"], linestyle="--", color="grey", label=label)
-    if values:
-        if paper is not None:
-            values.append(paper["value"])
-        low = min(values)
-        high = max(values)
-        axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    write_png(path, lambda stream: figure.savefig(stream, dpi=110))

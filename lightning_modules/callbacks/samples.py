@@ -72,6 +72,7 @@ class Samples(L.Callback):
         self.drawn_at = 0  # the step of the newest pictures
         self.batch: list[Tensor] | None = None  # the first validation data
         self.finite: dict[str, float] = {}  # key in the log -> share of finite samples
+        self.labels: list[str] = []  # of the rows of the newest picture of samples
         self.reported: set[str] = set()  # keys whose share was below 1 at the newest pictures
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +130,7 @@ class Samples(L.Callback):
         self._report_shares(objective, failures)
         n_bits = objective.n_bits or 8
         pictures: dict[str, Tensor] = {}
+        self.labels = list(samples)
         if samples:
             pictures["samples"] = picture(list(samples.values()), n_bits, list(samples))
         if reconstruction:
@@ -201,7 +203,10 @@ class Samples(L.Callback):
             for name, image in pictures.items():
                 # uint8, since W&B shows floats in [0, 1] as black.
                 trainer.logger.log_image(
-                    f"pictures/{name}", [as_array(image)], step=trainer.global_step
+                    f"pictures/{name}",
+                    [as_array(image)],
+                    step=trainer.global_step,
+                    caption=[caption(name, trainer.global_step, self.labels)],
                 )
         if trainer.logger is not None and self.finite:
             trainer.logger.log_metrics(self.finite, step=trainer.global_step)
@@ -300,16 +305,28 @@ def picture(rows: list[Tensor], n_bits: int, labels: Sequence[str] = ()) -> Tens
     images = torch.cat(rows).float().cpu()
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    finite = images.isfinite().all(1, keepdim=True)
-    images = images.nan_to_num(0.0, 0.0, 0.0)
-    levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
-    levels = levels.where(finite, levels.new_tensor(NOT_FINITE).view(1, 3, 1, 1))
-    grid = make_grid(levels, nrow=len(rows[0]), pad_value=255)
+    grid = make_grid(as_levels(images, n_bits), nrow=len(rows[0]), pad_value=255)
     scale = max(1, 64 // images.shape[-1])
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if not any(labels):
         return grid
     return torch.cat([margin(labels, grid.shape[1]), grid], 2)
+
+
+def as_levels(images: Tensor, n_bits: int) -> Tensor:
+    """Images in [0, 1] as integers from 0 to 255, (N, C, H, W) uint8.
+
+    A value becomes the lower end of its bin, one of 2^n_bits. A pixel with a value that is not
+    finite has the colour NOT_FINITE, or 255 in images that have not three channels.
+
+    >>> as_levels(torch.tensor([0.0, 0.3, 2.0]).view(1, 1, 1, 3), n_bits=2).tolist()
+    [[[[0, 64, 255]]]]
+    """
+    finite = images.isfinite().all(1, keepdim=True)
+    images = images.nan_to_num(0.0, 0.0, 0.0)
+    levels = ((images * 2**n_bits).floor() * 2 ** (8 - n_bits)).clamp(0, 255).to(torch.uint8)
+    colour = NOT_FINITE if images.shape[1] == 3 else (255,)
+    return levels.where(finite, levels.new_tensor(colour).view(1, -1, 1, 1))
 
 
 def margin(labels: Sequence[str], height: int) -> Tensor:
@@ -325,6 +342,24 @@ def margin(labels: Sequence[str], height: int) -> Tensor:
         middle = (LABEL_SPACE, (i + 0.5) * row_height)
         draw.text(middle, label, fill="black", font=font, anchor="lm")
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def caption(name: str, step: int, labels: Sequence[str]) -> str:
+    """The text below a picture at W&B. labels: of the rows of samples, from the top.
+
+    >>> caption("samples", 500, ["T=0.7", "T=1"])
+    'step 500, samples at T=0.7, T=1 from the top'
+    >>> caption("samples", 500, [""])
+    'step 500, samples'
+    """
+    if name == "reconstruction":
+        return f"step {step}, validation data above, reconstructions below"
+    text = f"step {step}, {name}"
+    if any(labels):
+        text += f" at {', '.join(labels)}"
+    if len(labels) > 1:
+        text += " from the top"
+    return text
 
 
 def as_array(image: Tensor) -> np.ndarray:
