@@ -7,6 +7,7 @@ the dequantiser that turns the integers into real numbers.
 from typing import Any
 
 from datamodules.cifar10 import CIFAR10
+from datamodules.folder import ImageFolder
 from datamodules.mnist import MNIST, FashionMNIST
 from datamodules.photos import Photos
 from datamodules.stateless import StatelessDataModule
@@ -15,6 +16,7 @@ from datamodules.two_moons import TwoMoons
 DATA: dict[str, type[StatelessDataModule]] = {
     "cifar10": CIFAR10,
     "fashion_mnist": FashionMNIST,
+    "folder": ImageFolder,
     "mnist": MNIST,
     "photos": Photos,
     "two_moons": TwoMoons,

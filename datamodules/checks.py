@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TypeGuard
 
 
+class SharedError(ValueError):
+    """A mistake that all processes of a run end with, so that one of them is enough to say it."""
+
+
 def check_count(key: str, value: int, least: int, most: int | None = None) -> None:
     """Refuse a value that is not a whole number from `least` to `most` (None: no upper bound).
 

@@ -76,7 +76,7 @@ class CIFAR10(ImageFiles):
             labels=labels,
         )
 
-    def prepare_data(self) -> None:
+    def _obtain(self) -> None:
         """Make sure that the pickles are under `root`, if they are not in memory yet.
 
         If they are missing, they are unpacked from the archive in `root`, or else from a download

@@ -1,4 +1,4 @@
-"""Images in memory, whose augmentation is a function of (seed, epoch, index).
+"""Images whose augmentation is a function of (seed, epoch, index).
 
 `ImageFiles` is the base class of the data sets that are read from official files.
 """
@@ -6,7 +6,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,10 +33,19 @@ class Draws(NamedTuple):
     shifts: np.ndarray
 
 
-class ImageArray(Dataset[Item]):
-    """Images in memory. The item of key (epoch, index) is (image, index), or (image, index, label).
+class Images(Protocol):
+    """N images, of which the item k is (C, H, W), uint8."""
 
-    images: (N, C, H, W), uint8. The image of an item is (C, H, W), uint8, from 0 to 2^n_bits - 1.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int, /) -> np.ndarray: ...
+
+
+class ImageArray(Dataset[Item]):
+    """Images. The item of key (epoch, index) is (image, index), or (image, index, label).
+
+    images: N images, (C, H, W), uint8: an array, or what reads them from a file. The image of an
+        item is (C, H, W), uint8, from 0 to 2^n_bits - 1.
     seed: the seed of flips and shifts.
     hflip: whether half of the images are mirrored.
     shift: the largest shift along each axis, as a share of the side.
@@ -47,7 +56,7 @@ class ImageArray(Dataset[Item]):
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: Images,
         seed: int = 0,
         hflip: bool = False,
         shift: float = 0.0,
@@ -68,7 +77,7 @@ class ImageArray(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         draws = self._draws_of(epoch)
-        pixels = self.images[index]
+        pixels = self._pixels(epoch, index)
         if self.shift:
             pixels = shift_image(pixels, draws.shifts[index])
         image = torch.from_numpy(pixels >> (8 - self.n_bits))
@@ -78,6 +87,10 @@ class ImageArray(Dataset[Item]):
             return image, index
         return image, index, int(self.labels[index])
 
+    def _pixels(self, epoch: int, index: int) -> np.ndarray:
+        """An image before it is shifted and mirrored, (C, H, W). It may depend on the epoch."""
+        return self.images[index]
+
     def _draws_of(self, epoch: int) -> Draws:
         """The random numbers of an epoch: flips and shifts, each from its own generator."""
         if self._draws is None or self._draws.epoch != epoch:
@@ -85,7 +98,7 @@ class ImageArray(Dataset[Item]):
             shares = np.random.default_rng([self.seed, epoch, 2]).uniform(
                 -self.shift, self.shift, (len(self), 2)
             )
-            self._draws = Draws(epoch, flips, shares * self.images.shape[-2:])
+            self._draws = Draws(epoch, flips, shares * self.images[0].shape[-2:])
         return self._draws
 
 
@@ -111,7 +124,7 @@ class ImageFiles(StatelessDataModule):
     """The base class of labelled images that are read from official files into memory.
 
     A subclass declares `shape`, `n_images`, `n_classes` and `class_names`, obtains the files in
-    `prepare_data`, and reads them in `_read_images`.
+    `_obtain`, and reads them in `_read_images`.
 
     root: the folder that contains the files. `~` is the home folder.
     n_val: how many training images are held out for validation. This split is our own, since the
@@ -175,6 +188,7 @@ class ImageFiles(StatelessDataModule):
         """
         if hasattr(self, "test"):
             return
+        self._raise_problems()
         images, labels = self._read_images("train")
         order = self._order(len(images))
         val = np.sort(order[: self.n_val])

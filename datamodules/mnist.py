@@ -88,7 +88,7 @@ class MNIST(ImageFiles):
             )
         self.split = split
 
-    def prepare_data(self) -> None:
+    def _obtain(self) -> None:
         """Download the files that are missing under `root`, if they are not in memory yet.
 
         Raises FileNotFoundError: they could not be obtained. Raises ValueError: a download is not

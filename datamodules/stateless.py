@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.checks import check_count
+from datamodules.checks import SharedError, check_count
 from datamodules.dequantization import Dequantizer
 from datamodules.samplers import EvalSampler, TrainLoader, TrainSampler, n_micro_batches
 
@@ -43,6 +43,8 @@ class StatelessDataModule(L.LightningDataModule):
                         data sets, indexed by a key (epoch, index). An item is (datum, index), or
                         with labels (datum, index, label), and a pure function of the seed and the
                         key. `val` and `test` do not depend on the epoch. `val` may be empty.
+        content_hash    one sha256 of all data, for a data set of which there is no official
+                        version; None for any other.
 
     Batches are collated items. If a data set has no validation split of its own, the datamodule
     takes an argument `n_val` (data.n_val in a recipe): how many training data are held out for
@@ -63,9 +65,11 @@ class StatelessDataModule(L.LightningDataModule):
     n_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     labels: bool = False
+    content_hash: str | None = None
     train: Dataset
     val: Dataset
     test: Dataset
+    _problem: Exception | None = None
 
     def __init__(
         self, batch_size: int, micro_batch: int | None, num_workers: int, seed: int
@@ -82,10 +86,43 @@ class StatelessDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
 
+    def prepare_data(self) -> None:
+        """Make sure that the files exist. Lightning calls it in one process of each machine.
+
+        Raises OSError or ValueError, one line: they do not, and cannot be obtained. If there are
+        other processes, `setup` raises it in all of them instead: they would wait for this one.
+        """
+        try:
+            self._obtain()
+        except (OSError, ValueError) as error:
+            if not distributed.is_initialized():
+                raise
+            self._problem = error
+
+    def _obtain(self) -> None:
+        """Obtain the files; data without files have nothing to do here."""
+
+    def _raise_problems(self) -> None:
+        """Raise the error that `prepare_data` met in any process, in all of them: SharedError.
+
+        `setup` of a data set with files begins with it.
+        """
+        if not distributed.is_initialized():
+            return
+        own = None if self._problem is None else " ".join(str(self._problem).split())
+        texts: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(texts, own)
+        for text in filter(None, texts):
+            raise SharedError(text) from self._problem
+
     @property
     def n_train(self) -> int:
         """The size of the training set, after `setup`."""
         return n_items(self.train)
+
+    def counts(self) -> dict[str, int]:
+        """The size of each split, after `setup`."""
+        return {split: n_items(getattr(self, split)) for split in ("train", "val", "test")}
 
     def train_dataloader(self) -> TrainLoader:
         """The batches of this rank, in the order of the sampler's epoch."""

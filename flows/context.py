@@ -25,7 +25,10 @@ class Classes:
 
     def check(self, context: object, model: str) -> None:
         """Refuse a context that holds no classes. Raises ValueError. model: the model's name."""
-        request = f"this {model} is class-conditional: give the classes as context, (B,) int64"
+        request = (
+            f"this {model} is class-conditional: give the classes as context, (B,) int64, "
+            "for example torch.tensor([0])"
+        )
         if not isinstance(context, Tensor):
             raise ValueError(f"{request}, not {type(context).__name__}")
         if context.dim() != 1 or context.dtype != torch.int64:

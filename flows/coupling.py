@@ -212,8 +212,9 @@ class SigmoidCoupling(AdditiveCoupling):
     Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. This class follows the authors' code,
     which produced the published numbers: it shifts first, and bounds the scale above by 1, since
     without a bound training did not converge (openai/glow issue 62). The code has no lower bound,
-    m = 0. Small scales make the inverse inexact in float32; results/README.md measures the effect
-    of m > 0.
+    m = 0. The inverse divides by the scale, so small scales make it inexact in float32: a trained
+    flow may give single images back some grey levels off. A flow in float64 (`flow.double()`) does
+    not; results/README.md measures the effect of m > 0.
 
     conditioner: maps the first half of the channels and the context to t and r, concatenated along
         the channels: (B, C, H, W).

@@ -134,7 +134,12 @@ class CouplingBatchNorm(Flow, _BatchNorm):
         return z * torch.exp(log_std) + mean, self._volume(log_std, z)
 
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, (C,) each, of the global batch; also updates the running averages."""
+        """Mean and variance, (C,) each, of the global batch; also updates the running averages.
+
+        Raises ValueError: the batch is empty, and has no moments.
+        """
+        if not len(x):
+            raise ValueError("an empty batch has no mean: a batch norm cannot be trained with it")
         if self.mask is not None:
             x = x * self.mask(x)
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -194,8 +199,7 @@ class ActNorm(Flow):
     code, `logscale_factor`).
 
     >>> norm = ActNorm(channels=3)
-    >>> with torch.no_grad():
-    ...     y = norm.initialize(5 + 2 * torch.randn(64, 3, 8, 8))
+    >>> y = norm.initialize(5 + 2 * torch.randn(64, 3, 8, 8))
     >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
     True
     >>> torch.allclose(y.std((0, 2, 3)), torch.ones(3), atol=1e-3)
@@ -203,6 +207,9 @@ class ActNorm(Flow):
     """
 
     LOG_SCALE_FACTOR = 3.0
+    # `initialize` needs this many values of each channel. With fewer, some of the many standard
+    # deviations of a deep flow come out far too small, and other data get absurd likelihoods.
+    FEWEST_VALUES = 32
 
     initialized: Tensor
 
@@ -211,6 +218,8 @@ class ActNorm(Flow):
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.awaits_data = True
+        self.register_load_state_dict_post_hook(_note_initialized)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.normalize(x), self._log_det(x)
@@ -222,18 +231,53 @@ class ActNorm(Flow):
         """y without the log-determinant, for actnorms inside of networks."""
         return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
 
+    @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if not self.initialized:
-            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-            log_std = torch.log(var.sqrt() + 1e-6)
+            mean, std = self._moments(x)
             self.bias.copy_(-mean[:, None, None])
-            self.log_scale.copy_(-log_std[:, None, None] / self.LOG_SCALE_FACTOR)
+            self.log_scale.copy_(-torch.log(std + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR)
             self.initialized.fill_(True)
+            self.awaits_data = False
         return self.normalize(x)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of a first batch, (C,).
+
+        Raises ValueError: the batch has too few values, one that is not finite, or only one value.
+        """
+        n, channels, height, width = x.shape
+        if n * height * width < self.FEWEST_VALUES:
+            raise ValueError(
+                f"the first batch, {n} data of {height}x{width} pixels at an ActNorm, is too small "
+                f"to set it: give {self.FEWEST_VALUES} data or more, or a model with fewer levels"
+            )
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        std = var.sqrt()
+        wrong = int((~std.isfinite()).sum())
+        if wrong:
+            raise ValueError(
+                f"{wrong} of {channels} channels are not finite in the first batch: "
+                "give data without NaN or infinite values"
+            )
+        wrong = int((std <= 1e-6 * mean.abs().clamp(min=1)).sum())
+        if wrong:
+            raise ValueError(
+                f"{wrong} of {channels} channels have the same value in all of the first batch: "
+                "give data that differ, add noise to them (dequantisation), or leave a constant "
+                "channel out"
+            )
+        return mean, std
 
     def _log_det(self, x: Tensor) -> Tensor:
         n_pixels = x.shape[2] * x.shape[3]
         return (n_pixels * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(len(x))
+
+
+def _note_initialized(norm: ActNorm, keys: object) -> None:
+    """After weights were loaded: keep where Python can read it whether they are initialised."""
+    if not norm.initialized.is_meta:
+        norm.awaits_data = not norm.initialized
 
 
 def uninitialized(flow: nn.Module) -> bool:

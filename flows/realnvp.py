@@ -66,6 +66,7 @@ class RealNVP(FlowModel):
     (torch.Size([5, 3, 8, 8]), torch.Size([5]))
     """
 
+    unit_interval = True
     shape: ImageShape
     scales: Sequence[Flow]
 
@@ -109,13 +110,15 @@ class RealNVP(FlowModel):
         return tuple(halved_shape(image[0] * 2**i, image, i) for i in (*range(1, last + 1), last))
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
-        encoding = self.encoded(context)
+        self.check_data(x)
+        encoding = self.encoded(context, len(x))
         x, log_det = self.logit(channels_last(x))
         latents, log_det = levels_forward(self.scales, x, log_det, encoding)
         return tuple(latents), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
-        encoding = self.encoded(context)
+        self.check_latents(z)
+        encoding = self.encoded(context, len(z[0]))
         latents = [channels_last(level) for level in z]
         x, log_det = levels_inverse(self.scales, latents, no_log_det(latents[-1]), encoding)
         x, logit_log_det = self.logit.inverse(x)
@@ -228,8 +231,10 @@ class RealNVP2d(FlowModel):
         return ((2,),)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, log_det = self.couplings(x, of_level(self.encoded(context), 0))
+        self.check_data(x)
+        z, log_det = self.couplings(x, of_level(self.encoded(context, len(x)), 0))
         return (z,), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
-        return self.couplings.inverse(z[0], of_level(self.encoded(context), 0))
+        self.check_latents(z)
+        return self.couplings.inverse(z[0], of_level(self.encoded(context, len(z[0])), 0))

@@ -25,7 +25,9 @@ def recompute(flow: nn.Module) -> None:
     >>> from flows.glow import Glow
     >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
     >>> recompute(flow)
-    >>> flow.log_prob(torch.rand(2, 3, 8, 8)).mean().backward()  # the same gradients, less memory
+    >>> x = torch.rand(16, 3, 8, 8)
+    >>> flow.initialize(x)
+    >>> flow.log_prob(x).mean().backward()  # the same gradients, less memory
     """
     for module in flow.modules():
         if hasattr(module, "recompute"):

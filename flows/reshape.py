@@ -19,10 +19,10 @@ class Squeeze(Flow):
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), no_log_det(x)
+        return unshuffled(x), no_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z, 2), no_log_det(z)
+        return shuffled(z), no_log_det(z)
 
 
 class OrderedSqueeze(FixedBuffers, Flow):
@@ -55,10 +55,29 @@ class OrderedSqueeze(FixedBuffers, Flow):
         return {"order": order, "inverse_order": order.argsort()}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return reordered(F.pixel_unshuffle(x, 2), self.order), no_log_det(x)
+        return reordered(unshuffled(x), self.order), no_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(reordered(z, self.inverse_order), 2), no_log_det(z)
+        return shuffled(reordered(z, self.inverse_order)), no_log_det(z)
+
+
+def unshuffled(x: Tensor) -> Tensor:
+    """`Squeeze`'s map, (B, C, H, W) to (B, 4C, H/2, W/2), also for B = 0.
+
+    torch's function returns an empty batch as it is, and so does the gradient of its inverse.
+    """
+    if len(x):
+        return F.pixel_unshuffle(x, 2)
+    _, channels, height, width = x.shape
+    return x.reshape(0, 4 * channels, height // 2, width // 2)
+
+
+def shuffled(z: Tensor) -> Tensor:
+    """The inverse of `unshuffled`: (B, 4C, H/2, W/2) to (B, C, H, W), also for B = 0."""
+    if len(z):
+        return F.pixel_shuffle(z, 2)
+    _, channels, height, width = z.shape
+    return z.reshape(0, channels // 4, 2 * height, 2 * width)
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self, TypeVar, cast
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from flows.base import FlowModel
+from flows.base import FlowModel, UninitializedWarning
 from flows.likelihood import bits_per_dim
 from flows.normalization import uninitialized
 from lightning_modules.batch_norm import has_batch_norm, reestimated
@@ -258,7 +259,9 @@ class DensityModule(OptimizedModule):
                 return None
             batch.append(context)
         sample = self.training_input(batch, Position(epoch=0, step=0))
-        return -(self.flow.log_prob(*sample.arguments) + sample.log_weight).mean()
+        with warnings.catch_warnings():  # a trial comes before the initialisation
+            warnings.simplefilter("ignore", UninitializedWarning)
+            return -(self.flow.log_prob(*sample.arguments) + sample.log_weight).mean()
 
     def capture(self) -> None:
         """Capture the forward and backward pass of the flow; dequantisation stays outside."""

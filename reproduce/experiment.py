@@ -60,7 +60,7 @@ from reproduce.stored import EXPORTED, described, exported_weights
 from reproduce.streams import say
 from reproduce.sweep import agent_arguments, in_sweep
 from results.curves import title_of
-from results.files import write
+from results.files import write, write_all
 
 __all__ = ["command", "fit", "load_config", "make_trainer", "record"]  # what a script imports
 SHARED_KEYS = (  # which base.yaml gives to every recipe
@@ -269,6 +269,7 @@ USELESS_WARNINGS = (
     "srun. command is available",
     "LeafSpec",
     "exists and is not empty",
+    "is smaller than the logging interval",  # an epoch of few images
     "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
     r"self.log\('(paper|gap)/",  # asks for sync_dist, but these values are equal on all ranks
 )
@@ -454,9 +455,10 @@ def record(
         result["extended"] = extended
     result |= results.compare_all(result)
     if trainer.is_global_zero:
-        if content is not None:
-            write(folder / EXPORTED, content)
-        write(folder / "result.json", as_json(result))
+        files: dict[Path, str | bytes] = {folder / "result.json": as_json(result)}
+        if content is not None:  # together with the result that describes it
+            files = {folder / EXPORTED: content, **files}
+        write_all(files)
         report(trainer.logger, result)
         _print_summary(folder, result)
     _check_finite(result["metrics"])
@@ -510,7 +512,7 @@ def _outcome(
     curve = _callback(trainer, Curve)
     provenance = _callback(trainer, Provenance)
     metric = module.metric
-    return {
+    outcome = {
         "experiment": config.experiment,
         "run": Path(config.run_dir).name,
         "preset": config.preset,
@@ -537,6 +539,9 @@ def _outcome(
         "parameters": module.n_parameters,
         **_callback(trainer, InitFrom).record,
     }
+    if data.content_hash is not None:
+        outcome["data"] = {"sha256": data.content_hash, "n_images": data.counts()}
+    return outcome
 
 
 def _budget(config: DictConfig, images: int) -> dict | None:

@@ -120,10 +120,7 @@ def card(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, An
         *_numbers(result),
         *_use(model),
         *_training(model, result),
-        "## Data",
-        "",
-        DATA_SETS.get(model.config.data.name, f"The data set {model.config.data.name}."),
-        "",
+        *_data(model, result),
         *_files(model, result, entry),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -237,7 +234,22 @@ def _training(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
             "",
             f"On {result['device']}, in {result['precision']}, with seed {result['seed']}.",
         ]
+        start = result.get("init_from")
+        if start:
+            lines[-1] += (
+                f" It started from the trained weights of {start['model']} (SHA-256 "
+                f"`{start['sha256']}`)."
+            )
     return [*lines, ""]
+
+
+def _data(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
+    name = model.config.data.name
+    lines = ["## Data", "", DATA_SETS.get(name, f"The data set {name}."), ""]
+    content = (result or {}).get("data") or {}
+    if content.get("sha256"):
+        lines += [f"SHA-256 of the images: `{content['sha256']}`.", ""]
+    return lines
 
 
 def _files(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, Any]) -> list[str]:

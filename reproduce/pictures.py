@@ -207,7 +207,8 @@ def _data_of(folder: Path, config: dict, options: DictConfig) -> StatelessDataMo
         raise ConfigError(
             f"data.{unknown[0]} is no key of {name}, the data of {folder}: leave it out"
         )
-    settings = {"download": False, "labels": True} | changes
+    has_classes = config["data"].get("labels") or getattr(DATA[name], "n_classes", None)
+    settings = {"download": False, "labels": bool(has_classes)} | changes
     known = {key: value for key, value in settings.items() if key in parameters}
     data = make_data(seed=config["seed"], **{**config["data"], **known})
     if None in data.shape:

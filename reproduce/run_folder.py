@@ -313,6 +313,7 @@ def _check_sums(path: Path) -> None:
 SAME = ("flow", "data", "optim", "ema", "eval", "seed", "init_from")
 FREE = (
     "root",
+    "cache",
     "download",
     "num_workers",
     "micro_batch",

@@ -239,7 +239,7 @@ def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], 
     if isinstance(recorded, dict) and sha256_of(path.read_bytes()) != recorded.get("sha256"):
         raise ValueError(
             f"{path} is not the file whose sha256 is recorded, {recorded.get('sha256')}: "
-            "fetch or export it again"
+            "restore it, or export it again"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -247,7 +247,7 @@ def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], 
         origin = json.loads(metadata.get(METADATA, "null"))
         weights = {key: _as_float32(value) for key, value in load_file(path).items()}
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch or export it again") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it, or export it again") from error
     if not isinstance(origin, dict) or not origin.keys() >= NEEDED:
         raise ValueError(
             f"{path} does not say which model it is of: give a file that python -m "

@@ -13,6 +13,11 @@ import sys
 import pytest
 
 
+def pytest_configure(config):
+    """Many tests train flows as they are built; those of the warning itself expect it."""
+    config.addinivalue_line("filterwarnings", "ignore:.* is trained without a start from data")
+
+
 @pytest.fixture(autouse=True)
 def no_process_is_left():
     """Kill the processes that a failed test leaves behind: pytest would wait for them forever."""

@@ -67,9 +67,11 @@ class Nice(FlowModel):
         return ((torch.Size(self.shape).numel(),),)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, log_det = self.layers(x.flatten(1), of_level(self.encoded(context), 0))
+        self.check_data(x)
+        z, log_det = self.layers(x.flatten(1), of_level(self.encoded(context, len(x)), 0))
         return (z,), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.layers.inverse(z[0], of_level(self.encoded(context), 0))
+        self.check_latents(z)
+        x, log_det = self.layers.inverse(z[0], of_level(self.encoded(context, len(z[0])), 0))
         return x.unflatten(1, self.shape), log_det

@@ -88,7 +88,8 @@ class ResidualFlow(FlowModel):
     def forward(
         self, x: Tensor, context: Context = None, noise: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        self.encoded(context)  # an error where there is one
+        self.check_data(x)
+        self.encoded(context, len(x))  # an error where there is one
         total = torch.zeros_like(x[:, 0])
         for layer, probe in zip(self.layers, self._probes(x, noise), strict=True):
             x, log_det = layer(x, probe)
@@ -98,6 +99,8 @@ class ResidualFlow(FlowModel):
     def inverse(
         self, z: tuple[Tensor, ...], context: Context = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        self.check_latents(z)
+        self.encoded(context, len(z[0]))
         x = z[0]
         total = torch.zeros_like(x[:, 0])
         for layer, probe in reversed(list(zip(self.layers, self._probes(x, noise), strict=True))):

@@ -95,15 +95,18 @@ class SuperResolution(FlowModel):
         return 3, 4 * height, 4 * width
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        self.check_data(x)
         zero = x.new_zeros(len(x))
-        encoding = self.encoded(context)
+        encoding = self.encoded(context, len(x))
         latents, log_det = levels_forward(self.levels, channels_last(x), zero, encoding)
         return tuple(latents), log_det
 
     def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
+        self.check_latents(z)
+        encoding = self.encoded(context, len(z[0]))
         zero = z[0].new_zeros(len(z[0]))
         latents = [channels_last(level) for level in z]
-        return levels_inverse(self.levels, latents, zero, self.encoded(context))
+        return levels_inverse(self.levels, latents, zero, encoding)
 
-    def initialize(self, x: Tensor, context: Context = None) -> None:
-        levels_initialize(self.levels, channels_last(x), self.encoded(context))
+    def initialize_layers(self, x: Tensor, context: Context = None) -> None:
+        levels_initialize(self.levels, channels_last(x), self.encoded(context, len(x)))

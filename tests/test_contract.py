@@ -1,25 +1,34 @@
 """The contract of a flow (flows/base.py), for all flows of cases.py."""
 
+import copy
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+import warnings
 
 import pytest
 import torch
 from cases import CASES, MODELS, flat, fresh, trained
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flows
-from flows.base import Bijection, FlowModel
+from flows.base import Bijection, FlowModel, UninitializedWarning
 from flows.bases import StandardLogistic, StandardNormal
 from flows.context import repeated
+from flows.linear import ChannelPermutation
+from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_conditional_case = pytest.mark.parametrize(
     "case", [case for case in CASES if case.context is not None], ids=lambda case: case.name
 )
 every_model = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+# Messages do not depend on the depth, and 32 steps a level would take long.
+every_shallow_model = pytest.mark.parametrize(
+    "case", [case for case in MODELS if case.name != "Glow-depth32"], ids=lambda case: case.name
+)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -169,13 +178,18 @@ def test_log_det_of_the_inverse_is_the_negative(case):
     assert_close(flow(x, *conditions)[1], -log_det, case.tolerance)
 
 
-def row_of(value, i):
-    """Row i, as a batch of one, of a tensor, of each tensor of a tuple, or of None."""
+def row_of(value, rows):
+    """Row number `rows`, as a batch of one, of a tensor, of each tensor of a tuple, or of None.
+
+    A slice of `rows` gives these rows.
+    """
     if value is None:
         return None
+    if isinstance(rows, int):
+        rows = slice(rows, rows + 1)
     if isinstance(value, tuple):
-        return tuple(level[i : i + 1] for level in value)
-    return value[i : i + 1]
+        return tuple(level[rows] for level in value)
+    return value[rows]
 
 
 @every_case
@@ -394,7 +408,7 @@ def test_a_flow_of_any_size_is_the_same_map_on_other_sizes(case):
 
 @every_model
 def test_a_context_or_noise_that_is_missing_or_not_asked_for_is_one_line(case):
-    flow = fresh(case)
+    flow = fresh(case).eval()
     x = case.data(2)
     messages = []
     if flow.conditioned_on is None:
@@ -416,6 +430,294 @@ def test_a_context_or_noise_that_is_missing_or_not_asked_for_is_one_line(case):
             flow.log_prob(x, context, torch.rand(2, 3))
     messages.append(str(error.value))
     assert not [message for message in messages if "\n" in message]
+
+
+def only_line(error) -> str:
+    """The message of an error, which has to be one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@every_case
+def test_an_empty_batch_gives_empty_outputs(case):
+    flow = trained(case)
+    x = case.data(2)
+    conditions = case.conditions(2)
+    z, _ = flow(x, *conditions)
+    none = tuple(row_of(value, slice(0)) for value in conditions)
+    empty, log_det = flow(x[:0], *none)
+    assert flat(empty).shape == (0, flat(z).shape[1])
+    back, inverse_log_det = flow.inverse(row_of(z, slice(0)), *none)
+    assert back.shape == (0, *case.shape)
+    assert log_det.shape == inverse_log_det.shape == (0,)
+    if case.is_model:
+        assert flow.log_prob(x[:0], *none).shape == (0,)
+        assert samples_of(flow, case, 0).shape == (0, *case.shape)
+        assert tuple(level.shape[1:] for level in empty) == flow.latent_shapes(case.shape)
+
+
+@every_case
+def test_training_with_an_empty_batch_changes_nothing_or_is_one_line(case):
+    flow = trained(case).train()
+    before = copy.deepcopy(flow.state_dict())
+    none = tuple(row_of(value, slice(0)) for value in case.conditions(2))
+    x = case.data(2)[:0].requires_grad_()
+    if any(isinstance(module, CouplingBatchNorm) for module in flow.modules()):
+        with pytest.raises(ValueError, match="an empty batch has no mean"):
+            flow(x, *none)
+    else:
+        z, log_det = flow(x, *none)
+        loss = flat(z).sum() + log_det.sum()
+        loss.backward()
+        assert loss.item() == 0
+    for name, value in flow.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(value, before[name])
+
+
+@every_shallow_model
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda x: (255 * x).to(torch.uint8), "takes real numbers as data, not torch.uint8"),
+        (Tensor.long, "takes real numbers as data, not torch.int64"),
+        (Tensor.double, "are torch.float32, but the data torch.float64: convert one of them"),
+        (Tensor.half, "are torch.float32, but the data torch.float16: convert one of them"),
+        (Tensor.numpy, "takes a torch.Tensor as data, not ndarray"),
+    ],
+)
+def test_data_of_another_dtype_are_one_line(case, convert, message):
+    flow = trained(case)
+    conditions = case.conditions(2)
+    for method in (flow.log_prob, flow):
+        with pytest.raises(ValueError, match=message) as error:
+            method(convert(case.data(2)), *conditions)
+        line = only_line(error)
+        assert type(flow).__name__ in line
+        integers = "real numbers" in line
+        assert ("(q + u) / 2^n" in line) == (integers and flow.unit_interval)
+
+
+@every_shallow_model
+def test_latents_of_another_form_are_one_line(case):
+    flow = trained(case)
+    conditions = case.conditions(3)
+    z, _ = flow(case.data(3), *conditions)
+    n = "1 tensor" if len(z) == 1 else f"{len(z)} tensors"
+    request = f"{type(flow).__name__} takes a tuple of {n} as latents, one for each level"
+    wrong = {
+        f"{request}, not one Tensor": z[0],
+        f"{request}, not {len(z) + 1}": (*z, z[0]),
+        f"{request}, with as many rows": (*z[:-1], z[-1][:2]),
+        f"{request}, of shapes ": (*z[:-1], z[-1].repeat_interleave(3, dim=1)),
+        "takes real numbers as latents, not torch.int64": tuple(level.long() for level in z),
+        "are torch.float32, but the latents torch.float64": tuple(level.double() for level in z),
+    }
+    if len(z) == 1:
+        del wrong[f"{request}, with as many rows"]
+    if None in flow.shape:
+        wrong[f"{request}, of shapes .*any"] = (*z[:-1], torch.cat([z[-1], z[-1]], dim=-1))
+    for message, latents in wrong.items():
+        with pytest.raises(ValueError, match=message) as error:
+            flow.inverse(latents, *conditions)
+        only_line(error)
+    assert torch.equal(flow.inverse(list(z), *conditions)[0], flow.inverse(z, *conditions)[0])
+
+
+@every_conditional_case
+def test_a_context_has_one_row_for_each_datum_in_both_directions(case):
+    """The row of one would otherwise be taken for all."""
+    if not case.is_model:
+        pytest.skip("a layer takes a context that is encoded")
+    flow = trained(case)
+    x = case.data(3)
+    (context, *_) = case.conditions(3)
+    z, _ = flow(x, context)
+    for method, value in ((flow, x), (flow.inverse, z), (flow.log_prob, x)):
+        for one in (context[:1], flow.encode_context(context[:1])):
+            with pytest.raises(ValueError, match="the context has 1 rows for 3 data: give one row"):
+                method(value, one)
+
+
+@pytest.mark.parametrize("wrong", [3, [1, 2], torch.tensor([1, 2], dtype=torch.int32)], ids=str)
+def test_classes_of_another_type_are_one_line_that_shows_the_right_one(wrong):
+    flow = trained(next(case for case in CASES if case.name == "Glow-classes"))
+    x = torch.rand(2, 2, 4, 4)
+    for call in (
+        lambda: flow.log_prob(x, wrong),
+        lambda: flow.sample(2, context=wrong),
+        lambda: flow.log_prob_and_class_logits(x, wrong),
+    ):
+        with pytest.raises(ValueError, match=r"\(B,\) int64, for example torch.tensor\(") as error:
+            call()
+        only_line(error)
+
+
+@every_shallow_model
+def test_noise_of_another_shape_is_one_line(case):
+    if len(case.conditions(1)) < 2:
+        pytest.skip("the log-determinant is exact")
+    flow = trained(case)
+    context, noise = case.conditions(3)
+    for wrong in (noise[:1], noise[..., :1]):
+        with pytest.raises(ValueError, match=r"give noise \(B, .* for 3 data, not \(") as error:
+            flow.log_prob(case.data(3), context, wrong)
+        only_line(error)
+
+
+@every_shallow_model
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "n=-1 is out of range: give a whole number of at least 0"),
+        ((2.5,), "n=2.5 is out of range"),
+        ((2, -0.5), "temperature=-0.5 is out of range: give a number of at least 0"),
+        ((2, float("nan")), "temperature=nan is out of range"),
+        ((2, None), "temperature=None is out of range"),
+    ],
+)
+def test_a_number_of_samples_or_a_temperature_out_of_range_is_one_line(case, arguments, message):
+    flow = trained(case)
+    with pytest.raises(ValueError, match=message) as error:
+        samples_of(flow, case, *arguments)
+    only_line(error)
+
+
+# ---------------------------------------------------------------- the start from a first batch
+
+
+every_model_to_initialise = pytest.mark.parametrize(
+    "case",
+    [case for case in MODELS if uninitialized(case.build()) and case.name != "Glow-depth32"],
+    ids=lambda case: case.name,
+)
+
+
+def loss_of(flow, case, n=2):
+    return flow.log_prob(case.data(n), *case.conditions(n)).mean()
+
+
+@every_model_to_initialise
+def test_initialize_needs_no_block_without_gradients(case):
+    """By itself it sets the same values, and leaves no graph behind."""
+    flows_of_both_ways = []
+    for with_gradients in (True, False):
+        flow = fresh(case, dtype=torch.float64)
+        with torch.set_grad_enabled(with_gradients):
+            flow.initialize(case.data(64, torch.float64), *case.conditions(64, torch.float64)[:1])
+        assert not uninitialized(flow)
+        assert all(parameter.is_leaf for parameter in flow.parameters())
+        flows_of_both_ways.append(flow.state_dict())
+    one, other = flows_of_both_ways
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def with_a_nan(x):
+    x[1, 0, 2, 1] = torch.nan
+    return x
+
+
+def with_a_constant_channel(x):
+    x[:, -1] = 0.5
+    return x
+
+
+@every_model_to_initialise
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_a_nan, "1 of 64 data are not finite, the first of them at index 1: leave them out"),
+        (with_a_constant_channel, "channels have the same value in all of the first batch: give"),
+        (lambda x: x[:1], "1 data of .* pixels at an ActNorm, is too small .* give 32 data"),
+        (lambda x: x[:0], "0 data of .* pixels at an ActNorm, is too small .* give 32 data"),
+        (lambda x: 255 * x, r"takes data in \[0, 1\], not from .*: integers q of n bits become"),
+        (lambda x: 2 * x - 1, r"takes data in \[0, 1\], not from -"),
+    ],
+)
+def test_a_first_batch_that_does_not_fit_is_refused_and_changes_nothing(case, spoil, message):
+    flow = fresh(case)
+    if "takes data" in message and not flow.unit_interval:
+        pytest.skip("data of any range")
+    before = copy.deepcopy(flow.state_dict())
+    x = spoil(case.data(64))
+    context = tuple(value[: len(x)] for value in case.conditions(64)[:1])
+    with pytest.raises(ValueError, match=message) as error:
+        flow.initialize(x, *context)
+    only_line(error)
+    after = flow.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    with pytest.warns(UninitializedWarning):
+        loss_of(flow, case)
+
+
+@every_model_to_initialise
+def test_a_late_layer_that_cannot_be_set_undoes_the_earlier_ones(case, monkeypatch):
+    """The loop stops at the last ActNorm, when all the others have been set."""
+    flow = fresh(case)
+    before = copy.deepcopy(flow.state_dict())
+    *_, last = (module for module in flow.modules() if isinstance(module, ActNorm))
+    monkeypatch.setattr(last, "FEWEST_VALUES", 10_000)
+    with pytest.raises(ValueError, match="is too small to set it: give 10000"):
+        flow.initialize(case.data(64), *case.conditions(64)[:1])
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert all(module.awaits_data for module in flow.modules() if isinstance(module, ActNorm))
+
+
+@every_model_to_initialise
+def test_training_without_initialize_warns_once(case):
+    flow = fresh(case)
+    message = rf"this {type(flow).__name__} is trained without a start from data: call flow\.init"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(flow.eval(), case)
+        with torch.no_grad():
+            loss_of(flow.train(), case)
+    with pytest.warns(UninitializedWarning, match=message) as records:
+        loss_of(flow, case)
+    assert len(records) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(flow, case)
+
+
+@every_model_to_initialise
+@pytest.mark.parametrize("way", ["initialised", "loaded", "copied"])
+def test_a_flow_that_is_initialised_is_trained_without_a_warning(case, way):
+    flow = fresh(case)
+    flow.initialize(case.data(64), *case.conditions(64)[:1])
+    if way == "loaded":
+        other = fresh(case, seed=1)
+        other.load_state_dict(flow.state_dict())
+        flow = other
+    if way == "copied":
+        flow = copy.deepcopy(flow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UninitializedWarning)
+        loss_of(flow, case)
+    assert not any(getattr(module, "awaits_data", False) for module in flow.modules())
+
+
+class NoValuesRead(TorchDispatchMode):
+    """Fails where Python reads the value of a tensor, for which the host would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return func(*args, **(kwargs or {}))
+
+
+@every_shallow_model
+def test_a_training_step_reads_no_values(case):
+    """The first one neither. On a CPU the range of classes and of channel orders is checked."""
+    flow = trained(case).train()
+    if any(isinstance(module, ChannelPermutation) for module in flow.modules()):
+        pytest.skip("F.one_hot reads values on a CPU")
+    x = case.data(4)
+    for _ in range(2):
+        conditions = case.conditions(4)
+        if case.context is not None:
+            conditions = (flow.encode_context(conditions[0]), *conditions[1:])
+        with NoValuesRead():
+            flow.log_prob(x, *conditions).mean().backward()
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)

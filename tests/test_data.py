@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 from idx_files import make_official, write
+from image_folders import make_split_folder
+from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules import DATA, cifar10, make_data, photos
+from datamodules.checks import SharedError
 from datamodules.cifar10 import CIFAR10
 from datamodules.dequantization import UniformDequantizer
 from datamodules.images import ImageArray, shift_image
@@ -27,6 +30,7 @@ from flows.glow import Glow
 from flows.realnvp import RealNVP2d
 from lightning_modules.density import DensityModule
 from lightning_modules.noise import batch_noise, image_noise
+from reproduce.command import command
 
 REAL = Path(__file__).resolve().parent.parent / "data"
 LARGEST = {torch.float32: 1 - 2**-24, torch.float64: 1 - 2**-53}  # the largest number below 1
@@ -899,18 +903,26 @@ def test_moons_splits_and_types():
 SMALL = {
     "cifar10": {},
     "fashion_mnist": {},
+    "folder": {"size": 4},
     "mnist": {},
     "photos": {"n_train": 200, "n_test": 40},
     "two_moons": {"n_train": 200, "n_test": 40},
 }
 
 
-FROM_FILES = ("cifar10", "fashion_mnist", "mnist")
+FROM_FILES = ("cifar10", "fashion_mnist", "folder", "mnist")
 
 
 def small(name, cifar, **arguments):
+    """A small data set of 200 data for training and validation."""
     root = {}
-    if name in FROM_FILES:
+    if name == "folder":
+        n_val = arguments.pop("n_val")
+        images = cifar.root / f"{n_val} for validation"
+        if not images.exists():
+            make_split_folder(images, 200 - n_val, n_val, 40, height=4, width=6)
+        root = {"root": images, "cache": cifar.root / "cache"}
+    elif name in FROM_FILES:
         root = {"root": cifar.root, "download": False}
     data = make_data(name, **({"seed": 0, "batch_size": 8, **SMALL[name], **root} | arguments))
     data.prepare_data()
@@ -1022,7 +1034,49 @@ def test_loaders_of_two_ranks(name, cifar):
     assert sorted(shards[0] + shards[1]) == list(range(31))
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", FROM_FILES)
+def test_missing_files_end_all_processes(name, tmp_path, monkeypatch):
+    """One process of each machine looks for files. The others would wait for it for ever."""
+    settings = {"seed": 0, "batch_size": 8, "root": tmp_path / "nowhere"}
+    if name != "folder":
+        settings["download"] = False
+    alone = make_data(name, **settings)
+    with pytest.raises(FileNotFoundError) as error:
+        alone.prepare_data()
+    line = one_line(error)
+    ranks = [make_data(name, **settings) for _ in range(2)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    sent = []
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda texts, own: sent.append(own))
+    ranks[0].prepare_data()
+    for rank in ranks:
+        rank._raise_problems()
+    assert sent == [line, None]
+
+    def gather(texts, own):
+        texts[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in ranks:
+        with pytest.raises(SharedError) as error:
+            rank.setup()
+        assert one_line(error) == line
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, "error: no files"), (1, 0)])
+def test_one_process_says_what_all_have_noticed(rank, code, monkeypatch):
+    @command
+    def main():
+        raise SharedError("no files")
+
+    monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == code
+
+
+@pytest.mark.parametrize("name", sorted(DATA.keys() - {"folder"}))  # it has no data.n_val
 def test_no_validation_set(name, cifar):
     """data.n_val=0 is for a final run, whatever the data set."""
     data = small(name, cifar, n_val=0)

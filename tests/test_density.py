@@ -6,6 +6,7 @@ Optimisation, evaluation, re-estimated statistics, averaged weights, and resumin
 import contextlib
 import copy
 import math
+import warnings
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -24,7 +25,8 @@ from datamodules.images import ImageArray
 from datamodules.samplers import TrainSampler
 from datamodules.stateless import StatelessDataModule
 from datamodules.two_moons import TwoMoons
-from flows.base import FlowModel
+from flows.base import FlowModel, UninitializedWarning
+from flows.glow import Glow
 from flows.realnvp import RealNVP, RealNVP2d
 from lightning_modules.adamax import Adamax
 from lightning_modules.density import DensityModule
@@ -381,6 +383,16 @@ def test_a_trial_is_a_loss_of_made_up_images_without_a_trainer():
     assert 0 < loss.item() < 192 * 8
     assert all(p.grad is not None for p in module.flow.parameters())
     assert point.trial(4) is None
+
+
+def test_a_trial_does_not_warn_that_the_flow_is_not_initialised():
+    """It comes before the initialisation. A step that is trained without one does warn."""
+    module = density(Glow(SHAPE, 2, 1, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UninitializedWarning)
+        module.trial(4)
+    with pytest.warns(UninitializedWarning, match="this Glow is trained without a start"):
+        fit(density(Glow(SHAPE, 2, 1, 4)), max_steps=2)
 
 
 def test_the_loss_is_the_mean_of_minus_log_p():

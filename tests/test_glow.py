@@ -749,8 +749,7 @@ def first_steps(lr, n=10):
     """
     flow = tiny((3, 8, 8), n_levels=2, depth=32, hidden_channels=16).float()
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        flow.initialize(x)
+    flow.initialize(x.repeat(2, 1, 1, 1))  # the moments of x, of which there would be too few
     optimizer = torch.optim.Adamax(flow.parameters(), 1.0, betas=(0.9, 0.9898))
     bits = []
     for step in range(n + 1):
@@ -934,3 +933,23 @@ def test_a_run_that_goes_on_is_not_initialised_again(tmp_path, monkeypatch):
     (tmp_path / "result.json").unlink()
     glow_photos.main([*arguments, "trainer.max_steps=2", "resume=auto"])
     assert len(calls) == 1
+
+
+def test_images_that_are_too_few_for_the_levels_are_one_line_before_training(tmp_path):
+    """Two images set scales of thousands; the run ended with 67,782 bits/dim."""
+    arguments = ["preset=demo", "logger.name=none", "trainer.precision=32-true"]
+    arguments += ["flow.n_levels=5", "flow.depth=1", "flow.hidden_channels=4", "data.n_train=2"]
+    arguments += [
+        "data.size=32",
+        "data.batch_size=2",
+        "data.n_val=8",
+        "data.n_test=8",
+        "trainer.max_steps=1",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        glow_photos.main([*arguments, f"run_dir={tmp_path}"])
+    assert stop.value.code == (
+        "error: the first batch, 2 data of 2x2 pixels at an ActNorm, is too small to set it: "
+        "give 32 data or more, or a model with fewer levels"
+    )
+    assert not (tmp_path / "result.json").exists()

@@ -518,23 +518,46 @@ def test_actnorm_starts_with_mean_0_and_variance_1():
     assert_close(norm.bias[:, 0, 0], -x.mean((0, 2, 3)))
 
 
-def test_actnorm_of_a_constant_channel_is_finite():
-    x = shifted()
-    x[:, 1] = 0.7
-    norm = initialised(ActNorm(3).double(), x)
-    y, log_det = norm(x)
-    assert y.isfinite().all()
-    assert log_det.isfinite().all()
-    assert y[:, 1].abs().max() < 1e-6
-    assert_close((3 * norm.log_scale[1]).exp().flatten(), [1e6], 1e-3)  # 1 / (0 + 1e-6)
-    assert_close(norm.inverse(y)[0], x)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x[:, 1].fill_(5.1), "1 of 3 channels have the same value in all of the first"),
+        (lambda x: x[0, 2].fill_(torch.nan), "1 of 3 channels are not finite in the first batch"),
+        (lambda x: x[0, :2].fill_(torch.inf), "2 of 3 channels are not finite in the first batch"),
+        (lambda x: x.resize_(31, 3, 1, 1), "31 data of 1x1 pixels .* give 32 data or more"),
+        (lambda x: x.resize_(1, 3, 2, 3), "1 data of 2x3 pixels .* give 32 data or more"),
+        (lambda x: x.resize_(0, 3, 4, 4), "0 data of 4x4 pixels .* give 32 data or more"),
+    ],
+)
+def test_actnorm_refuses_a_batch_that_does_not_determine_it(spoil, message):
+    """A constant channel would get a scale of a million, and two values a random one."""
+    x = shifted().float()
+    spoil(x)
+    norm = ActNorm(3)
+    with pytest.raises(ValueError, match=message) as error:
+        norm.initialize(x)
+    assert "\n" not in str(error.value)
+    assert uninitialized(norm)
+    assert torch.equal(norm.bias, torch.zeros(3, 1, 1))
+    assert torch.equal(norm.log_scale, torch.zeros(3, 1, 1))
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_actnorm_is_initialised_from_few_values_without_nan(n):
-    norm = initialised(ActNorm(3), randn(n, 3, 1, 1).float())
-    assert norm.bias.isfinite().all()
-    assert norm.log_scale.isfinite().all()
+def test_actnorm_is_initialised_while_gradients_are_enabled():
+    norm = ActNorm(3).double()
+    x = shifted().requires_grad_()
+    y = norm.initialize(x)
+    assert not y.requires_grad
+    assert_close(y.mean((0, 2, 3)), torch.zeros(3))
+    assert_close(norm(x)[0].detach(), y)
+
+
+def test_a_batch_norm_refuses_to_be_trained_with_an_empty_batch():
+    """Its running averages would be NaN from then on."""
+    norm = CouplingBatchNorm(2)
+    with pytest.raises(ValueError, match="an empty batch has no mean: a batch norm cannot"):
+        norm(torch.zeros(0, 2, 4, 4))
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
 
 
 def test_actnorm_is_initialised_once():

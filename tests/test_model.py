@@ -279,6 +279,21 @@ def test_points_are_drawn_too(runs):
         moons.sample(1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["realnvp", "glow"])
+def test_a_gpu_computes_the_same(name, runs):
+    model = load(runs[name])
+    images, labels = test_images(model)
+    values = model.bits_per_dim(images, labels)
+    samples = model.draw(9, 0.7)
+    assert model.to("cuda") is model
+    assert model.device.type == "cuda"
+    torch.testing.assert_close(model.bits_per_dim(images, labels), values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(model.draw(9, 0.7), samples, rtol=0, atol=1e-3)
+    assert torch.equal(model.decode(model.encode(images, labels), labels), images)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 ZEROS = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -468,7 +483,7 @@ def test_weights_other_than_those_recorded_are_refused(runs, tmp_path):
     (out / "result.json").unlink()
     assert load(out).result is None
     (out / "model.safetensors").write_bytes(content[:-50])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): fetch or export"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): restore it"):
         load(out)
 
 
@@ -516,7 +531,7 @@ def as_cut(path):
         (as_a_tensor, "flow.pt", "is no checkpoint of this repository: give"),
         (as_other_record, "best.ckpt", "does not record its commit, config, shape: give"),
         (Path.mkdir, "empty", "holds no checkpoint: give the folder of a run"),
-        (as_text, "a.safetensors", r"is damaged \(.*\): fetch or export it again"),
+        (as_text, "a.safetensors", r"is damaged \(.*\): restore it, or export it again"),
     ],
 )
 def test_what_is_no_model_is_one_line(make, name, message, tmp_path):

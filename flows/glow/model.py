@@ -91,16 +91,16 @@ class Glow(FlowModel):
     not known or out of range.
 
     >>> flow = Glow((3, 8, 8), n_levels=2, depth=1, hidden_channels=4)
-    >>> x = torch.rand(5, 3, 8, 8)
-    >>> with torch.no_grad():
-    ...     flow.initialize(x)  # the actnorms, before training
+    >>> x = torch.rand(16, 3, 8, 8)
+    >>> flow.initialize(x)  # the actnorms, before training
     >>> latents, log_det = flow(x)
     >>> [z.shape for z in latents]
-    [torch.Size([5, 6, 4, 4]), torch.Size([5, 24, 2, 2])]
+    [torch.Size([16, 6, 4, 4]), torch.Size([16, 24, 2, 2])]
     >>> flow.log_prob(x).shape, flow.sample(2, temperature=0.7).shape
-    (torch.Size([5]), torch.Size([2, 3, 8, 8]))
+    (torch.Size([16]), torch.Size([2, 3, 8, 8]))
     """
 
+    unit_interval = True
     shape: ImageShape
     levels: Sequence[Flow]
     classifier: ZeroLinear | None
@@ -170,25 +170,27 @@ class Glow(FlowModel):
         return *shapes, halved_shape(image[0] * 2 ** (last + 1), image, last)
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[tuple[Tensor, ...], Tensor]:
-        encoding = self.encoded(context)
+        self.check_data(x)
+        encoding = self.encoded(context, len(x))
         x, log_det = self.preprocess(channels_last(x))
         (*latents, top), log_det = levels_forward(self.levels, x, log_det, encoding)
         z, prior_log_det = self.prior(top, of_level(encoding, -1))
         return (*latents, z), log_det + prior_log_det
 
     def inverse(self, z: tuple[Tensor, ...], context: Context = None) -> tuple[Tensor, Tensor]:
-        encoding = self.encoded(context)
+        self.check_latents(z)
+        encoding = self.encoded(context, len(z[0]))
         *latents, top = [channels_last(level) for level in z]
         top, log_det = self.prior.inverse(top, of_level(encoding, -1))
         x, log_det = levels_inverse(self.levels, [*latents, top], log_det, encoding)
         x, preprocess_log_det = self.preprocess.inverse(x)
         return x, log_det + preprocess_log_det
 
-    def initialize(self, x: Tensor, context: Context = None) -> None:
+    def initialize_layers(self, x: Tensor, context: Context = None) -> None:
         # Only the last prior depends on the class, and data do not set it: no class is needed.
         encoding = None
         if context is not None:
-            encoding = self.encoded(context)
+            encoding = self.encoded(context, len(x))
         x, _ = self.preprocess(channels_last(x))
         levels_initialize(self.levels, x, encoding)
 
@@ -201,7 +203,7 @@ class Glow(FlowModel):
 
         Raises ValueError: x or the context does not fit the model, or the model has no classes.
         """
-        self.check_shape(x)
+        self.check_data(x)
         encoding = self.encode_context(context)
         if encoding is None or self.classifier is None:
             raise ValueError("this Glow is not class-conditional: build it with n_classes")

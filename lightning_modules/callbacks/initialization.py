@@ -7,8 +7,10 @@ import lightning.pytorch as L
 from lightning_modules.objective import as_objective, data_of
 
 # Pixels in the first batch: 256 images of 32x32, as `n_batch_init` in the code of Glow's authors,
-# or 11 images of 160x160.
+# or 64 images of 64x64.
 PIXELS = 256 * 32**2
+# Of larger images, so that an ActNorm of 1x1 pixels, after many squeezes, sees enough values.
+LEAST_IMAGES = 32
 
 
 class Initialization(L.Callback):
@@ -37,16 +39,16 @@ class Initialization(L.Callback):
 
 
 def n_data(shape: tuple[int | None, ...] | None) -> int:
-    """How many data of shape (C, H, W) the first batch has: enough to have PIXELS pixels.
+    """How many data of shape (C, H, W) the first batch has: PIXELS pixels, and LEAST_IMAGES.
 
     It is 256 if the size is not fixed.
 
     >>> n_data((3, 32, 32)), n_data((3, 160, 160)), n_data((3, None, None))
-    (256, 11, 256)
+    (256, 32, 256)
     """
     if shape is None:
         return 256
     sides = [side for side in shape[1:] if side is not None]
     if None in shape:
         return 256
-    return math.ceil(PIXELS / math.prod(sides))
+    return max(LEAST_IMAGES, math.ceil(PIXELS / math.prod(sides)))
