@@ -173,7 +173,7 @@ def make_trainer(config: DictConfig, module: Objective, *extra: L.Callback) -> L
     logger = make_logger(config)
     if logger:
         callbacks += [LearningRateMonitor("step"), Throughput(config.data.batch_size)]
-    _silence_lightning()
+    silence_lightning()
     plugins: list = [SafeCheckpointIO()]
     if job() is not None:
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -275,7 +275,7 @@ USELESS_WARNINGS = (
 )
 
 
-def _silence_lightning() -> None:
+def silence_lightning() -> None:
     """Silence messages that Lightning prints in every run and that no user can act on."""
     for text in USELESS_WARNINGS:
         warnings.filterwarnings("ignore", f".*{text}.*")

@@ -163,6 +163,14 @@ def test_rows_have_their_labels_in_a_margin_on_their_left():
     assert wide > narrow > 10  # "T=0.7" and "T=1"
 
 
+def test_a_long_label_is_cut_off_and_leaves_room_for_the_images():
+    images = torch.full((3, 3, 64, 64), 0.5)
+    name = "a class\nwhose name has very many words to say what it is"
+    cut = picture([images], 8, [name])
+    assert torch.equal(cut, picture([images], 8, ["a class whose name ha..."]))
+    assert cut.shape[2] - picture([images], 8).shape[2] < 300
+
+
 def test_a_row_of_the_same_image_at_temperature_0_is_left_out():
     same = torch.rand(1, 3, 4, 4) + 1e-6 * torch.rand(5, 3, 4, 4)
     other = torch.rand(5, 3, 4, 4)

@@ -10,6 +10,7 @@ from datamodules import DATA, Photos
 from datamodules.images import ImageArray
 from flows.context import Classes
 from flows.realnvp import RealNVP
+from lightning_modules.callbacks.samples import margin
 from lightning_modules.noise import image_noise
 from reproduce import load, pictures, realnvp_cifar10, realnvp_moons
 from reproduce.config import override
@@ -102,10 +103,10 @@ def mistake(capsys, *words):
 def cells(path, columns):
     """The images of a picture as (rows, columns, 8, 8, 3) integers.
 
-    Each pixel of an image is drawn as 8 x 8, and the borders are 2 pixels of an image wide.
+    Each pixel of an image is drawn as 8 x 8, and the borders are 2 pixels of an image wide. The
+    labels are on the left of them.
     """
-    pixels = np.asarray(Image.open(path)).astype(int)[::8, ::8]
-    assert pixels.shape[1] == 10 * columns + 2
+    pixels = np.asarray(Image.open(path)).astype(int)[::8, -8 * (10 * columns + 2) :: 8]
     rows = range(2, pixels.shape[0] - 2, 10)
     return np.array(
         [[pixels[r : r + 8, c : c + 8] for c in range(2, 10 * columns, 10)] for r in rows]
@@ -119,6 +120,14 @@ def shown(indices, kind=Photos):
     q = torch.stack([data.test[0, int(i)][0] for i in indices])
     x, _ = data.dequantizer(q, image_noise(torch.as_tensor(indices), q.shape[1:], 0))
     return (x * 256).floor().permute(0, 2, 3, 1).int().numpy()
+
+
+def assert_labels(path, labels):
+    """The rows of a picture have these labels on their left."""
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    expected = margin(labels, pixels.shape[1])
+    assert torch.equal(pixels[:, :, : expected.shape[2]], expected)
+    assert (pixels.shape[2] - expected.shape[2]) % 80 == 16, "columns of 80 and a border of 16"
 
 
 CHOSEN = np.random.default_rng(0).permutation(N_TEST)  # seed=0
@@ -203,24 +212,30 @@ def test_data_without_labels_have_no_attributes(finished, tmp_path, capsys, monk
 def test_what_the_pictures_show(finished, tmp_path):
     draw(finished, f"out={tmp_path}", "n=3")
     grid = cells(tmp_path / "temperature.png", 3)
-    assert len(grid) == len(pictures.TEMPERATURES)
-    assert (grid[0] == grid[0, :1]).all()  # T = 0
+    temperatures = [0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1]  # at 0 all samples are the same
+    assert_labels(tmp_path / "temperature.png", [f"T={value}" for value in temperatures])
     assert (grid[-1] != grid[-1, :1]).any()
     with torch.no_grad():
         samples = load(finished).flow.sample(3, 0.7, generator=torch.Generator().manual_seed(0))
     samples = (samples * 256).floor().clamp(0, 255).permute(0, 2, 3, 1).int().numpy()
-    assert np.abs(grid[pictures.TEMPERATURES.index(0.7)] - samples).max() <= 1
+    assert np.abs(grid[temperatures.index(0.7)] - samples).max() <= 1
 
     pairs = cells(tmp_path / "interpolation.png", 3)
     ends = shown(CHOSEN[: 2 * pictures.N_PAIRS])
     assert np.abs(pairs[:, 0] - ends[::2]).max() <= 1
     assert np.abs(pairs[:, -1] - ends[1::2]).max() <= 1
 
+    ends = CHOSEN[: 2 * pictures.N_PAIRS].reshape(-1, 2).tolist()
+    assert_labels(tmp_path / "interpolation.png", [f"image {a} to {b}" for a, b in ends])
+
     image, coarsest, everything, redrawn = cells(tmp_path / "levels.png", 3)
     assert (image == shown(CHOSEN[:3])).all()
     assert np.abs(everything - image).max() <= 1
     assert np.abs(coarsest - image).mean() > 3
     assert np.abs(redrawn - coarsest).mean() > 3
+    assert_labels(
+        tmp_path / "levels.png", ["image", "1 of 2 levels", "2 of 2 levels", "1 of 2, rest T=0.7"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["labelled", "conditional"])
@@ -230,6 +245,7 @@ def test_attributes_of_data_with_labels(kind, finished, tmp_path, capsys, reques
     draw(finished, f"out={tmp_path}")
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line == f"{tmp_path / 'attributes.png'}: bee to ape, cat to bee, ape to cat"
+    assert_labels(tmp_path / "attributes.png", ["bee to ape", "cat to bee", "ape to cat"])
     grid = cells(tmp_path / "attributes.png", 5)
     starts = [next(i for i in CHOSEN if i % 3 == label) for label in (1, 2, 0)]
     assert np.abs(grid[:, 2] - shown(starts, Labelled)).max() <= 1
@@ -254,6 +270,7 @@ def test_attributes_of_data_with_labels(kind, finished, tmp_path, capsys, reques
 def test_columns_of_a_conditional_flow_are_its_classes(finished, tmp_path, conditional):
     draw(finished, f"out={tmp_path}")
     grid = cells(tmp_path / "temperature.png", len(NAMES))
+    assert_labels(tmp_path / "temperature.png", [f"T={t:g}" for t in pictures.TEMPERATURES])
     assert (grid[0, 0] != grid[0, 1]).any()  # T = 0: the class alone makes the difference
 
 
@@ -305,6 +322,7 @@ def test_data_without_a_folder_take_none(finished, tmp_path, capsys):
         ("seed=-1", "at least 0"),
         ("device=gpu", "device=gpu is not here: give"),
         ("cat", "'cat' is not of the form key=value"),
+        ("n_images=1", "at least 2"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(word, message, finished, tmp_path, capsys):
@@ -321,8 +339,8 @@ def test_names_and_folders_stay_texts(text, tmp_path):
 
 
 def test_folders_without_pictures_are_one_line(tmp_path, capsys):
-    assert "nothing is no run's folder" in mistake(capsys)
-    assert "nowhere is no run's folder: give outputs/" in mistake(capsys, tmp_path / "nowhere")
+    assert "MODEL is missing: give MODEL" in mistake(capsys)
+    assert "nowhere: give the folder of a run" in mistake(capsys, tmp_path / "nowhere")
     assert "holds no checkpoint" in mistake(capsys, tmp_path)
     small = [
         "flow.hidden_channels=4",

@@ -122,8 +122,10 @@ def test_pictures_are_uint8_and_show_the_images(finished):
     assert grid.dtype == np.uint8
     assert grid.std() > 20
     cell = 10 * 8  # an image of 8 and a border of 2, each pixel 8 x 8
-    originals = grid[16 : 16 + 64]
-    reconstructions = grid[16 + cell : 16 + cell + 64]
+    images = grid[:, -(16 * cell + 16) :]  # the labels are on their left
+    assert images.shape[1] + 80 < grid.shape[1]
+    originals = images[16 : 16 + 64]
+    reconstructions = images[16 + cell : 16 + cell + 64]
     assert np.abs(originals.astype(int) - reconstructions).max() <= 1
     assert pixels(folder / "samples" / "samples-0000006.png").std() > 5
     assert (folder / "curve.png").stat().st_size > 5000

@@ -28,7 +28,7 @@ from flows.glow import Glow
 from flows.normalization import uninitialized
 from lightning_modules.callbacks.density_2d import Density2d
 from lightning_modules.callbacks.initialization import Initialization, n_data
-from lightning_modules.callbacks.samples import Samples
+from lightning_modules.callbacks.samples import Samples, margin
 from lightning_modules.density import DensityModule
 from results.metrics import kind_of
 
@@ -96,8 +96,9 @@ def test_super_resolution_trains_and_draws_given_images_of_validation(tmp_path):
         path.name for path in tmp_path.iterdir()
     }
     with Image.open(tmp_path / "reconstruction-0000006.png") as image:
-        # 8x8 images are shown eight times as large.
-        pixels = torch.from_numpy(np.array(image)).float()[::8, ::8]
+        # 8x8 images are shown eight times as large, and labels are on the left of them.
+        labels = margin(["data", "reconstruction"], image.height)
+        pixels = torch.from_numpy(np.array(image)).float()[::8, labels.shape[2] :: 8]
     # There are two rows of images, with borders of two pixels.
     images = pixels[2:10]
     again = pixels[12:20]

@@ -26,6 +26,7 @@ from results import is_number
 SAME = 1e-3  # largest difference of images that look the same, below one of 256 grey levels
 N_SHOWN = 16  # images in a row
 LABEL_SPACE = 8  # pixels on the left and on the right of a row's label
+LONGEST_LABEL = 24  # characters; the name of a class can be longer
 NOT_FINITE = (255, 0, 255)  # magenta, which photographs and grey images do not have
 LARGEST_N = 100_000  # more samples, which are drawn at once, would not fit into memory
 
@@ -134,7 +135,8 @@ class Samples(L.Callback):
         if samples:
             pictures["samples"] = picture(list(samples.values()), n_bits, list(samples))
         if reconstruction:
-            pictures["reconstruction"] = picture(reconstruction, n_bits)
+            labels = ("data", "reconstruction")
+            pictures["reconstruction"] = picture(reconstruction, n_bits, labels)
         return pictures
 
     def _sample(
@@ -330,9 +332,13 @@ def as_levels(images: Tensor, n_bits: int) -> Tensor:
 
 
 def margin(labels: Sequence[str], height: int) -> Tensor:
-    """A white strip, (3, height, width) uint8, with texts one below the other, evenly spaced."""
+    """A white strip, (3, height, width) uint8, with texts one below the other, evenly spaced.
+
+    Longer texts than LONGEST_LABEL are cut off, and line breaks become spaces.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
+    labels = [shortened(" ".join(label.split())) for label in labels]
     row_height = height / len(labels)
     font = ImageFont.load_default(size=max(10, min(24, int(row_height / 3))))
     width = max(math.ceil(font.getlength(label)) for label in labels) + 2 * LABEL_SPACE
@@ -342,6 +348,17 @@ def margin(labels: Sequence[str], height: int) -> Tensor:
         middle = (LABEL_SPACE, (i + 0.5) * row_height)
         draw.text(middle, label, fill="black", font=font, anchor="lm")
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def shortened(label: str) -> str:
+    """A label of at most LONGEST_LABEL characters, which ends with dots if it was longer.
+
+    >>> shortened("a class with a name of many words")
+    'a class with a name o...'
+    """
+    if len(label) <= LONGEST_LABEL:
+        return label
+    return f"{label[: LONGEST_LABEL - 3]}..."
 
 
 def caption(name: str, step: int, labels: Sequence[str]) -> str:
