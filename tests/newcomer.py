@@ -28,7 +28,7 @@ EXPERIMENTS = {path.stem for path in CONFIGS.glob("*.yaml")} - {"base"}
 
 # The settings that make a run quick. They replace those of a page.
 FEW_STEPS = [
-    *("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=2"),
+    *("trainer.accelerator=cpu", "trainer.precision=32-true"),
     *("trainer.val_check_interval=1", "checkpoint.every_n_steps=1", "eval.bn_images=16"),
     *("samples.n=2", "samples.every_n_steps=2", "logger.name=none"),
 ]
@@ -108,7 +108,10 @@ def reduced(experiment: str, words: list[str]) -> list[str]:
     flow = SMALL_FLOWS.get(experiment, [])
     if not any(word.startswith("flow.hidden_channels") for word in flow):
         flow = [*SMALL_FLOWS[family], *flow]
-    return override(words, [*FEW_STEPS, *flow, BATCH, *SMALL_DATA.get(data, [])])
+    steps = "trainer.max_steps=2"
+    if any(word.startswith("trainer.max_steps=") for word in words):  # a longer run
+        steps = "trainer.max_steps=3"
+    return override(words, [*FEW_STEPS, steps, *flow, BATCH, *SMALL_DATA.get(data, [])])
 
 
 def run(words: list[str], folder: Path) -> None:

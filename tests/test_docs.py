@@ -55,7 +55,7 @@ LEFT_BEHIND = {
         *("outputs/photos/result.json", "outputs/photo-samples/grid.png", "scores.csv"),
         *("outputs/photo-model/model.safetensors", "outputs/photo-model/README.md"),
     ],
-    "docs/clusters.md": ["outputs/mine/checkpoints/step-00000002.ckpt"],
+    "docs/clusters.md": ["outputs/mine/checkpoints/step-00000003.ckpt"],
     "docs/data.md": ["outputs/photos/result.json", "cache/paperflows"],
     "docs/models.md": ["outputs/demo/result.json", "outputs/demo-samples/000003.png"],
     "docs/papers-and-code.md": [
