@@ -454,7 +454,7 @@ def _check_known(key: str, known: list[str], source: str) -> None:
         raise ConfigError(
             f"{source}{key} is a section, not a value: give one of {', '.join(inside)}"
         )
-    raise ConfigError(f"{source}{key} is no key of this recipe{nearest(key, keys)}: see --help")
+    raise ConfigError(f"{source}{key} is not a known key{nearest(key, keys)}: see --help")
 
 
 def _check_interpolations(config: DictConfig, values: Values, schema: Schema) -> None:

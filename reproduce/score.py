@@ -299,11 +299,14 @@ def summary(rows: Sequence[Sequence[str]]) -> str:
     n_unreadable = len(rows) - len(values)
     if not values:
         raise ValueError(f"none of {n_unreadable} files can be read: give a folder of images")
-    text = f"{len(values)} images, mean {math.fsum(values) / len(values):.4f} bits/dim"
+    images = "1 image" if len(values) == 1 else f"{len(values)} images"
+    text = f"{images}, mean {math.fsum(values) / len(values):.4f} bits/dim"
     n_not_finite = sum(not math.isfinite(value) for value in values)
     if n_not_finite:
         text += f"; the bits/dim of {n_not_finite} images are not finite"
-    if n_unreadable:
+    if n_unreadable == 1:
+        text += "; 1 unreadable file has an empty row"
+    elif n_unreadable:
         text += f"; {n_unreadable} unreadable files have an empty row"
     return text
 

@@ -223,7 +223,23 @@ def _of_safetensors(path: Path) -> Stored:
     if (path.parent / RESULT).is_file():
         result = read_result(path.parent)
     weights, origin = _read_safetensors(path, (result or {}).get("weights"))
+    _restore_root(origin["config"], (result or {}).get("config"))
     return Stored(weights, origin, result, path)
+
+
+def _restore_root(config: Any, recorded: Any) -> None:
+    """Give a config the `data.root` of the result beside the weights.
+
+    The metadata of a file of weights have only its last part, while the result of a run has the
+    path, so that the run can be tested again from any folder.
+    """
+    sections = [
+        part["data"]
+        for part in (config, recorded)
+        if isinstance(part, dict) and isinstance(part.get("data"), dict)
+    ]
+    if len(sections) == 2 and isinstance(sections[1].get("root"), str):
+        sections[0]["root"] = sections[1]["root"]
 
 
 def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,17 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_folders import make_split_folder
 from PIL import Image
 from test_glow_scripts import run
 
 from lightning_modules.callbacks.samples import margin
-from reproduce import evaluate, load, sample, score
+from reproduce import evaluate, glow_photos, load, sample, score
 from reproduce.config import ConfigError
 from reproduce.model import TrainedModel
 from reproduce.model_command import fingerprint, read_words
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"sample": sample, "score": score, "evaluate": evaluate}
+TINY_FOLDER_RUN = [
+    *("logger.name=none", "trainer.accelerator=cpu", "trainer.max_steps=2", "samples.n=2"),
+    *("trainer.precision=32-true", "trainer.val_check_interval=2", "checkpoint.every_n_steps=2"),
+    *("samples.every_n_steps=2", "flow.n_levels=2", "flow.depth=1", "flow.hidden_channels=4"),
+]
 NAMES = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 
 
@@ -143,7 +149,7 @@ def test_help_names_every_key(name, capsys):
         (["evaluate", "RUN", "noise_sample=2"], "did you mean noise_samples?"),
         (["evaluate", "RUN", "data.n_tst=5"], "did you mean data.n_test?"),
         (["evaluate", "RUN", "data.n_test=many"], "data.n_test=many has the wrong type"),
-        (["evaluate", "RUN", "data.root=here"], "data.root is no key"),
+        (["evaluate", "RUN", "data.root=here"], "data.root is not a known key"),
         (["evaluate", "RUN", "data.name=mnist"], "a test is on the data of the run, photos"),
     ],
 )
@@ -517,6 +523,21 @@ def test_more_noise_samples_give_a_bound_and_leave_the_first_figure(realnvp, cap
     assert figures["test/bpd"] - 0.1 < bound < figures["test/bpd"]
 
 
+def test_a_run_on_a_folder_is_tested_again_from_another_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = make_split_folder(tmp_path / "my photographs", n_train=20, n_val=2, n_test=3)
+    folder = tmp_path / "run"
+    words = ["data.name=folder", f"data.root={root}", "data.size=8", "data.batch_size=4"]
+    glow_photos.main([*words, *TINY_FOLDER_RUN, f"run_dir={folder}"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    call("evaluate", folder)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("equal to the last digit")
+    assert load(folder).stored.origin["config"]["data"]["root"] == str(root)
+
+
 def test_another_figure_of_the_same_test_is_exit_code_1(realnvp, tmp_path, capsys):
     close = copy_with(realnvp, tmp_path / "close", bpd=1e-5)
     call("evaluate", close)
@@ -601,3 +622,11 @@ def test_an_interrupted_test_is_one_line(realnvp, monkeypatch):
     interrupt_after(monkeypatch, owner, "log_prob", 2)
     line = interrupted("evaluate", realnvp)
     assert line == "stopped: nothing is written, the same command tests again"
+
+
+@pytest.mark.parametrize(
+    ("n", "words"), [(1, "1 unreadable file has"), (2, "2 unreadable files have")]
+)
+def test_unreadable_files_are_counted(n, words):
+    rows = [["a.png", "3.5", "", "2.0", "1.5"], *[["b.png", "", "", "", ""]] * n]
+    assert score.summary(rows) == f"1 image, mean 3.5000 bits/dim; {words} an empty row"

@@ -350,7 +350,7 @@ def test_a_typo_names_the_nearest_key(argument, nearest):
 
 def test_a_key_that_is_like_no_known_key():
     message = mistake("zzzzzz=1")
-    assert "zzzzzz is no key" in message
+    assert "zzzzzz is not a known key" in message
     assert "did you mean" not in message
 
 
@@ -773,7 +773,7 @@ def test_a_mistake_in_a_preset_names_the_preset(extending, write):
     assert mistake("preset=small", recipe="flow_w").startswith("preset=small: b=x has the wrong")
     write("flow_w.yaml", "bases: [flow_x.yaml]\npresets: {small: {sectoin: {k: 1}}}")
     message = mistake("preset=small", recipe="flow_w")
-    assert message.startswith("preset=small: sectoin.k is no key of this recipe (did you mean")
+    assert message.startswith("preset=small: sectoin.k is not a known key (did you mean")
     write("presets/small.yaml", "- a")
     assert "small.yaml holds no sections" in mistake("preset=small", recipe="flow_w")
 

@@ -241,7 +241,7 @@ def test_a_run_that_fails_ends_all_with_its_line(script, capsys):
     [
         (
             ["trainer.max_stps=5"],
-            "trainer.max_stps is no key of this recipe (did you mean trainer.max_steps?)",
+            "trainer.max_stps is not a known key (did you mean trainer.max_steps?)",
         ),
         (["trainer.max_steps=many"], "trainer.max_steps=many has the wrong type"),
         (["preset=cup"], "preset=cup is not known"),

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
         (
             "glow_photos",
             ["flow.depht=3"],
-            "flow.depht is no key of this recipe (did you mean flow.depth?)",
+            "flow.depht is not a known key (did you mean flow.depth?)",
         ),
         (
             "glow_photos",
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_another_glow_is_refused(finished, tmp_path):
             ["flow.depth=0"],
             "flow.depth=0 is out of range: give a whole",
         ),
-        ("glow_photos", ["flow.n_classes=7"], "flow.n_classes is no key of this recipe"),
+        ("glow_photos", ["flow.n_classes=7"], "flow.n_classes is not a known key"),
         ("glow_photos", ["optim.l2=0.1"], "Glow has no L2 penalty"),
         (
             "glow_cifar10",

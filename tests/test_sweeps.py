@@ -487,5 +487,5 @@ def test_a_key_that_the_recipe_no_longer_has_is_named(swept):
         ["experiment=realnvp_cifar10", "flow={'n_blocks': 8, 'width': 4}"], CIFAR
     )
     assert arguments == ["flow.width=4"]
-    with pytest.raises(ConfigError, match=r"flow\.width is no key"):
+    with pytest.raises(ConfigError, match=r"flow\.width is not a known key"):
         compose(CIFAR, arguments)
