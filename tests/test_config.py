@@ -892,7 +892,7 @@ def test_help_says_which_presets_switch_wandb_off():
 
 
 def test_the_presets_are_those_that_readme_names():
-    """README: "every recipe of images has presets demo, cpu and gpu"; `realnvp_moons` has none."""
+    """README: every recipe of images has presets demo, cpu and gpu; `realnvp_moons` has none."""
     without = [recipe for recipe in RECIPES if not presets(recipe)]
     assert without == ["realnvp_moons"]
     assert "realnvp_moons` has none" in (CONFIGS.parent / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What keeps the project in order: versions, the suite's settings, hooks, CI, CONTRIBUTING.md."""
+"""What keeps the project in order: versions, the suite's settings, hooks, CI, CONTRIBUTING.md.
+
+The files and classes that docs/adding-a-flow.md names are checked here too.
+"""
 
 import ast
 import re
@@ -144,8 +147,9 @@ def test_unknown_versions_are_one_line():
 
 
 def quoted():
-    """What CONTRIBUTING.md has between backquotes, and the lines of its blocks of commands."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    """What two pages have between backquotes, and the lines of their blocks of commands."""
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "adding-a-flow.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     commands = [line.partition("  #")[0] for block in blocks for line in block.splitlines()]
@@ -160,7 +164,7 @@ def test_the_files_that_contributing_names_exist():
         if re.fullmatch(r"[\w./-]+(/|\.(py|yaml|yml|toml|txt|md|cff))", word)
     }
     assert len(paths) > 30
-    made = {"data/", "outputs/glow_cifar10/"}  # by a run, or by its user
+    made = {"data/", "outputs/glow_cifar10/", "results/weights/"}  # by a run, or by its user
     assert [path for path in sorted(paths - made) if not (ROOT / path).exists()] == []
 
 
@@ -169,7 +173,7 @@ def test_the_targets_and_commands_that_contributing_names_exist():
     named = {word for words in quoted() for word in re.findall(r"\bmake ([a-z][\w-]*)", words)}
     assert {"test", "lint", "hooks", "results"} <= named <= set(targets)
     modules = {name for words in quoted() for name in re.findall(r"python -m ([\w.]+)", words)}
-    assert modules == {"results"}
+    assert modules == {"results", "benchmarks", "benchmarks.overhead", "benchmarks.stability"}
     markers = {line.split(":")[0] for line in SETTINGS["tool"]["pytest"]["ini_options"]["markers"]}
     assert {name for words in quoted() for name in re.findall(r"-m (\w+)$", words)} == markers - {
         "slurm"
