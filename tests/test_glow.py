@@ -856,7 +856,7 @@ def test_averaged_weights_start_initialised_too():
     ("shape", "n"), [((3, 32, 32), 256), ((3, 64, 64), 64), ((1, 160, 160), 32)]
 )
 def test_the_first_batch_has_256_images_of_32x32(shape, n):
-    """Other sizes have as many pixels together, and 32 images. It is taken once, before training."""
+    """Other sizes have as many pixels together, and at least 32 images."""
     seen = []
     flow = torch.nn.Sequential(ActNorm(2))
 
