@@ -153,7 +153,7 @@ def _read_index(path: Path) -> dict[str, list[Any]]:
     """The entries of an index; none if there is no index, or a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from datamodules.checks import expand_home, is_number
@@ -25,6 +26,15 @@ from reproduce.run_folder import mismatch
 from reproduce.stored import Stored, as_safetensors, read_stored
 from results.files import write
 
+# What constructors raise for a recipe that lacks something, or is of another version of the code.
+UNFIT_RECIPE = (
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    OmegaConfBaseException,
+)
 Images = Tensor | np.ndarray
 Labels = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
 Latents = tuple[Tensor, ...]
@@ -46,7 +56,7 @@ class RecordedData:
     """
 
     def __init__(self, origin: dict[str, Any]) -> None:
-        self.shape: tuple[int, ...] = tuple(origin["shape"])
+        self.shape: tuple[int, ...] = tuple(origin["shape"] or ())
         self.n_bits: int | None = origin["n_bits"]
         self.class_names: tuple[str, ...] = tuple(origin["class_names"])
         self.labels = bool(origin["config"]["data"].get("labels"))
@@ -128,8 +138,15 @@ class TrainedModel:
         """
         recipe = self.config if config is None else config
         script = _script(self.stored)
-        flow = script.make_flow(recipe, tuple(data.shape))
-        objective: Objective = script.make_module(recipe, flow, data)
+        try:
+            flow = script.make_flow(recipe, tuple(data.shape))
+            objective: Objective = script.make_module(recipe, flow, data)
+        except UNFIT_RECIPE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.stored.path} has a recipe of which {self.experiment} makes no model here "
+                f"({reason}); use its commit {self.commit}"
+            ) from error
         expected = {
             key: value
             for key, value in objective.state_dict().items()

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from cases import TINY
 from PIL import Image
@@ -22,7 +23,7 @@ from reproduce import glow_cifar10_conditional, load, realnvp_cifar10, realnvp_m
 from reproduce.config import ConfigError, override
 from reproduce.export import main as export
 from reproduce.run_folder import read_checkpoint
-from reproduce.stored import read_stored
+from reproduce.stored import as_safetensors, read_stored
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 GLOW = [
@@ -485,6 +486,64 @@ def test_weights_other_than_those_recorded_are_refused(runs, tmp_path):
     (out / "model.safetensors").write_bytes(content[:-50])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): restore it"):
         load(out)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", None, r"not understood \(config.data\)"),
+        ("config.data", 3, r"not understood \(config.data.name\)"),
+        ("shape", 3, r"not understood \(shape\)"),
+        ("class_names", None, r"not understood \(class_names\)"),
+        ("experiment", "a.b", r"not understood \(experiment\)"),
+        ("shape", None, r"models images \(C, H, W\)"),
+        ("config.flow", None, "makes no model here"),
+        ("config.optim", {}, "makes no model here"),
+        ("config.flow.hidden_channels", 10**12, "makes no model here"),
+    ],
+)
+def test_weights_of_a_model_that_is_not_understood_are_one_line(
+    key, value, message, runs, tmp_path
+):
+    stored = read_stored(runs["realnvp"])
+    origin = json.loads(json.dumps(stored.origin))
+    *sections, last = key.split(".")
+    part = origin
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(as_safetensors(stored._replace(origin=origin)))
+    with pytest.raises((ValueError, ConfigError), match=message) as refusal:
+        load(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_nested_metadata_are_one_line(runs, tmp_path):
+    path = tmp_path / "a.safetensors"
+    nested = {"paperflows": "[" * 100_000}
+    path.write_bytes(safetensors.torch.save(read_stored(runs["realnvp"]).weights, nested))
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged \("):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("metrics", None, r"not a whole result of a run \(metrics\): restore"),
+        ("run", None, r"not a whole result of a run \(run\)"),
+        ("comparisons", 3, r"not a whole result of a run \(comparisons\)"),
+    ],
+)
+def test_half_a_result_beside_the_weights_is_one_line(key, value, message, runs, tmp_path):
+    shutil.copy(runs["realnvp"] / "model.safetensors", tmp_path)
+    result = json.loads((runs["realnvp"] / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**result, key: value}))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    (tmp_path / "result.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"result.json is not the result of a run"):
+        load(tmp_path)
 
 
 def as_text(path):
