@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
+from datamodules import make_data
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.kinds import argument_text
@@ -54,6 +55,7 @@ def check_finished(config: DictConfig, module: Objective) -> None:
             f"{folder} is finished, and was trained with {' '.join(changed)}: say the same, or "
             f"give another run_dir (with init_from={folder} it starts from these weights)"
         )
+    _check_images(config, trained_with, result)
     if not larger or _has_all_steps(result, config):
         rank_zero_only(say)(f"{folder} is finished: see {folder / RESULT}")
         sys.exit(0)
@@ -71,6 +73,23 @@ def check_finished(config: DictConfig, module: Objective) -> None:
         )
     limits = " ".join(f"trainer.{key}={argument_text(now[key])}" for key in larger)
     rank_zero_info(f"{folder} is finished, and is extended to {limits}")
+
+
+def _check_images(config: DictConfig, trained_with: dict[str, Any], result: dict[str, Any]) -> None:
+    """ConfigError: data.root is another folder than that of a finished run, with other images.
+
+    The images of the same folder are not looked at: they may be gone once the run is finished.
+    """
+    recorded = (result.get("data") or {}).get("sha256")
+    if recorded is None or config.data.get("root") == trained_with["data"].get("root"):
+        return
+    actual = make_data(seed=config.seed, **config.data).current_hash()
+    if actual != recorded:
+        raise ConfigError(
+            f"{config.run_dir} is finished, and was trained on other images than those in "
+            f"data.root={config.data.root} (sha256 {recorded}, and here {actual}): give another "
+            f"run_dir (with init_from={config.run_dir} it starts from these weights)"
+        )
 
 
 def earlier_ends(config: DictConfig, images: int) -> list[dict[str, Any]]:

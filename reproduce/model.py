@@ -243,7 +243,8 @@ class TrainedModel:
         ValueError, one line: the flow is none of images, or an argument is out of its range.
         """
         self._check_images("sample")
-        return as_levels(self.draw(n, temperature, label, seed, first, batch_size), self._depth)
+        parts = self._drawn_parts(n, temperature, label, seed, first, batch_size)
+        return torch.cat([as_levels(part, self._depth) for part in parts])
 
     def draw(
         self,
@@ -269,6 +270,18 @@ class TrainedModel:
 
         ValueError, one line: an argument is out of its range or does not fit the flow.
         """
+        return torch.cat(list(self._drawn_parts(n, temperature, label, seed, first, batch_size)))
+
+    def _drawn_parts(
+        self,
+        n: int,
+        temperature: float,
+        label: int | str | None,
+        seed: int,
+        first: int,
+        batch_size: int,
+    ) -> Iterator[Tensor]:
+        """The samples of `draw` in parts, one for each batch; the first part has no sample."""
         _check_at_least("n", n, 0)
         _check_at_least("first", first, 0)
         _check_at_least("seed", seed, 0)
@@ -276,12 +289,11 @@ class TrainedModel:
             raise ValueError(f"temperature={temperature}: give a number of at least 0")
         shape = self._sample_shape()
         classes = self._classes_of_samples(n, label, first)
-        drawn = [torch.zeros(0, *shape)]
+        yield torch.zeros(0, *shape)
         for rows in _batches(n, batch_size):
             numbers = range(first + rows.start, first + rows.stop)
             context = self._context(classes, rows)
-            drawn.append(self._drawn(numbers, temperature, seed, context, shape))
-        return torch.cat(drawn)
+            yield self._drawn(numbers, temperature, seed, context, shape)
 
     def _drawn(
         self,

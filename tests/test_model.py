@@ -17,7 +17,7 @@ from PIL import Image
 import results
 from datamodules import make_data
 from flows.likelihood import bits_per_dim
-from lightning_modules.callbacks.samples import NOT_FINITE
+from lightning_modules.callbacks.samples import NOT_FINITE, as_levels
 from lightning_modules.noise import image_noise
 from reproduce import glow_cifar10_conditional, load, realnvp_cifar10, realnvp_moons
 from reproduce.config import ConfigError, override
@@ -205,6 +205,20 @@ def test_samples_that_are_not_finite_are_seen(glow, monkeypatch):
     images = glow.sample(2)
     assert images[0, :, 2, 3].tolist() == list(NOT_FINITE)
     assert torch.equal(images[1], whole[1])
+
+
+def test_images_are_made_of_one_batch_of_floats_at_a_time(glow, monkeypatch):
+    """Else 50,000 images would take five times their memory."""
+    sizes = []
+
+    def noted(images, n_bits):
+        sizes.append(len(images))
+        return as_levels(images, n_bits)
+
+    monkeypatch.setattr("reproduce.model.as_levels", noted)
+    images = glow.sample(5, batch_size=2)
+    assert sizes == [0, 2, 2, 1]
+    assert torch.equal(images, as_levels(glow.draw(5, batch_size=2), glow.n_bits))
 
 
 SAMPLE_IN_A_LOOP = r"""
@@ -498,7 +512,7 @@ def test_weights_other_than_those_recorded_are_refused(runs, tmp_path):
         ("experiment", "a.b", r"not understood \(experiment\)"),
         ("shape", None, r"models images \(C, H, W\)"),
         ("config.flow", None, "makes no model here"),
-        ("config.optim", {}, "makes no model here"),
+        ("config.optim", None, "makes no model here"),
         ("config.flow.hidden_channels", 10**12, "makes no model here"),
     ],
 )
