@@ -202,7 +202,8 @@ class TrainedModel:
         _check_at_least("seed", seed, 0)
         if keys is None:
             keys = torch.arange(n)
-        if tuple(keys.shape) != (n,) or keys.dtype != torch.int64 or (n and int(keys.min()) < 0):
+        is_whole = isinstance(keys, Tensor) and keys.dtype == torch.int64
+        if not is_whole or tuple(keys.shape) != (n,) or (n and int(keys.min()) < 0):
             raise ValueError(f"keys are {n} numbers of at least 0, as an int64 tensor ({n},)")
         means = [torch.zeros(0)]
         for rows in _batches(n, batch_size):

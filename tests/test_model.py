@@ -416,7 +416,7 @@ def test_wrong_numbers_are_one_line(arguments, message, realnvp):
 
 
 def test_wrong_keys_are_one_line(realnvp):
-    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
+    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), [0, 1]):
         with pytest.raises(ValueError, match=r"^keys are 2 numbers of at least 0, as an int64"):
             realnvp.bits_per_dim(ZEROS, keys=keys)
     with pytest.raises(ValueError, match="seed=-1: give a whole number of at least 0"):
