@@ -20,9 +20,8 @@ from datamodules.image_cache import (
     decoded,
     default_cache,
     digests,
-    normal,
 )
-from datamodules.image_files import check_folder, cut, find_images, shown
+from datamodules.image_files import check_folder, cut, find_images, normal, shown
 from datamodules.images import ImageArray
 from datamodules.samplers import check_batch_size
 from datamodules.stateless import StatelessDataModule
@@ -180,8 +179,15 @@ class ImageFolder(StatelessDataModule):
             images = content.decoded.images.choose(numbers)
             setattr(self, split, self._data_set(split, images, of_split))
         self.content_hash = content.sha256
+        self._check_same_content()
         for line in self._report(content):
             rank_zero_info(line)
+
+    def current_hash(self) -> str:
+        """The sha256 of the images that are in the folder now."""
+        files, _ = find_files(self.root)
+        read = digests(self.root, [file.path for file in files], self.cache)
+        return content_hash([file.name for file in files], read.sums)
 
     def counts(self) -> dict[str, int]:
         """The size of each split and, if there are any, how many files could not be read."""
@@ -246,20 +252,23 @@ class ImageFolder(StatelessDataModule):
         if self.class_names is None:
             return None
         numbers = {name: k for k, name in enumerate(self.class_names)}
+        first_parts = {file.inner.partition("/")[0] for file in files}
+        folders = {name: printable(name) for name in first_parts}
         labels = []
         for file in files:
-            folder, separator, _ = file.inner.partition("/")
+            name, separator, _ = file.inner.partition("/")
+            folder = folders[name]
             if not separator:
                 raise ValueError(
                     f"data.labels=true, and {shown(file.path)} is in no folder of a class: "
                     "move it into one, or give data.labels=false"
                 )
-            if printable(folder) not in numbers:
+            if folder not in numbers:
                 raise ValueError(
-                    f"{shown(file.path)} is of the class {printable(folder)}, which has no folder "
-                    "in train/: add it, or take the file away"
+                    f"{shown(file.path)} is of the class {folder}, which has no folder in "
+                    "train/: add it, or take the file away"
                 )
-            labels.append(numbers[printable(folder)])
+            labels.append(numbers[folder])
         trained = {
             label for label, file in zip(labels, files, strict=True) if file.split == "train"
         }

@@ -16,7 +16,6 @@ import os
 import shutil
 import stat
 import time
-import unicodedata
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +28,14 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from datamodules.image_files import Pixels, UnreadableImage, read_pixels, read_strip, shown
+from datamodules.image_files import (
+    Pixels,
+    UnreadableImage,
+    normal,
+    read_pixels,
+    read_strip,
+    shown,
+)
 
 VERSION = 1  # of the form of the files, and of how images are read
 PART = ".part"  # the end of the name of a file that is still being written
@@ -112,11 +118,6 @@ def content_hash(names: Sequence[str], sums: Sequence[str]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def normal(name: str) -> str:
-    """The composed form of a name in Unicode, which has one character for an accented letter."""
-    return unicodedata.normalize("NFC", name)
-
-
 def key_of(*parts: object) -> str:
     """A name for a file that stands for the parts: 32 hexadecimal digits."""
     text = json.dumps(parts)
@@ -153,7 +154,7 @@ def _read_index(path: Path) -> dict[str, list[Any]]:
     """The entries of an index; none if there is no index, or a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

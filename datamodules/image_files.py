@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,9 @@ class Pixels(NamedTuple):
 def find_images(root: Path) -> list[Path]:
     """The files below a folder that have an ending of ENDINGS, sorted by their path below it.
 
+    The order is that of `normal` paths: it is the same for each of the forms in Unicode of a name
+    with accents.
+
     Files and folders whose names begin with a dot are skipped. Links are followed, but not in
     circles. What is in the files is not looked at.
 
@@ -69,7 +73,8 @@ def find_images(root: Path) -> list[Path]:
         raise ValueError(
             f"{shown(root)} contains no {', '.join(ENDINGS)} (other files: {found or 'none'})"
         )
-    return sorted(images, key=lambda path: path.relative_to(root).as_posix())
+    names = {path: path.relative_to(root).as_posix() for path in images}
+    return sorted(images, key=lambda path: (normal(names[path]), names[path]))
 
 
 def check_folder(root: Path) -> None:
@@ -259,6 +264,11 @@ def _opaque(image: Image.Image, mode: str) -> tuple[Image.Image, bool]:
     is_transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert(mode), is_transparent
+
+
+def normal(name: str) -> str:
+    """The composed form of a name in Unicode, which has one character for an accented letter."""
+    return unicodedata.normalize("NFC", name)
 
 
 def shown(path: Path) -> str:

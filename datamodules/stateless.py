@@ -115,6 +115,28 @@ class StatelessDataModule(L.LightningDataModule):
         for text in filter(None, texts):
             raise SharedError(text) from self._problem
 
+    def _check_same_content(self) -> None:
+        """Raise SharedError in all processes, if one of them has read other data than another.
+
+        `setup` of a data set with a content_hash ends with it.
+        """
+        if not distributed.is_initialized():
+            return
+        hashes: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(hashes, self.content_hash)
+        if len(set(hashes)) > 1:
+            raise SharedError(
+                "the machines have different images in data.root (sha256 "
+                f"{' and '.join(sorted(map(str, set(hashes))))}): give all of them the same files"
+            )
+
+    def current_hash(self) -> str | None:
+        """The content_hash of the data as they are now. It needs no `setup`, and decodes nothing.
+
+        Raises OSError or ValueError, one line: there are no such data.
+        """
+        return None
+
     @property
     def n_train(self) -> int:
         """The size of the training set, after `setup`."""

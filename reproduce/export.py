@@ -157,8 +157,12 @@ def _numbers(result: dict[str, Any] | None) -> list[str]:
     lines = ["## Numbers", ""]
     if result is None:
         return [*lines, "These weights were not tested.", ""]
-    compared = [each for each in result.get("comparisons", ()) if each["status"] != "-"]
     claims = results.load_claims()
+    compared = [
+        each
+        for each in result.get("comparisons", ())
+        if each["status"] != "-" and each["claim"] in claims
+    ]
     titles = {stem: paper["title"] for stem, paper in results.load_papers().items()}
     by_metric = {each["metric"]: each for each in compared}
     rows = []

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from datamodules import make_data
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.kinds import argument_text
@@ -23,6 +24,13 @@ from reproduce.run_folder import (
 from reproduce.streams import say
 
 LIMITS = ("max_steps", "max_epochs", "max_time")  # keys of the section `trainer` that end a run
+# Keys that a run may change until its test, which they decide.
+OF_TEST = (
+    "eval.noise_samples",
+    "eval.bn_images",
+    "checkpoint.select",
+    "trainer.limit_test_batches",
+)
 SECONDS = (86_400, 3_600, 60, 1)  # of the parts of max_time, DD:HH:MM:SS
 
 
@@ -54,7 +62,9 @@ def check_finished(config: DictConfig, module: Objective) -> None:
             f"{folder} is finished, and was trained with {' '.join(changed)}: say the same, or "
             f"give another run_dir (with init_from={folder} it starts from these weights)"
         )
+    _check_images(config, trained_with, result)
     if not larger or _has_all_steps(result, config):
+        _check_test(config, trained_with)
         rank_zero_only(say)(f"{folder} is finished: see {folder / RESULT}")
         sys.exit(0)
     setting = falling_rate(config)
@@ -71,6 +81,43 @@ def check_finished(config: DictConfig, module: Objective) -> None:
         )
     limits = " ".join(f"trainer.{key}={argument_text(now[key])}" for key in larger)
     rank_zero_info(f"{folder} is finished, and is extended to {limits}")
+
+
+def _check_test(config: DictConfig, trained_with: dict[str, Any]) -> None:
+    """ConfigError: a finished run was tested with other settings. Older results may lack a key."""
+    earlier = OmegaConf.create(trained_with)
+    tested_with = {
+        key: OmegaConf.select(earlier, key)
+        for key in OF_TEST
+        if key.partition(".")[2] in (earlier.get(key.partition(".")[0]) or {})
+    }
+    changed = [
+        f"{key}={argument_text(value)}"
+        for key, value in tested_with.items()
+        if OmegaConf.select(config, key) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} is finished, and was tested with {' '.join(changed)}: say the same, "
+            f"or test its weights again with python -m reproduce.evaluate {config.run_dir}"
+        )
+
+
+def _check_images(config: DictConfig, trained_with: dict[str, Any], result: dict[str, Any]) -> None:
+    """ConfigError: data.root is another folder than that of a finished run, with other images.
+
+    The images of the same folder are not looked at: they may be gone once the run is finished.
+    """
+    recorded = (result.get("data") or {}).get("sha256")
+    if recorded is None or config.data.get("root") == trained_with["data"].get("root"):
+        return
+    actual = make_data(seed=config.seed, **config.data).current_hash()
+    if actual != recorded:
+        raise ConfigError(
+            f"{config.run_dir} is finished, and was trained on other images than those in "
+            f"data.root={config.data.root} (sha256 {recorded}, and here {actual}): give another "
+            f"run_dir (with init_from={config.run_dir} it starts from these weights)"
+        )
 
 
 def earlier_ends(config: DictConfig, images: int) -> list[dict[str, Any]]:

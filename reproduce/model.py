@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from datamodules.checks import expand_home, is_number
@@ -25,6 +26,15 @@ from reproduce.run_folder import mismatch
 from reproduce.stored import Stored, as_safetensors, read_stored
 from results.files import write
 
+# What constructors raise for a recipe that lacks something, or is of another version of the code.
+UNFIT_RECIPE = (
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    OmegaConfBaseException,
+)
 Images = Tensor | np.ndarray
 Labels = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
 Latents = tuple[Tensor, ...]
@@ -46,7 +56,7 @@ class RecordedData:
     """
 
     def __init__(self, origin: dict[str, Any]) -> None:
-        self.shape: tuple[int, ...] = tuple(origin["shape"])
+        self.shape: tuple[int, ...] = tuple(origin["shape"] or ())
         self.n_bits: int | None = origin["n_bits"]
         self.class_names: tuple[str, ...] = tuple(origin["class_names"])
         self.labels = bool(origin["config"]["data"].get("labels"))
@@ -128,8 +138,15 @@ class TrainedModel:
         """
         recipe = self.config if config is None else config
         script = _script(self.stored)
-        flow = script.make_flow(recipe, tuple(data.shape))
-        objective: Objective = script.make_module(recipe, flow, data)
+        try:
+            flow = script.make_flow(recipe, tuple(data.shape))
+            objective: Objective = script.make_module(recipe, flow, data)
+        except UNFIT_RECIPE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.stored.path} has a recipe of which {self.experiment} makes no model here "
+                f"({reason}); use its commit {self.commit}"
+            ) from error
         expected = {
             key: value
             for key, value in objective.state_dict().items()
@@ -185,7 +202,8 @@ class TrainedModel:
         _check_at_least("seed", seed, 0)
         if keys is None:
             keys = torch.arange(n)
-        if tuple(keys.shape) != (n,) or keys.dtype != torch.int64 or (n and int(keys.min()) < 0):
+        is_whole = isinstance(keys, Tensor) and keys.dtype == torch.int64
+        if not is_whole or tuple(keys.shape) != (n,) or (n and int(keys.min()) < 0):
             raise ValueError(f"keys are {n} numbers of at least 0, as an int64 tensor ({n},)")
         means = [torch.zeros(0)]
         for rows in _batches(n, batch_size):
@@ -226,7 +244,8 @@ class TrainedModel:
         ValueError, one line: the flow is none of images, or an argument is out of its range.
         """
         self._check_images("sample")
-        return as_levels(self.draw(n, temperature, label, seed, first, batch_size), self._depth)
+        parts = self._drawn_parts(n, temperature, label, seed, first, batch_size)
+        return torch.cat([as_levels(part, self._depth) for part in parts])
 
     def draw(
         self,
@@ -252,6 +271,18 @@ class TrainedModel:
 
         ValueError, one line: an argument is out of its range or does not fit the flow.
         """
+        return torch.cat(list(self._drawn_parts(n, temperature, label, seed, first, batch_size)))
+
+    def _drawn_parts(
+        self,
+        n: int,
+        temperature: float,
+        label: int | str | None,
+        seed: int,
+        first: int,
+        batch_size: int,
+    ) -> Iterator[Tensor]:
+        """The samples of `draw` in parts, one for each batch; the first part has no sample."""
         _check_at_least("n", n, 0)
         _check_at_least("first", first, 0)
         _check_at_least("seed", seed, 0)
@@ -259,12 +290,11 @@ class TrainedModel:
             raise ValueError(f"temperature={temperature}: give a number of at least 0")
         shape = self._sample_shape()
         classes = self._classes_of_samples(n, label, first)
-        drawn = [torch.zeros(0, *shape)]
+        yield torch.zeros(0, *shape)
         for rows in _batches(n, batch_size):
             numbers = range(first + rows.start, first + rows.stop)
             context = self._context(classes, rows)
-            drawn.append(self._drawn(numbers, temperature, seed, context, shape))
-        return torch.cat(drawn)
+            yield self._drawn(numbers, temperature, seed, context, shape)
 
     def _drawn(
         self,

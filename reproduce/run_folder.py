@@ -82,7 +82,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     """The content of a finished run's result.json. ConfigError: it is not the result of a run."""
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except ValueError:  # the file is not JSON, or not text
+    except (ValueError, RecursionError):  # the file is not JSON, or not text
         content = None
     if not isinstance(content, dict):
         raise not_a_result(folder)

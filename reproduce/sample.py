@@ -114,7 +114,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         return
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         earlier = None
     if not isinstance(earlier, dict):
         raise ConfigError(f"{path} is damaged: give another out=")

@@ -52,6 +52,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from datamodules.checks import expand_home
+from datamodules.folder import printable
 from datamodules.image_files import UnreadableImage, find_images, read_image
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments
@@ -128,7 +129,7 @@ class Scores:
 def _entry(line: str) -> dict | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 
@@ -186,7 +187,8 @@ def labels_of(
     labels = []
     for path in paths:
         parents = reversed(path.relative_to(folder).parent.parts)
-        own = [part for part in parents if part in model.class_names]
+        names = [printable(part) for part in parents]
+        own = [name for name in names if name in model.class_names]
         if not own:
             raise ConfigError(
                 f"{name} is of a class-conditional flow, and {path} lies in no folder of a class: "

@@ -22,7 +22,9 @@ from reproduce.run_folder import (
     read_result,
     result_text,
 )
-from results.files import portable
+from results.checks import check, keys, list_of, or_null, record, text
+from results.files import abbreviated, portable
+from results.runs import RESULT as FORM_OF_RESULT
 from results.runs import read_json
 
 EXPORTED = "model.safetensors"  # the weights in an exported folder, and in that of a finished run
@@ -39,6 +41,20 @@ NEEDED = {
     "parts",
 }  # in `origin`
 KEPT = NEEDED | {"dirty"}  # of the origin, in a safetensors file
+ORIGIN = record(  # the form of `origin`
+    {
+        "experiment": check(lambda value: isinstance(value, str) and value.isidentifier()),
+        "config": record({"data": record({"name": text})}),
+        "shape": or_null(list_of(or_null(check(lambda side: isinstance(side, int))))),
+        "n_bits": or_null(check(lambda value: isinstance(value, int))),
+        "class_names": list_of(text),
+        "commit": or_null(text),
+        "parts": list_of(text),
+    }
+)
+COMPARISONS = record(  # the part of a result that is not in FORM_OF_RESULT
+    optional={"comparisons": list_of(record({"claim": text, "metric": text, "status": text}))}
+)
 KINDS = (
     "the folder of a run, an exported folder, a checkpoint, or a recorded run such as "
     "glow_cifar10/cpu-seed0"
@@ -126,7 +142,7 @@ def _of_checkpoint_file(path: Path) -> Stored:
     folder = path.parent.parent
     if not (folder / RESULT).is_file():
         return of_checkpoint(path, checkpoint)
-    result = read_result(folder)
+    result = _read_whole_result(folder)
     is_tested = result.get("checkpoint") == f"{path.parent.name}/{path.name}"
     step = (result.get("tested") or {}).get("step")
     if is_tested and step in (None, checkpoint.get("global_step")):
@@ -152,11 +168,34 @@ def of_checkpoint(
         raise ValueError(f"{path} does not record its {', '.join(missing)}: give {KINDS}")
     origin = _known(recorded, path)
     origin["parts"] = sorted({key.partition(".")[0] for key in checkpoint["state_dict"]})
+    _check_origin(origin, path)
     return Stored(weights, origin, result, path)
 
 
 def _as_float32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
+
+
+def _check_origin(origin: dict[str, Any], path: Path) -> None:
+    """ValueError, one line: what a file says of its model has another form than ORIGIN."""
+    faults = keys(ORIGIN, origin)
+    if faults:
+        raise ValueError(
+            f"{path} says something of its model that is not understood "
+            f"({abbreviated(faults)}): give {KINDS}"
+        )
+
+
+def _read_whole_result(folder: Path) -> dict[str, Any]:
+    """As `read_result`. ValueError, one line: the result lacks something, or has another form."""
+    result = read_result(folder)
+    faults = keys(FORM_OF_RESULT, result) + keys(COMPARISONS, result)
+    if faults:
+        raise ValueError(
+            f"{folder / RESULT} is not a whole result of a run ({abbreviated(faults)}): "
+            "restore it, or take it away"
+        )
+    return result
 
 
 def _known(origin: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -221,7 +260,7 @@ def _of_safetensors(path: Path) -> Stored:
     """The weights of a file in an exported folder. It is checked against the result beside it."""
     result = None
     if (path.parent / RESULT).is_file():
-        result = read_result(path.parent)
+        result = _read_whole_result(path.parent)
     weights, origin = _read_safetensors(path, (result or {}).get("weights"))
     _restore_root(origin["config"], (result or {}).get("config"))
     return Stored(weights, origin, result, path)
@@ -262,13 +301,14 @@ def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], 
             metadata = file.metadata() or {}
         origin = json.loads(metadata.get(METADATA, "null"))
         weights = {key: _as_float32(value) for key, value in load_file(path).items()}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or export it again") from error
     if not isinstance(origin, dict) or not origin.keys() >= NEEDED:
         raise ValueError(
             f"{path} does not say which model it is of: give a file that python -m "
             "reproduce.export has written"
         )
+    _check_origin(origin, path)
     return weights, origin
 
 

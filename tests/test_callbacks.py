@@ -7,11 +7,13 @@ import logging
 import math
 import re
 import weakref
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import OmegaConf
 from test_density import RandomImages, density
@@ -84,12 +86,18 @@ def test_progress_shows_images_per_second_and_time_left(monkeypatch):
         num_training_batches=1,
         accumulate_grad_batches=1,
         progress_bar_metrics=shown,
+        callbacks=[],
     )
     monkeypatch.setattr(
         "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: dict(shown)
     )
     metrics = bar.get_metrics(trainer, None)
     assert list(metrics.items()) == [("left", "0:01:00"), ("images/s", "128"), ("train/bpd", 4.0)]
+    for limit, left in ((5, "0:00:05"), (500, "0:01:00")):  # the seconds of trainer.max_time
+        trainer.callbacks = [Timer(timedelta(seconds=limit))]
+        assert bar.get_metrics(trainer, None)["left"] == left
+    trainer.max_steps = -1
+    assert bar.get_metrics(trainer, None)["left"] == "0:08:20"
 
 
 def test_the_time_left_is_in_view_at_80_columns():

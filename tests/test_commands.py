@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,6 +447,12 @@ def test_images_of_classes_are_in_folders_or_have_a_label(conditional, images, t
     labelled = rows_of(out)
     assert labelled["coffee/nested/c.png"] == rows["coffee/nested/c.png"]
     assert labelled["cat/b.png"] != rows["cat/b.png"]
+
+
+def test_a_class_has_its_name_also_in_the_form_of_a_mac(tmp_path):
+    model = SimpleNamespace(class_names=("Hund", unicodedata.normalize("NFC", "Bär")))
+    paths = [tmp_path / unicodedata.normalize(form, "Bär") / "a.png" for form in ("NFC", "NFD")]
+    assert score.labels_of(model, "it", tmp_path, paths, "") == [1, 1]
 
 
 def test_what_is_no_table_is_not_overwritten(realnvp, images, tmp_path):

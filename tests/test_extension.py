@@ -79,6 +79,20 @@ def test_other_settings_are_refused_by_name(finished, change, stored):
         assert ended(finished, LONG, change) == line
 
 
+@pytest.mark.parametrize(
+    ("change", "tested"),
+    [
+        ("eval.noise_samples=3", "eval.noise_samples=1"),
+        ("checkpoint.select=last", "checkpoint.select=best"),
+        ("trainer.limit_test_batches=1", "trainer.limit_test_batches=null"),
+    ],
+)
+def test_another_test_of_a_finished_run_is_refused(finished, change, tested):
+    line = ended(finished, SHORT, change)
+    assert f"{finished} is finished, and was tested with {tested}: say the same, or" in line
+    assert line.endswith(f"python -m reproduce.evaluate {finished}")
+
+
 def test_all_that_differs_is_named(finished):
     line = ended(finished, "trainer.max_steps=3", "seed=3", "optim.lr=0.25", "flow.n_blocks=2")
     assert "with flow.n_blocks=1 optim.lr=0.001 seed=0 trainer.max_steps=4: say the same" in line

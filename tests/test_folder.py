@@ -19,6 +19,7 @@ from image_folders import make_split_folder, make_strangers_folder, save_image
 from PIL import Image
 
 from datamodules import image_cache, make_data
+from datamodules.checks import SharedError
 from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
@@ -117,6 +118,21 @@ def test_a_name_in_the_form_of_a_mac_is_in_the_same_split():
     assert image_cache.content_hash([composed], ["0"]) == image_cache.content_hash(
         [decomposed], ["0"]
     )
+
+
+def test_names_in_the_form_of_a_mac_have_the_same_order_and_hash(tmp_path, cache):
+    """In the two forms an accented letter sorts differently among other letters."""
+    forms = {}
+    for of_name in ("NFC", "NFD"):
+        root = tmp_path / of_name
+        for number, name in enumerate(("Bar", "Bär", "Bus", "Cent")):
+            save_image(root / "train" / f"{unicodedata.normalize(of_name, name)}.png", seed=number)
+        save_image(root / "val" / "a.png")
+        save_image(root / "test" / "a.png")
+        forms[of_name] = ready(root)
+    assert forms["NFC"].content_hash == forms["NFD"].content_hash
+    items = [[folder.train[0, k][0] for k in range(4)] for folder in forms.values()]
+    assert all(map(torch.equal, *items))
 
 
 @pytest.mark.parametrize("missing", [("val",), ("test",), ("val", "test")])
@@ -742,6 +758,7 @@ def test_a_run_does_not_continue_on_other_images(tmp_path, cache):
     root = make_split_folder(tmp_path / "images", n_train=8, n_val=2, n_test=2)
     words = [*RUN, *REALNVP, "data.size=8", f"run_dir={tmp_path / 'run'}"]
     realnvp_photos.main([*words, f"data.root={root}"])
+    (tmp_path / "run" / "result.json").unlink()  # it was killed before its test
     more = [*words, "resume=auto", f"data.cache={tmp_path / 'elsewhere'}"]
     more[more.index("trainer.max_steps=2")] = "trainer.max_steps=4"
     copy = shutil.copytree(root, tmp_path / "copy")
@@ -752,6 +769,42 @@ def test_a_run_does_not_continue_on_other_images(tmp_path, cache):
     (copy / "train" / "new.png").unlink()
     realnvp_photos.main([*more, f"data.root={copy}"])
     assert finished(tmp_path / "run")["images"] == 16
+
+
+def test_a_finished_run_says_if_other_images_are_given(tmp_path, cache):
+    root = make_split_folder(tmp_path / "images", n_train=8, n_val=2, n_test=2)
+    words = [*RUN, *REALNVP, "data.size=8", f"run_dir={tmp_path / 'run'}"]
+    realnvp_photos.main([*words, f"data.root={root}"])
+    copy = shutil.copytree(root, tmp_path / "copy")
+
+    def answer():
+        with pytest.raises(SystemExit) as stop:
+            realnvp_photos.main([*words, f"data.root={copy}", "resume=auto"])
+        return stop.value.code
+
+    assert answer() == 0
+    save_image(copy / "train" / "new.png")
+    assert (
+        f"is finished, and was trained on other images than those in data.root={copy}" in answer()
+    )
+
+
+def test_all_processes_end_if_one_has_other_images(tmp_path, cache, monkeypatch):
+    """Only the process with other images would refuse to go on, and the others wait for it."""
+    root = make_split_folder(tmp_path / "images", n_train=8, n_val=2, n_test=2)
+    own = ready(root).content_hash
+    hashes = [own, own]
+
+    def gather(texts, own):
+        texts[:] = hashes if own else [None, None]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert ready(root).content_hash == own
+    hashes[1] = "0"
+    with pytest.raises(SharedError, match=f"different images in data.root .*0 and {own}"):
+        ready(root)
 
 
 def test_recipes_take_its_keys():

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from cases import TINY
 from PIL import Image
@@ -16,13 +17,13 @@ from PIL import Image
 import results
 from datamodules import make_data
 from flows.likelihood import bits_per_dim
-from lightning_modules.callbacks.samples import NOT_FINITE
+from lightning_modules.callbacks.samples import NOT_FINITE, as_levels
 from lightning_modules.noise import image_noise
 from reproduce import glow_cifar10_conditional, load, realnvp_cifar10, realnvp_moons
 from reproduce.config import ConfigError, override
 from reproduce.export import main as export
 from reproduce.run_folder import read_checkpoint
-from reproduce.stored import read_stored
+from reproduce.stored import as_safetensors, read_stored
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 GLOW = [
@@ -204,6 +205,20 @@ def test_samples_that_are_not_finite_are_seen(glow, monkeypatch):
     images = glow.sample(2)
     assert images[0, :, 2, 3].tolist() == list(NOT_FINITE)
     assert torch.equal(images[1], whole[1])
+
+
+def test_images_are_made_of_one_batch_of_floats_at_a_time(glow, monkeypatch):
+    """Else 50,000 images would take five times their memory."""
+    sizes = []
+
+    def noted(images, n_bits):
+        sizes.append(len(images))
+        return as_levels(images, n_bits)
+
+    monkeypatch.setattr("reproduce.model.as_levels", noted)
+    images = glow.sample(5, batch_size=2)
+    assert sizes == [0, 2, 2, 1]
+    assert torch.equal(images, as_levels(glow.draw(5, batch_size=2), glow.n_bits))
 
 
 SAMPLE_IN_A_LOOP = r"""
@@ -401,7 +416,7 @@ def test_wrong_numbers_are_one_line(arguments, message, realnvp):
 
 
 def test_wrong_keys_are_one_line(realnvp):
-    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
+    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), [0, 1]):
         with pytest.raises(ValueError, match=r"^keys are 2 numbers of at least 0, as an int64"):
             realnvp.bits_per_dim(ZEROS, keys=keys)
     with pytest.raises(ValueError, match="seed=-1: give a whole number of at least 0"):
@@ -485,6 +500,64 @@ def test_weights_other_than_those_recorded_are_refused(runs, tmp_path):
     (out / "model.safetensors").write_bytes(content[:-50])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\): restore it"):
         load(out)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", None, r"not understood \(config.data\)"),
+        ("config.data", 3, r"not understood \(config.data.name\)"),
+        ("shape", 3, r"not understood \(shape\)"),
+        ("class_names", None, r"not understood \(class_names\)"),
+        ("experiment", "a.b", r"not understood \(experiment\)"),
+        ("shape", None, r"models images \(C, H, W\)"),
+        ("config.flow", None, "makes no model here"),
+        ("config.optim", None, "makes no model here"),
+        ("config.flow.hidden_channels", 10**12, "makes no model here"),
+    ],
+)
+def test_weights_of_a_model_that_is_not_understood_are_one_line(
+    key, value, message, runs, tmp_path
+):
+    stored = read_stored(runs["realnvp"])
+    origin = json.loads(json.dumps(stored.origin))
+    *sections, last = key.split(".")
+    part = origin
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(as_safetensors(stored._replace(origin=origin)))
+    with pytest.raises((ValueError, ConfigError), match=message) as refusal:
+        load(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_nested_metadata_are_one_line(runs, tmp_path):
+    path = tmp_path / "a.safetensors"
+    nested = {"paperflows": "[" * 100_000}
+    path.write_bytes(safetensors.torch.save(read_stored(runs["realnvp"]).weights, nested))
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged \("):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("metrics", None, r"not a whole result of a run \(metrics\): restore"),
+        ("run", None, r"not a whole result of a run \(run\)"),
+        ("comparisons", 3, r"not a whole result of a run \(comparisons\)"),
+    ],
+)
+def test_half_a_result_beside_the_weights_is_one_line(key, value, message, runs, tmp_path):
+    shutil.copy(runs["realnvp"] / "model.safetensors", tmp_path)
+    result = json.loads((runs["realnvp"] / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**result, key: value}))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    (tmp_path / "result.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"result.json is not the result of a run"):
+        load(tmp_path)
 
 
 def as_text(path):

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_modules.lightning_internals import callbacks_of
 from lightning_modules.optimizer_steps import last_step
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with images/s and the time left until the last step of the run.
+    """Lightning's bar with images/s and the time left until the end of the run.
 
     batch_size: the size of a global batch. enabled: whether the bar is drawn; if not, for example
     because the output is no terminal, only the rows of the curve are printed.
@@ -46,11 +47,28 @@ class Progress(TQDMProgressBar):
             return metrics
         rate = steps / (time.monotonic() - self.started)
         own: dict[str, int | str | float | dict[str, float]] = {}
-        last = last_step(trainer)
-        if last is not None:
-            own["left"] = str(timedelta(seconds=int((last - trainer.global_step) / rate)))
+        left = seconds_left(trainer, rate)
+        if left is not None:
+            own["left"] = str(timedelta(seconds=int(left)))
         own["images/s"] = f"{rate * self.batch_size:.0f}"
         return own | metrics
+
+
+def seconds_left(trainer: L.Trainer, rate: float) -> float | None:
+    """The time until the last step or until trainer.max_time, whichever comes first.
+
+    rate: steps a second. None: neither steps nor epochs nor the time are limited.
+    """
+    limits = []
+    last = last_step(trainer)
+    if last is not None:
+        limits.append((last - trainer.global_step) / rate)
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, Timer):  # Lightning makes one for trainer.max_time
+            remaining = callback.time_remaining()
+            if remaining is not None:
+                limits.append(max(0.0, remaining))
+    return min(limits, default=None)
 
 
 class AboveBar(logging.StreamHandler):
