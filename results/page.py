@@ -167,7 +167,7 @@ def notes(rows: list[list]) -> list[str]:
     if calls:
         call = calls[0].strip("`")
         example = f"`from reproduce import load; model = {call}`"
-        lines += [f"Weights: how to load the trained model of a row, for example {example}.", ""]
+        lines += ["Weights: how to load the trained model of a row, for example", f"{example}.", ""]
     return lines
 
 

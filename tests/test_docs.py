@@ -224,7 +224,9 @@ def test_lines_have_at_most_100_characters(page):
 
 
 def test_readme_is_read_in_five_minutes():
-    assert len(prose(ROOT / "README.md").split()) < 1300  # tables and links included
+    lines = prose(ROOT / "README.md").splitlines()
+    words = [word for line in lines if not line.startswith("|") for word in line.split()]
+    assert len(words) < 950  # links included, but not the tables, which grow with the results
 
 
 def test_readme_leads_to_every_page():

@@ -891,7 +891,7 @@ def test_rows_with_weights_say_how_they_are_loaded(root):
     block = f"```python\nfrom reproduce import load\n\nmodel = {call}\n```\n"
     link = "[weights/a/b.safetensors](weights/a/b.safetensors)"
     assert f"Weights: {link}, 3.1 MB, float32.\n\n{block}" in page
-    note = f"for example `from reproduce import load; model = {call}`.\n"
+    note = f"for example\n`from reproduce import load; model = {call}`.\n"
     assert note in files[root.parent / "README.md"]
     assert page.count("from reproduce import load") == 1
 
