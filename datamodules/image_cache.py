@@ -3,7 +3,8 @@
 A cache folder holds for each content of a folder of images, and each set of settings,
 
     <shape>-<key>.pixels    the pixels of all images, one after another, uint8
-    <shape>-<key>.json      the shape of each image, and which files could not be read
+    <shape>-<key>.json      the shape of each image, which files could not be read, and the sha256
+                            of the pixels
 
 and for each folder of images `<key>.files`, with size, times and sha256 of its files, so that a
 file that has not changed is not read again. All may be deleted while no run uses them.
@@ -143,10 +144,15 @@ def _sha256(path: Path) -> str:
     if file_state(path) is None:  # a pipe would be waited for for ever
         return UNREADABLE
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest(path)
     except OSError:
         return UNREADABLE
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file. Raises OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_index(path: Path) -> dict[str, list[Any]]:
@@ -265,12 +271,21 @@ def _read(target: Path) -> Decoded | None:
             n_transparent=record["n_transparent"],
             n_enlarged=record["n_enlarged"],
         )
-        size = target.stat().st_size
+        if target.stat().st_size != shapes.prod(axis=1).sum():
+            return None
+        if not _is_as_written(target, record["mtime_ns"], record["sha256"]):
+            return None
     except (OSError, ValueError, TypeError, KeyError):  # missing, or damaged
         return None
-    if size != shapes.prod(axis=1).sum():
-        return None
     return found
+
+
+def _is_as_written(target: Path, mtime_ns: int, sha256: str) -> bool:
+    """Whether a file has the content that it was written with. It is read if its time is another.
+
+    mtime_ns: the time of its last change, when it was written. sha256: of its content.
+    """
+    return target.stat().st_mtime_ns == mtime_ns or _digest(target) == sha256
 
 
 def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
@@ -297,6 +312,7 @@ def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
             record = _write_pixels(file, files.paths, reading, skip)
             file.flush()
             os.fsync(file.fileno())
+        record |= {"mtime_ns": part.stat().st_mtime_ns, "sha256": _digest(part)}
         for path, state in zip(files.paths, files.states, strict=True):
             if file_state(path) != state:
                 raise CacheError(f"{shown(path)} has changed while it was read: start again")

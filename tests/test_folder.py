@@ -550,6 +550,19 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache):
         assert images(ready(root).train) == expected
 
 
+def test_a_cache_with_other_pixels_is_made_again(tmp_path, cache, monkeypatch):
+    root = make_split_folder(tmp_path / "images", n_train=4, n_val=1, n_test=1)
+    expected = images(ready(root).train)
+    [pixels] = cache.glob("*.pixels")
+    content = bytearray(pixels.read_bytes())
+    content[len(content) // 2] ^= 1
+    pixels.write_bytes(content)
+    assert images(ready(root).train) == expected
+    os.utime(pixels)  # as after a copy: the content counts
+    monkeypatch.setattr(image_cache, "_make", None)
+    assert images(ready(root).train) == expected
+
+
 def test_a_run_that_is_killed_leaves_no_cache(tmp_path, cache, monkeypatch):
     """The names of the files appear only when they are complete; old parts are removed."""
     root = make_split_folder(tmp_path / "images", n_train=4, n_val=1, n_test=1)
