@@ -185,7 +185,8 @@ class TrainedModel:
         _check_at_least("seed", seed, 0)
         if keys is None:
             keys = torch.arange(n)
-        if tuple(keys.shape) != (n,) or keys.dtype != torch.int64 or (n and int(keys.min()) < 0):
+        is_int64 = isinstance(keys, Tensor) and keys.dtype == torch.int64
+        if not is_int64 or tuple(keys.shape) != (n,) or (n and int(keys.min()) < 0):
             raise ValueError(f"keys are {n} numbers of at least 0, as an int64 tensor ({n},)")
         means = [torch.zeros(0)]
         for rows in _batches(n, batch_size):
@@ -255,8 +256,10 @@ class TrainedModel:
         _check_at_least("n", n, 0)
         _check_at_least("first", first, 0)
         _check_at_least("seed", seed, 0)
+        if isinstance(temperature, np.floating | np.integer):
+            temperature = temperature.item()
         if not is_number(temperature) or not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature}: give a number of at least 0")
+            raise ValueError(f"temperature={temperature!r}: give a number of at least 0")
         shape = self._sample_shape()
         classes = self._classes_of_samples(n, label, first)
         drawn = [torch.zeros(0, *shape)]
@@ -396,7 +399,9 @@ class TrainedModel:
         n = sizes[0][0] if sizes and sizes[0] else 0
         if sizes != [(n, *shape) for shape in shapes]:
             texts = [f"(N, {', '.join(map(str, shape))})" for shape in shapes]
-            raise ValueError(f"latents are a tuple, {', '.join(texts)}, as encode returns")
+            raise ValueError(
+                f"latents are a tuple of tensors, {', '.join(texts)}, as encode returns"
+            )
         return n
 
     def _n_images(self, images: Images) -> int:
@@ -451,6 +456,8 @@ class TrainedModel:
         request = f"this {name} is class-conditional: give labels, {numbers}"
         if labels is None:
             raise ValueError(request)
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U":
+            labels = labels.tolist()
         if isinstance(labels, list | tuple) and all(isinstance(each, str) for each in labels):
             labels = [self.label_of(str(each)) for each in labels]
         try:
@@ -525,4 +532,4 @@ def _batches(n: int, batch_size: int) -> Iterator[slice]:
 def _check_at_least(name: str, value: object, least: int) -> None:
     """ValueError: a value is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value}: give a whole number of at least {least}")
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")

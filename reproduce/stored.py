@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from reproduce.run_folder import (
     read_result,
     result_text,
 )
+from results.checks import list_of, number, or_null, record, text
 from results.files import portable
 from results.runs import read_json
 
@@ -39,6 +41,17 @@ NEEDED = {
     "parts",
 }  # in `origin`
 KEPT = NEEDED | {"dirty"}  # of the origin, in a safetensors file
+FORM = record(  # of the origin in a safetensors file
+    {
+        "experiment": text,
+        "config": record({"data": record({"name": text})}),
+        "shape": list_of(or_null(number)),
+        "n_bits": or_null(number),
+        "class_names": list_of(text),
+        "commit": or_null(text),
+        "parts": list_of(text),
+    }
+)
 KINDS = (
     "the folder of a run, an exported folder, a checkpoint, or a recorded run such as "
     "glow_cifar10/cpu-seed0"
@@ -74,6 +87,10 @@ def read_stored(model: str | Path) -> Stored:
 
     ConfigError, ValueError or FileNotFoundError, one line: there is nothing to load.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"{model!r} is neither a path nor a name: give {KINDS}")
+    if not os.fspath(model):
+        raise ValueError(f"the model is an empty name: give {KINDS}")
     path = expand_home("the model", model)
     if path.is_dir():
         return _of_folder(path)
@@ -264,7 +281,7 @@ def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], 
         weights = {key: _as_float32(value) for key, value in load_file(path).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or export it again") from error
-    if not isinstance(origin, dict) or not origin.keys() >= NEEDED:
+    if FORM(origin):
         raise ValueError(
             f"{path} does not say which model it is of: give a file that python -m "
             "reproduce.export has written"

@@ -22,7 +22,7 @@ from reproduce import glow_cifar10_conditional, load, realnvp_cifar10, realnvp_m
 from reproduce.config import ConfigError, override
 from reproduce.export import main as export
 from reproduce.run_folder import read_checkpoint
-from reproduce.stored import read_stored
+from reproduce.stored import as_safetensors, read_stored
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket", "motorcycle", "china", "flower")
 GLOW = [
@@ -351,7 +351,9 @@ def test_labels_are_integers_of_any_width(glow):
 def test_labels_may_be_names(glow):
     images, labels = test_images(glow)
     names = [PHOTOS[label] for label in labels]
-    assert torch.equal(glow.bits_per_dim(images, names), glow.bits_per_dim(images, labels))
+    values = glow.bits_per_dim(images, labels)
+    assert torch.equal(glow.bits_per_dim(images, names), values)
+    assert torch.equal(glow.bits_per_dim(images, np.array(names)), values)
     with pytest.raises(ValueError, match=r"label=catt is not known \(did you mean cat\?\)"):
         glow.bits_per_dim(ZEROS, ["cat", "catt"])
 
@@ -393,6 +395,9 @@ def test_a_class_is_named_or_numbered(glow, realnvp):
         ({"n": 1, "batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
         ({"n": 1, "temperature": -1.0}, "temperature=-1.0: give a number of at least 0"),
         ({"n": 1, "temperature": float("nan")}, "temperature=nan: give a number of at least 0"),
+        ({"n": "1"}, "n='1': give a whole number of at least 0"),
+        ({"n": torch.tensor(1)}, r"n=tensor\(1\): give a whole number of at least 0"),
+        ({"n": 1, "temperature": "0.5"}, "temperature='0.5': give a number of at least 0"),
     ],
 )
 def test_wrong_numbers_are_one_line(arguments, message, realnvp):
@@ -400,8 +405,16 @@ def test_wrong_numbers_are_one_line(arguments, message, realnvp):
         realnvp.sample(**arguments)
 
 
+def test_numbers_of_numpy_are_numbers(realnvp):
+    expected = realnvp.sample(2, temperature=0.5, seed=1)
+    drawn = realnvp.sample(np.int32(2), temperature=np.float32(0.5), seed=np.uint8(1))
+    assert torch.equal(drawn, expected)
+    with pytest.raises(ValueError, match=r"give a number of at least 0$"):
+        realnvp.sample(2, temperature=np.float32("inf"))
+
+
 def test_wrong_keys_are_one_line(realnvp):
-    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
+    for keys in (torch.arange(3), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), [0, 1]):
         with pytest.raises(ValueError, match=r"^keys are 2 numbers of at least 0, as an int64"):
             realnvp.bits_per_dim(ZEROS, keys=keys)
     with pytest.raises(ValueError, match="seed=-1: give a whole number of at least 0"):
@@ -412,8 +425,8 @@ def test_wrong_latents_are_one_line(realnvp):
     latents = realnvp.encode(ZEROS)
     shapes = r"\(N, 6, 4, 4\), \(N, 6, 4, 4\)"
     fine, coarse = latents
-    for wrong in (fine, latents[:1], (fine, coarse[:, :1]), (fine, coarse[:1]), (), None):
-        with pytest.raises(ValueError, match=f"latents are a tuple, {shapes}, as encode returns"):
+    for wrong in (fine, latents[:1], (fine, coarse[:, :1]), (fine, coarse[:1]), (), None, [3]):
+        with pytest.raises(ValueError, match=f"^latents are a tuple of tensors, {shapes}, as e"):
             realnvp.decode(wrong)
 
 
@@ -543,6 +556,35 @@ def test_what_is_no_model_is_one_line(make, name, message, tmp_path):
     assert "\n" not in str(refusal.value)
     assert "delete" not in str(refusal.value)
     assert path.exists()
+
+
+@pytest.mark.parametrize("model", [None, 3, b"run", [], "", True])
+def test_what_is_neither_path_nor_name_is_one_line(model):
+    with pytest.raises(ValueError, match=r": give the folder of a run, an exported folder, a") as e:
+        load(model)
+    assert str(e.value).startswith("the model is an empty name" if model == "" else f"{model!r} is")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("experiment", None),
+        ("config", "text"),
+        ("config", {}),
+        ("config", {"data": {}}),
+        ("shape", None),
+        ("shape", "3x32x32"),
+        ("n_bits", "8"),
+        ("class_names", None),
+    ],
+)
+def test_metadata_of_another_form_are_one_line(key, value, runs, tmp_path):
+    stored = read_stored(runs["realnvp"])
+    wrong = stored._replace(origin={**stored.origin, key: value})
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(as_safetensors(wrong))
+    with pytest.raises(ValueError, match=r"wrong.safetensors does not say which model it is of: g"):
+        load(path)
 
 
 def test_a_place_that_is_not_there_is_one_line(tmp_path, runs):
