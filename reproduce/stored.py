@@ -240,23 +240,26 @@ def _of_safetensors(path: Path) -> Stored:
     if (path.parent / RESULT).is_file():
         result = read_result(path.parent)
     weights, origin = _read_safetensors(path, (result or {}).get("weights"))
-    _restore_root(origin["config"], (result or {}).get("config"))
+    _restore_paths(origin["config"], (result or {}).get("config"))
     return Stored(weights, origin, result, path)
 
 
-def _restore_root(config: Any, recorded: Any) -> None:
-    """Give a config the `data.root` of the result beside the weights.
+def _restore_paths(config: dict[str, Any], recorded: Any) -> None:
+    """Give a config the `data.root` and `data.cache` of the result beside the weights.
 
-    The metadata of a file of weights have only its last part, while the result of a run has the
-    path, so that the run can be tested again from any folder.
+    The metadata of a file of weights have only their last part, while the result of a run has the
+    paths, so that the run can be tested again from any folder. The cache of another machine, of
+    which only the last part is known, is left out.
     """
-    sections = [
-        part["data"]
-        for part in (config, recorded)
-        if isinstance(part, dict) and isinstance(part.get("data"), dict)
-    ]
-    if len(sections) == 2 and isinstance(sections[1].get("root"), str):
-        sections[0]["root"] = sections[1]["root"]
+    known: dict[str, Any] = {}
+    if isinstance(recorded, dict) and isinstance(recorded.get("data"), dict):
+        known = recorded["data"]
+    data = config["data"]
+    if isinstance(known.get("root"), str):
+        data["root"] = known["root"]
+    if data.get("cache") is not None:
+        cache = known.get("cache")
+        data["cache"] = cache if isinstance(cache, str) and os.path.isabs(cache) else None
 
 
 def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
