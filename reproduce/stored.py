@@ -21,9 +21,8 @@ from reproduce.run_folder import (
     load_checkpoint,
     newest_checkpoint,
     read_result,
-    result_text,
 )
-from results.checks import list_of, number, or_null, record, text
+from results.checks import list_of, mapping_of, number, or_null, record, text
 from results.files import portable
 from results.runs import read_json
 
@@ -55,6 +54,17 @@ FORM = record(  # of the origin in a safetensors file
 KINDS = (
     "the folder of a run, an exported folder, a checkpoint, or a recorded run such as "
     "glow_cifar10/cpu-seed0"
+)
+RESULT_FORM = record(  # what is read of a result
+    {
+        "experiment": text,
+        "run": text,
+        "metrics": mapping_of(or_null(number)),
+        "checkpoint": text,
+        "device": text,
+        "precision": text,
+        "seed": number,
+    }
 )
 
 
@@ -111,7 +121,7 @@ def _of_folder(folder: Path) -> Stored:
         return _of_safetensors(folder / EXPORTED)
     tested = None
     if (folder / RESULT).is_file():
-        tested = folder / result_text(folder, "checkpoint")
+        tested = folder / str(_result(folder)["checkpoint"])
         if tested.exists():
             return _of_checkpoint_file(tested)
     newest = newest_checkpoint(folder)
@@ -124,6 +134,19 @@ def _of_folder(folder: Path) -> Stored:
     raise FileNotFoundError(
         f"{folder} holds no checkpoint: give the folder of a run, outputs/<experiment>/<run id>"
     )
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """The result in a folder. ConfigError: it is damaged."""
+    try:
+        result = read_result(folder)
+    except ConfigError:
+        result = {}
+    if RESULT_FORM(result):
+        raise ConfigError(
+            f"{folder / RESULT} is damaged: restore it, or rename it to load weights without it"
+        )
+    return result
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -143,7 +166,7 @@ def _of_checkpoint_file(path: Path) -> Stored:
     folder = path.parent.parent
     if not (folder / RESULT).is_file():
         return of_checkpoint(path, checkpoint)
-    result = read_result(folder)
+    result = _result(folder)
     is_tested = result.get("checkpoint") == f"{path.parent.name}/{path.name}"
     step = (result.get("tested") or {}).get("step")
     if is_tested and step in (None, checkpoint.get("global_step")):
@@ -238,7 +261,7 @@ def _of_safetensors(path: Path) -> Stored:
     """The weights of a file in an exported folder. It is checked against the result beside it."""
     result = None
     if (path.parent / RESULT).is_file():
-        result = read_result(path.parent)
+        result = _result(path.parent)
     weights, origin = _read_safetensors(path, (result or {}).get("weights"))
     _restore_paths(origin["config"], (result or {}).get("config"))
     return Stored(weights, origin, result, path)

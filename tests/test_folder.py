@@ -140,6 +140,16 @@ def test_val_without_train_is_refused(tmp_path, cache):
     assert "has val/, but no train/: add it, or rename val/" in refused(root)
 
 
+def test_splits_in_capitals_are_refused(tmp_path, cache):
+    """Otherwise images of Test/ would be among those of training."""
+    root = make_split_folder(tmp_path / "images", n_train=9, n_val=3, n_test=3)
+    for split in ("train", "val", "test"):
+        (root / split).rename(root / split.title())
+    assert refused(root).endswith(
+        "has Test/: rename it to test/, or to another name, if it is no split"
+    )
+
+
 def test_images_outside_the_subfolders_are_said(tmp_path, cache, lines):
     root = make_split_folder(tmp_path / "images", n_train=6, n_val=2, n_test=3)
     save_image(root / "valid" / "1.png")

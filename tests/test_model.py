@@ -558,6 +558,21 @@ def test_what_is_no_model_is_one_line(make, name, message, tmp_path):
     assert path.exists()
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"metrics": 3}'])
+@pytest.mark.parametrize("place", ["export", "run", "run/checkpoints/best.ckpt"])
+def test_a_damaged_result_is_one_line(content, place, runs, tmp_path):
+    shutil.copytree(runs["realnvp"], tmp_path / "run")
+    export([str(tmp_path / "run"), f"out={tmp_path / 'export'}"])
+    result = tmp_path / place.partition("/")[0] / "result.json"
+    result.write_text(content)
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path / place)
+    expected = f"{result} is damaged: restore it, or rename it to load weights without it"
+    assert str(refusal.value) == expected
+    result.rename(tmp_path / "damaged.json")
+    assert load(tmp_path / place).result is None
+
+
 @pytest.mark.parametrize("model", [None, 3, b"run", [], "", True])
 def test_what_is_neither_path_nor_name_is_one_line(model):
     with pytest.raises(ValueError, match=r": give the folder of a run, an exported folder, a") as e:
