@@ -39,6 +39,7 @@ UNSURE_SECONDS = 2.0  # a file that was changed so short ago may change again at
 MOST_THREADS = 32
 CHUNK = 256  # files that are handed to the threads at once
 UNREADABLE = "unreadable"  # in the place of a sha256
+OR_SKIP = "data.skip_unreadable=true leaves out files that cannot be read"
 
 State = list[int]  # size and times of a file
 A = TypeVar("A")
@@ -256,7 +257,8 @@ def decoded(files: Files, reading: Reading, cache: Path, skip: bool) -> Decoded:
         raise CacheError(f"{shown(target)} was changed by another program: start again")
     if found.unreadable and not skip:
         number = min(found.unreadable)
-        raise UnreadableImage(f"{shown(files.paths[number])} {found.unreadable[number]}")
+        reason = found.unreadable[number]
+        raise UnreadableImage(f"{shown(files.paths[number])} {reason}; {OR_SKIP}")
     return found
 
 
@@ -343,7 +345,7 @@ def _write_pixels(
         for number, answer in enumerate(answers):
             if isinstance(answer, UnreadableImage):
                 if not skip:
-                    raise answer
+                    raise UnreadableImage(f"{answer}; {OR_SKIP}") from answer
                 unreadable[str(number)] = str(answer).removeprefix(f"{shown(paths[number])} ")
                 continue
             file.write(np.ascontiguousarray(answer.pixels).data)

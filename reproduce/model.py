@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from datamodules.checks import expand_home, is_number
+from datamodules.checks import check_memory, expand_home, is_number
 from datamodules.dequantization import Dequantizer, UniformDequantizer
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import as_levels
@@ -261,6 +261,7 @@ class TrainedModel:
         if not is_number(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature!r}: give a number of at least 0")
         shape = self._sample_shape()
+        check_memory(f"n={n}", 4 * n * math.prod(shape))
         classes = self._classes_of_samples(n, label, first)
         drawn = [torch.zeros(0, *shape)]
         for rows in _batches(n, batch_size):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from datamodules import image_cache, make_data
 from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
+from datamodules.image_cache import OR_SKIP
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
 from reproduce.config import compose, override
@@ -376,7 +377,8 @@ def make_with_wrong_files(root):
 
 def test_a_file_that_cannot_be_read_ends_the_run(tmp_path, cache):
     root = make_with_wrong_files(tmp_path / "images")
-    assert refused(root, UnreadableImage, batch_size=2) == f"{root}/train/001.png is empty"
+    expected = f"{root}/train/001.png is empty; {OR_SKIP}"
+    assert refused(root, UnreadableImage, batch_size=2) == expected
     assert list(cache.glob("*.pixels")) == list(cache.glob("*.part")) == []
 
 
@@ -393,7 +395,8 @@ def test_files_that_cannot_be_read_can_be_skipped(tmp_path, cache, lines):
             f"  {root}/train/002.png cannot be read: image file is truncated",
             f"  {root}/train/004.png is a GIF, and not one of PNG, JPEG, WebP, BMP and TIFF",
         ]
-    assert refused(root, UnreadableImage, batch_size=2) == f"{root}/train/001.png is empty"
+    expected = f"{root}/train/001.png is empty; {OR_SKIP}"
+    assert refused(root, UnreadableImage, batch_size=2) == expected
     message = refused(root, skip_unreadable=True, batch_size=4)
     assert message == "data.batch_size=4 does not fit the 3 training items: give 1 to 3"
 
@@ -418,7 +421,7 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     message = refused(root, UnreadableImage)
-    assert message == f"{root}/train/002.png cannot be read: Permission denied"
+    assert message == f"{root}/train/002.png cannot be read: Permission denied; {OR_SKIP}"
     assert ready(root, skip_unreadable=True, batch_size=3).n_train == 3
 
 
@@ -752,7 +755,7 @@ def test_a_mistake_ends_a_run_with_one_line_and_leaves_no_folder(tmp_path, cache
 
     root = make_with_wrong_files(tmp_path / "images")
     assert answer() == f"error: data.root is missing: {ANOTHER_ROOT}"
-    assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty"
+    assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty; {OR_SKIP}"
     assert (
         answer(f"data.root={tmp_path}/no")
         == f"error: there is no folder {tmp_path}/no: {ANOTHER_ROOT}"

@@ -395,6 +395,7 @@ def test_a_class_is_named_or_numbered(glow, realnvp):
         ({"n": 1, "batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
         ({"n": 1, "temperature": -1.0}, "temperature=-1.0: give a number of at least 0"),
         ({"n": 1, "temperature": float("nan")}, "temperature=nan: give a number of at least 0"),
+        ({"n": 10**12}, r"n=1000000000000 would take [\d,]+ GiB, and this machine has [\d,]+ GiB"),
         ({"n": "1"}, "n='1': give a whole number of at least 0"),
         ({"n": torch.tensor(1)}, r"n=tensor\(1\): give a whole number of at least 0"),
         ({"n": 1, "temperature": "0.5"}, "temperature='0.5': give a number of at least 0"),
