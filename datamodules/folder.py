@@ -322,13 +322,19 @@ def find_files(root: Path) -> tuple[list[File], list[str]]:
     """The images of all splits in a folder, sorted by name, and the names of any others.
 
     Raises FileNotFoundError or ValueError, as `find_images`; ValueError: val/ or test/ are there
-    without train/.
+    without train/, or a name of a split is in capitals.
     """
     try:
         paths = find_images(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: {ANOTHER_ROOT}") from error
     images = [(path, path.relative_to(root).as_posix()) for path in paths]
+    for name in sorted({name.partition("/")[0] for _, name in images if "/" in name}):
+        if name not in SPLITS and name.lower() in SPLITS:
+            raise ValueError(
+                f"data.root={shown(root)} has {name}/: rename it to {name.lower()}/, or to another "
+                "name, if it is no split"
+            )
     folders = [split for split in SPLITS if (root / split).is_dir()]
     if folders and "train" not in folders:
         raise ValueError(

@@ -3,7 +3,8 @@
 A cache folder holds for each content of a folder of images, and each set of settings,
 
     <shape>-<key>.pixels    the pixels of all images, one after another, uint8
-    <shape>-<key>.json      the shape of each image, and which files could not be read
+    <shape>-<key>.json      the shape of each image, which files could not be read, and the sha256
+                            of the pixels
 
 and for each folder of images `<key>.files`, with size, times and sha256 of its files, so that a
 file that has not changed is not read again. All may be deleted while no run uses them.
@@ -44,6 +45,7 @@ UNSURE_SECONDS = 2.0  # a file that was changed so short ago may change again at
 MOST_THREADS = 32
 CHUNK = 256  # files that are handed to the threads at once
 UNREADABLE = "unreadable"  # in the place of a sha256
+OR_SKIP = "data.skip_unreadable=true leaves out files that cannot be read"
 
 State = list[int]  # size and times of a file
 A = TypeVar("A")
@@ -144,10 +146,15 @@ def _sha256(path: Path) -> str:
     if file_state(path) is None:  # a pipe would be waited for for ever
         return UNREADABLE
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest(path)
     except OSError:
         return UNREADABLE
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file. Raises OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_index(path: Path) -> dict[str, list[Any]]:
@@ -251,7 +258,8 @@ def decoded(files: Files, reading: Reading, cache: Path, skip: bool) -> Decoded:
         raise CacheError(f"{shown(target)} was changed by another program: start again")
     if found.unreadable and not skip:
         number = min(found.unreadable)
-        raise UnreadableImage(f"{shown(files.paths[number])} {found.unreadable[number]}")
+        reason = found.unreadable[number]
+        raise UnreadableImage(f"{shown(files.paths[number])} {reason}; {OR_SKIP}")
     return found
 
 
@@ -266,12 +274,21 @@ def _read(target: Path) -> Decoded | None:
             n_transparent=record["n_transparent"],
             n_enlarged=record["n_enlarged"],
         )
-        size = target.stat().st_size
+        if target.stat().st_size != shapes.prod(axis=1).sum():
+            return None
+        if not _is_as_written(target, record["mtime_ns"], record["sha256"]):
+            return None
     except (OSError, ValueError, TypeError, KeyError):  # missing, or damaged
         return None
-    if size != shapes.prod(axis=1).sum():
-        return None
     return found
+
+
+def _is_as_written(target: Path, mtime_ns: int, sha256: str) -> bool:
+    """Whether a file has the content that it was written with. It is read if its time is another.
+
+    mtime_ns: the time of its last change, when it was written. sha256: of its content.
+    """
+    return target.stat().st_mtime_ns == mtime_ns or _digest(target) == sha256
 
 
 def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
@@ -298,6 +315,7 @@ def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
             record = _write_pixels(file, files.paths, reading, skip)
             file.flush()
             os.fsync(file.fileno())
+        record |= {"mtime_ns": part.stat().st_mtime_ns, "sha256": _digest(part)}
         for path, state in zip(files.paths, files.states, strict=True):
             if file_state(path) != state:
                 raise CacheError(f"{shown(path)} has changed while it was read: start again")
@@ -328,7 +346,7 @@ def _write_pixels(
         for number, answer in enumerate(answers):
             if isinstance(answer, UnreadableImage):
                 if not skip:
-                    raise answer
+                    raise UnreadableImage(f"{answer}; {OR_SKIP}") from answer
                 unreadable[str(number)] = str(answer).removeprefix(f"{shown(paths[number])} ")
                 continue
             file.write(np.ascontiguousarray(answer.pixels).data)

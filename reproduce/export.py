@@ -31,6 +31,7 @@ from datamodules.checks import expand_home
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, merge, parse
 from reproduce.model import TrainedModel
+from reproduce.model_command import opening
 from reproduce.run_folder import RESULT
 from reproduce.stored import EXPORTED, as_safetensors, described, read_stored
 from reproduce.streams import say
@@ -277,17 +278,22 @@ def _files(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, 
 # ---------------------------------------------------------------------- the command
 
 
-def read_options(words: list[str]) -> tuple[str, Path]:
-    """Read the command line: the model, and the folder to write. ConfigError: a mistake in them."""
+def read_options(words: list[str]) -> tuple[str, str]:
+    """Read the command line: the model, and out=, or "". ConfigError: a mistake in them."""
     if not words or "=" in words[0]:
         raise ConfigError("no model is given: python -m reproduce.export MODEL out=FOLDER")
     options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
-    folder = expand_home("the model", words[0])
-    if options.out:
-        return words[0], expand_home("out", options.out)
-    if not any((folder / name).exists() for name in OF_A_RUN):
-        raise ConfigError(f"{words[0]} is not the folder of a run: add out=FOLDER")
-    return words[0], folder / "export"
+    return words[0], options.out
+
+
+def out_of(name: str, out: str) -> Path:
+    """The folder to write: out=, or export/ in the folder of a run. ConfigError: there is none."""
+    if out:
+        return expand_home("out", out)
+    folder = expand_home("the model", name)
+    if not any((folder / part).exists() for part in OF_A_RUN):
+        raise ConfigError(f"{name} is not the folder of a run: add out=FOLDER")
+    return folder / "export"
 
 
 def check_out(out: Path, files: dict[str, bytes]) -> None:
@@ -313,11 +319,13 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    name, out = read_options(words)
-    model = TrainedModel(read_stored(name))
-    files = exported(model)
+    name, given = read_options(words)
+    stored = read_stored(name)
+    out = out_of(name, given)
+    files = exported(TrainedModel(stored))
     check_out(out, files)
-    write_all({out / file: content for file, content in files.items()})
+    with opening(out):
+        write_all({out / file: content for file, content in files.items()})
     say(f'{out}: {", ".join(files)}; load it with reproduce.load("{out}")')
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from datamodules.checks import expand_home, is_number
+from datamodules.checks import check_memory, expand_home, is_number
 from datamodules.dequantization import Dequantizer, UniformDequantizer
 from flows.base import FlowModel
 from lightning_modules.callbacks.samples import as_levels
@@ -286,9 +286,12 @@ class TrainedModel:
         _check_at_least("n", n, 0)
         _check_at_least("first", first, 0)
         _check_at_least("seed", seed, 0)
+        if isinstance(temperature, np.floating | np.integer):
+            temperature = temperature.item()
         if not is_number(temperature) or not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature}: give a number of at least 0")
+            raise ValueError(f"temperature={temperature!r}: give a number of at least 0")
         shape = self._sample_shape()
+        check_memory(f"n={n}", 4 * n * math.prod(shape))
         classes = self._classes_of_samples(n, label, first)
         yield torch.zeros(0, *shape)
         for rows in _batches(n, batch_size):
@@ -426,7 +429,9 @@ class TrainedModel:
         n = sizes[0][0] if sizes and sizes[0] else 0
         if sizes != [(n, *shape) for shape in shapes]:
             texts = [f"(N, {', '.join(map(str, shape))})" for shape in shapes]
-            raise ValueError(f"latents are a tuple, {', '.join(texts)}, as encode returns")
+            raise ValueError(
+                f"latents are a tuple of tensors, {', '.join(texts)}, as encode returns"
+            )
         return n
 
     def _n_images(self, images: Images) -> int:
@@ -481,6 +486,8 @@ class TrainedModel:
         request = f"this {name} is class-conditional: give labels, {numbers}"
         if labels is None:
             raise ValueError(request)
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U":
+            labels = labels.tolist()
         if isinstance(labels, list | tuple) and all(isinstance(each, str) for each in labels):
             labels = [self.label_of(str(each)) for each in labels]
         try:
@@ -555,4 +562,4 @@ def _batches(n: int, batch_size: int) -> Iterator[slice]:
 def _check_at_least(name: str, value: object, least: int) -> None:
     """ValueError: a value is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value}: give a whole number of at least {least}")
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")

@@ -7,8 +7,8 @@ The model is the folder of a run, an exported folder, a checkpoint, or the name 
 The files are 000000.png, 000001.png and so on; grid.png shows the first ones together. Sample
 number i depends on the model, the temperature, the class, the seed and i alone: the same command
 draws the same images, and a larger n adds to them. Files that are there already are kept, so a
-command that was stopped goes on where it was. samples.json records the settings, and a folder with
-samples of other settings is refused.
+command that was stopped goes on where it was; damaged ones are drawn again. samples.json records
+the settings, and a folder with samples of other settings is refused.
 
 The command prints how many samples are finite. A flow can have a good likelihood although its
 inverse overflows. Pixels that are not finite are magenta, and white in grey images.
@@ -136,7 +136,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
 def write_samples(
     model: TrainedModel, options: DictConfig, label: int | None, folder: Path
 ) -> None:
-    """Draw the samples whose files are missing.
+    """Draw the samples whose files are missing or damaged.
 
     All samples of a batch are drawn even if only some are missing: the batch that a sample is
     computed in can move the last digits of its pixels.
@@ -144,7 +144,7 @@ def write_samples(
     with progress_bar(options.n, "samples") as bar:
         for start in range(0, options.n, options.batch_size):
             size = min(options.batch_size, options.n - start)
-            missing = [i for i in range(size) if not file_of(folder, start + i).is_file()]
+            missing = [i for i in range(size) if not is_whole(file_of(folder, start + i))]
             if missing:
                 samples = model.draw(
                     size,
@@ -157,6 +157,16 @@ def write_samples(
                 for i in missing:
                     write_sample(file_of(folder, start + i), samples[i], model.n_bits or 8)
             bar.update(size)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a file of a sample that can be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # no file, or a damaged one
+        return False
+    return True
 
 
 def write_sample(path: Path, sample: Tensor, n_bits: int) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from reproduce.run_folder import (
     load_checkpoint,
     newest_checkpoint,
     read_result,
-    result_text,
 )
 from results.checks import check, keys, list_of, or_null, record, text
 from results.files import abbreviated, portable
@@ -90,6 +90,10 @@ def read_stored(model: str | Path) -> Stored:
 
     ConfigError, ValueError or FileNotFoundError, one line: there is nothing to load.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"{model!r} is neither a path nor a name: give {KINDS}")
+    if not os.fspath(model):
+        raise ValueError(f"the model is an empty name: give {KINDS}")
     path = expand_home("the model", model)
     if path.is_dir():
         return _of_folder(path)
@@ -110,7 +114,7 @@ def _of_folder(folder: Path) -> Stored:
         return _of_safetensors(folder / EXPORTED)
     tested = None
     if (folder / RESULT).is_file():
-        tested = folder / result_text(folder, "checkpoint")
+        tested = folder / str(_read_whole_result(folder).get("checkpoint"))
         if tested.exists():
             return _of_checkpoint_file(tested)
     newest = newest_checkpoint(folder)
@@ -187,13 +191,16 @@ def _check_origin(origin: dict[str, Any], path: Path) -> None:
 
 
 def _read_whole_result(folder: Path) -> dict[str, Any]:
-    """As `read_result`. ValueError, one line: the result lacks something, or has another form."""
-    result = read_result(folder)
+    """The result in a folder. ConfigError, one line: it is damaged, or has another form."""
+    advice = "restore it, or rename it to load weights without it"
+    try:
+        result = read_result(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / RESULT} is damaged: {advice}") from error
     faults = keys(FORM_OF_RESULT, result) + keys(COMPARISONS, result)
     if faults:
-        raise ValueError(
-            f"{folder / RESULT} is not a whole result of a run ({abbreviated(faults)}): "
-            "restore it, or take it away"
+        raise ConfigError(
+            f"{folder / RESULT} is not a whole result of a run ({abbreviated(faults)}): {advice}"
         )
     return result
 
@@ -262,23 +269,26 @@ def _of_safetensors(path: Path) -> Stored:
     if (path.parent / RESULT).is_file():
         result = _read_whole_result(path.parent)
     weights, origin = _read_safetensors(path, (result or {}).get("weights"))
-    _restore_root(origin["config"], (result or {}).get("config"))
+    _restore_paths(origin["config"], (result or {}).get("config"))
     return Stored(weights, origin, result, path)
 
 
-def _restore_root(config: Any, recorded: Any) -> None:
-    """Give a config the `data.root` of the result beside the weights.
+def _restore_paths(config: dict[str, Any], recorded: Any) -> None:
+    """Give a config the `data.root` and `data.cache` of the result beside the weights.
 
-    The metadata of a file of weights have only its last part, while the result of a run has the
-    path, so that the run can be tested again from any folder.
+    The metadata of a file of weights have only their last part, while the result of a run has the
+    paths, so that the run can be tested again from any folder. The cache of another machine, of
+    which only the last part is known, is left out.
     """
-    sections = [
-        part["data"]
-        for part in (config, recorded)
-        if isinstance(part, dict) and isinstance(part.get("data"), dict)
-    ]
-    if len(sections) == 2 and isinstance(sections[1].get("root"), str):
-        sections[0]["root"] = sections[1]["root"]
+    known: dict[str, Any] = {}
+    if isinstance(recorded, dict) and isinstance(recorded.get("data"), dict):
+        known = recorded["data"]
+    data = config["data"]
+    if isinstance(known.get("root"), str):
+        data["root"] = known["root"]
+    if data.get("cache") is not None:
+        cache = known.get("cache")
+        data["cache"] = cache if isinstance(cache, str) and os.path.isabs(cache) else None
 
 
 def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], dict[str, Any]]:

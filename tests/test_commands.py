@@ -19,7 +19,7 @@ from PIL import Image
 from test_glow_scripts import run
 
 from lightning_modules.callbacks.samples import margin
-from reproduce import evaluate, glow_photos, load, sample, score
+from reproduce import evaluate, export, glow_photos, load, sample, score
 from reproduce.config import ConfigError
 from reproduce.model import TrainedModel
 from reproduce.model_command import fingerprint, read_words
@@ -251,6 +251,10 @@ def test_samples_go_on_after_an_interruption_and_for_a_larger_n(realnvp, tmp_pat
     assert len(drawn) == 2  # the second and third batch
     call("sample", *words, "n=10", f"out={tmp_path / 'parts'}")
     assert len(drawn) == 2
+    for content in (b"", b"x", (tmp_path / "parts" / "000004.png").read_bytes()[:-30]):
+        (tmp_path / "parts" / "000004.png").write_bytes(content)  # as after a full disk
+        call("sample", *words, "n=10", f"out={tmp_path / 'parts'}")
+        assert contents(tmp_path / "parts") == whole
     call("sample", *words, "n=14", f"out={tmp_path / 'parts'}")
     longer = contents(tmp_path / "parts")
     assert len(longer) == 14 + 2
@@ -536,7 +540,8 @@ def test_a_run_on_a_folder_is_tested_again_from_another_place(tmp_path, monkeypa
     root = make_split_folder(tmp_path / "my photographs", n_train=20, n_val=2, n_test=3)
     folder = tmp_path / "run"
     words = ["data.name=folder", f"data.root={root}", "data.size=8", "data.batch_size=4"]
-    glow_photos.main([*words, *TINY_FOLDER_RUN, f"run_dir={folder}"])
+    own_cache = f"data.cache={tmp_path / 'own cache'}"
+    glow_photos.main([*words, own_cache, *TINY_FOLDER_RUN, f"run_dir={folder}"])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -544,6 +549,11 @@ def test_a_run_on_a_folder_is_tested_again_from_another_place(tmp_path, monkeypa
     call("evaluate", folder)
     assert capsys.readouterr().out.splitlines()[-1].endswith("equal to the last digit")
     assert load(folder).stored.origin["config"]["data"]["root"] == str(root)
+    hub = tmp_path / "hub"
+    export.main([str(folder), f"out={hub}"])
+    call("evaluate", hub, f"data.root={root}")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("equal to the last digit")
+    assert list(elsewhere.iterdir()) == []  # the images are decoded into a cache of this user
 
 
 def test_another_figure_of_the_same_test_is_exit_code_1(realnvp, tmp_path, capsys):

@@ -21,6 +21,7 @@ from PIL import Image
 from datamodules import image_cache, make_data
 from datamodules.checks import SharedError
 from datamodules.folder import ANOTHER_ROOT, HELD_OUT, ImageFolder, hashed_share
+from datamodules.image_cache import OR_SKIP
 from datamodules.image_files import UnreadableImage
 from reproduce import glow_photos, pictures, realnvp_photos
 from reproduce.config import compose, override
@@ -154,6 +155,16 @@ def test_a_missing_subfolder_is_held_out_from_train(tmp_path, cache, missing):
 def test_val_without_train_is_refused(tmp_path, cache):
     root = make_split_folder(tmp_path / "images", n_train=0, n_val=3, n_test=3)
     assert "has val/, but no train/: add it, or rename val/" in refused(root)
+
+
+def test_splits_in_capitals_are_refused(tmp_path, cache):
+    """Otherwise images of Test/ would be among those of training."""
+    root = make_split_folder(tmp_path / "images", n_train=9, n_val=3, n_test=3)
+    for split in ("train", "val", "test"):
+        (root / split).rename(root / split.title())
+    assert refused(root).endswith(
+        "has Test/: rename it to test/, or to another name, if it is no split"
+    )
 
 
 def test_images_outside_the_subfolders_are_said(tmp_path, cache, lines):
@@ -382,7 +393,8 @@ def make_with_wrong_files(root):
 
 def test_a_file_that_cannot_be_read_ends_the_run(tmp_path, cache):
     root = make_with_wrong_files(tmp_path / "images")
-    assert refused(root, UnreadableImage, batch_size=2) == f"{root}/train/001.png is empty"
+    expected = f"{root}/train/001.png is empty; {OR_SKIP}"
+    assert refused(root, UnreadableImage, batch_size=2) == expected
     assert list(cache.glob("*.pixels")) == list(cache.glob("*.part")) == []
 
 
@@ -399,7 +411,8 @@ def test_files_that_cannot_be_read_can_be_skipped(tmp_path, cache, lines):
             f"  {root}/train/002.png cannot be read: image file is truncated",
             f"  {root}/train/004.png is a GIF, and not one of PNG, JPEG, WebP, BMP and TIFF",
         ]
-    assert refused(root, UnreadableImage, batch_size=2) == f"{root}/train/001.png is empty"
+    expected = f"{root}/train/001.png is empty; {OR_SKIP}"
+    assert refused(root, UnreadableImage, batch_size=2) == expected
     message = refused(root, skip_unreadable=True, batch_size=4)
     assert message == "data.batch_size=4 does not fit the 3 training items: give 1 to 3"
 
@@ -424,7 +437,7 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     message = refused(root, UnreadableImage)
-    assert message == f"{root}/train/002.png cannot be read: Permission denied"
+    assert message == f"{root}/train/002.png cannot be read: Permission denied; {OR_SKIP}"
     assert ready(root, skip_unreadable=True, batch_size=3).n_train == 3
 
 
@@ -564,6 +577,19 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache):
             assert images(ready(root).train) == expected
         path.unlink()
         assert images(ready(root).train) == expected
+
+
+def test_a_cache_with_other_pixels_is_made_again(tmp_path, cache, monkeypatch):
+    root = make_split_folder(tmp_path / "images", n_train=4, n_val=1, n_test=1)
+    expected = images(ready(root).train)
+    [pixels] = cache.glob("*.pixels")
+    content = bytearray(pixels.read_bytes())
+    content[len(content) // 2] ^= 1
+    pixels.write_bytes(content)
+    assert images(ready(root).train) == expected
+    os.utime(pixels)  # as after a copy: the content counts
+    monkeypatch.setattr(image_cache, "_make", None)
+    assert images(ready(root).train) == expected
 
 
 def test_a_run_that_is_killed_leaves_no_cache(tmp_path, cache, monkeypatch):
@@ -745,7 +771,7 @@ def test_a_mistake_ends_a_run_with_one_line_and_leaves_no_folder(tmp_path, cache
 
     root = make_with_wrong_files(tmp_path / "images")
     assert answer() == f"error: data.root is missing: {ANOTHER_ROOT}"
-    assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty"
+    assert answer(f"data.root={root}") == f"error: {root}/train/001.png is empty; {OR_SKIP}"
     assert (
         answer(f"data.root={tmp_path}/no")
         == f"error: there is no folder {tmp_path}/no: {ANOTHER_ROOT}"

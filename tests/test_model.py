@@ -366,7 +366,9 @@ def test_labels_are_integers_of_any_width(glow):
 def test_labels_may_be_names(glow):
     images, labels = test_images(glow)
     names = [PHOTOS[label] for label in labels]
-    assert torch.equal(glow.bits_per_dim(images, names), glow.bits_per_dim(images, labels))
+    values = glow.bits_per_dim(images, labels)
+    assert torch.equal(glow.bits_per_dim(images, names), values)
+    assert torch.equal(glow.bits_per_dim(images, np.array(names)), values)
     with pytest.raises(ValueError, match=r"label=catt is not known \(did you mean cat\?\)"):
         glow.bits_per_dim(ZEROS, ["cat", "catt"])
 
@@ -408,11 +410,23 @@ def test_a_class_is_named_or_numbered(glow, realnvp):
         ({"n": 1, "batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
         ({"n": 1, "temperature": -1.0}, "temperature=-1.0: give a number of at least 0"),
         ({"n": 1, "temperature": float("nan")}, "temperature=nan: give a number of at least 0"),
+        ({"n": 10**12}, r"n=1000000000000 would take [\d,]+ GiB, and this machine has [\d,]+ GiB"),
+        ({"n": "1"}, "n='1': give a whole number of at least 0"),
+        ({"n": torch.tensor(1)}, r"n=tensor\(1\): give a whole number of at least 0"),
+        ({"n": 1, "temperature": "0.5"}, "temperature='0.5': give a number of at least 0"),
     ],
 )
 def test_wrong_numbers_are_one_line(arguments, message, realnvp):
     with pytest.raises(ValueError, match=message):
         realnvp.sample(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(realnvp):
+    expected = realnvp.sample(2, temperature=0.5, seed=1)
+    drawn = realnvp.sample(np.int32(2), temperature=np.float32(0.5), seed=np.uint8(1))
+    assert torch.equal(drawn, expected)
+    with pytest.raises(ValueError, match=r"give a number of at least 0$"):
+        realnvp.sample(2, temperature=np.float32("inf"))
 
 
 def test_wrong_keys_are_one_line(realnvp):
@@ -427,8 +441,8 @@ def test_wrong_latents_are_one_line(realnvp):
     latents = realnvp.encode(ZEROS)
     shapes = r"\(N, 6, 4, 4\), \(N, 6, 4, 4\)"
     fine, coarse = latents
-    for wrong in (fine, latents[:1], (fine, coarse[:, :1]), (fine, coarse[:1]), (), None):
-        with pytest.raises(ValueError, match=f"latents are a tuple, {shapes}, as encode returns"):
+    for wrong in (fine, latents[:1], (fine, coarse[:, :1]), (fine, coarse[:1]), (), None, [3]):
+        with pytest.raises(ValueError, match=f"^latents are a tuple of tensors, {shapes}, as e"):
             realnvp.decode(wrong)
 
 
@@ -556,7 +570,7 @@ def test_half_a_result_beside_the_weights_is_one_line(key, value, message, runs,
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
     (tmp_path / "result.json").write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match=r"result.json is not the result of a run"):
+    with pytest.raises(ConfigError, match=r"result.json is damaged: restore it, or rename"):
         load(tmp_path)
 
 
@@ -616,6 +630,50 @@ def test_what_is_no_model_is_one_line(make, name, message, tmp_path):
     assert "\n" not in str(refusal.value)
     assert "delete" not in str(refusal.value)
     assert path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"metrics": 3}'])
+@pytest.mark.parametrize("place", ["export", "run", "run/checkpoints/best.ckpt"])
+def test_a_damaged_result_is_one_line(content, place, runs, tmp_path):
+    shutil.copytree(runs["realnvp"], tmp_path / "run")
+    export([str(tmp_path / "run"), f"out={tmp_path / 'export'}"])
+    result = tmp_path / place.partition("/")[0] / "result.json"
+    result.write_text(content)
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path / place)
+    line = str(refusal.value)
+    assert line.startswith((f"{result} is damaged: ", f"{result} is not a whole result of a run ("))
+    assert line.endswith(": restore it, or rename it to load weights without it")
+    result.rename(tmp_path / "damaged.json")
+    assert load(tmp_path / place).result is None
+
+
+@pytest.mark.parametrize("model", [None, 3, b"run", [], "", True])
+def test_what_is_neither_path_nor_name_is_one_line(model):
+    with pytest.raises(ValueError, match=r": give the folder of a run, an exported folder, a") as e:
+        load(model)
+    assert str(e.value).startswith("the model is an empty name" if model == "" else f"{model!r} is")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("experiment", None),
+        ("config", "text"),
+        ("config", {}),
+        ("config", {"data": {}}),
+        ("shape", "3x32x32"),
+        ("n_bits", "8"),
+        ("class_names", None),
+    ],
+)
+def test_metadata_of_another_form_are_one_line(key, value, runs, tmp_path):
+    stored = read_stored(runs["realnvp"])
+    wrong = stored._replace(origin={**stored.origin, key: value})
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(as_safetensors(wrong))
+    with pytest.raises(ValueError, match=r"wrong.safetensors says something of its model that"):
+        load(path)
 
 
 def test_a_place_that_is_not_there_is_one_line(tmp_path, runs):
