@@ -567,7 +567,7 @@ def test_half_a_result_beside_the_weights_is_one_line(key, value, message, runs,
     shutil.copy(runs["realnvp"] / "model.safetensors", tmp_path)
     result = json.loads((runs["realnvp"] / "result.json").read_text())
     (tmp_path / "result.json").write_text(json.dumps({**result, key: value}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path)
     (tmp_path / "result.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match=r"result.json is damaged: restore it, or rename"):
