@@ -198,6 +198,8 @@ def _read_whole_result(folder: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{folder / RESULT} is damaged: {advice}") from error
     faults = keys(FORM_OF_RESULT, result) + keys(COMPARISONS, result)
+    if isinstance(result.get("run"), str):  # a folder may have a name that no record can have
+        faults = [fault for fault in faults if fault != "run"]
     if faults:
         raise ConfigError(
             f"{folder / RESULT} is not a whole result of a run ({abbreviated(faults)}): {advice}"

@@ -574,6 +574,14 @@ def test_half_a_result_beside_the_weights_is_one_line(key, value, message, runs,
         load(tmp_path)
 
 
+def test_a_run_in_a_folder_whose_name_has_spaces_loads(runs, tmp_path):
+    folder = tmp_path / "my run"
+    shutil.copytree(runs["realnvp"], folder)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "run": "my run"}))
+    assert load(folder).result["run"] == "my run"
+
+
 def as_text(path):
     path.write_text("not a checkpoint")
 
