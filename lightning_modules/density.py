@@ -8,6 +8,7 @@ from typing import Protocol, Self, TypeVar, cast
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -458,6 +459,8 @@ class DensityModule(OptimizedModule):
         reestimates = self.bn_images > 0 and (testing or averaged)
         if not reestimates or self.trainer.sanity_checking or not has_batch_norm(self.flow):
             return
+        if testing:  # it can take a minute, in which nothing else is shown
+            rank_zero_info(f"estimating batch-norm statistics on {self.bn_images:,} images")
         with evaluation(self.device.type), self._gradients():
             batches = enumerate(data_of(self.trainer).train_batches(self.bn_images))
             inputs = (
