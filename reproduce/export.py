@@ -29,9 +29,9 @@ from omegaconf import OmegaConf
 import results
 from datamodules.checks import expand_home
 from reproduce.command import command
-from reproduce.config import ConfigError, arguments, merge, parse
+from reproduce.config import ConfigError, arguments
 from reproduce.model import TrainedModel
-from reproduce.model_command import opening
+from reproduce.model_command import MODEL, opening, read_words
 from reproduce.run_folder import RESULT
 from reproduce.stored import EXPORTED, as_safetensors, described, read_stored
 from reproduce.streams import say
@@ -280,10 +280,8 @@ def _files(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, 
 
 def read_options(words: list[str]) -> tuple[str, str]:
     """Read the command line: the model, and out=, or "". ConfigError: a mistake in them."""
-    if not words or "=" in words[0]:
-        raise ConfigError("no model is given: python -m reproduce.export MODEL out=FOLDER")
-    options = merge(OmegaConf.create(DEFAULTS), parse(words[1:]))
-    return words[0], options.out
+    [name], options = read_words(words, [MODEL], DEFAULTS)
+    return name, options.out
 
 
 def out_of(name: str, out: str) -> Path:

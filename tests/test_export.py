@@ -159,7 +159,7 @@ def test_no_file_of_a_user_is_lost(run, tmp_path, capsys):
     assert "no model gone: give the folder of a run" in mistake(capsys, "gone")
     below = tmp_path / "file" / "below"
     assert f"{below} cannot be written (Not a directory)" in mistake(capsys, run, f"out={below}")
-    assert "no model is given" in mistake(capsys)
+    assert "MODEL is missing: give MODEL" in mistake(capsys)
     assert "did you mean out?" in mistake(capsys, run, "ot=x")
     assert "is no checkpoint: give" in mistake(capsys, run / "result.json", f"out={tmp_path / 'a'}")
     assert not (tmp_path / "a").exists()
