@@ -33,7 +33,7 @@ from reproduce.config import ConfigError, arguments
 from reproduce.model import TrainedModel
 from reproduce.model_command import MODEL, opening, read_words
 from reproduce.run_folder import RESULT
-from reproduce.stored import EXPORTED, as_safetensors, described, read_stored
+from reproduce.stored import EXPORTED, as_safetensors, described, read_stored, shape_text
 from reproduce.streams import say
 from results.files import portable, write_all
 from results.formats import budget, commit, fixed, table
@@ -138,7 +138,7 @@ def _head(model: TrainedModel) -> list[str]:
 def _summary(model: TrainedModel) -> str:
     """What the model is, in two or three sentences."""
     n_parameters = sum(parameter.numel() for parameter in model.flow.parameters())
-    shape = " x ".join("any" if side is None else str(side) for side in model.shape)
+    shape = shape_text(model.shape)
     kind = f"data of shape {shape}"
     if len(model.shape) == 3:
         kind = f"images of {shape} (channels, height, width) with {model.n_bits} bits a value"

@@ -1,7 +1,5 @@
 """A new run that starts from trained weights: the key `init_from` of a recipe."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,7 +11,7 @@ from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.run_folder import changed_settings, mismatch
 from reproduce.schema import constructors
-from reproduce.stored import Stored, read_stored
+from reproduce.stored import Stored, file_sha256, read_stored, shape_text
 
 
 class InitFrom(L.Callback):
@@ -62,7 +60,7 @@ class InitFrom(L.Callback):
             "init_from": {
                 "model": model,
                 "file": str(stored.path),
-                "sha256": _sha256(stored.path),
+                "sha256": file_sha256(stored.path),
                 "experiment": origin["experiment"],
                 "commit": origin["commit"],
                 "shape": origin["shape"],
@@ -106,19 +104,6 @@ def _check_weights(stored: Stored, module: Objective, expected: dict[str, Tensor
     shape = stored.origin["shape"]
     reason = f"use commit {stored.origin['commit']}, which trained them"
     if shape is not None and module.shape is not None and list(module.shape) != list(shape):
-        reason = f"they are of data of shape {_by(shape)}, and here are data of {_by(module.shape)}"
+        own_shape = shape_text(module.shape)
+        reason = f"they are of data of shape {shape_text(shape)}, and here are data of {own_shape}"
     raise ConfigError(f"{stored.path} {problem}; {reason}")
-
-
-def _by(shape: list[int | None] | tuple[int | None, ...]) -> str:
-    """A shape as a text.
-
-    >>> _by([3, 32, None])
-    '3 x 32 x any'
-    """
-    return " x ".join("any" if side is None else str(side) for side in shape)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

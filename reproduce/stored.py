@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,6 +266,21 @@ def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """The shape of one datum as a text.
+
+    >>> shape_text([3, 32, None])
+    '3 x 32 x any'
+    """
+    return " x ".join("any" if side is None else str(side) for side in shape)
+
+
 def _of_safetensors(path: Path) -> Stored:
     """The weights of a file in an exported folder. It is checked against the result beside it."""
     result = None
@@ -303,7 +319,7 @@ def _read_safetensors(path: Path, recorded: object) -> tuple[dict[str, Tensor], 
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: give {KINDS}")
-    if isinstance(recorded, dict) and sha256_of(path.read_bytes()) != recorded.get("sha256"):
+    if isinstance(recorded, dict) and file_sha256(path) != recorded.get("sha256"):
         raise ValueError(
             f"{path} is not the file whose sha256 is recorded, {recorded.get('sha256')}: "
             "restore it, or export it again"
