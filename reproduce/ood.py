@@ -183,12 +183,14 @@ def measure(
     """
     n_bits = cast("int", model.n_bits)
     keys: list[str] = []
-    for batch in batches((Datum(row, image, None) for row, image in enumerate(images)), 64):
+    for batch in batches(
+        (Datum(row, image, None) for row, image in enumerate(images)), options.batch_size
+    ):
         unknown = {datum.key: datum for datum in batch if datum.key not in scores.values}
         if unknown:
-            data = list(unknown.values())
+            new = list(unknown.values())
             added: dict[str, list[float]] = {}
-            for datum, bits in zip(data, model_bits(model, data, options), strict=True):
+            for datum, bits in zip(new, model_bits(model, new, options), strict=True):
                 files = [
                     compressed_bits_per_dim(datum.pixels, n_bits, name) for name in compressors
                 ]
