@@ -34,6 +34,7 @@ GENERATED = (
     "results/README.md",
     "results/ablations",
     "results/benchmarks",
+    "results/ood",
     "results/runs",
     "results/stability",
     "results/weights",

@@ -234,6 +234,7 @@ GENERATED_FILES = (
     "results/ablations/a.png",
     "results/benchmarks/a.json",
     "results/stability/a.json",
+    "results/ood/a.json",
 )
 
 
