@@ -12,6 +12,7 @@ from results import ROOT, compare_all, decimals_form, papers_in
 from results.checks import (
     anything,
     check,
+    fact,
     flag,
     list_of,
     mapping,
@@ -58,7 +59,6 @@ END = record(  # of a run that was extended
 )
 START = record({"model": text, "experiment": text, "commit": or_null(text), "sha256": text})
 DATA = record(optional={"sha256": text})  # of a user's own images
-FACT = check(lambda value: value is None or isinstance(value, str | bool | int | float | list))
 REASON = check(lambda value: isinstance(value, str) and value.strip() and "\n" not in value)
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
 WEIGHTS_BYTES = 8_000_000  # of one file of weights in results/weights/
@@ -95,7 +95,7 @@ RESULT = record(
         "not_measured": mapping_of(REASON),  # by the metric: why not, and what to do, in one line
         "overrides": list_of(text),
         "parameters": or_null(number),
-        "protocol": mapping_of(mapping_of(FACT)),  # by the metric: what its figure depends on
+        "protocol": mapping_of(mapping_of(fact)),  # by the metric: what its figure depends on
         "suspect": or_null(text),
         "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
         "wandb_url": or_null(text),
