@@ -469,7 +469,7 @@ def figure(entry: dict | None, claim: dict) -> str:
     """A number of a claim's row as printed, with its bound and training figure: `≤ 4.40 (4.35)`."""
     if entry is None:
         return "-"
-    words = printed(entry["value"], claim)
+    words = printed(entry["value"], {**claim, **entry})
     if entry.get("bound") == "upper":
         words = f"≤ {words}"
     if entry["train"] is not None:

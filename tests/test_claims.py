@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from results import compare_all, load_claim, recipe_of
+from results import compare_all, load_claim, load_claims, printed, recipe_of, survey
 from results.files import write
 from results.groups import comparison_of
 from results.metrics import QUANTITIES, label_of, quantity_of
@@ -251,3 +251,120 @@ def test_the_recipe_of_a_claim_is_named_as_it_unless_it_says_otherwise(root):
     assert recipe_of(load_claim("glow.cifar10")) == "glow_cifar10"
     write_claims(root, fid=FID | {"experiment": "flow_cifar10"})
     assert recipe_of(load_claim("flow.fid", root)) == "flow_cifar10"
+
+
+# SRFlow's tables
+
+DIV2K_X4 = {  # a row of the review's Table 3: SRFlow, and what it is compared with
+    "psnr": (27.09, {"Bicubic": 26.70, "EDSR": 28.98, "RRDB": 29.44}),
+    "ssim": (0.76, {"Bicubic": 0.77, "EDSR": 0.83, "RRDB": 0.84}),
+    "lpips": (0.120, {"Bicubic": 0.409, "EDSR": 0.270, "RRDB": 0.253}),
+    "lr_psnr": (49.96, {"Bicubic": 38.70, "EDSR": 54.89, "RRDB": 49.20}),
+    "niqe": (3.57, {"Bicubic": 5.20, "EDSR": 4.46, "RRDB": 5.08}),
+    "brisque": (17.8, {"Bicubic": 53.8, "EDSR": 43.3, "RRDB": 52.4}),
+    "piqe": (18.6, {"Bicubic": 86.6, "EDSR": 77.5, "RRDB": 86.7}),
+}
+REST_X4 = {
+    "RankSRGAN": (26.55, 0.75, 0.128, 42.33, 2.45, 17.2, 20.1),
+    "ESRGAN": (26.22, 0.75, 0.124, 39.03, 2.61, 22.7, 26.2),
+}
+SRFLOW = {  # psnr, ssim, lpips, lr_psnr, niqe, brisque, piqe and, for faces, diversity
+    "div2k_x8": (23.05, 0.57, 0.272, 50.00, 3.49, 20.9, 17.1),
+    "celeba_x8": (25.24, 0.71, 0.110, 50.85, 4.20, 23.2, 24.0, 5.21),
+    "celeba_x8_progressive": (25.20, 0.71, 0.110, 51.05, 4.20, 22.5, 23.1, 5.28),
+}
+BICUBIC = {
+    "div2k_x8": (23.74, 0.63, 0.584, 37.16, 6.65, 60.3, 97.6),
+    "celeba_x8": (23.15, 0.63, 0.517, 35.19, 7.82, 58.6, 99.97, 0),
+}
+
+
+def values_of(prefix, model=None):
+    """The figures of SRFlow, or of a model that it is compared with, in the order of a table."""
+    names = [*DIV2K_X4, "diversity"]
+    claims = load_claims()
+    rows = [claims[key] for name in names if (key := f"srflow.{prefix}_{name}") in claims]
+    if model is None:
+        return tuple(claim["value"] for claim in rows)
+    return tuple(claim["compared"][model]["value"] for claim in rows)
+
+
+def test_srflows_table_on_div2k_at_scale_4():
+    for name, (value, models) in DIV2K_X4.items():
+        claim = load_claim(f"srflow.div2k_x4_{name}")
+        assert claim["value"] == value
+        quoted = {model: entry["value"] for model, entry in claim["compared"].items()}
+        assert {model: quoted[model] for model in models} == models
+    assert {model: values_of("div2k_x4", model) for model in REST_X4} == REST_X4
+
+
+def test_srflows_other_tables():
+    assert {prefix: values_of(prefix) for prefix in SRFLOW} == SRFLOW
+    assert {prefix: values_of(prefix, "Bicubic") for prefix in BICUBIC} == BICUBIC
+    prog = (23.97, 0.67, 0.129, 41.95, 3.49, 28.6, 33.2, 0)
+    assert values_of("celeba_x8_progressive", "ProgFSR") == prog
+    rrdb = (26.59, 0.77, 0.23, 48.22, 6.02, 49.7, 86.5, 0)
+    assert values_of("celeba_x8", "RRDB") == rrdb
+    claims = load_claims()
+    ablation = {
+        row: [claims[f"srflow.div2k_x4_{row}_{name}"]["value"] for name in ("psnr", "ssim")]
+        for row in ("no_transition", "no_injector")
+    }
+    assert ablation == {"no_transition": [26.96, 0.759], "no_injector": [26.81, 0.756]}
+    full = claims["srflow.div2k_x4_no_injector_ssim"]["compared"]["SRFlow"]["value"]
+    assert full == 0.763
+
+
+def test_a_model_of_a_claim_may_be_printed_with_decimals_of_its_own():
+    claim = load_claim("srflow.celeba_x8_piqe")
+    words = {
+        model: printed(entry["value"], {**claim, **entry})
+        for model, entry in claim["compared"].items()
+    }
+    assert printed(claim["value"], claim) == "24.0"
+    assert words == {"Bicubic": "99.97", "RRDB": "86.5", "ESRGAN": "32.4"}
+
+
+def test_the_metric_of_every_claim_is_a_known_quantity_with_its_unit_and_direction():
+    for claim_id, claim in load_claims().items():
+        quantity = QUANTITIES[quantity_of(claim["metric"])]
+        assert (claim["direction"], claim["unit"]) == (quantity.direction, quantity.unit), claim_id
+        assert claim["checked"], claim_id
+
+
+def test_the_metrics_of_a_recipe_are_each_in_one_claim():
+    claims = [(recipe_of(claim), claim["metric"]) for claim in load_claims().values()]
+    assert len(set(claims)) == len(claims)
+
+
+# The survey
+
+
+def test_the_survey_is_quoted_as_it_is_printed():
+    heading, paragraph, table, notes = survey.section()
+    assert heading.text == "Other generative models"
+    assert "no run is compared" in paragraph.text
+    assert [row[1:] for row in table.rows] == [
+        ["DCGAN", "37.11", "-"],
+        ["ProGAN", "15.52", "-"],
+        ["BigGAN", "14.73", "-"],
+        ["StyleGAN2 + ADA", "2.42", "-"],
+        ["Convolutional VAE", "106.37", "≤ 4.54"],
+        ["Variational Lossy AE", "-", "≤ 2.95"],
+        ["VQ-VAE", "-", "≤ 4.67"],
+        ["VD-VAE", "-", "≤ 2.87"],
+        ["RealNVP", "-", "3.49"],
+        ["Glow", "45.99", "3.35"],
+        ["FFJORD", "-", "3.40"],
+        ["Residual Flow", "46.37", "3.28"],
+    ]
+    assert any("46.90" in note for note in notes.items)
+
+
+def test_a_folder_without_a_survey_has_no_section_and_a_damaged_one_is_named(root):
+    assert survey.section(root) == []
+    for content, message in (("a: [", "is not YAML"), ("title: A", "lacks a usable arxiv, data")):
+        write(root / "survey.yaml", content)
+        with pytest.raises(ValueError, match=message) as error:
+            survey.section(root)
+        assert "\n" not in str(error.value)
