@@ -68,6 +68,7 @@ is typed by hand.
 | reproduced | the paper's protocol, and as good as the claim or within its tolerance |
 | gap | worse than the tolerance allows, with the full budget; the run names a likely cause |
 | shortened | worse than the tolerance allows, with less than the full budget |
+| other protocol | measured in another way than the paper's: the two are not compared |
 | not measured | the run does not have the claim's metric |
 | not run | a recipe without a recorded run |
 
@@ -468,7 +469,7 @@ def figure(entry: dict | None, claim: dict) -> str:
     """A number of a claim's row as printed, with its bound and training figure: `≤ 4.40 (4.35)`."""
     if entry is None:
         return "-"
-    words = printed(entry["value"], claim)
+    words = printed(entry["value"], {**claim, **entry})
     if entry.get("bound") == "upper":
         words = f"≤ {words}"
     if entry["train"] is not None:
