@@ -1,0 +1,437 @@
+"""The image quality of samples: FID, KID, Inception Score, precision and recall."""
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, distributed
+from torch.utils.data import Dataset
+
+from flows.caching import cached
+from lightning_modules.callbacks.samples import as_levels, evaluating
+from lightning_modules.checkpoint_io import reason
+from lightning_modules.checks import check_count
+from lightning_modules.lightning_internals import datamodule_of
+from lightning_modules.numerics import FAILURES
+from lightning_modules.objective import Objective, as_objective
+from lightning_modules.precision import evaluation
+from lightning_modules.quality.distributions import METRICS, compare_distributions
+from lightning_modules.quality.extractors import Extractor, Features, Inception, WeightsMissing
+from results import is_number
+from results.files import write
+
+SPLITS = ("train", "val", "test")
+CACHE = Path("~/.cache/paperflows/quality")
+THOUSAND = 1000  # figures on few samples are named by thousands of samples
+
+
+class Drawn(NamedTuple):
+    """The features of all samples, on every rank.
+
+    features: (n, d). logits: (n, c) or None. not_finite: how many samples are not finite, in which
+    case there are no features.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    not_finite: int
+
+
+class SampleQuality(L.Callback):
+    """Compares samples with images of the data, by the features of a network.
+
+    At the end of a run `test/fid`, `test/kid`, `test/inception_score`, `test/precision` and
+    `test/recall` are logged, of `n` samples of the tested weights. During training `val/fid_5k` and
+    `val/kid_5k` may be logged, of `small_n` = 5,000 samples. A figure on few samples is larger than
+    one on many, so the two never share a name.
+
+    Samples and images are uint8. Images are not augmented. Grey images are repeated in three
+    channels. Samples are drawn in float32 and in batches of a fixed size, each with its own seed,
+    and the batches are shared by all ranks, so that any number of ranks gives the same figures.
+
+    `protocol` tells what each figure depends on, and `not_measured` why a metric has no figure.
+    Training goes on where the network's weights are missing, or where samples are not finite.
+
+    Args:
+        n: how many samples are drawn at the end of a run; 0: none.
+        small_n: the same during training, in whole thousands.
+        every_n_steps: the smallest number of steps between two measurements during training; None:
+            none are made.
+        temperature: of the samples.
+        reference: the split of the images: train, val or test.
+        reference_n: how many images of the split are taken, the first ones; None: all.
+        seed: of the samples, and of KID's subsets.
+        batch_size: how many images are handled at once.
+        weights: the file of the network's weights; None: torch.hub's cache.
+        cache: the folder in which the features of images are kept.
+        make_extractor: makes the network from `weights`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        n: int = 0,
+        small_n: int = 5000,
+        every_n_steps: int | None = None,
+        temperature: float = 1.0,
+        reference: str = "train",
+        reference_n: int | None = None,
+        seed: int = 0,
+        batch_size: int = 100,
+        weights: str | Path | None = None,
+        cache: str | Path = CACHE,
+        make_extractor: Callable[[str | Path | None], Extractor] = Inception,
+    ) -> None:
+        check_count("quality.n", n, least=0)
+        if n == 1:
+            raise ValueError("quality.n=1 is no distribution: give at least 2, or 0 for none")
+        check_count("quality.small_n", small_n, least=THOUSAND)
+        if small_n % THOUSAND:
+            raise ValueError(f"quality.small_n={small_n}: give whole thousands, such as 5000")
+        if every_n_steps is not None:
+            check_count("samples.quality_every_n_steps", every_n_steps, least=1)
+        if not is_number(temperature) or temperature < 0:
+            raise ValueError(f"quality.temperature={temperature}: give a number of at least 0")
+        if reference not in SPLITS:
+            raise ValueError(f"quality.reference={reference}: give {', '.join(SPLITS)}")
+        if reference_n is not None:
+            check_count("quality.reference_n", reference_n, least=2)
+        check_count("quality.seed", seed)
+        check_count("quality.batch_size", batch_size, least=1)
+        self.n = n
+        self.small_n = small_n
+        self.every_n_steps = every_n_steps
+        self.temperature = temperature
+        self.reference = reference
+        self.reference_n = reference_n
+        self.seed = seed
+        self.batch_size = batch_size
+        self.weights = weights
+        self.cache = Path(cache).expanduser()
+        self.make_extractor = make_extractor
+        self.measured_at = 0  # the step of the newest measurement in training
+        self.extractor: Extractor | None = None
+        self.obstacle: str | None = None  # why nothing can be measured in this run
+        self.reference_features: Tensor | None = None
+        self.protocol: dict[str, dict[str, Any]] = {}
+        self.not_measured: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the newest measurement in training."""
+        return {"measured_at": self.measured_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.measured_at = state_dict["measured_at"]
+
+    # ---------------------------------------------------------------------- when it is measured
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load the network at the start of a run, not when it is needed for the first time.
+
+        Raises ValueError, one line: `weights` cannot be used.
+        """
+        is_used = self.n > 0 or (stage == "fit" and self.every_n_steps is not None)
+        if not is_used or self.extractor is not None or self.obstacle is not None:
+            return
+        objective = as_objective(pl_module)
+        if not models_images(objective):
+            self.obstacle = "the data are no images with one channel or three"
+            return
+        self.obstacle = self._load_extractor(trainer)
+        if self.obstacle is not None:
+            rank_zero_info(f"FID and the other figures of samples: not measured, {self.obstacle}")
+
+    def _load_extractor(self, trainer: L.Trainer) -> str | None:
+        """Load the network on every rank; what keeps one of the ranks from it, in words.
+
+        The first process of a machine loads it first, since it may download the weights.
+        """
+        obstacles: list[str | None] = []
+        for is_first in (True, False):
+            if is_first == (trainer.local_rank == 0):
+                obstacles.append(self._try_extractor())
+            trainer.strategy.barrier()
+        gathered = [obstacles[0]]
+        if distributed.is_initialized():
+            gathered = [None] * trainer.world_size
+            distributed.all_gather_object(gathered, obstacles[0])
+        return next(filter(None, gathered), None)
+
+    def _try_extractor(self) -> str | None:
+        try:
+            self.extractor = self.make_extractor(self.weights)
+        except WeightsMissing as error:
+            return (
+                f"since the network's weights are missing ({error}): "
+                "give metrics.inception_weights=FILE"
+            )
+        return None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        every = self.every_n_steps
+        if every is None or trainer.sanity_checking or self.extractor is None:
+            return
+        if self.obstacle is not None or trainer.global_step < self.measured_at + every:
+            return
+        self.measured_at = trainer.global_step
+        suffix = f"_{self.small_n // THOUSAND}k"
+        self._measure(trainer, pl_module, self.small_n, "val/", suffix, ("fid", "kid"))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.n == 0:
+            return
+        if self.obstacle is not None:
+            self._give_up(self.obstacle, "test/", "", METRICS)
+            return
+        self._measure(trainer, pl_module, self.n, "test/", "", METRICS)
+
+    # ---------------------------------------------------------------------- how it is measured
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        n: int,
+        prefix: str,
+        suffix: str,
+        names: tuple[str, ...],
+    ) -> None:
+        """Draw n samples, compare them with the reference, and log `<prefix><name><suffix>`."""
+        extractor = cast(Extractor, self.extractor)
+        objective = as_objective(pl_module)
+        with evaluating(objective), evaluation(objective.device.type):
+            obstacle, drawn = self._draw(trainer, objective, n)
+            if drawn is None:
+                self._give_up(cast(str, obstacle), prefix, suffix, names)
+                rank_zero_info(f"FID and the other figures of samples: not measured, {obstacle}")
+                return
+            reference = self._reference(trainer, objective)
+        figures: dict[str, float] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        if trainer.is_global_zero:
+            figures, facts = compare_distributions(
+                drawn.features, reference, drawn.logits, self.seed
+            )
+        figures, facts = trainer.strategy.broadcast((figures, facts))
+        common = {
+            "n": n,
+            "temperature": float(self.temperature),
+            "reference": self.reference,
+            "reference_n": len(reference),
+            "extractor": extractor.name,
+            "layer": extractor.layer,
+            "resize": extractor.resize,
+            "weights_sha256": extractor.sha256,
+            "published_weights": extractor.is_published,
+            "statistics": "float64",
+            "images": "uint8",
+            "seed": self.seed,
+        }
+        for name in names:
+            key = f"{prefix}{name}{suffix}"
+            self.protocol.pop(key, None)
+            self.not_measured.pop(key, None)
+            if name not in figures:
+                self.not_measured[key] = absence(name, extractor)
+                continue
+            self.protocol[key] = common | facts[name]
+            pl_module.log(key, figures[name])
+        if not extractor.is_published:
+            rank_zero_info(
+                f"FID by weights of SHA-256 {extractor.sha256[:8]}, which are not the published "
+                "ones: it compares with no figure in a paper"
+            )
+
+    def _give_up(self, obstacle: str, prefix: str, suffix: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            key = f"{prefix}{name}{suffix}"
+            self.protocol.pop(key, None)
+            self.not_measured[key] = obstacle
+
+    def _draw(
+        self, trainer: L.Trainer, objective: Objective, n: int
+    ) -> tuple[str | None, Drawn | None]:
+        """The features of n samples, or why there are none. Every rank gets the same."""
+        n_batches = math.ceil(n / self.batch_size)
+        rows: list[Features] = []
+        n_wrong = 0
+        failure: str | None = None
+        with cached(objective.trained):
+            for k in self._own(trainer, n_batches, "samples"):
+                try:
+                    batch = objective.draw(
+                        self.batch_size, self.temperature, batch_seed(self.seed, k)
+                    )
+                except FAILURES as error:
+                    failure = f"since samples cannot be drawn: {reason(error)}"
+                    break
+                if batch is None:
+                    failure = "since the model draws samples for given contexts alone"
+                    break
+                batch = batch[: n - k * self.batch_size]
+                n_wrong += int((~batch.isfinite().flatten(1).all(1)).sum())
+                if n_wrong == 0:
+                    levels = in_colour(as_levels(batch, objective.n_bits or 8))
+                    rows.append(cast(Extractor, self.extractor)(levels))
+        failures = [failure]
+        counts = [n_wrong]
+        if distributed.is_initialized():
+            failures = [None] * trainer.world_size
+            counts = [0] * trainer.world_size
+            distributed.all_gather_object(failures, failure)
+            distributed.all_gather_object(counts, n_wrong)
+        for each in filter(None, failures):
+            return each, None
+        if sum(counts):
+            share = max(sum(counts) / n, 0.0001)
+            text = (
+                f"since {share:.2%} of {n:,} samples at T={self.temperature:g} are not finite: "
+                "give a lower quality.temperature, or see Stability in results/README.md"
+            )
+            return text, None
+        features = self._gathered(trainer, [part.layer for part in rows], n, objective.device)
+        logits = None
+        has_logits = [bool(rows) and rows[0].logits is not None]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(has_logits, src=0)
+        if has_logits[0]:
+            parts = [cast(Tensor, part.logits) for part in rows]
+            logits = self._gathered(trainer, parts, n, objective.device)
+        return None, Drawn(features, logits, 0)
+
+    def _reference(self, trainer: L.Trainer, objective: Objective) -> Tensor:
+        """The features of the reference images, (m, d), on every rank; from the cache if there."""
+        if self.reference_features is not None:
+            return self.reference_features
+        data = self._images(trainer)
+        n = len(cast(Any, data))
+        if self.reference_n is not None:
+            n = min(n, self.reference_n)
+        path = self.cache / f"{self._fingerprint(data, n, objective)}.safetensors"
+        kept: list[Tensor | None] = [read_features(path, n)]
+        if distributed.is_initialized():  # all ranks compute where one of them has no file
+            everywhere: list[bool] = [False] * trainer.world_size
+            distributed.all_gather_object(everywhere, kept[0] is not None)
+            if not all(everywhere):
+                kept = [None]
+        features = kept[0]
+        if features is None:
+            rows = []
+            for k in self._own(trainer, math.ceil(n / self.batch_size), "reference images"):
+                images = self._batch(data, k, n, objective).to(objective.device)
+                rows.append(cast(Extractor, self.extractor)(in_colour(images)).layer)
+            features = self._gathered(trainer, rows, n, objective.device)
+            if trainer.is_global_zero:
+                keep_features(path, features)
+        self.reference_features = features
+        return features
+
+    def _images(self, trainer: L.Trainer) -> Dataset:
+        """The reference split, without augmentation."""
+        datamodule: Any = datamodule_of(trainer)
+        return datamodule.unaugmented(self.reference)
+
+    def _batch(self, data: Dataset, k: int, n: int, objective: Objective) -> Tensor:
+        """Batch k of the first n reference images, (b, C, H, W) uint8 from 0 to 255."""
+        first = k * self.batch_size
+        numbers = range(first, min(first + self.batch_size, n))
+        images = torch.stack([data[(0, number)][0] for number in numbers])
+        return images << (8 - (objective.n_bits or 8))
+
+    def _fingerprint(self, data: Dataset, n: int, objective: Objective) -> str:
+        """A hash of the first n reference images, the network, and its layer."""
+        extractor = cast(Extractor, self.extractor)
+        hashed = hashlib.sha256(f"{extractor.name} {extractor.layer} {extractor.sha256}".encode())
+        for k in range(math.ceil(n / self.batch_size)):
+            images = self._batch(data, k, n, objective)
+            hashed.update(str(tuple(images.shape)).encode())
+            hashed.update(images.numpy().tobytes())
+        return hashed.hexdigest()
+
+    def _own(self, trainer: L.Trainer, n_batches: int, unit: str) -> Iterator[int]:
+        """The numbers of this rank's batches, with a bar on rank 0's terminal."""
+        own = range(trainer.global_rank, n_batches, trainer.world_size)
+        hidden = not (trainer.is_global_zero and sys.stderr.isatty())
+        with Tqdm(total=len(own) * self.batch_size, unit=f" {unit}", disable=hidden) as bar:
+            for k in own:
+                yield k
+                bar.update(self.batch_size)
+
+    def _gathered(
+        self, trainer: L.Trainer, rows: list[Tensor], n: int, device: torch.device
+    ) -> Tensor:
+        """The rows of all ranks' batches in the order of the batches, (n, d) float64 on the CPU.
+
+        Networks compute features in float32, in which the ranks exchange them.
+        """
+        if not distributed.is_initialized():
+            return torch.cat(rows)
+        n_batches = math.ceil(n / self.batch_size)
+        most = math.ceil(n_batches / trainer.world_size)
+        widths = [rows[0].shape[1] if rows else 0]
+        distributed.broadcast_object_list(widths, src=0)
+        own = torch.zeros(most, self.batch_size, widths[0], device=device)
+        for i, part in enumerate(rows):
+            own[i, : len(part)] = part.float().to(device)
+        everything = [torch.zeros_like(own) for _ in range(trainer.world_size)]
+        distributed.all_gather(everything, own)
+        in_order = torch.stack(everything, 1).flatten(0, 2)[:n]
+        return in_order.double().cpu()
+
+
+def models_images(objective: Objective) -> bool:
+    """Whether the data of an objective are images with one channel or three."""
+    shape = objective.shape
+    return shape is not None and len(shape) == 3 and shape[0] in (1, 3)
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """Images with three channels, (B, 3, H, W), of images with one or three."""
+    return images.expand(-1, 3, -1, -1)
+
+
+def absence(name: str, extractor: Extractor) -> str:
+    """Why a metric has no figure although others have one."""
+    if name == "inception_score":
+        return f"since layer {extractor.layer} of {extractor.name} is not followed by classes"
+    return "since there are too few samples or images: give a larger quality.n"
+
+
+def batch_seed(seed: int, k: int) -> int:
+    """The seed of the base samples of batch k."""
+    return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0])
+
+
+def read_features(path: Path, n: int) -> Tensor | None:
+    """Features of n images from a file; None if there is no file, or a damaged one."""
+    try:
+        features = load_file(path)["features"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    if features.ndim != 2 or len(features) != n or not features.isfinite().all():
+        return None
+    return features.double()
+
+
+def keep_features(path: Path, features: Tensor) -> None:
+    """Write features to a file in one step; a folder that cannot be written is no obstacle."""
+    content: Mapping[str, Tensor] = {"features": features.float().contiguous()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, safetensors_bytes(dict(content)))
+    except OSError as error:
+        rank_zero_info(f"the features of the images are not kept: {reason(error)}")
