@@ -6,7 +6,7 @@ Nothing in this package imports torch.
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,20 @@ def load_claim(claim_id: str, root: Path = ROOT) -> dict:
 def recipe_of(claim: Mapping) -> str:
     """The name of the recipe that reproduces a claim, e.g. `realnvp_cifar10`."""
     return claim.get("experiment", claim["id"].replace(".", "_"))
+
+
+def papers_with_recipe(recipes: Iterable[str], root: Path = ROOT) -> dict[str, dict]:
+    """Of `load_papers` those of which a recipe reproduces a claim.
+
+    recipes: the names of the files in configs/, without their suffix.
+    """
+    names = set(recipes)
+    stems = {
+        claim["id"].partition(".")[0]
+        for claim in load_claims(root).values()
+        if recipe_of(claim) in names
+    }
+    return {stem: paper for stem, paper in load_papers(root).items() if stem in stems}
 
 
 def decimals_of(claim: Mapping) -> int:

@@ -1,5 +1,7 @@
 """What the papers claim, the names of metrics, and whether a run measured by a claim's protocol."""
 
+import json
+
 import pytest
 import yaml
 
@@ -19,7 +21,7 @@ from results.formats import count
 from results.groups import comparison_of
 from results.metrics import QUANTITIES, label_of, quantity_of
 from results.protocol import allowed_differences, differences, facts_of
-from results.runs import form
+from results.runs import add, form
 
 
 def result(**more):
@@ -183,6 +185,20 @@ def test_a_figure_by_another_protocol_is_never_called_reproduced(root, facts, se
         assert comparison["status"] == "other protocol"
         assert comparison["gap"] is None
         assert comparison["differences"] == [sentence]
+
+
+def test_recording_a_run_says_what_keeps_its_figure_from_comparison(root, tmp_path):
+    folder = tmp_path / "outputs/flow_cifar10/seed0"
+    measured = MEASURED | {"n": 10_000}
+    record = result(papers=[BESIDE], protocol={"test/fid": measured})
+    write(folder / "result.json", json.dumps(record))
+    addition = add(folder, root=root)  # without a suspect, which only a gap needs
+    assert "other protocol" in addition.lines[0]
+    sentence = "samples: 10,000 here, 50,000 in the paper"
+    assert f"test/fid is not compared with the paper's: {sentence}" in addition.lines
+    (content,) = addition.files.values()
+    assert json.loads(content)["comparisons"][0]["differences"] == [sentence]
+    assert json.loads(content)["protocol"] == {"test/fid": measured}
 
 
 def test_a_fact_that_is_not_recorded_or_not_stated_is_a_difference(root):
