@@ -81,6 +81,7 @@ MORE_OF_CLAIM = {
     "checked": mapping_of(fact),  # facts that must agree for a comparison (`results.protocol`)
     "allowed": mapping_of(fact),  # facts that may differ; the difference is printed
     "experiment": stem,  # the recipe, where its name is not <paper>_<row>
+    "decimals": decimals_form,
     "source": text,
 }
 PAPER = record({"title": text, "arxiv": text}, optional={"notes": list_of(text)})
@@ -113,6 +114,7 @@ def load_paper(path: Path) -> dict:
                 f"{path}: decimals={decimals_of(claim)} of the claim {row} are not understood: "
                 "give an int from 0 to 6"
             )
+        refuse_unknown(claim, f"{path}: the claim {row}")
         faults[f"the claim {row}"] = keys(record(CLAIM, MORE_OF_CLAIM), claim)
     for place, names in faults.items():
         if names:
@@ -120,6 +122,15 @@ def load_paper(path: Path) -> dict:
                 f"{path}: {place} lacks {', '.join(names)}: see results/paper/realnvp.yaml"
             )
     return paper
+
+
+def refuse_unknown(claim: Mapping, place: str) -> None:
+    """ValueError, one line: a claim has a key that nothing reads, perhaps misspelled."""
+    known = [*CLAIM, *MORE_OF_CLAIM]
+    for key in claim:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{place} has an unknown key '{key}': did you mean '{nearest}'?")
 
 
 @functools.lru_cache(maxsize=64)

@@ -292,6 +292,14 @@ def test_a_claim_of_another_form_is_named(root, more, place):
     assert "\n" not in str(error.value)
 
 
+def test_a_misspelled_key_of_a_claim_is_named(root):
+    write_claims(root, fid={**FID, "cheked": {"n": 50_000}})
+    message = r"flow\.yaml: the claim fid has an unknown key 'cheked': did you mean 'checked'\?"
+    with pytest.raises(ValueError, match=message) as error:
+        load_claim("flow.fid", root)
+    assert "\n" not in str(error.value)
+
+
 def test_the_recipe_of_a_claim_is_named_as_it_unless_it_says_otherwise(root):
     assert recipe_of(load_claim("glow.cifar10")) == "glow_cifar10"
     write_claims(root, fid=FID | {"experiment": "flow_cifar10"})
@@ -443,6 +451,11 @@ def test_an_fid_whose_protocol_the_paper_does_not_state_is_never_reproduced():
     ddpm = load_claim("ddpm.cifar10_fid")
     published = {"n": 50_000, "reference": "train", "weights_sha256": "6726825d0af5f729"}
     assert differences(ddpm, result(protocol={"test/fid": published})) == []
+    without_validation = result(protocol={"test/fid": {**published, "reference_n": 45_000}})
+    assert differences(ddpm, without_validation) == []
+    assert allowed_differences(ddpm, without_validation) == [
+        "number of reference images: 45,000 here, 50,000 in the paper"
+    ]
     fewer = result(protocol={"test/fid": {**published, "n": 5_000, "reference": "test"}})
     assert differences(ddpm, fewer) == [
         "samples: 5,000 here, 50,000 in the paper",
