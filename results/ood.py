@@ -254,6 +254,8 @@ def columns(content: dict) -> list[str]:
         *(f"corrected by {name}" for name in here),
         "typicality, m=1",
         f"typicality, m={content['m']:g}",
+        "beyond the limit, m=1",
+        f"m={content['m']:g}",
     ]
 
 
@@ -261,12 +263,15 @@ def rows(content: dict) -> list[list[str]]:
     """A row for the model's own test images, and one for each set."""
     inside = content["inside"]
     scores = ["likelihood", *scores_of(content)]
+    limits = ["typicality_1", "typicality_m"]
     own = [f"**{content['data']}, its own test**", *figures(inside), *["-"] * len(scores)]
+    own += [share_text(inside, name) for name in limits]
     others = [
         [
             f"{each['title']} ({each['preparation']})",
             *figures(each),
             *(area_text(each["auroc"].get(score)) for score in scores),
+            *(share_text(each, name) for name in limits),
         ]
         for each in content["sets"]
     ]
@@ -303,20 +308,19 @@ def threshold_text(content: dict) -> str:
     """What the thresholds of typicality let pass and stop."""
     parts = []
     for name, m in (("typicality_1", 1), ("typicality_m", content["m"])):
-        shares = [
-            f"{fixed(each['flagged'].get(name), '.1%')} of {each['title']}"
-            for each in content["sets"]
-        ]
         limit = fixed(content["thresholds"][name])
-        own = fixed(content["inside"]["flagged"].get(name), ".1%")
-        parts.append(
-            f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test, {', '.join(shares)}"
-        )
+        own = share_text(content["inside"], name)
+        parts.append(f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test")
     n = content["held_out"]["n"]
     return (
-        f"Typicality with the threshold that 99 % of batches drawn from {n:,} held-out images "
-        f"pass; {'; '.join(parts)}."
+        "The last columns are the shares of batches whose typicality is beyond a limit that 99 % "
+        f"of batches drawn from {n:,} held-out images pass; {', '.join(parts)}."
     )
+
+
+def share_text(scored: dict, name: str) -> str:
+    """The share of batches that are beyond the limit of a typicality; `-` without batches."""
+    return fixed(scored["flagged"].get(name), ".1%")
 
 
 # ---------------------------------------------------------------------- histograms

@@ -594,14 +594,15 @@ def test_the_section_has_a_verdict_a_table_and_a_picture_for_each_file(tmp_path)
     [table] = [block for block in blocks if isinstance(block, Table)]
     assert list(table.columns) == [
         *("images", "n", "bits/dim", "as PNG", "AUROC of likelihood", "corrected by PNG"),
-        *("typicality, m=1", "typicality, m=10"),
+        *("typicality, m=1", "typicality, m=10", "beyond the limit, m=1", "m=10"),
     ]
     dashes = ["-"] * 4
     assert table.rows == [
-        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes],
+        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes, "1.0%", "0.0%"],
         [
             *("flat (made)", "100 (3 not finite)", "1.2e+03 (median 12.25)", "0.300"),
             *("0.020 (0.010 to 0.030)", "0.980 (0.970 to 0.990)", "0.300 (0.290 to 0.310)", "-"),
+            *("50.0%", "-"),
         ],
     ]
     texts = [block.text for block in blocks if isinstance(block, Paragraph)]
