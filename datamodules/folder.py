@@ -83,6 +83,12 @@ class Crops(ImageArray):
         self._epoch: int | None = None
         self._places = np.empty(0)
 
+    def unaugmented(self) -> Self:
+        """The same images, not mirrored, and with the crops in the middle."""
+        data = super().unaugmented()
+        data.is_random = False
+        return data
+
     def _pixels(self, epoch: int, index: int) -> np.ndarray:
         if not self.is_random:
             return cut(self.images[index], self.size)

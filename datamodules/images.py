@@ -3,10 +3,11 @@
 `ImageFiles` is the base class of the data sets that are read from official files.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -86,6 +87,13 @@ class ImageArray(Dataset[Item]):
         if self.labels is None:
             return image, index
         return image, index, int(self.labels[index])
+
+    def unaugmented(self) -> Self:
+        """The same images without flips and shifts."""
+        data = copy.copy(self)
+        data.hflip = False
+        data.shift = 0.0
+        return data
 
     def _pixels(self, epoch: int, index: int) -> np.ndarray:
         """An image before it is shifted and mirrored, (C, H, W). It may depend on the epoch."""

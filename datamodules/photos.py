@@ -3,7 +3,8 @@
 They are real images that need no download.
 """
 
-from typing import NamedTuple
+import copy
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -92,6 +93,12 @@ class Crops(Dataset[Item]):
         if self.labels:
             return image, index, number
         return image, index
+
+    def unaugmented(self) -> Self:
+        """The same crops, none of which is mirrored."""
+        data = copy.copy(self)
+        data.hflip = False
+        return data
 
     def _draws_of(self, epoch: int) -> Draws:
         if self._draws is None or self._draws.epoch != epoch:

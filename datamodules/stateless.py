@@ -137,6 +137,16 @@ class StatelessDataModule(L.LightningDataModule):
         """
         return None
 
+    def unaugmented(self, split: str) -> Dataset:
+        """A split after `setup`, "train", "val" or "test", without flips, shifts and random crops.
+
+        A data set that augments its items has a method `unaugmented`, which returns a copy of it.
+        """
+        data = getattr(self, split)
+        if hasattr(data, "unaugmented"):
+            return data.unaugmented()
+        return data
+
     @property
     def n_train(self) -> int:
         """The size of the training set, after `setup`."""

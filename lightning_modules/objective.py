@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_modules.checks import check_count
 from lightning_modules.lightning_internals import datamodule_of
@@ -57,6 +58,8 @@ class Data(Protocol):
     def n_classes(self) -> int | None: ...
 
     def train_batches(self, n: int) -> Iterator[list[Tensor]]: ...
+
+    def unaugmented(self, split: str) -> Dataset: ...
 
     def initialization_batch(self, n: int) -> list[Tensor]: ...
 

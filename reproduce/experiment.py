@@ -31,6 +31,7 @@ from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress, lines_above_bar
+from lightning_modules.callbacks.sample_quality import SampleQuality
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.checkpoint_io import SafeCheckpointIO
@@ -76,7 +77,7 @@ SHARED_KEYS = (  # which base.yaml gives to every recipe
         "eval",
         "samples",
     ),
-    *("checkpoint", "logger", "budget"),
+    *("quality", "metrics", "checkpoint", "logger", "budget"),
 )
 C = TypeVar("C", bound=L.Callback)
 
@@ -235,7 +236,8 @@ def make_callbacks(
         InitFrom(),
         Initialization(),
         Curve(folder, batch_size, interval, papers, title_of(config.experiment, folder.name)),
-        Samples(folder / "samples", **config.samples),
+        Samples(folder / "samples", **_without(config.samples, "quality_every_n_steps")),
+        sample_quality(config),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
         *extra,
@@ -245,6 +247,20 @@ def make_callbacks(
     if config.ema.decay is not None:
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
     return callbacks
+
+
+def _without(section: DictConfig, key: str) -> dict:
+    """A section of a recipe without one of its keys."""
+    return {name: value for name, value in plain(section).items() if name != key}
+
+
+def sample_quality(config: DictConfig) -> SampleQuality:
+    """The callback for FID and other figures of samples, by the settings of a recipe."""
+    return SampleQuality(
+        **config.quality,
+        every_n_steps=config.samples.get("quality_every_n_steps"),
+        weights=config.metrics.inception_weights,
+    )
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:
@@ -271,6 +287,8 @@ USELESS_WARNINGS = (
     "exists and is not empty",
     "is smaller than the logging interval",  # an epoch of few images
     "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
+    # asks for sync_dist, but figures of samples are equal on all ranks
+    r"self.log\('(val|test)/(fid|kid|inception_score|precision|recall)",
 )
 
 
@@ -429,6 +447,7 @@ def record(
     extended = earlier_ends(config, outcome["images"])
     curve = _callback(trainer, Curve)
     samples = _callback(trainer, Samples)
+    quality = _callback(trainer, SampleQuality)
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
     with resumable(config, trainer):
@@ -437,6 +456,8 @@ def record(
     validated = curve.validation_result(module.metric, weights.stem == "best")
     result = outcome | {
         "metrics": {**samples.finite, **validated, **tested},
+        "protocol": quality.protocol,
+        "not_measured": quality.not_measured,
         "checkpoint": str(weights.relative_to(folder)),
         "tested": {
             "weights": _tested_weights(config),

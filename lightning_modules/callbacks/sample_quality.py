@@ -22,9 +22,8 @@ from flows.caching import cached
 from lightning_modules.callbacks.samples import as_levels, evaluating
 from lightning_modules.checkpoint_io import reason
 from lightning_modules.checks import check_count
-from lightning_modules.lightning_internals import datamodule_of
 from lightning_modules.numerics import FAILURES
-from lightning_modules.objective import Objective, as_objective
+from lightning_modules.objective import Objective, as_objective, data_of
 from lightning_modules.precision import evaluation
 from lightning_modules.quality.distributions import METRICS, compare_distributions
 from lightning_modules.quality.extractors import Extractor, Features, Inception, WeightsMissing
@@ -342,8 +341,7 @@ class SampleQuality(L.Callback):
 
     def _images(self, trainer: L.Trainer) -> Dataset:
         """The reference split, without augmentation."""
-        datamodule: Any = datamodule_of(trainer)
-        return datamodule.unaugmented(self.reference)
+        return data_of(trainer).unaugmented(self.reference)
 
     def _batch(self, data: Dataset, k: int, n: int, objective: Objective) -> Tensor:
         """Batch k of the first n reference images, (b, C, H, W) uint8 from 0 to 255."""
