@@ -230,10 +230,12 @@ def test_how_to_go_on_is_a_command_that_works_there(monkeypatch, cwd, program):
 GENERATED_FILES = (
     "README.md",
     "results/README.md",
+    "results/index.html",
     "results/runs/realnvp_moons/a.json",
     "results/ablations/a.png",
     "results/benchmarks/a.json",
     "results/stability/a.json",
+    "results/thumbnails/a.webp",
 )
 
 

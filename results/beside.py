@@ -1,0 +1,202 @@
+"""The section beside the papers: every claim with its runs, also those that nobody has run yet."""
+
+from collections import Counter
+
+from results import own_decimals, printed
+from results.blocks import Block, Bullets, Drawing, Fold, Heading, Paragraph, Table, anchor
+from results.formats import (
+    commit,
+    distinct,
+    fixed,
+    main_metrics,
+    run_name,
+    tested_data,
+)
+from results.groups import (
+    Group,
+    budget_of,
+    devices_of,
+    measured,
+    metrics_of,
+    seconds_of,
+)
+from results.metrics import KINDS, kind_of
+from results.progress import progress
+from results.reading import Beside, Records, beside, groups_without_claim, words_without_claim
+
+TITLE = "Beside the papers"
+OTHERS = "Runs without a paper's number"
+STATUSES = {
+    "reproduced": "the paper's protocol, and as good as the claim or within its tolerance",
+    "gap": "worse than the tolerance allows, with the full budget; the run names a likely cause",
+    "shortened": "worse than the tolerance allows, with less than the full budget",
+    "other protocol": "measured in another way than the paper's: the two are not compared",
+    "not measured": "the run does not have the claim's metric",
+    "not run": "no run is recorded",
+}
+MACHINE = ["budget", "hardware", "time", "commit"]
+COLUMNS = ["experiment", "data", "metric", "paper", "ours", "gap", "status", *MACHINE, "note"]
+OTHER_COLUMNS = ["experiment", "data", "metrics", *MACHINE]
+TO_DO = ["paper's row", "data", "metric", "paper", "status"]
+WORDS = """Gap: our number minus the paper's. Budget: the images that a run was trained on, as a
+share of those of a full training; in brackets who set that number, the paper or, where it gives
+none, we. Re-estimated: before the test, batch-norm statistics were estimated anew on
+`eval.bn_images` training images. Runs that differ in their seed alone are one row: mean ± standard
+error over n seeds, with the status of the mean. Of several rows of a claim the best comes first."""
+
+
+def statuses() -> Table:
+    """What the words of the column `status` mean."""
+    return Table(["status", "meaning"], [[word, text] for word, text in STATUSES.items()])
+
+
+def summary(records: Records) -> dict[str, int]:
+    """How many claims have which status, by their best run; in the order of STATUSES."""
+    counts = Counter(status_of(claim, records) for claim in records.claims.values())
+    return {status: counts[status] for status in STATUSES if counts[status]}
+
+
+def status_of(claim: dict, records: Records) -> str:
+    """The status of a claim's best run; `not run` without any."""
+    rows = beside(claim, records.runs)
+    if rows:
+        return rows[0].comparison["status"]
+    return "not run"
+
+
+def section(records: Records) -> list[Block]:
+    """For each paper a table of its claims, a chart of the runs, and what is left to do."""
+    blocks: list[Block] = [Heading(TITLE), Paragraph(WORDS), Fold("Status words", [statuses()])]
+    for stem, paper in records.papers.items():
+        claims = claims_of_paper(stem, records)
+        if claims:
+            blocks += paper_blocks(paper["title"], claims, records)
+    return [*blocks, *others_section(records)]
+
+
+def claims_of_paper(stem: str, records: Records) -> list[dict]:
+    """The claims in one file of results/paper/."""
+    return [claim for name, claim in records.claims.items() if name.partition(".")[0] == stem]
+
+
+def paper_blocks(title: str, claims: list[dict], records: Records) -> list[Block]:
+    """The claims of one paper: those with a run or a recipe in a table, the others in a fold."""
+    rows = [row for claim in claims for row in claim_rows(claim, records)]
+    left = [claim for claim in claims if not claim_rows(claim, records)]
+    blocks: list[Block] = [Heading(title, 3)]
+    blocks.append(Table(COLUMNS, rows, "None of its claims has a run or a recipe yet."))
+    blocks += kinds_of([row[2] for row in rows])
+    blocks += [chart for claim in claims for chart in charts(claim, records)]
+    if left:
+        words = f"To do: {len(left)} of its claims have no recipe yet"
+        blocks.append(Fold(words, [Table(TO_DO, [to_do_row(claim) for claim in left])]))
+    return blocks
+
+
+def claim_rows(claim: dict, records: Records) -> list[list[str]]:
+    """The rows of a claim: one for each group of runs or, without any run, one for its recipe."""
+    start = [claim["dataset"], *paper_cells(claim)]
+    rows = []
+    for row in beside(claim, records.runs):
+        cells = [*figure_cells(row, claim), *machine_cells(row.group), note(row)]
+        rows.append([experiment_cell(row.group, row.settings), *start, *cells])
+    recipe = recipe_of(claim)
+    if not rows and records.has_recipe(recipe):
+        rows = [[recipe, *start, "-", "-", "not run", *["-"] * len(MACHINE), "-"]]
+    return rows
+
+
+def recipe_of(claim: dict) -> str:
+    """The name of the recipe that reproduces a claim."""
+    return claim.get("experiment", claim["id"].replace(".", "_"))
+
+
+def to_do_row(claim: dict) -> list[str]:
+    """The cells of TO_DO for a claim without a run and without a recipe."""
+    return [f"{claim['table']}, {claim['row']}", claim["dataset"], *paper_cells(claim), "not run"]
+
+
+def charts(claim: dict, records: Records) -> list[Block]:
+    """The chart of all runs of a claim over images seen, if any of them has a curve."""
+    runs = [run for row in beside(claim, records.runs) for run in row.group]
+    picture = progress(runs, claim, [])
+    if picture is None:
+        return []
+    caption = (
+        f"{claim['dataset']}: validation during training over images seen (logarithmic), "
+        f"beside the paper's {claim['metric']}"
+    )
+    return [Drawing(picture, caption)]
+
+
+def others_section(records: Records) -> list[Block]:
+    """The table of runs that are compared with no paper's number."""
+    groups = groups_without_claim(records.runs)
+    rows = [
+        [
+            experiment_cell(group, words),
+            tested_data(group[0]),
+            metrics_of(group),
+            *machine_cells(group),
+        ]
+        for group, words in zip(groups, words_without_claim(groups), strict=True)
+    ]
+    keys = [key for group in groups for run in group for key in main_metrics(run)]
+    return [Heading(OTHERS), Table(OTHER_COLUMNS, rows, "None yet."), *kinds_of(keys)]
+
+
+def kinds_of(keys: list[str]) -> list[Block]:
+    """What the kinds of figures in a table are, except for exact ones; empty without others."""
+    items = []
+    for kind, meaning in KINDS.items():
+        names = sorted({f"`{key}`" for key in keys if kind_of(key) == kind})
+        if names and kind != "exact":
+            items.append(f"{', '.join(names)}: {meaning}.")
+    if items:
+        return [Bullets(items)]
+    return []
+
+
+# Cells
+
+
+def experiment_cell(group: Group, settings: str, page: str = "") -> str:
+    """The experiment, linked to the section of the group's first run, and its settings.
+
+    page: the file of that section; empty for the page itself.
+    """
+    link = f"[{group[0]['experiment']}]({page}#{anchor(run_name(group[0]))})"
+    if settings == "-":
+        return link
+    return f"{link} {settings}"
+
+
+def paper_cells(claim: dict) -> list[str]:
+    """The cells `metric` and `paper`."""
+    return [claim["metric"], printed(claim["value"], claim)]
+
+
+def figure_cells(row: Beside, claim: dict) -> list[str]:
+    """The cells `ours`, `gap` and `status`."""
+    key = row.comparison["metric"]
+    decimals = own_decimals(claim)
+    ours = measured(row.group, key, decimals)
+    again = measured(row.group, f"{key}_reestimated", decimals)
+    if again != "-":
+        ours += f" (re-estimated {again})"
+    gap = fixed(row.comparison["gap"], f"+.{decimals}f")
+    return [ours, gap, row.comparison["status"]]
+
+
+def machine_cells(group: Group) -> list[str]:
+    """The cells of MACHINE."""
+    commits = distinct(map(commit, group), " and ")
+    return [budget_of(group), devices_of(group), seconds_of(group), commits]
+
+
+def note(row: Beside) -> str:
+    """What a reader has to know of a row: differences in protocol, reasons, suspects."""
+    notes = list(row.comparison.get("differences") or [])
+    notes += [row.comparison["reason"]] if row.comparison.get("reason") else []
+    notes += [f"suspect: {run['suspect']}" for run in row.group if run.get("suspect")]
+    return distinct(notes, "; ") or "-"
