@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from results import own_decimals, printed
+from results import STATUSES, own_decimals, printed, recipe_of
 from results.blocks import Block, Bullets, Drawing, Fold, Heading, Paragraph, Table, anchor
 from results.formats import (
     commit,
@@ -26,14 +26,6 @@ from results.reading import Beside, Records, beside, groups_without_claim, words
 
 TITLE = "Beside the papers"
 OTHERS = "Runs without a paper's number"
-STATUSES = {
-    "reproduced": "the paper's protocol, and as good as the claim or within its tolerance",
-    "gap": "worse than the tolerance allows, with the full budget; the run names a likely cause",
-    "shortened": "worse than the tolerance allows, with less than the full budget",
-    "other protocol": "measured in another way than the paper's: the two are not compared",
-    "not measured": "the run does not have the claim's metric",
-    "not run": "no run is recorded",
-}
 MACHINE = ["budget", "hardware", "time", "commit"]
 COLUMNS = ["experiment", "data", "metric", "paper", "ours", "gap", "status", *MACHINE, "note"]
 OTHER_COLUMNS = ["experiment", "data", "metrics", *MACHINE]
@@ -47,7 +39,8 @@ error over n seeds, with the status of the mean. Of several rows of a claim the 
 
 def statuses() -> Table:
     """What the words of the column `status` mean."""
-    return Table(["status", "meaning"], [[word, text] for word, text in STATUSES.items()])
+    rows = [[word, text] for word, text in STATUSES.items() if word != "-"]
+    return Table(["status", "meaning"], rows)
 
 
 def summary(records: Records) -> dict[str, int]:
@@ -104,11 +97,6 @@ def claim_rows(claim: dict, records: Records) -> list[list[str]]:
     if not rows and records.has_recipe(recipe):
         rows = [[recipe, *start, "-", "-", "not run", *["-"] * len(MACHINE), "-"]]
     return rows
-
-
-def recipe_of(claim: dict) -> str:
-    """The name of the recipe that reproduces a claim."""
-    return claim.get("experiment", claim["id"].replace(".", "_"))
 
 
 def to_do_row(claim: dict) -> list[str]:

@@ -12,10 +12,12 @@ from results import (
     beside,
     figure3,
     paper_tables,
+    recipe_of,
     run_sections,
     sample_quality,
     speed,
     stability,
+    survey,
     targets,
 )
 from results.blocks import Block, Fold, Heading, Paragraph, Table, anchor, markdown
@@ -95,6 +97,7 @@ def sections(records: Records) -> list[Block]:
         *run_sections.section(records),
         *stability.section(*place),
         *speed.section(*place),
+        *survey.section(*place),
         *paper_tables.section(records),
     ]
 
@@ -138,7 +141,7 @@ def short_rows(claim: dict, records: Records) -> list[list[str]]:
         name = beside.experiment_cell(row.group, "-", PAGE)
         end = [budget_of(row.group), devices_of(row.group)]
         return [[name, *start, *beside.figure_cells(row, claim), *end]]
-    recipe = beside.recipe_of(claim)
+    recipe = recipe_of(claim)
     if records.has_recipe(recipe):
         return [[recipe, *start, "-", "-", "not run", "-", "-"]]
     return []

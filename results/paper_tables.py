@@ -59,9 +59,10 @@ def quoted_table(claims: list[dict]) -> Table:
 
 def figure(entry: dict, claim: dict) -> str:
     """A number of a claim's row as printed, with its bound and training figure: `≤ 4.40 (4.35)`."""
-    words = printed(entry["value"], claim)
+    row = {**claim, **entry}  # an entry may have decimals of its own
+    words = printed(entry["value"], row)
     if entry.get("bound") == "upper":
         words = f"≤ {words}"
     if entry["train"] is not None:
-        words += f" ({printed(entry['train'], claim)})"
+        words += f" ({printed(entry['train'], row)})"
     return words

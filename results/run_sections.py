@@ -18,6 +18,7 @@ from results.formats import (
     wall_time,
 )
 from results.groups import load_call
+from results.protocol import allowed_differences
 from results.reading import Records, claims_of, counted_comparisons, ordered_runs
 
 TITLE = "Runs"
@@ -98,6 +99,9 @@ def detail_lines(run: dict, claims: list[dict]) -> list[str]:
     if run.get("tested"):
         lines.append(f"Tested: {'; '.join(tested_weights(run))}.")
     lines += protocol_lines(claims)
+    allowed = list(dict.fromkeys(d for claim in claims for d in allowed_differences(claim, run)))
+    if allowed:
+        lines.append(f"Differs from it, without keeping the two apart: {'; '.join(allowed)}.")
     if run.get("init_from"):
         lines.append(f"Started from: {origin(run['init_from'])}.")
     lines += [f"Extended: {earlier_end(end)}." for end in run.get("extended") or []]

@@ -33,6 +33,7 @@ SYMBOLS = {  # a status is recognised without its colour, too
 INLINE = re.compile(
     r"`(?P<code>[^`]+)`"
     r"|\*\*(?P<bold>[^*]+)\*\*"
+    r"|(?<![\w*])\*(?P<slanted>[^\s*](?:[^*]*[^\s*])?)\*(?![\w*])"
     r"|\[(?P<label>[^\]]+)\]\((?P<target>[^)\s]+)\)"
     r"|(?P<url>https?://[^\s<>()]*[^\s<>().,;:])"
 )
@@ -131,7 +132,7 @@ def sections(blocks: Sequence[Block]) -> list[Section]:
 
 
 def inline(text: str) -> Markup:
-    """A block's text as HTML: `code`, **bold**, links and addresses; everything else is escaped.
+    """A block's text as HTML: `code`, **bold**, *slanted*, links, addresses; everything else is escaped.
 
     >>> inline("**a** < [b](c.md)")
     Markup('<strong>a</strong> &lt; <a href="c.md">b</a>')
@@ -151,6 +152,8 @@ def marked(match: re.Match[str]) -> Markup:
         return Markup("<code>{}</code>").format(words["code"])
     if words["bold"]:
         return Markup("<strong>{}</strong>").format(inline(words["bold"]))
+    if words["slanted"]:
+        return Markup("<em>{}</em>").format(inline(words["slanted"]))
     if words["url"]:
         return Markup('<a href="{0}">{0}</a>').format(words["url"])
     if not SAFE_TARGET.match(words["target"]):

@@ -143,6 +143,7 @@ def test_texts_are_escaped(root):
     ("text", "expected"),
     [
         ("`a<b` and **c** d", "<code>a&lt;b</code> and <strong>c</strong> d"),
+        ("*a b* c", "<em>a b</em> c"),
         ("[a](#b)", '<a href="#b">a</a>'),
         ("[a](../b/c.md)", '<a href="../b/c.md">a</a>'),
         ('[a]("onclick=x)', "[a](&#34;onclick=x)"),
