@@ -43,7 +43,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -79,6 +79,10 @@ DEFAULTS: dict[str, object] = {
     "device": "",
 }
 COLUMNS = ("file", "bits_per_dim", "standard_error", "png_bits_per_dim", "corrected")
+COMPRESSORS: dict[str, dict[str, Any]] = {  # what Pillow is told; both are lossless
+    "png": {"format": "PNG", "optimize": True},
+    "webp": {"format": "WEBP", "lossless": True},
+}
 PARTIAL = ".partial"  # the ending of the file with the scores of an unfinished table
 MANY = 10  # unreadable files are named one by one up to here, and then only counted
 
@@ -144,14 +148,20 @@ def noise_keys(pixels: Sequence[np.ndarray], k: int) -> torch.Tensor:
 
 
 def png_bits_per_dim(pixels: np.ndarray, n_bits: int) -> float:
-    """The bits of a PNG file of an image, (C, H, W) uint8, for each of its C H W numbers.
+    """The bits per dimension of a PNG file of an image, as `compressed_bits_per_dim`."""
+    return compressed_bits_per_dim(pixels, n_bits, "png")
+
+
+def compressed_bits_per_dim(pixels: np.ndarray, n_bits: int, compressor: str) -> float:
+    """The bits of a losslessly compressed image, (C, H, W) uint8, for each of its C H W numbers.
 
     n_bits: the most significant bits of a pixel, which the model knows; the others become 0.
+    compressor: one of COMPRESSORS.
     """
     kept = pixels >> (8 - n_bits) << (8 - n_bits)
     image = Image.fromarray(kept[0] if len(kept) == 1 else kept.transpose(1, 2, 0))
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    image.save(stream, **COMPRESSORS[compressor])
     return 8 * stream.tell() / pixels.size
 
 

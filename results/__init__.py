@@ -39,6 +39,7 @@ GENERATED = (
     "results/ablations",
     "results/benchmarks",
     "results/index.html",
+    "results/ood",
     "results/runs",
     "results/stability",
     "results/thumbnails",

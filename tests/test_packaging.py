@@ -236,6 +236,7 @@ GENERATED_FILES = (
     "results/benchmarks/a.json",
     "results/stability/a.json",
     "results/thumbnails/a.webp",
+    "results/ood/a.json",
 )
 
 
