@@ -24,7 +24,7 @@ HOW = (
     "second command writes. The reviewer checks the entry with the first command, too. Runs with "
     "other models, other hardware and other code are welcome as long as that check passes."
 )
-COMMANDS = """python -m reproduce.verify outputs/<experiment>/<run>/result.json
+COMMANDS = """python -m reproduce.verify outputs/<experiment>/<run>
 python -m results add outputs/<experiment>/<run>"""
 
 

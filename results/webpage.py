@@ -132,7 +132,7 @@ def sections(blocks: Sequence[Block]) -> list[Section]:
 
 
 def inline(text: str) -> Markup:
-    """A block's text as HTML: `code`, **bold**, *slanted*, links, addresses; everything else is escaped.
+    """A text as HTML: `code`, **bold**, *slanted*, links, addresses; the rest is escaped.
 
     >>> inline("**a** < [b](c.md)")
     Markup('<strong>a</strong> &lt; <a href="c.md">b</a>')

@@ -931,13 +931,15 @@ def test_two_dimensional_run(root, run):
 
 
 @pytest.mark.parametrize(
-    "argv", [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"]]
+    "argv",
+    [["bogus"], ["add"], ["add", "x", "y"], ["add", "x", "suspect=a", "z"], ["figure3"], ["table"]],
 )
 def test_usage(root, argv, capsys):
     assert main(argv, root) == 2
     assert capsys.readouterr().err == (
         "usage: python -m results "
-        '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]\n'
+        '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name> '
+        "| table FOLDER...]\n"
     )
 
 
