@@ -14,6 +14,8 @@ knowing. The exit code is 1 if a check fails. What is checked:
             last) validation is the tested one
   budget    images and their share of a full training follow from the curve and the recipe
   claims    the papers' numbers, the gaps and the statuses are those of results/paper/
+  protocol  no metric has both a figure and a reason for having none, and each that depends on
+            more than the data (FID, PSNR and so on) says on what
   speed     no part of the curve needs more arithmetic than the device can do
   commit    the commit is in this clone, and the code was that of the commit
   weights   the file has the recorded SHA-256 and size, fits the model, and is of this run
@@ -76,6 +78,7 @@ PEAK_OF_A_GPU = 2.6e15  # of one whose name is not in PEAKS
 PEAK_OF_A_THREAD = 8e12  # of a CPU's core with AMX
 PASSES = 3  # a training step costs a forward pass, and twice that for the backward pass
 FLOAT_TOLERANCE = 1e-9
+OF_THE_MODEL = {"bpd", "nll", "nats_ll", "accuracy"}  # what the model itself gives, by its config
 Row = Mapping[str, Any]
 
 
@@ -358,6 +361,33 @@ def check_claims(row: Row) -> Check:
     return judged("claims", problems, ", ".join(statuses) or "none")
 
 
+def check_protocol(row: Row) -> Check:
+    """Whether metrics that depend on a protocol have one, and either a figure or a reason."""
+    reasons = row.get("not_measured") or {}
+    protocols = row.get("protocol") or {}
+    both = sorted(reasons.keys() & row["metrics"].keys())
+    if both:
+        text = f"{abbreviated(both)} has a figure, and a reason for having none"
+        return Check("protocol", FAIL, text)
+    needed = [key for key in sorted(row["metrics"]) if depends_on_more(key)]
+    lacking = [key for key in needed if not protocols.get(key)]
+    if lacking:
+        text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
+        return Check("protocol", NOTE, text)
+    texts = [f"{key} not measured: {reason}" for key, reason in sorted(reasons.items())]
+    return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
+
+
+def depends_on_more(key: str) -> bool:
+    """Whether a tested metric depends on more than data and model: an extractor, a crop, ...
+
+    >>> [depends_on_more(key) for key in ("test/fid", "test/bpd_reestimated", "val/psnr")]
+    [True, False, False]
+    """
+    quantity = quantity_of(key)
+    return key.startswith("test/") and quantity in QUANTITIES and quantity not in OF_THE_MODEL
+
+
 def same(a: object, b: object) -> bool:
     """Whether two values are equal, numbers up to rounding."""
     if is_number(a) and is_number(b):
@@ -547,6 +577,7 @@ def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | N
         guarded("curve", lambda: check_curve(row)),
         guarded("budget", lambda: check_budget(row)),
         guarded("claims", lambda: check_claims(row)),
+        guarded("protocol", lambda: check_protocol(row)),
     ]
     if module is not None:
         objective = module

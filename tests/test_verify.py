@@ -109,6 +109,7 @@ def remove(path):
         (set_at("papers.0.value", 4.5), "claims", "realnvp.cifar10 is 3.49, and 4.5 in the row"),
         (set_at("papers.0.comparable", False), "claims", "the row is compared with"),
         (set_at("papers.0.claim", "glow.cifar10"), "claims", "the row is compared with"),
+        (set_at("not_measured", {"test/bpd": "no"}), "protocol", "test/bpd has a figure, and a"),
         (set_at("device", "Intel, 0 threads"), "speed", "values that cannot be read"),
     ],
 )
@@ -126,6 +127,7 @@ def test_a_change_is_named(row, change, name, text):
         (set_at("commit", "--help"), "commit", "is not in this clone"),
         (set_at("commit", None), "commit", "none is recorded"),
         (set_at("weights", None), "weights", "none are recorded"),
+        (set_at("metrics.test/fid", 40.0), "protocol", "test/fid is not said to depend on"),
     ],
 )
 def test_what_cannot_be_checked_is_a_note(row, change, name, text):
@@ -152,6 +154,16 @@ def test_operations_are_those_of_the_convolutions():
             return torch.nn.functional.conv2d(torch.ones(n, 3, 8, 8), torch.ones(5, 3, 1, 1))
 
     assert verify.operations_of(Objective()) == 2 * 3 * 5 * 8 * 8
+
+
+def test_the_protocol_and_reasons_of_metrics_are_read(row):
+    def change(content):
+        content["metrics"]["test/fid"] = 40.0
+        content["protocol"] = {"test/fid": {"n": 50_000}}
+        content["not_measured"] = {"test/lpips": "no weights: give some"}
+
+    text = "test/fid; test/lpips not measured: no weights: give some"
+    assert verdicts(row(change))["protocol"] == (OK, text)
 
 
 def test_keys_that_did_not_exist_yet_count_as_their_defaults(row):
@@ -232,7 +244,17 @@ def finished(tmp_path_factory):
 def test_a_finished_run_is_tested_again(finished, capsys):
     verify.main([str(finished), "data.num_workers=0"])
     lines = capsys.readouterr().out.splitlines()
-    names = ["schema", "recipe", "model", "curve", "budget", "claims", "speed", "commit"]
+    names = [
+        "schema",
+        "recipe",
+        "model",
+        "curve",
+        "budget",
+        "claims",
+        "protocol",
+        "speed",
+        "commit",
+    ]
     assert [line.split()[1] for line in lines] == [*names, "weights", "figure"]
     assert [line.split()[0] for line in lines if line.split()[0] == FAIL] == []
     assert "test/bpd: " in lines[-1]
@@ -247,7 +269,7 @@ def test_a_figure_that_the_weights_do_not_have_fails(finished, capsys, tmp_path)
     (folder / "result.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit) as stop:
         verify.main([str(folder), "data.num_workers=0"])
-    assert stop.value.code == (f"error: {folder / 'result.json'}: 1 of 10 checks failed: figure")
+    assert stop.value.code == (f"error: {folder / 'result.json'}: 1 of 11 checks failed: figure")
     assert "more than rounding" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -275,7 +297,7 @@ def test_a_mistake_is_one_line(words, message):
 def test_without_weights_a_figure_cannot_be_tested(capsys):
     with pytest.raises(SystemExit) as stop:
         verify.main(["realnvp_moons/seed0", "data.num_workers=0"])
-    assert stop.value.code.endswith("seed0.json: 1 of 10 checks failed: figure")
+    assert stop.value.code.endswith("seed0.json: 1 of 11 checks failed: figure")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == "FAIL  figure   there are no weights to test"
 
@@ -296,5 +318,5 @@ def test_help_names_every_key_and_check(capsys):
     verify.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {key}=" in text for key in verify.DEFAULTS)
-    for name in ("schema", "recipe", "model", "curve", "budget", "claims", "speed", "figure"):
+    for name in ("schema", "recipe", "model", "curve", "budget", "claims", "protocol", "figure"):
         assert f"\n  {name} " in text
