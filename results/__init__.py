@@ -28,7 +28,7 @@ from results.checks import (
     text,
 )
 from results.metrics import kind_of, without_kind
-from results.protocol import differences
+from results.protocol import IMAGE_FACTS, differences
 
 ROOT = Path(__file__).parent
 # What commands write into a clone, relative to its root: pages, curves, pictures and recorded runs.
@@ -189,6 +189,18 @@ def same_n_bits(claim: Mapping, data: Mapping) -> bool:
     """
     claimed = claim["protocol"].get("n_bits")
     return claimed is None or claimed == data.get("n_bits", 8)
+
+
+def same_images(claim: Mapping, data: Mapping) -> bool:
+    """Whether a run has a claim's images: the data set, the bits, and IMAGE_FACTS of `checked`.
+
+    data: the section of the run's config.
+    """
+    checked = claim.get("checked") or {}
+    same_facts = all(
+        data.get(fact) == checked[fact] for fact in IMAGE_FACTS if checked.get(fact) is not None
+    )
+    return data.get("name") == claim["data"] and same_n_bits(claim, data) and same_facts
 
 
 def papers_in(result: Mapping) -> list[dict]:

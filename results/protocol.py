@@ -26,6 +26,7 @@ NOISE = {
     "noisy": "Gaussian",
     "noisy_estimate": "Gaussian",
 }
+IMAGE_FACTS = ("scale", "kernel")  # keys of `data` by which low-resolution images are made
 SHOWN_OF_HASH = 8  # digits
 CHOSEN = {"best": "by validation images", "last": "the last one"}
 LABELS = {  # of facts whose names do not read as words
@@ -73,7 +74,8 @@ def facts_of(result: Mapping, metric: str) -> dict[str, Any]:
 
     Runs from before there were other numbers of bits had 8.
     """
-    facts: dict[str, Any] = {}
+    data = (result.get("config") or {}).get("data") or {}
+    facts: dict[str, Any] = {fact: data[fact] for fact in IMAGE_FACTS if fact in data}
     if quantity_of(metric) in LIKELIHOODS:
         facts |= _facts_of_likelihood(result, metric)
     tested = result.get("tested") or {}

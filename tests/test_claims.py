@@ -3,8 +3,19 @@
 import pytest
 import yaml
 
-from results import compare_all, load_claim, load_claims, printed, recipe_of, survey
+from results import (
+    compare_all,
+    load_claim,
+    load_claims,
+    printed,
+    recipe_of,
+    reimplementations,
+    same_images,
+    survey,
+)
+from results.blocks import Table
 from results.files import write
+from results.formats import count
 from results.groups import comparison_of
 from results.metrics import QUANTITIES, label_of, quantity_of
 from results.protocol import allowed_differences, differences, facts_of
@@ -207,6 +218,23 @@ def test_the_facts_of_a_likelihood_are_those_of_the_config_and_of_the_metrics_na
     assert facts_of(result(protocol=own), "test/bpd")["noise"] == "truncated"
 
 
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        ({"name": "div2k", "scale": 4}, True),
+        ({"name": "div2k", "scale": 8}, False),
+        ({"name": "div2k"}, False),
+        ({"name": "folder", "scale": 4}, False),
+        ({"name": "div2k", "scale": 4, "n_bits": 5}, True),  # the claim says nothing of bits
+    ],
+)
+def test_images_of_another_scale_are_other_images(data, same):
+    claim = load_claim("srflow.div2k_x4_psnr")
+    assert same_images(claim, data) is same
+    run = result(config={"data": data}, metrics={"test/psnr": 27.0})
+    assert facts_of(run, "test/psnr").get("scale") == data.get("scale")
+
+
 def test_the_choice_of_the_checkpoint_is_a_difference_in_words_that_is_allowed():
     claim = load_claim("glow.cifar10")
     run = result(tested={"step": 10, "chosen": "best", "weights": "averaged with decay 0.999"})
@@ -368,3 +396,61 @@ def test_a_folder_without_a_survey_has_no_section_and_a_damaged_one_is_named(roo
         with pytest.raises(ValueError, match=message) as error:
             survey.section(root)
         assert "\n" not in str(error.value)
+
+
+# Other implementations
+
+
+def test_points_of_other_implementations_have_their_place_over_images():
+    points = reimplementations.published("glow.cifar10")
+    by_name = {}
+    for point in points:
+        by_name.setdefault(point.label, []).append((point.images, point.value))
+    assert by_name["y0ast/Glow-PyTorch"] == [(12_500_000, 3.39)]
+    assert by_name["openai/glow"] == [(150_000_000, 3.35)]
+    values = {
+        1: 3.63,
+        2: 3.56,
+        3: 3.53,
+        4: 3.51,
+        5: 3.50,
+        6: 3.51,
+        7: 3.49,
+        8: 3.49,
+    }  # by tens of epochs
+    expected = [(500_000 * tens, value) for tens, value in values.items()]
+    assert by_name["chrischute/glow"] == expected
+    assert "y0ast/Glow-PyTorch with Adam" not in by_name  # it does not say after how many images
+    assert [(p.images, p.value) for p in reimplementations.published("realnvp.cifar10")] == [
+        (1_000_000, 3.70),
+        (1_250_000, 3.74),
+    ]
+    assert reimplementations.published("realnvp.celeba") == []
+
+
+def test_the_section_names_every_implementation_and_what_differs():
+    blocks = reimplementations.section()
+    tables = [block for block in blocks if isinstance(block, Table)]
+    rows = {row[0]: row for table in tables for row in table.rows}
+    assert rows["VincentStimper/resampled-base-flows"][1:3] == ["< 3.3", count(512_000_000)]
+    assert rows["y0ast/Glow-PyTorch with Adam"][1:3] == ["3.48", "not stated"]
+    assert all(row[-1] for row in rows.values())
+    assert set(reimplementations.read()) <= set(load_claims())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"points": [{"epochs": 3, "value": 3.5}]}, "3 epochs need `epoch`"),
+        ({"points": []}, r"a\.b lacks a usable \.x\.points"),
+        ({"points": [{"value": "3.5"}]}, r"lacks a usable \.x\.points\[0\]\.value"),
+    ],
+)
+def test_a_damaged_file_of_implementations_is_one_line(root, entry, message):
+    assert reimplementations.section(root) == []
+    whole = {"verified": "stored", "source": "pages"}
+    more = {"what": "a", "where": "b", "differs": "c", **entry}
+    write(root / "reimplementations.yaml", yaml.safe_dump({**whole, "a.b": {"x": more}}))
+    with pytest.raises(ValueError, match=message) as error:
+        reimplementations.published("a.b", root)
+    assert "\n" not in str(error.value)
