@@ -23,6 +23,7 @@ from results.groups import (
 from results.metrics import KINDS, kind_of
 from results.progress import progress
 from results.reading import Beside, Records, beside, groups_without_claim, words_without_claim
+from results.reimplementations import published
 
 TITLE = "Beside the papers"
 OTHERS = "Runs without a paper's number"
@@ -59,7 +60,8 @@ def status_of(claim: dict, records: Records) -> str:
 
 def section(records: Records) -> list[Block]:
     """For each paper a table of its claims, a chart of the runs, and what is left to do."""
-    blocks: list[Block] = [Heading(TITLE), Paragraph(WORDS), Fold("Status words", [statuses()])]
+    words = Fold("How to read the tables", [statuses(), Paragraph(WORDS)])
+    blocks: list[Block] = [Heading(TITLE), words]
     for stem, paper in records.papers.items():
         claims = claims_of_paper(stem, records)
         if claims:
@@ -107,13 +109,16 @@ def to_do_row(claim: dict) -> list[str]:
 def charts(claim: dict, records: Records) -> list[Block]:
     """The chart of all runs of a claim over images seen, if any of them has a curve."""
     runs = [run for row in beside(claim, records.runs) for run in row.group]
-    picture = progress(runs, claim, [])
+    points = published(claim["id"], records.root, records.new)
+    picture = progress(runs, claim, points)
     if picture is None:
         return []
     caption = (
         f"{claim['dataset']}: validation during training over images seen (logarithmic), "
         f"beside the paper's {claim['metric']}"
     )
+    if points:
+        caption += "; diamonds: what other implementations state, which is not compared"
     return [Drawing(picture, caption)]
 
 

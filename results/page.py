@@ -14,6 +14,7 @@ from results import (
     ood,
     paper_tables,
     recipe_of,
+    reimplementations,
     run_sections,
     sample_quality,
     speed,
@@ -99,6 +100,7 @@ def sections(records: Records) -> list[Block]:
         *run_sections.section(records),
         *stability.section(*place),
         *speed.section(*place),
+        *reimplementations.section(*place),
         *survey.section(*place),
         *paper_tables.section(records),
     ]

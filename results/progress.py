@@ -5,7 +5,7 @@ points of other implementations are diamonds.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from results import printed
@@ -14,6 +14,7 @@ from results.curves import (
     GRID_COLOR,
     PAPER_COLOR,
     TICKS,
+    Pixels,
     axis_label,
     drawable,
     limits,
@@ -24,36 +25,29 @@ from results.curves import (
 )
 from results.drawing import FONT_SIZE, Dot, Line, Picture, Point, Shape, Text
 from results.formats import count
+from results.reimplementations import Published
 
-WIDTH = 800  # pixels, as the next five
+WIDTH = 880  # pixels, as the next five
 HEIGHT = 400
 LEFT = 64
-RIGHT = 200  # of it the labels of the lines have most
+RIGHT = 290  # of it the labels of the lines have most
 TOP = 16
 BOTTOM = 48
 COLORS = ("#0550ae", "#9a6700", "#116329", "#8250df", "#bf3989", "#57606a")
 POINT_COLOR = "#57606a"
 POINT_SIZE = 5  # pixels from the middle of a diamond to its corners
-LETTERS = 28  # the most of a label beside the plot
+LETTERS = 42  # the most of a label beside the plot
 SPACING = FONT_SIZE + 3  # pixels from one label to the next
 
 
 @dataclass(frozen=True)
-class Published:
-    """A figure that another implementation published, at a number of training images seen."""
-
-    images: float
-    value: float
-    label: str
-
-
-@dataclass(frozen=True)
 class Series:
-    """The points (images, value) of a run, and the name that stands beside its line."""
+    """The points (images, value) of a run or of a publication, and the name beside its line."""
 
     points: list[Point]
     label: str
     color: str
+    is_published: bool = False
 
 
 def progress(
@@ -68,20 +62,17 @@ def progress(
     lines = all_series(runs, name)
     if not lines:
         return None
-    images = [x for line in lines for x, _ in line.points] + [p.images for p in published]
     settled = [y for line in lines for _, y in line.points[len(line.points) // 2 :]]
     shown = [claim["value"], *(point.value for point in published)]
+    lines += published_series(published)
+    images = [x for line in lines for x, _ in line.points]
     low, high = limits(settled, shown, claim["direction"])
     decades = (math.floor(math.log10(min(images))), math.ceil(math.log10(max(images))))
     at = pixels(decades, low, high)
     shapes = [*values_axis(at, low, high, axis_label(name, claim["unit"]))]
     shapes += images_axis(at, decades, low)
     shapes += paper_line(claim, at, decades)
-    for line in lines:
-        for piece in pieces_inside(line.points, low, high):
-            shapes.append(Line(tuple(at(*point) for point in piece), line.color, 2))
-        shapes += [Dot(at(x, y), line.color, 5) for x, y in line.points if low <= y <= high]
-    shapes += [shape for point in published for shape in diamond(point, at)]
+    shapes += [shape for line in reversed(lines) for shape in marks(line, at, low, high)]
     return Picture(WIDTH, HEIGHT, (*shapes, *labels(lines, at, low, high)))
 
 
@@ -93,21 +84,32 @@ def all_series(runs: Sequence[Mapping], name: str) -> list[Series]:
         points = [(x, y) for x, y in rows if drawable(x) and drawable(y) and x >= 1]
         if len(points) >= 2:
             color = COLORS[len(lines) % len(COLORS)]
-            lines.append(Series(thinned(points), label_of(run), color))
+            lines.append(Series(thinned(points), shortened(run["run"]), color))
     return lines
 
 
-def label_of(run: Mapping) -> str:
-    """The name of a run beside its line, shortened to LETTERS."""
-    if len(run["run"]) <= LETTERS:
-        return run["run"]
-    return f"{run['run'][: LETTERS - 1]}…"
+def published_series(published: Sequence[Published]) -> list[Series]:
+    """The published figures, those of one implementation together."""
+    by_label: dict[str, list[Point]] = {}
+    for point in sorted(published, key=lambda point: point.images):
+        by_label.setdefault(point.label, []).append((point.images, point.value))
+    return [
+        Series(points, shortened(label), POINT_COLOR, is_published=True)
+        for label, points in by_label.items()
+    ]
+
+
+def shortened(label: str) -> str:
+    """A name beside a line, with at most LETTERS letters."""
+    if len(label) <= LETTERS:
+        return label
+    return f"{label[: LETTERS - 1]}…"
 
 
 # Where it is shown
 
 
-def pixels(decades: tuple[int, int], low: float, high: float) -> Callable[[float, float], Point]:
+def pixels(decades: tuple[int, int], low: float, high: float) -> Pixels:
     """The map from (images, value) to pixels. decades: powers of ten at the ends of the axis."""
     first, last = decades
 
@@ -119,9 +121,7 @@ def pixels(decades: tuple[int, int], low: float, high: float) -> Callable[[float
     return at
 
 
-def values_axis(
-    at: Callable[[float, float], Point], low: float, high: float, label: str
-) -> list[Shape]:
+def values_axis(at: Pixels, low: float, high: float, label: str) -> list[Shape]:
     """The vertical axis: lines across the plot, numbers beside them, and its label."""
     values = ticks(low, high, TICKS)
     shapes: list[Shape] = []
@@ -132,9 +132,7 @@ def values_axis(
     return [*shapes, Text((14, (TOP + HEIGHT - BOTTOM) / 2), label, upright=True)]
 
 
-def images_axis(
-    at: Callable[[float, float], Point], decades: tuple[int, int], low: float
-) -> list[Shape]:
+def images_axis(at: Pixels, decades: tuple[int, int], low: float) -> list[Shape]:
     """The horizontal axis: a line below the plot, its powers of ten, and its label."""
     bottom = HEIGHT - BOTTOM
     shapes: list[Shape] = [Line(((LEFT, bottom), (WIDTH - RIGHT, bottom)), AXIS_COLOR)]
@@ -146,9 +144,7 @@ def images_axis(
     return [*shapes, Text((middle, HEIGHT - 8), "training images seen, logarithmic")]
 
 
-def paper_line(
-    claim: Mapping, at: Callable[[float, float], Point], decades: tuple[int, int]
-) -> list[Shape]:
+def paper_line(claim: Mapping, at: Pixels, decades: tuple[int, int]) -> list[Shape]:
     """The value of a claim, dashed across the plot."""
     y = at(1, claim["value"])[1]
     label = f"paper {printed(claim['value'], claim)}"
@@ -156,18 +152,29 @@ def paper_line(
     return [line, Text((LEFT + 6, y - 5), label, "start", PAPER_COLOR, bold=True)]
 
 
-def diamond(point: Published, at: Callable[[float, float], Point]) -> list[Shape]:
-    """A published figure: a diamond around its point, and whose it is."""
-    x, y = at(point.images, point.value)
+def marks(line: Series, at: Pixels, low: float, high: float) -> list[Shape]:
+    """A line with dots at its points; a published one is thinner, with diamonds."""
+    shapes: list[Shape] = []
+    width = {True: 1, False: 2}[line.is_published]
+    for piece in pieces_inside(line.points, low, high):
+        shapes.append(Line(tuple(at(*point) for point in piece), line.color, width))
+    for x, y in line.points:
+        if low <= y <= high and line.is_published:
+            shapes.append(diamond(at(x, y)))
+        elif low <= y <= high:
+            shapes.append(Dot(at(x, y), line.color, 5))
+    return shapes
+
+
+def diamond(place: Point) -> Line:
+    """A diamond around a point, of which both are in pixels."""
+    x, y = place
     size = POINT_SIZE
     corners = ((x, y - size), (x + size, y), (x, y + size), (x - size, y), (x, y - size))
-    label = Text((x - size - 4, y + 4), point.label, "end", POINT_COLOR)
-    return [Line(corners, POINT_COLOR, 1.5), label]
+    return Line(corners, POINT_COLOR, 1.5)
 
 
-def labels(
-    lines: list[Series], at: Callable[[float, float], Point], low: float, high: float
-) -> list[Shape]:
+def labels(lines: list[Series], at: Pixels, low: float, high: float) -> list[Shape]:
     """The names of the lines beside the plot, at the height of their last points if there is room.
 
     A line in its colour joins the name to the end of the run.
@@ -182,7 +189,8 @@ def labels(
     left = WIDTH - RIGHT + 14
     for (place, line), y in zip(ends, heights, strict=True):
         shapes.append(Line((place, (left - 4, y)), line.color, 0.75))
-        shapes.append(Text((left, y + 4), line.label, "start", line.color, bold=True))
+        bold = not line.is_published
+        shapes.append(Text((left, y + 4), line.label, "start", line.color, bold=bold))
     return shapes
 
 

@@ -37,7 +37,12 @@ def section(records: Records) -> list[Block]:
 def run_part(run: dict, records: Records) -> list[Block]:
     """One run: its figures, the command that repeats it, pictures, and the details in a fold."""
     claims = claims_of(run, records.claims)
-    figures = Table(FIGURES, figure_rows(run, records.claims), "Nothing was measured.")
+    rows = figure_rows(run, records.claims)
+    columns = FIGURES
+    if not claims:
+        columns = FIGURES[:2]
+        rows = [row[:2] for row in rows]
+    figures = Table(columns, rows, "Nothing was measured.")
     blocks: list[Block] = [Heading(run_name(run), 3), figures]
     blocks += [Paragraph(line) for line in not_measured(run)]
     blocks += [Code(command(run)), *pictures(run, claims, records)]

@@ -5,6 +5,7 @@ page as long as it stays small; beyond that, it links to their files.
 """
 
 import base64
+import functools
 import html as stdlib_html
 import re
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from results import drawing
-from results.blocks import Block, Heading, Picture, Table, anchor
+from results.blocks import Block, Heading, Table, anchor
 from results.files import content_of
 from results.thumbnails import thumbnail
 
 TEMPLATE = "index.html.j2"
+NARROW = 640  # pixels: a drawing that is not wider fits on a phone, with larger letters
 MOST_PICTURE_BYTES = 1_200_000  # of all pictures inside the page, in base 64
 SYMBOLS = {  # a status is recognised without its colour, too
     "reproduced": "✓",
@@ -93,9 +95,16 @@ def html(
 
     The blocks start with a heading of level 2. lead: a text as in a `Paragraph`.
     """
-    folder = Path(__file__).parent
+    return template().render(
+        title=title, lead=lead, summary=summary, sections=sections(blocks), source=files.source
+    )
+
+
+@functools.cache
+def template() -> Template:
+    """The template of the page, with the filters that it uses."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -109,11 +118,9 @@ def html(
         "kind": lambda block: type(block).__name__,
         "svg": inline_svg,
         "together": together,
-        "wide": is_wide,
     }
-    environment.globals |= {"source": files.source, "symbols": SYMBOLS}
-    template = environment.get_template(TEMPLATE)
-    return template.render(title=title, lead=lead, summary=summary, sections=sections(blocks))
+    environment.globals |= {"symbols": SYMBOLS}
+    return environment.get_template(TEMPLATE)
 
 
 def sections(blocks: Sequence[Block]) -> list[Section]:
@@ -165,7 +172,7 @@ def cells_of(table: Table) -> dict[str, Any]:
     """A table as the template reads it.
 
     Returns:
-        kinds: of the columns: `state` (a status), `number`, `text` (long) or `words` (short).
+        kinds: of the columns: `state` (a status), `number`, `text` (long), `phrase`, `words`.
         rows: the cells, and whether the row is `to do`.
     """
     columns = [[row[k] for row in table.rows] for k in range(len(table.columns))]
@@ -181,14 +188,12 @@ def kind_of(name: str, cells: Sequence[str]) -> str:
         return "state"
     if filled and all(NUMBER.fullmatch(cell) for cell in filled):
         return "number"
-    if any(len(cell) > 40 for cell in filled):
+    longest = max(map(len, filled), default=0)
+    if longest > 40:
         return "text"
+    if longest > 18:
+        return "phrase"
     return "words"
-
-
-def is_wide(picture: Block) -> bool:
-    """Whether a picture has a line of its own."""
-    return isinstance(picture, Picture) and picture.file.startswith("ablations/")
 
 
 def together(blocks: Sequence[Block]) -> list[Sequence[Block]]:
@@ -209,6 +214,9 @@ def is_picture(block: Block) -> bool:
 
 def inline_svg(picture: drawing.Picture, caption: str) -> Markup:
     """A drawing as an element of the page, which style sheets reach."""
-    label = f'<svg role="img" aria-label="{stdlib_html.escape(caption)}" '
+    classes = ""
+    if picture.width <= NARROW:
+        classes = 'class="narrow" '
+    label = f'<svg role="img" {classes}aria-label="{stdlib_html.escape(caption)}" '
     element = drawing.svg(picture).replace('<svg xmlns="http://www.w3.org/2000/svg" ', label, 1)
     return Markup(element)  # `drawing.svg` escapes its texts

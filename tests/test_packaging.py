@@ -71,7 +71,7 @@ def test_every_folder_with_code_or_with_yaml_that_code_reads_is_a_package():
         path.parent for name in ("configs", "results") for path in (ROOT / name).rglob("*.yaml")
     }
     assert set(PACKAGES) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
+    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml", "*.j2"]}
 
 
 def test_every_paper_with_claims_is_cited():
