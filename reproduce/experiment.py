@@ -271,7 +271,6 @@ USELESS_WARNINGS = (
     "exists and is not empty",
     "is smaller than the logging interval",  # an epoch of few images
     "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
-    r"self.log\('(paper|gap)/",  # asks for sync_dist, but these values are equal on all ranks
 )
 
 

@@ -150,10 +150,11 @@ def check_recipe(row: Row) -> Check:
         config = compose(row["experiment"], words)
     except ConfigError as error:
         return Check("recipe", FAIL, str(error))
-    recipe = dict(leaves(portable(plain(config))))
+    settings = plain(config)
+    recipe = dict(leaves(portable(settings)))
     recorded = dict(leaves(row["config"]))
     defaults = defaults_of(row["experiment"], str(config.data.name))
-    problems = []
+    problems = fact_problems(row, settings)
     for key in sorted(recipe.keys() | recorded.keys()):
         if key not in recipe:
             problems.append(f"{key}={argument_text(recorded[key])} is no key of the recipe")
@@ -168,6 +169,27 @@ def check_recipe(row: Row) -> Check:
     if problems:
         problems = [abbreviated(problems, 4)]
     return judged("recipe", problems, f"{row['experiment']} with {shown}: {len(recorded)} settings")
+
+
+def fact_problems(row: Row, recipe: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the facts of a row that repeat settings, such as its preset and its seed.
+
+    recipe: the settings by the recipe and the overrides.
+    """
+    config = row["config"]
+    trainer = config.get("trainer") or {}
+    facts = [
+        ("preset", row["preset"], recipe["preset"]),
+        ("seed", row["seed"], recipe["seed"]),
+        ("config.seed", config.get("seed"), recipe["seed"]),
+        ("config.experiment", config.get("experiment"), row["experiment"]),
+        ("precision", row["precision"], trainer.get("precision")),
+    ]
+    return [
+        f"{key} is {argument_text(ours)}, and follows as {argument_text(expected)}"
+        for key, ours, expected in facts
+        if ours != expected
+    ]
 
 
 def is_chosen(key: str, value: object) -> bool:
