@@ -88,9 +88,12 @@ def facts_of(result: Mapping, metric: str) -> dict[str, Any]:
 
 def _facts_of_likelihood(result: Mapping, metric: str) -> dict[str, Any]:
     data = (result.get("config") or {}).get("data") or {}
-    facts = {"n_bits": data.get("n_bits", 8), "noise_samples": 1}
+    facts: dict[str, Any] = {"noise_samples": 1}
     kind = kind_of(metric)
-    if kind in NOISE:
+    is_of_integers = quantity_of(metric) != "nll"  # `nll` is of points in space
+    if is_of_integers:
+        facts["n_bits"] = data.get("n_bits", 8)
+    if kind in NOISE and (is_of_integers or NOISE[kind] != "uniform"):
         facts["noise"] = NOISE[kind]
     samples = metric.rpartition("_iw")[2]
     if kind == "iw" and samples.isdecimal():

@@ -214,6 +214,7 @@ def test_the_facts_of_a_likelihood_are_those_of_the_config_and_of_the_metrics_na
     assert facts_of(result(), "test/bpd_bound_estimate")["noise"] == "learned"
     assert facts_of(result(), "test/bpd_iw16")["noise_samples"] == 16
     assert facts_of(run, "test/psnr") == tested_facts
+    assert facts_of(result(), "test/nll") == {"noise_samples": 1}  # of points: no bits, no noise
     own = {"test/bpd": {"noise": "truncated"}}  # what a run recorded itself counts
     assert facts_of(result(protocol=own), "test/bpd")["noise"] == "truncated"
 
@@ -363,6 +364,74 @@ def test_the_metric_of_every_claim_is_a_known_quantity_with_its_unit_and_directi
 def test_the_metrics_of_a_recipe_are_each_in_one_claim():
     claims = [(recipe_of(claim), claim["metric"]) for claim in load_claims().values()]
     assert len(set(claims)) == len(claims)
+
+
+# The other papers' tables
+
+
+def test_the_tables_of_nice_ffjord_residual_flow_and_ddpm():
+    values = {name: claim["value"] for name, claim in load_claims().items()}
+    papers = {}
+    for name, value in values.items():
+        paper, _, row = name.partition(".")
+        papers.setdefault(paper, {})[row] = value
+    assert papers["nice"] == {
+        "mnist": 1980.50,
+        "tfd": 5514.71,
+        "svhn": 11496.55,
+        "cifar10": 5371.78,
+    }
+    assert papers["ffjord"] == {
+        "power": -0.46,
+        "gas": -8.59,
+        "hepmass": 14.92,
+        "miniboone": 10.43,
+        "bsds300": -157.40,
+        "mnist": 0.99,
+        "cifar10": 3.40,
+    }
+    assert papers["resflow"] == {
+        "mnist": 0.97,
+        "cifar10": 3.28,
+        "imagenet32": 4.01,
+        "imagenet64": 3.76,
+        "celebahq256_5bit": 0.99,
+        "cifar10_fid": 46.37,
+    }
+    assert papers["ddpm"] == {
+        "cifar10": 3.75,
+        "cifar10_fid": 3.17,
+        "cifar10_inception_score": 9.46,
+        "lsun_bedroom256_fid": 6.36,
+        "lsun_church256_fid": 7.89,
+        "lsun_cat256_fid": 19.75,
+    }
+
+
+def test_a_log_likelihood_in_nats_is_compared_in_the_same_range_of_pixels_only():
+    claim = load_claim("nice.mnist")
+    data = {"config": {"data": {"name": "mnist", "n_bits": 8}}}
+    same = result(protocol={"test/nats_ll": {"pixel_range": "0 to 1"}}, **data)
+    other = result(protocol={"test/nats_ll": {"pixel_range": "-1 to 1"}}, **data)
+    assert differences(claim, same) == []
+    assert differences(claim, other) == ["pixel range: -1 to 1 here, 0 to 1 in the paper"]
+
+
+def test_an_fid_whose_protocol_the_paper_does_not_state_is_never_reproduced():
+    claim = load_claim("resflow.cifar10_fid")
+    run = result(protocol={"test/fid": {"n": 50_000, "reference": "train"}})
+    assert differences(claim, run) == [
+        "samples: 50,000 here, not stated in the paper",
+        "reference images: train here, not stated in the paper",
+    ]
+    ddpm = load_claim("ddpm.cifar10_fid")
+    published = {"n": 50_000, "reference": "train", "weights_sha256": "6726825d0af5f729"}
+    assert differences(ddpm, result(protocol={"test/fid": published})) == []
+    fewer = result(protocol={"test/fid": {**published, "n": 5_000, "reference": "test"}})
+    assert differences(ddpm, fewer) == [
+        "samples: 5,000 here, 50,000 in the paper",
+        "reference images: test here, train in the paper",
+    ]
 
 
 # The survey
