@@ -298,24 +298,21 @@ def without_set(name: str, advice: str) -> str:
     return f"{name} is left out: {advice}"
 
 
-def threshold_text(content: dict) -> str:
-    """What the thresholds of typicality let pass and stop."""
-    parts = []
-    for name, m in (("typicality_1", 1), ("typicality_m", content["m"])):
-        shares = [
-            f"{fixed(each['flagged'].get(name), '.1%')} of {each['title']}"
-            for each in content["sets"]
-        ]
-        limit = fixed(content["thresholds"][name])
-        own = fixed(content["inside"]["flagged"].get(name), ".1%")
-        parts.append(
-            f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test, {', '.join(shares)}"
-        )
-    n = content["held_out"]["n"]
-    return (
-        f"Typicality with the threshold that 99 % of batches drawn from {n:,} held-out images "
-        f"pass; {'; '.join(parts)}."
+def thresholds(content: dict) -> list[Block]:
+    """A sentence and a table on what the thresholds of typicality let pass and stop."""
+    names = {"typicality_1": 1, "typicality_m": content["m"]}
+    limits = [f"m={m:g}, limit {fixed(content['thresholds'][name])}" for name, m in names.items()]
+    scored = {f"**{content['data']}, its own test**": content["inside"]}
+    scored |= {each["title"]: each for each in content["sets"]}
+    shares = [
+        [title, *(fixed(each["flagged"].get(name), ".1%") for name in names)]
+        for title, each in scored.items()
+    ]
+    text = (
+        "Used as a test, the share of batches whose typicality is beyond a limit in bits/dim, "
+        f"which 99 % of batches drawn from {content['held_out']['n']:,} held-out images pass:"
     )
+    return [Paragraph(text), Table(["images", *limits], shares)]
 
 
 # ---------------------------------------------------------------------- histograms
@@ -407,12 +404,15 @@ def part(stem: str, content: dict) -> list[Block]:
     facts = f"Commit {commit(content)}, {content['device']}."
     if left_out:
         facts += f" Left out: {left_out}."
-    caption = f"Histograms of the scores of {content['model']}"
+    caption = (
+        f"Histograms of bits/dim and of corrected scores of {content['model']}; scores beyond an "
+        "end are counted there"
+    )
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),
         Table(columns(content), rows(content)),
-        Paragraph(threshold_text(content)),
+        *thresholds(content),
         Drawing(histograms(content), caption, f"{FOLDER}/{stem}.svg"),
         Code(content["command"]),
         Paragraph(facts),
