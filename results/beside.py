@@ -26,6 +26,8 @@ from results.reading import Beside, Records, beside, groups_without_claim, words
 from results.reimplementations import published
 
 TITLE = "Beside the papers"
+NOT_STARTED = "Papers that nobody has started"
+NOT_STARTED_WORDS = "There is neither a recipe nor a run for any of their claims yet."
 OTHERS = "Runs without a paper's number"
 MACHINE = ["budget", "hardware", "time", "commit"]
 COLUMNS = ["experiment", "data", "metric", "paper", "ours", "gap", "status", *MACHINE, "note"]
@@ -62,11 +64,50 @@ def section(records: Records) -> list[Block]:
     """For each paper a table of its claims, a chart of the runs, and what is left to do."""
     words = Fold("How to read the tables", [statuses(), Paragraph(WORDS)])
     blocks: list[Block] = [Heading(TITLE), words]
-    for stem, paper in records.papers.items():
-        claims = claims_of_paper(stem, records)
-        if claims:
-            blocks += paper_blocks(paper["title"], claims, records)
+    started, others = papers_by_state(records)
+    for title, claims in started.items():
+        blocks += paper_blocks(title, claims, records)
+    if others:
+        blocks += [Heading(NOT_STARTED, 3), Paragraph(NOT_STARTED_WORDS)]
+    blocks += [
+        to_do(f"{title}: {claims_in_words(claims)}", claims) for title, claims in others.items()
+    ]
     return [*blocks, *others_section(records)]
+
+
+def papers_by_state(records: Records) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """The claims by the title of their paper: of papers with a run or a recipe, and of the others.
+
+    Papers with a run come first.
+    """
+    papers = {
+        paper["title"]: claims_of_paper(stem, records) for stem, paper in records.papers.items()
+    }
+    started = {
+        title: claims
+        for title, claims in papers.items()
+        if any(claim_rows(claim, records) for claim in claims)
+    }
+    by_runs = sorted(started, key=lambda title: not has_run(started[title], records))
+    others = {title: claims for title, claims in papers.items() if claims and title not in started}
+    return {title: started[title] for title in by_runs}, others
+
+
+def has_run(claims: list[dict], records: Records) -> bool:
+    """Whether there is a run beside one of some claims."""
+    return any(beside(claim, records.runs) for claim in claims)
+
+
+def claims_in_words(claims: list[dict]) -> str:
+    """`1 claim` or `34 claims`."""
+    if len(claims) == 1:
+        return "1 claim"
+    return f"{len(claims)} claims"
+
+
+def to_do(title: str, claims: list[dict]) -> Fold:
+    """Claims without a run and without a recipe, behind a title."""
+    return Fold(title, [Table(TO_DO, [to_do_row(claim) for claim in claims])])
 
 
 def claims_of_paper(stem: str, records: Records) -> list[dict]:
@@ -78,13 +119,11 @@ def paper_blocks(title: str, claims: list[dict], records: Records) -> list[Block
     """The claims of one paper: those with a run or a recipe in a table, the others in a fold."""
     rows = [row for claim in claims for row in claim_rows(claim, records)]
     left = [claim for claim in claims if not claim_rows(claim, records)]
-    blocks: list[Block] = [Heading(title, 3)]
-    blocks.append(Table(COLUMNS, rows, "None of its claims has a run or a recipe yet."))
+    blocks: list[Block] = [Heading(title, 3), Table(COLUMNS, rows)]
     blocks += kinds_of([row[2] for row in rows])
     blocks += [chart for claim in claims for chart in charts(claim, records)]
     if left:
-        words = f"To do: {len(left)} of its claims have no recipe yet"
-        blocks.append(Fold(words, [Table(TO_DO, [to_do_row(claim) for claim in left])]))
+        blocks.append(to_do(f"To do: {claims_in_words(left)} of this paper without a recipe", left))
     return blocks
 
 

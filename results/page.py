@@ -22,7 +22,7 @@ from results import (
     survey,
     targets,
 )
-from results.blocks import Block, Fold, Heading, Paragraph, Table, anchor, markdown
+from results.blocks import Block, Heading, Paragraph, Table, anchor, markdown
 from results.curves import run_curve
 from results.drawing import svg
 from results.files import NO_FILES, write_all
@@ -122,16 +122,19 @@ def curves(records: Records) -> dict[Path, str]:
 def short_blocks(records: Records) -> list[Block]:
     """The blocks of the short page: the best run of each claim, the words, and links."""
     blocks: list[Block] = [Heading(beside.TITLE)]
-    for stem, paper in records.papers.items():
-        claims = beside.claims_of_paper(stem, records)
+    started, others = beside.papers_by_state(records)
+    for title, claims in started.items():
         rows = [row for claim in claims for row in short_rows(claim, records)]
         left = [claim for claim in claims if not short_rows(claim, records)]
-        if rows:
-            blocks += [Paragraph(f"**{paper['title']}**"), Table(SHORT, rows)]
+        blocks += [Paragraph(f"**{title}**"), Table(SHORT, rows)]
         if left:
-            cells = [beside.to_do_row(claim) for claim in left]
-            words = f"To do: {len(left)} claims of {paper['title']} without a recipe"
-            blocks.append(Fold(words, [Table(beside.TO_DO, cells)]))
+            words = f"To do: {beside.claims_in_words(left)} of this paper without a recipe"
+            blocks.append(beside.to_do(words, left))
+    if others:
+        words = f"**{beside.NOT_STARTED}.** {beside.NOT_STARTED_WORDS}"
+        blocks.append(Paragraph(words))
+    for title, claims in others.items():
+        blocks.append(beside.to_do(f"{title}: {beside.claims_in_words(claims)}", claims))
     blocks += [Paragraph(beside.WORDS.replace("\n", " ")), beside.statuses()]
     titles = [part.title for part in parts_of(sections(records))]
     links = ", ".join(f"[{title}]({PAGE}#{anchor(title)})" for title in titles)

@@ -239,6 +239,19 @@ def test_the_same_files_give_the_same_bytes_and_a_run_that_is_removed_is_gone(ro
     assert render(root) == empty
 
 
+def test_papers_with_a_run_come_before_those_without_and_those_that_nobody_has_started(root):
+    for name in ("a", "b"):
+        paper = {"title": f"Paper {name}", "arxiv": "1", "claims": {"cifar10": CLAIM}}
+        write(root / f"paper/{name}.yaml", json.dumps(paper))
+    write(root.parent / "configs/b_cifar10.yaml", "")
+    add(root, "run")
+    for content in (page(root), render(root)[root / "README.md"]):
+        body = content[content.index("</header>" if "<html" in content else "## Beside") :]
+        titles = ["A flow", "Paper b", "Papers that nobody has started", "Paper a: 1 claim"]
+        places = [body.index(title) for title in titles]
+        assert places == sorted(places)
+
+
 def test_another_protocol_is_said_in_words(root):
     record = result(run="a")
     comparison = {"claim": "flow.cifar10", "metric": "test/bpd", "status": "other protocol"}

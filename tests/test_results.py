@@ -991,8 +991,8 @@ def test_claims_are_listed_with_a_recipe_or_a_run_best_first(root):
 
 def test_a_claim_without_recipe_and_run_is_left_to_do(root):
     page = whole(root)
-    assert "\nNone of its claims has a run or a recipe yet.\n" in page
-    assert "<summary>To do: 2 of its claims have no recipe yet</summary>" in page
+    assert "### Papers that nobody has started\n" in page
+    assert "<summary>A flow: 2 claims</summary>" in page
     assert "| Table 1, Ours | CIFAR-10 | test/bpd | 1980.50 | not run |" in page
     assert "| CIFAR-10 | test | bits/dim | 3.49 | stored |" in page
 
