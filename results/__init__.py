@@ -6,7 +6,7 @@ Nothing in this package imports torch.
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ MORE_OF_CLAIM = {
     "checked": mapping_of(fact),  # facts that must agree for a comparison (`results.protocol`)
     "allowed": mapping_of(fact),  # facts that may differ; the difference is printed
     "experiment": stem,  # the recipe, where its name is not <paper>_<row>
+    "decimals": decimals_form,
     "source": text,
 }
 PAPER = record({"title": text, "arxiv": text}, optional={"notes": list_of(text)})
@@ -116,6 +117,7 @@ def load_paper(path: Path) -> dict:
                 f"{path}: decimals={decimals_of(claim)} of the claim {row} are not understood: "
                 "give an int from 0 to 6"
             )
+        refuse_unknown(claim, f"{path}: the claim {row}")
         faults[f"the claim {row}"] = keys(record(CLAIM, MORE_OF_CLAIM), claim)
     for place, names in faults.items():
         if names:
@@ -123,6 +125,15 @@ def load_paper(path: Path) -> dict:
                 f"{path}: {place} lacks {', '.join(names)}: see results/paper/realnvp.yaml"
             )
     return paper
+
+
+def refuse_unknown(claim: Mapping, place: str) -> None:
+    """ValueError, one line: a claim has a key that nothing reads, perhaps misspelled."""
+    known = [*CLAIM, *MORE_OF_CLAIM]
+    for key in claim:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{place} has an unknown key '{key}': did you mean '{nearest}'?")
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,6 +176,20 @@ def load_claim(claim_id: str, root: Path = ROOT) -> dict:
 def recipe_of(claim: Mapping) -> str:
     """The name of the recipe that reproduces a claim, e.g. `realnvp_cifar10`."""
     return claim.get("experiment", claim["id"].replace(".", "_"))
+
+
+def papers_with_recipe(recipes: Iterable[str], root: Path = ROOT) -> dict[str, dict]:
+    """Of `load_papers` those of which a recipe reproduces a claim.
+
+    recipes: the names of the files in configs/, without their suffix.
+    """
+    names = set(recipes)
+    stems = {
+        claim["id"].partition(".")[0]
+        for claim in load_claims(root).values()
+        if recipe_of(claim) in names
+    }
+    return {stem: paper for stem, paper in load_papers(root).items() if stem in stems}
 
 
 def decimals_of(claim: Mapping) -> int:

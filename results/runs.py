@@ -306,6 +306,9 @@ def add(folder: str | Path, suspect: str | None = None, root: Path = ROOT) -> Ad
         files[path.with_suffix(".png")] = image
     files[path] = content.encode()  # last: the run counts as recorded from here on
     lines = [f"recorded {path}: {summary(result, statuses)}", weights.line]
+    for comparison in result["comparisons"]:
+        for words in comparison["differences"]:
+            lines.append(f"{comparison['metric']} is not compared with the paper's: {words}")
     if result["dirty"]:
         lines.append(
             f"warning: {result['run']} was made with uncommitted changes: "

@@ -1,5 +1,7 @@
 """What the papers claim, the names of metrics, and whether a run measured by a claim's protocol."""
 
+import json
+
 import pytest
 import yaml
 
@@ -19,7 +21,7 @@ from results.formats import count
 from results.groups import comparison_of
 from results.metrics import QUANTITIES, label_of, quantity_of
 from results.protocol import allowed_differences, differences, facts_of
-from results.runs import form
+from results.runs import add, form
 
 
 def result(**more):
@@ -185,6 +187,20 @@ def test_a_figure_by_another_protocol_is_never_called_reproduced(root, facts, se
         assert comparison["differences"] == [sentence]
 
 
+def test_recording_a_run_says_what_keeps_its_figure_from_comparison(root, tmp_path):
+    folder = tmp_path / "outputs/flow_cifar10/seed0"
+    measured = MEASURED | {"n": 10_000}
+    record = result(papers=[BESIDE], protocol={"test/fid": measured})
+    write(folder / "result.json", json.dumps(record))
+    addition = add(folder, root=root)  # without a suspect, which only a gap needs
+    assert "other protocol" in addition.lines[0]
+    sentence = "samples: 10,000 here, 50,000 in the paper"
+    assert f"test/fid is not compared with the paper's: {sentence}" in addition.lines
+    (content,) = addition.files.values()
+    assert json.loads(content)["comparisons"][0]["differences"] == [sentence]
+    assert json.loads(content)["protocol"] == {"test/fid": measured}
+
+
 def test_a_fact_that_is_not_recorded_or_not_stated_is_a_difference(root):
     comparison = compared(root)
     assert comparison["status"] == "other protocol"
@@ -272,6 +288,14 @@ def test_seeds_of_which_one_has_another_protocol_are_of_another_protocol(root):
 def test_a_claim_of_another_form_is_named(root, more, place):
     write_claims(root, fid=FID | more)
     with pytest.raises(ValueError, match=rf"flow\.yaml: the claim fid lacks {place}: see") as error:
+        load_claim("flow.fid", root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelled_key_of_a_claim_is_named(root):
+    write_claims(root, fid={**FID, "cheked": {"n": 50_000}})
+    message = r"flow\.yaml: the claim fid has an unknown key 'cheked': did you mean 'checked'\?"
+    with pytest.raises(ValueError, match=message) as error:
         load_claim("flow.fid", root)
     assert "\n" not in str(error.value)
 
@@ -427,6 +451,11 @@ def test_an_fid_whose_protocol_the_paper_does_not_state_is_never_reproduced():
     ddpm = load_claim("ddpm.cifar10_fid")
     published = {"n": 50_000, "reference": "train", "weights_sha256": "6726825d0af5f729"}
     assert differences(ddpm, result(protocol={"test/fid": published})) == []
+    without_validation = result(protocol={"test/fid": {**published, "reference_n": 45_000}})
+    assert differences(ddpm, without_validation) == []
+    assert allowed_differences(ddpm, without_validation) == [
+        "number of reference images: 45,000 here, 50,000 in the paper"
+    ]
     fewer = result(protocol={"test/fid": {**published, "n": 5_000, "reference": "test"}})
     assert differences(ddpm, fewer) == [
         "samples: 5,000 here, 50,000 in the paper",
