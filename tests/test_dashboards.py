@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from sketch_denoiser import Denoiser, psnr
 from test_glow_scripts import run as run_glow
@@ -20,7 +21,7 @@ import results
 from datamodules import make_data
 from lightning_modules.metrics import image_mean
 from reproduce import experiment, realnvp_cifar10, realnvp_moons
-from reproduce.config import override
+from reproduce.config import CONFIGS, override
 from reproduce.loggers import close
 from results.metrics import QUANTITIES, Metric, label_of
 
@@ -214,3 +215,10 @@ def test_figures_on_few_samples_are_labelled_as_on_the_results_page():
     assert label_of("val/fid_5k") == "FID-5k"
     assert "`val/fid_5k` is FID-5k" in PAGE
     assert re.search(r"^\| FID-5k \| line plot \| `val/fid_5k` \|$", PAGE, flags=re.MULTILINE)
+
+
+def test_the_page_names_the_metric_and_goal_of_every_sweep():
+    rows = re.findall(r"^\| [^|]+ \| `(val/\w+)` \| (\w+) \|$", PAGE, flags=re.MULTILINE)
+    sweeps = [yaml.safe_load(path.read_text()) for path in (CONFIGS / "sweeps").glob("*.yaml")]
+    metrics = {tuple(sweep["metric"].values()) for sweep in sweeps if "metric" in sweep}
+    assert metrics == set(rows)
