@@ -253,6 +253,8 @@ def columns(content: dict) -> list[str]:
         *(f"corrected by {name}" for name in here),
         "typicality, m=1",
         f"typicality, m={content['m']:g}",
+        "beyond the limit, m=1",
+        f"m={content['m']:g}",
     ]
 
 
@@ -260,12 +262,15 @@ def rows(content: dict) -> list[list[str]]:
     """A row for the model's own test images, and one for each set."""
     inside = content["inside"]
     scores = ["likelihood", *scores_of(content)]
+    limits = ["typicality_1", "typicality_m"]
     own = [f"**{content['data']}, its own test**", *figures(inside), *["-"] * len(scores)]
+    own += [share_text(inside, name) for name in limits]
     others = [
         [
             f"{each['title']} ({each['preparation']})",
             *figures(each),
             *(area_text(each["auroc"].get(score)) for score in scores),
+            *(share_text(each, name) for name in limits),
         ]
         for each in content["sets"]
     ]
@@ -298,21 +303,23 @@ def without_set(name: str, advice: str) -> str:
     return f"{name} is left out: {advice}"
 
 
-def thresholds(content: dict) -> list[Block]:
-    """A sentence and a table on what the thresholds of typicality let pass and stop."""
-    names = {"typicality_1": 1, "typicality_m": content["m"]}
-    limits = [f"m={m:g}, limit {fixed(content['thresholds'][name])}" for name, m in names.items()]
-    scored = {f"**{content['data']}, its own test**": content["inside"]}
-    scored |= {each["title"]: each for each in content["sets"]}
-    shares = [
-        [title, *(fixed(each["flagged"].get(name), ".1%") for name in names)]
-        for title, each in scored.items()
-    ]
-    text = (
-        "Used as a test, the share of batches whose typicality is beyond a limit in bits/dim, "
-        f"which 99 % of batches drawn from {content['held_out']['n']:,} held-out images pass:"
+def threshold_text(content: dict) -> str:
+    """What the thresholds of typicality let pass and stop."""
+    parts = []
+    for name, m in (("typicality_1", 1), ("typicality_m", content["m"])):
+        limit = fixed(content["thresholds"][name])
+        own = share_text(content["inside"], name)
+        parts.append(f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test")
+    n = content["held_out"]["n"]
+    return (
+        "The last columns are the shares of batches whose typicality is beyond a limit that 99 % "
+        f"of batches drawn from {n:,} held-out images pass; {', '.join(parts)}."
     )
-    return [Paragraph(text), Table(["images", *limits], shares)]
+
+
+def share_text(scored: dict, name: str) -> str:
+    """The share of batches that are beyond the limit of a typicality; `-` without batches."""
+    return fixed(scored["flagged"].get(name), ".1%")
 
 
 # ---------------------------------------------------------------------- histograms
@@ -404,15 +411,12 @@ def part(stem: str, content: dict) -> list[Block]:
     facts = f"Commit {commit(content)}, {content['device']}."
     if left_out:
         facts += f" Left out: {left_out}."
-    caption = (
-        f"Histograms of bits/dim and of corrected scores of {content['model']}; scores beyond an "
-        "end are counted there"
-    )
+    caption = f"Histograms of the scores of {content['model']}"
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),
         Table(columns(content), rows(content)),
-        *thresholds(content),
+        Paragraph(threshold_text(content)),
         Drawing(histograms(content), caption, f"{FOLDER}/{stem}.svg"),
         Code(content["command"]),
         Paragraph(facts),

@@ -437,7 +437,7 @@ def test_missing_sets_are_named_and_the_others_are_compared(realnvp, tmp_path, c
     [
         (
             ["RUN", "sets=[svnh]"],
-            "sets=svnh is not known (did you mean svhn?): give svhn,",
+            "sets=svnh is not known (did you mean svhn?): give svhn, cifar10,",
         ),
         (["RUN", "sets=[noise,noise]"], "sets=[noise,noise] has a set twice: give each once"),
         (["RUN", "sets=[svhn]", "root=."], "no set is left to compare with: give others"),
@@ -591,26 +591,25 @@ def test_the_section_has_a_verdict_a_table_and_a_picture_for_each_file(tmp_path)
         page.TITLE,
         "glow_cifar10/cpu-seed0",
     ]
-    table, shares = [block for block in blocks if isinstance(block, Table)]
+    [table] = [block for block in blocks if isinstance(block, Table)]
     assert list(table.columns) == [
         *("images", "n", "bits/dim", "as PNG", "AUROC of likelihood", "corrected by PNG"),
-        *("typicality, m=1", "typicality, m=10"),
+        *("typicality, m=1", "typicality, m=10", "beyond the limit, m=1", "m=10"),
     ]
     dashes = ["-"] * 4
     assert table.rows == [
-        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes],
+        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes, "1.0%", "0.0%"],
         [
             *("flat (made)", "100 (3 not finite)", "1.2e+03 (median 12.25)", "0.300"),
             *("0.020 (0.010 to 0.030)", "0.980 (0.970 to 0.990)", "0.300 (0.290 to 0.310)", "-"),
+            *("50.0%", "-"),
         ],
     ]
     texts = [block.text for block in blocks if isinstance(block, Paragraph)]
     assert page.verdict(content) in texts
     assert texts[-1] == page.QUOTED["svhn"]
     assert "Commit 0123456, a CPU. Left out: svhn." in texts
-    assert list(shares.columns) == ["images", "m=1, limit 0.600", "m=10, limit 0.200"]
-    assert shares.rows == [["**cifar10, its own test**", "1.0%", "0.0%"], ["flat", "50.0%", "-"]]
-    assert any("batches drawn from 100 held-out images" in text for text in texts)
+    assert any("batches of 10 beyond 0.200 bits/dim: 0.0% of its own test" in t for t in texts)
     [picture] = [block for block in blocks if isinstance(block, Drawing)]
     assert picture.file == "ood/a.svg"
     assert [block.text for block in blocks if isinstance(block, Code)] == [content["command"]]
