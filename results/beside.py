@@ -30,7 +30,8 @@ NOT_STARTED = "Papers that nobody has started"
 NOT_STARTED_WORDS = "There is neither a recipe nor a run for any of their claims yet."
 OTHERS = "Runs without a paper's number"
 MACHINE = ["budget", "hardware", "time", "commit"]
-COLUMNS = ["experiment", "data", "metric", "paper", "ours", "gap", "status", *MACHINE, "note"]
+# The status and the numbers come first: a phone shows no more than these without scrolling.
+COLUMNS = ["experiment", "status", "paper", "ours", "gap", "data", "metric", *MACHINE, "note"]
 OTHER_COLUMNS = ["experiment", "data", "metrics", *MACHINE]
 TO_DO = ["paper's row", "data", "metric", "paper", "status"]
 WORDS = """Gap: our number minus the paper's. Budget: the images that a run was trained on, as a
@@ -120,7 +121,7 @@ def paper_blocks(title: str, claims: list[dict], records: Records) -> list[Block
     rows = [row for claim in claims for row in claim_rows(claim, records)]
     left = [claim for claim in claims if not claim_rows(claim, records)]
     blocks: list[Block] = [Heading(title, 3), Table(COLUMNS, rows)]
-    blocks += kinds_of([row[2] for row in rows])
+    blocks += kinds_of([claim["metric"] for claim in claims if claim not in left])
     blocks += [chart for claim in claims for chart in charts(claim, records)]
     if left:
         blocks.append(to_do(f"To do: {claims_in_words(left)} of this paper without a recipe", left))
@@ -129,14 +130,17 @@ def paper_blocks(title: str, claims: list[dict], records: Records) -> list[Block
 
 def claim_rows(claim: dict, records: Records) -> list[list[str]]:
     """The rows of a claim: one for each group of runs or, without any run, one for its recipe."""
-    start = [claim["dataset"], *paper_cells(claim)]
+    metric, paper = paper_cells(claim)
+    what = [claim["dataset"], metric]
     rows = []
     for row in beside(claim, records.runs):
-        cells = [*figure_cells(row, claim), *machine_cells(row.group), note(row)]
-        rows.append([experiment_cell(row.group, row.settings), *start, *cells])
+        name = experiment_cell(row.group, row.settings)
+        *figures, status = figure_cells(row, claim)
+        cells = [*machine_cells(row.group), note(row)]
+        rows.append([name, status, paper, *figures, *what, *cells])
     recipe = recipe_of(claim)
     if not rows and records.has_recipe(recipe):
-        rows = [[recipe, *start, "-", "-", "not run", *["-"] * len(MACHINE), "-"]]
+        rows = [[recipe, "not run", paper, "-", "-", *what, *["-"] * len(MACHINE), "-"]]
     return rows
 
 

@@ -456,7 +456,8 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
     page = whole(root)
     rows = [line.split(" | ")[:8] for line in page.splitlines() if line.startswith("| flow_")]
     assert {row[0] for row in rows} == {"| flow_cifar10 preset=cpu"}
-    assert [row[2:7] for row in rows] == [
+    rows = [[row[6], *row[2:5], row[1]] for row in rows]
+    assert rows == [
         ["test/psnr", "27.75", "27.700", "-0.050", "reproduced"],
         ["test/lpips", "0.120", "0.1235", "+0.0035", "gap"],
         ["test/ssim", "3.49", "-", "-", "not measured"],
@@ -466,7 +467,7 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
         for line in files[root.parent / "README.md"].splitlines()
         if "| flow_" in line
     ]
-    assert front == [row[2:7] for row in rows]
+    assert front == rows
     assert page.count("### flow_cifar10/20261122-231500-ab12") == 1
     assert page.count("The paper's protocol: n_bits 8.\n") == 1
     assert "## Runs without a paper's number\n\nNone yet.\n" in page
@@ -545,7 +546,7 @@ def test_kinds_are_explained_under_the_table_that_shows_them(root):
     recorded(root, run="b", papers=[paper], metrics={"test/bpd_bound": 3.3})
     recorded(root, run="c", papers=[], metrics={"test/bpd_iw16": 3.2})
     beside, _, without = whole(root).partition("## Runs without a paper's number")
-    assert "| 3.28 | 3.300 | +0.020 | reproduced |" in beside
+    assert "| reproduced | 3.28 | 3.300 | +0.020 |" in beside
     assert f"\n\n* `test/bpd_bound`: {KINDS['bound']}.\n" in beside
     assert f"\n\n* `test/bpd_iw16`: {KINDS['iw']}.\n" in without
     assert KINDS["iw"] not in beside
@@ -604,7 +605,7 @@ def test_add_records_the_run_and_its_picture(root, run, capsys):
         assert image.format == "PNG"
         assert 200 < image.width == image.height < 500
     page = whole(root)
-    row = "| flow_cifar10 preset=cpu | CIFAR-10 | test/bpd | 3.49 | 3.900 | +0.410 | shortened | "
+    row = "| flow_cifar10 preset=cpu | shortened | 3.49 | 3.900 | +0.410 | CIFAR-10 | test/bpd | "
     assert f"{row}3.2 % of 12.5 M images" in page
     assert "python reproduce/flow_cifar10.py preset=cpu seed=0\n" in page
     assert "warning" not in capsys.readouterr().out
@@ -852,7 +853,8 @@ def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
     page = whole(root)
     assert "Suspect: no weight norm" in page
     machine = "100 % of 12.5 M images (ours) | CPU | 20.6 min | 0123456 (dirty)"
-    assert f"| gap | {machine} | suspect: no weight norm |" in page
+    assert "| flow_cifar10 preset=cpu | gap | 3.49 | 3.900 | +0.410 |" in page
+    assert f"| {machine} | suspect: no weight norm |" in page
 
 
 def test_the_page_shows_the_earlier_ends_of_a_run_that_was_extended(root):
@@ -979,13 +981,14 @@ def test_claims_are_listed_with_a_recipe_or_a_run_best_first(root):
         recorded(root, value=value, run=name)
     page = whole(root)
     rows = [line for line in page.splitlines() if line.startswith("| flow_")]
-    assert [row.split(" | ")[4:7] for row in rows] == [
+    cells = [row.split(" | ") for row in rows]
+    assert [[*row[3:5], row[1]] for row in cells] == [
         ["3.500", "+0.010", "reproduced"],
         ["3.900", "+0.410", "shortened"],
         ["-", "-", "shortened"],
         ["-", "-", "not run"],
     ]
-    assert rows[3].startswith("| flow_mnist | CIFAR-10 | test/bpd | 1980.50 |")
+    assert rows[3].startswith("| flow_mnist | not run | 1980.50 | - | - | CIFAR-10 | test/bpd |")
     assert {row.count(" | ") for row in rows} == {11}
 
 
