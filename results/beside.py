@@ -233,6 +233,7 @@ def machine_cells(group: Group) -> list[str]:
 def note(row: Beside) -> str:
     """What a reader has to know of a row: differences in protocol, reasons, suspects."""
     notes = list(row.comparison.get("differences") or [])
-    notes += [row.comparison["reason"]] if row.comparison.get("reason") else []
+    if row.comparison.get("reason"):
+        notes.append(row.comparison["reason"])
     notes += [f"suspect: {run['suspect']}" for run in row.group if run.get("suspect")]
     return distinct(notes, "; ") or "-"

@@ -202,8 +202,8 @@ def spread(heights: list[float], spacing: float, top: float, bottom: float) -> l
     """
     moved: list[float] = []
     for height in heights:
-        lowest = moved[-1] + spacing if moved else top
-        moved.append(max(height, lowest))
+        moved.append(max(height, top))
+        top = moved[-1] + spacing
     limit = bottom
     for k in reversed(range(len(moved))):
         moved[k] = min(moved[k], limit)
