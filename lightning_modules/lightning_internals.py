@@ -8,7 +8,7 @@ both before you raise the bound.
 
 import inspect
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as L
@@ -100,6 +100,17 @@ def leave_last_batch_open(checkpoint: dict[str, Any]) -> None:
 def name_no_anonymous_mode(logger: WandbLogger) -> None:
     """Remove the argument `anonymous` that Lightning 2.6 always passes; wandb warns about it."""
     logger._wandb_init.pop("anonymous", None)
+
+
+def forget_metrics(trainer: L.Trainer, keys: Iterable[str]) -> None:
+    """Remove values from `trainer.callback_metrics`.
+
+    Lightning 2.6 keeps there what an earlier validation has logged, beside the values of the newest
+    one. A metric that is not measured at every validation would look measured again. That the
+    attribute is the dict itself, not a copy, is not documented.
+    """
+    for key in keys:
+        trainer.callback_metrics.pop(key, None)
 
 
 # The following attributes are public, but Lightning 2.6 does not declare them for type checkers.

@@ -271,7 +271,6 @@ USELESS_WARNINGS = (
     "exists and is not empty",
     "is smaller than the logging interval",  # an epoch of few images
     "Grad strides do not match bucket view",  # from DDP, for convolutions with one input channel
-    r"self.log\('(paper|gap)/",  # asks for sync_dist, but these values are equal on all ranks
 )
 
 
@@ -383,7 +382,7 @@ def papers_of(config: DictConfig) -> list[dict]:
     """The papers' claims with which a run is compared, by the key `paper` of its recipe.
 
     `paper` is null, the id of a claim, or a list of ids. Each claim gets `comparable`: whether the
-    run has the claim's data, starts from random weights, and is tested on all of the test split.
+    run has the claim's images, starts from random weights, and is tested on all of the test split.
     ConfigError: an id is unknown, or two claims are on the same metric.
     """
     ids = config.paper if isinstance(config.paper, ListConfig) else [config.paper]
@@ -403,7 +402,7 @@ def papers_of(config: DictConfig) -> list[dict]:
 
 
 def _paper(config: DictConfig, claim: dict) -> dict:
-    same_data = config.data.name == claim["data"] and results.same_n_bits(claim, config.data)
+    has_images = results.same_images(claim, config.data)
     is_whole = config.trainer.limit_test_batches is None
     return {
         "claim": claim["id"],
@@ -411,7 +410,7 @@ def _paper(config: DictConfig, claim: dict) -> dict:
         "value": claim["value"],
         "decimals": results.decimals_of(claim),
         "direction": claim["direction"],
-        "comparable": same_data and config.get("init_from") is None and is_whole,
+        "comparable": has_images and config.get("init_from") is None and is_whole,
     }
 
 

@@ -70,6 +70,7 @@ STATUS = {
     "reproduced": "as good as the paper's number, or within its tolerance",
     "gap": "worse than the paper's number, after as much training",
     "shortened": "worse than the paper's number, after less training",
+    "other protocol": "measured in another way than the paper's number: not compared",
     "not measured": "this run did not measure it",
 }
 
@@ -179,8 +180,14 @@ def _numbers(result: dict[str, Any] | None) -> list[str]:
     lines += table(["metric", "this model", "paper", "where", "status"], rows)
     statuses = {each["status"] for each in compared}
     explained = [f"* `{word}`: {STATUS[word]}." for word in STATUS if word in statuses]
+    reasons = [
+        f"* `{each['metric']}`: {words}."
+        for each in compared
+        for words in (*each.get("differences", []), each.get("reason"))
+        if words
+    ]
     if explained:
-        lines += [*explained, ""]
+        lines += [*explained, *reasons, ""]
     tested = result.get("tested")
     if tested:
         choice = "the best by validation" if tested["chosen"] == "best" else "the last"

@@ -27,7 +27,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightning_modules.callbacks.curve import Curve
-from lightning_modules.callbacks.paper import COLUMNS, comparison_rows
+from lightning_modules.callbacks.paper import (
+    COLUMNS,
+    comparison_rows,
+    notes_of,
+    short_name,
+)
 from lightning_modules.lightning_internals import callbacks_of, name_no_anonymous_mode
 from reproduce.config import ConfigError
 from reproduce.provenance import git_state
@@ -318,7 +323,8 @@ def report(logger: Logger | bool | None, result: dict[str, Any]) -> None:
 
     The summary gets the tested metrics; for each claim that the run can be compared with
     `paper/<name>` and `gap/<name>` (the gap of the test, not of a validation); `status` (of the
-    first claim); and `best/val/<name>` if the best weights were tested. `val/<name>` stays the last
+    first claim); `note/<name>`, why a metric was not measured or how it was measured otherwise than
+    the claim; and `best/val/<name>` if the best weights were tested. `val/<name>` stays the last
     value, which sweeps read. The table `comparison` has a row for each metric and claim; the
     statuses become tags. With `logger.weights=true` the tested weights follow as an artifact, a
     folder that `reproduce.load` takes.
@@ -373,10 +379,12 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
     for comparison in result["comparisons"]:
         if comparison["status"] == "-":  # the claim is on other data, for example
             continue
-        name = comparison["metric"].split("/")[-1]
+        name = short_name(comparison["metric"])
         summary[f"paper/{name}"] = comparison["value"]
         if comparison["gap"] is not None:
             summary[f"gap/{name}"] = comparison["gap"]
+    for metric, note in notes_of(result).items():
+        summary[f"note/{short_name(metric)}"] = note
     return {**summary, "status": result["status"]}
 
 

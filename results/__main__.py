@@ -1,7 +1,8 @@
 """`python -m results` writes results/README.md.
 
 `python -m results add RUN` first records a finished run, and `python -m results figure3 FOLDER` a
-finished repetition of Glow's Figure 3.
+finished repetition of Glow's Figure 3. `python -m results table FOLDER...` writes nothing. It
+prints one Markdown table of the runs in some folders, such as those of a sweep, with the best bold.
 """
 
 import sys
@@ -9,13 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from results import ROOT, figure3, runs
+from results import ROOT, figure3, runs, sweep_table
 from results.files import Addition, write_all
 from results.page import render
 
 USAGE = (
     "usage: python -m results "
-    '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name>]'
+    '[add outputs/<experiment>/<run> [suspect="..."] | figure3 outputs/figure3/<name> '
+    "| table FOLDER...]"
 )
 
 
@@ -27,6 +29,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """
     if argv is None:
         argv = sys.argv[1:]
+    if argv[:1] == ["table"] and len(argv) > 1:
+        return print_table(argv[1:], root)
     make_addition: Callable[[], Addition]
     match argv:
         case []:
@@ -52,6 +56,17 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     for line in addition.lines:
         print(line)
     print(f"wrote {Path(root) / 'README.md'}")
+    return 0
+
+
+def print_table(folders: list[str], root: Path) -> int:
+    """Print the table of the runs in some folders; returns the exit code."""
+    try:
+        text = sweep_table.render(folders, root)
+    except (ValueError, OSError) as error:
+        complain(f"error: {' '.join(str(error).split())}")
+        return 1
+    print(text)
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import yaml
 from PIL import Image
 
 from results import is_number
@@ -114,6 +115,22 @@ def checked_json(
         raise ValueError(f"{path} {damaged.format(problem=error)}") from error
     if faults := keys(form, value):
         raise ValueError(f"{path} {unusable.format(problem=abbreviated(faults))}")
+    return value
+
+
+def checked_yaml(path: Path, form: Check, content: bytes | None = None) -> Any:
+    """The value in a YAML file of a certain form; arguments as those of `checked_json`.
+
+    ValueError, one line with the path: the file is not YAML, or the keys that are wrong.
+    """
+    if content is None:
+        content = path.read_bytes()
+    try:
+        value = yaml.safe_load(content.decode("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if faults := keys(form, value):
+        raise ValueError(f"{path} lacks a usable {abbreviated(faults)}")
     return value
 
 

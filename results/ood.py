@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from results import ROOT
-from results.blocks import Block, Code, Heading, Paragraph, Picture, Table
+from results.blocks import Block, Code, Drawing, Heading, Paragraph, Table
 from results.checks import flag, list_of, mapping_of, number, one_of, or_null, record, text
 from results.curves import ticks
-from results.drawing import Line, Shape, Text
-from results.drawing import Picture as Drawing
+from results.drawing import Line, Picture, Shape, Text
 from results.files import NO_FILES, checked_json, matching_files
 from results.formats import commit, distinct, fixed, table
 
@@ -254,6 +253,8 @@ def columns(content: dict) -> list[str]:
         *(f"corrected by {name}" for name in here),
         "typicality, m=1",
         f"typicality, m={content['m']:g}",
+        "beyond the limit, m=1",
+        f"m={content['m']:g}",
     ]
 
 
@@ -261,12 +262,15 @@ def rows(content: dict) -> list[list[str]]:
     """A row for the model's own test images, and one for each set."""
     inside = content["inside"]
     scores = ["likelihood", *scores_of(content)]
+    limits = ["typicality_1", "typicality_m"]
     own = [f"**{content['data']}, its own test**", *figures(inside), *["-"] * len(scores)]
+    own += [share_text(inside, name) for name in limits]
     others = [
         [
             f"{each['title']} ({each['preparation']})",
             *figures(each),
             *(area_text(each["auroc"].get(score)) for score in scores),
+            *(share_text(each, name) for name in limits),
         ]
         for each in content["sets"]
     ]
@@ -303,20 +307,19 @@ def threshold_text(content: dict) -> str:
     """What the thresholds of typicality let pass and stop."""
     parts = []
     for name, m in (("typicality_1", 1), ("typicality_m", content["m"])):
-        shares = [
-            f"{fixed(each['flagged'].get(name), '.1%')} of {each['title']}"
-            for each in content["sets"]
-        ]
         limit = fixed(content["thresholds"][name])
-        own = fixed(content["inside"]["flagged"].get(name), ".1%")
-        parts.append(
-            f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test, {', '.join(shares)}"
-        )
+        own = share_text(content["inside"], name)
+        parts.append(f"batches of {m:g} beyond {limit} bits/dim: {own} of its own test")
     n = content["held_out"]["n"]
     return (
-        f"Typicality with the threshold that 99 % of batches drawn from {n:,} held-out images "
-        f"pass; {'; '.join(parts)}."
+        "The last columns are the shares of batches whose typicality is beyond a limit that 99 % "
+        f"of batches drawn from {n:,} held-out images pass; {', '.join(parts)}."
     )
+
+
+def share_text(scored: dict, name: str) -> str:
+    """The share of batches that are beyond the limit of a typicality; `-` without batches."""
+    return fixed(scored["flagged"].get(name), ".1%")
 
 
 # ---------------------------------------------------------------------- histograms
@@ -334,7 +337,7 @@ OUTSIDE_COLOR = "#bc4c00"
 AXIS_COLOR = "#888888"
 
 
-def histograms(content: dict) -> Drawing:
+def histograms(content: dict) -> Picture:
     """The distribution of scores, of each set beside the model's own test images.
 
     A row for each set: bits/dim on the left, and on the right those corrected by the best
@@ -355,7 +358,7 @@ def histograms(content: dict) -> Drawing:
             counts = each["histograms"].get(score)
             if counts is not None:
                 shapes += panel(counts, corner, width)
-    return Drawing(WIDTH, TOP + PANEL * len(content["sets"]), tuple(shapes))
+    return Picture(WIDTH, TOP + PANEL * len(content["sets"]), tuple(shapes))
 
 
 def panel(counts: dict, corner: tuple[float, float], width: float) -> Iterator[Shape]:
@@ -408,12 +411,13 @@ def part(stem: str, content: dict) -> list[Block]:
     facts = f"Commit {commit(content)}, {content['device']}."
     if left_out:
         facts += f" Left out: {left_out}."
+    caption = f"Histograms of the scores of {content['model']}"
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),
         Table(columns(content), rows(content)),
         Paragraph(threshold_text(content)),
-        Picture(f"{FOLDER}/{stem}.svg", f"Histograms of the scores of {content['model']}"),
+        Drawing(histograms(content), caption, f"{FOLDER}/{stem}.svg"),
         Code(content["command"]),
         Paragraph(facts),
     ]

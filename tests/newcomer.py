@@ -51,6 +51,7 @@ FEW_IMAGES = {  # keys of commands that are no experiments
     "reproduce.sample": ["n=4"],
     "reproduce.score": [],
     "reproduce.evaluate": [],
+    "reproduce.ood": ["n=12", "sets=[constant,noise]"],
     "reproduce.export": [],
 }
 

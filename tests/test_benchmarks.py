@@ -5,22 +5,24 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import threading
 from functools import partial
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import candidates
+from benchmarks import candidates, overhead
 from benchmarks.candidates import GlowSize, RealNVPSize
 from benchmarks.speed import Candidate, Floor
 from benchmarks.turns import InProcess, OwnProcess, _serve, interleaved
 from flows.glow import Glow
 from flows.realnvp import RealNVP
-from reproduce.config import ConfigError
+from reproduce.config import ConfigError, override
 
 KEYS = {
     "model",
@@ -282,3 +284,30 @@ def test_a_mistake_is_one_line(words, message):
         benchmarks.main(words)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_validations_are_timed_beside_forward_passes_on_the_same_images(
+    tmp_path, capsys, monkeypatch
+):
+    """In turns: the forward passes come after the validation, then before it, and so on."""
+    order = []
+    note(monkeypatch, overhead.ForwardAlone, "_forward", order)
+    note(monkeypatch, overhead.DensityModule, "on_validation_epoch_start", order)
+    words = override(cases.TINY, ["trainer.max_steps=3", "trainer.val_check_interval=1"])
+    overhead.main(["evaluation", *words, f"run_dir={tmp_path / 'run'}"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("1 rank(s), 3 validations of 24 images a rank: ")
+    assert re.search(r"forward passes alone \d+\.\d{4} s, ratio \d+\.\d{4}$", line)
+    loop = "on_validation_epoch_start"
+    assert order == [loop, *("_forward", loop), *(loop, "_forward"), *("_forward", loop)]
+
+
+def note(monkeypatch, owner, name, order):
+    """Append the name of a method to a list at each call of it."""
+    method = getattr(owner, name)
+
+    def noted(*arguments):
+        order.append(name)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, noted)

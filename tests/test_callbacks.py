@@ -429,47 +429,85 @@ def test_ranks_stop_because_of_what_rank_0_could_not_write(tmp_path):
     assert stop.value.message.startswith("stopped at step 5: curve.csv could not be written")
 
 
+def logged_by_comparison(papers, seen, sanity_checking=False):
+    """What `PaperComparison` logs at the end of a validation that has logged `seen`, at step 6."""
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda row, step: logged.append((step, row)))
+    trainer = SimpleNamespace(
+        sanity_checking=sanity_checking,
+        global_step=6,
+        logger=logger,
+        callback_metrics={"val/ssim": torch.tensor(0.7)},  # of an earlier validation
+    )
+    callback = PaperComparison(papers)
+    callback.on_validation_start(trainer, None)
+    trainer.callback_metrics |= seen
+    callback.on_validation_end(trainer, None)
+    trainer.logger = None
+    callback.on_validation_end(trainer, None)
+    return logged
+
+
 @pytest.mark.parametrize(
     ("comparable", "expected"),
-    [(True, {"paper/bpd": 3.49, "gap/bpd": 0.51}), (False, {})],
+    [(True, [(6, {"paper/bpd": 3.49, "gap/bpd": pytest.approx(0.51)})]), (False, [])],
 )
 def test_a_claim_is_logged_only_on_its_own_data(comparable, expected):
-    logged = {}
-    trainer = SimpleNamespace(
-        sanity_checking=False, callback_metrics={"val/bpd": torch.tensor(4.0)}
-    )
     paper = {
         "claim": "realnvp.cifar10",
         "metric": "test/bpd",
         "value": 3.49,
         "comparable": comparable,
     }
-    module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
-    PaperComparison([paper]).on_validation_epoch_end(trainer, module)
-    assert logged == pytest.approx(expected)
+    assert logged_by_comparison([paper], {"val/bpd": torch.tensor(4.0)}) == expected
 
 
 def test_each_claim_is_logged_under_its_own_name():
-    logged = {}
-    seen = {"val/psnr": torch.tensor(28.0), "val/lpips": torch.tensor(0.125)}
-    trainer = SimpleNamespace(sanity_checking=False, callback_metrics=seen)
+    seen = {
+        "val/psnr": torch.tensor(28.0),
+        "val/lpips": torch.tensor(0.125),
+        "val/fid_5k": torch.tensor(50.0),
+    }
     papers = [
         {"claim": "f.psnr", "metric": "test/psnr", "value": 27.75, "comparable": True},
-        # Validations do not measure the next one.
-        {
-            "claim": "f.ssim",
-            "metric": "test/ssim",
-            "value": 0.76,
-            "comparable": True,
-        },
+        # Only an earlier validation has measured the next one.
+        {"claim": "f.ssim", "metric": "test/ssim", "value": 0.76, "comparable": True},
         {"claim": "f.lpips", "metric": "test/lpips", "value": 0.12, "comparable": False},
+        # Validations measure the next one on fewer samples.
+        {"claim": "f.fid", "metric": "test/fid", "value": 46.9, "comparable": True},
     ]
-    module = SimpleNamespace(log=lambda key, value: logged.__setitem__(key, float(value)))
-    PaperComparison(papers).on_validation_epoch_end(trainer, module)
-    expected = {"paper/psnr": 27.75, "gap/psnr": 0.25, "paper/ssim": 0.76}
-    assert logged == pytest.approx(expected)
-    trainer.sanity_checking = True
-    PaperComparison(papers).on_validation_epoch_end(trainer, SimpleNamespace())
+    [(step, row)] = logged_by_comparison(papers, seen)
+    expected = {"paper/psnr": 27.75, "gap/psnr": 0.25, "paper/ssim": 0.76, "paper/fid": 46.9}
+    assert (step, row) == (6, pytest.approx(expected))
+    assert logged_by_comparison(papers, seen, sanity_checking=True) == []
+
+
+def test_the_table_says_why_a_metric_has_no_figure_or_none_like_the_papers():
+    claim = {"decimals": 2, "gap": None}
+    fid = claim | {"metric": "test/fid", "value": 46.9, "status": "not measured"}
+    psnr = claim | {"metric": "test/psnr", "value": 27.75, "gap": 0.25}
+    psnr |= {"status": "other protocol", "differences": ["crop: 0 here, 4 in the paper", "b"]}
+    ssim = claim | {"metric": "test/ssim", "value": 0.7, "status": "-", "differences": ["c"]}
+    result = {
+        "experiment": "e",
+        "metrics": {"test/psnr": 28.0, "test/ssim": 0.5},
+        "comparisons": [psnr, fid, ssim],
+        "not_measured": {"test/fid": "no weights: give some", "test/kid": "no weights"},
+    }
+    assert [row[1:] for row in comparison_rows(result)] == [
+        ("test/fid", 46.9, None, None, "not measured", "no weights: give some"),
+        ("test/kid", None, None, None, "not measured", "no weights"),
+        ("test/psnr", 27.75, 28.0, 0.25, "other protocol", "crop: 0 here, 4 in the paper; b"),
+        ("test/ssim", None, 0.5, None, "-", ""),  # of other data
+    ]
+    lines = comparison_table(result).splitlines()
+    assert lines[0].split() == ["experiment", "metric", "paper", "ours", "gap", "status"]
+    assert lines[2].split(maxsplit=5) == ["e", "test/fid", "46.90", "-", "-", "not measured"]
+    assert lines[-3:] == [
+        "test/fid: no weights: give some",
+        "test/kid: no weights",
+        "test/psnr: crop: 0 here, 4 in the paper; b",
+    ]
 
 
 def test_table_has_a_row_for_each_claim_with_its_decimals():
@@ -576,7 +614,7 @@ def test_a_curve_of_nothing_finite_has_no_picture(tmp_path):
 def test_the_table_has_no_papers_number_for_a_run_on_other_data():
     comparison = {"metric": "test/bpd", "value": 3.49, "decimals": 2, "gap": None, "status": "-"}
     result = {"experiment": "e", "metrics": {"test/bpd": 4.5}, "comparisons": [comparison]}
-    assert comparison_rows(result) == [("e", "test/bpd", None, 4.5, None, "-")]
+    assert comparison_rows(result) == [("e", "test/bpd", None, 4.5, None, "-", "")]
     [row] = comparison_table(result).splitlines()[2:]
     assert row.split() == ["e", "test/bpd", "-", "4.5000", "-", "-"]
 

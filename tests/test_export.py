@@ -133,6 +133,23 @@ def test_a_model_card_has_the_number_beside_the_papers(run):
     assert "from reproduce import load" in card
 
 
+def test_a_model_card_says_why_a_figure_is_not_compared(run):
+    stored = read_stored(run)
+    fid = {"claim": "ddpm.cifar10_fid", "metric": "test/fid", "comparable": True}
+    result = stored.result | {
+        "papers": [CLAIM | {"comparable": True}, fid],
+        "metrics": {"test/bpd": 3.4},
+        "protocol": {"test/bpd": {"noise": "truncated"}},
+        "not_measured": {"test/fid": "no weights: give metrics.inception_weights=FILE"},
+    }
+    model = TrainedModel(stored._replace(result=result | results.compare_all(result)))
+    card = export.exported(model)["README.md"].decode()
+    assert " | other protocol |" in card
+    assert "* `test/bpd`: kind of noise: truncated here, uniform in the paper." in card
+    assert "* `test/fid`: no weights: give metrics.inception_weights=FILE." in card
+    assert "reproduced" not in card
+
+
 def test_weights_without_a_test_have_a_card_too(run, tmp_path):
     out = tmp_path / "early"
     export.main([str(run / "checkpoints" / "step-00000002.ckpt"), f"out={out}"])

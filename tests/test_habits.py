@@ -173,7 +173,8 @@ def test_the_targets_and_commands_that_contributing_names_exist():
     named = {word for words in quoted() for word in re.findall(r"\bmake ([a-z][\w-]*)", words)}
     assert {"test", "lint", "hooks", "results"} <= named <= set(targets)
     modules = {name for words in quoted() for name in re.findall(r"python -m ([\w.]+)", words)}
-    assert modules == {"results", "benchmarks", "benchmarks.overhead", "benchmarks.stability"}
+    of_benchmarks = {"benchmarks", "benchmarks.overhead", "benchmarks.stability"}
+    assert modules == {"results", "reproduce.verify", *of_benchmarks}
     markers = {line.split(":")[0] for line in SETTINGS["tool"]["pytest"]["ini_options"]["markers"]}
     assert {name for words in quoted() for name in re.findall(r"-m (\w+)$", words)} == markers - {
         "slurm"

@@ -21,7 +21,7 @@ from reproduce import detection, load, ood, ood_sets, score
 from reproduce.model import TrainedModel
 from reproduce.ood_sets import Missing, Request, fitted
 from results import ood as page
-from results.blocks import Code, Heading, Paragraph, Picture, Table
+from results.blocks import Code, Drawing, Heading, Paragraph, Table
 from results.drawing import svg
 
 ROOT = Path(__file__).parents[1]
@@ -594,14 +594,15 @@ def test_the_section_has_a_verdict_a_table_and_a_picture_for_each_file(tmp_path)
     [table] = [block for block in blocks if isinstance(block, Table)]
     assert list(table.columns) == [
         *("images", "n", "bits/dim", "as PNG", "AUROC of likelihood", "corrected by PNG"),
-        *("typicality, m=1", "typicality, m=10"),
+        *("typicality, m=1", "typicality, m=10", "beyond the limit, m=1", "m=10"),
     ]
     dashes = ["-"] * 4
     assert table.rows == [
-        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes],
+        ["**cifar10, its own test**", "100", "3.500", "5.000", *dashes, "1.0%", "0.0%"],
         [
             *("flat (made)", "100 (3 not finite)", "1.2e+03 (median 12.25)", "0.300"),
             *("0.020 (0.010 to 0.030)", "0.980 (0.970 to 0.990)", "0.300 (0.290 to 0.310)", "-"),
+            *("50.0%", "-"),
         ],
     ]
     texts = [block.text for block in blocks if isinstance(block, Paragraph)]
@@ -609,7 +610,7 @@ def test_the_section_has_a_verdict_a_table_and_a_picture_for_each_file(tmp_path)
     assert texts[-1] == page.QUOTED["svhn"]
     assert "Commit 0123456, a CPU. Left out: svhn." in texts
     assert any("batches of 10 beyond 0.200 bits/dim: 0.0% of its own test" in t for t in texts)
-    [picture] = [block for block in blocks if isinstance(block, Picture)]
+    [picture] = [block for block in blocks if isinstance(block, Drawing)]
     assert picture.file == "ood/a.svg"
     assert [block.text for block in blocks if isinstance(block, Code)] == [content["command"]]
 

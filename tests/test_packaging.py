@@ -17,7 +17,7 @@ from packaging.version import Version
 from lightning_modules.stopping import TRY_AGAIN, RunStopped
 from reproduce import provenance
 from reproduce.command import resumable
-from results import load_papers
+from results import papers_with_recipe
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -71,14 +71,15 @@ def test_every_folder_with_code_or_with_yaml_that_code_reads_is_a_package():
         path.parent for name in ("configs", "results") for path in (ROOT / name).rglob("*.yaml")
     }
     assert set(PACKAGES) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
+    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml", "*.j2"]}
 
 
-def test_every_paper_with_claims_is_cited():
+def test_every_paper_with_a_recipe_is_cited():
+    recipes = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert [
         stem
-        for stem, paper in load_papers().items()
+        for stem, paper in papers_with_recipe(recipes).items()
         if f"arxiv.org/abs/{paper['arxiv']}" not in citation
     ] == []
 
@@ -230,10 +231,12 @@ def test_how_to_go_on_is_a_command_that_works_there(monkeypatch, cwd, program):
 GENERATED_FILES = (
     "README.md",
     "results/README.md",
+    "results/index.html",
     "results/runs/realnvp_moons/a.json",
     "results/ablations/a.png",
     "results/benchmarks/a.json",
     "results/stability/a.json",
+    "results/thumbnails/a.webp",
     "results/ood/a.json",
 )
 

@@ -251,10 +251,11 @@ def test_table_holds_the_printed_rows(resumed):
     result = resumed.results[1]
     (path,) = (part.folder / "files" / "media" / "table").glob("comparison_*.table.json")
     table = json.loads(path.read_text())
-    assert table["columns"] == ["experiment", "metric", "paper", "ours", "gap", "status"]
+    columns = ["experiment", "metric", "paper", "ours", "gap", "status", "note"]
+    assert table["columns"] == columns
     metrics = result["metrics"]
     assert table["data"] == [
-        ["realnvp_cifar10", "test/bpd", None, metrics["test/bpd"], None, "-"],
+        ["realnvp_cifar10", "test/bpd", None, metrics["test/bpd"], None, "-", ""],
         [
             "realnvp_cifar10",
             "test/bpd_reestimated",
@@ -262,6 +263,7 @@ def test_table_holds_the_printed_rows(resumed):
             metrics["test/bpd_reestimated"],
             None,
             "-",
+            "",
         ],
     ]
 
@@ -454,6 +456,7 @@ def test_report_sets_the_tested_gap_over_the_last_validations(tmp_path, alone):
         3.6,
         0.11,
         "shortened",
+        "",
     ]
 
 
@@ -472,11 +475,13 @@ def test_report_of_several_claims(tmp_path, alone):
         "decimals": 2,
         "gap": None,
         "status": "not measured",
+        "differences": [],
     }
     again = {"metric": "test/mse", "value": 1.0, "decimals": 2, "gap": 0.5, "status": "shortened"}
     metrics = RESULT["metrics"] | {"test/psnr": 28.0, "test/mse": 1.5}
     comparisons = [*RESULT["comparisons"], psnr, ssim, again]
-    report(logger, RESULT | {"metrics": metrics, "comparisons": comparisons})
+    more = {"not_measured": {"test/ssim": "no images: give some", "test/kid": "no weights"}}
+    report(logger, RESULT | {"metrics": metrics, "comparisons": comparisons} | more)
     close(0)
     (part,) = parts_of(tmp_path / "run")
     summary = part.summary
@@ -490,8 +495,10 @@ def test_report_of_several_claims(tmp_path, alone):
     assert list(part.run.tags)[-3:] == ["shortened", "reproduced", "not measured"]
     (path,) = (part.folder / "files" / "media" / "table").iterdir()
     rows = {row[1]: row[2:] for row in json.loads(path.read_text())["data"]}
-    assert rows["test/psnr"] == [27.75, 28.0, 0.25, "reproduced"]
-    assert rows["test/ssim"] == [0.76, None, None, "not measured"]
+    assert rows["test/psnr"] == [27.75, 28.0, 0.25, "reproduced", ""]
+    assert rows["test/ssim"] == [0.76, None, None, "not measured", "no images: give some"]
+    assert rows["test/kid"] == [None, None, None, "not measured", "no weights"]
+    assert (summary["note/ssim"], summary["note/kid"]) == ("no images: give some", "no weights")
 
 
 def test_the_last_weights_are_not_called_best(tmp_path, alone):
