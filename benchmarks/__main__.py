@@ -19,6 +19,7 @@ depend on the number of threads (OMP_NUM_THREADS).
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
         "apart": apart,
         "commit": commit,
         "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     rows = []
     for setting in settings:

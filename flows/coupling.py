@@ -214,7 +214,7 @@ class SigmoidCoupling(AdditiveCoupling):
     without a bound training did not converge (openai/glow issue 62). The code has no lower bound,
     m = 0. The inverse divides by the scale, so small scales make it inexact in float32: a trained
     flow may give single images back some grey levels off. A flow in float64 (`flow.double()`) does
-    not; results/README.md measures the effect of m > 0.
+    not; results/index.html shows the effect of m > 0.
 
     conditioner: maps the first half of the channels and the context to t and r, concatenated along
         the channels: (B, C, H, W).

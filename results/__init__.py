@@ -38,9 +38,11 @@ GENERATED = (
     "results/README.md",
     "results/ablations",
     "results/benchmarks",
+    "results/index.html",
     "results/ood",
     "results/runs",
     "results/stability",
+    "results/thumbnails",
     "results/weights",
 )
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints

@@ -4,9 +4,11 @@ A section is a list of blocks. The short README.md and the whole index.html are 
 blocks, so that no figure is formatted twice.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from results import drawing
 from results.formats import table
 
 
@@ -58,6 +60,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A drawing. file: where it is as SVG, as in `Picture`; empty: on the whole page only."""
+
+    picture: drawing.Picture
+    caption: str
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Fold:
     """Blocks behind a title, which a reader opens."""
 
@@ -65,7 +76,16 @@ class Fold:
     blocks: Sequence["Block"]
 
 
-Block = Heading | Paragraph | Bullets | Table | Code | Picture | Fold
+Block = Heading | Paragraph | Bullets | Table | Code | Picture | Drawing | Fold
+
+
+def anchor(text: str) -> str:
+    """The name by which links reach a heading of the whole page, `index.html#<anchor>`.
+
+    >>> anchor("Glow's Figure 3"), anchor("glow_cifar10/cpu-seed0")
+    ('glow-s-figure-3', 'glow_cifar10-cpu-seed0')
+    """
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
 
 
 def markdown(blocks: Sequence[Block]) -> list[str]:
@@ -89,6 +109,9 @@ def markdown(blocks: Sequence[Block]) -> list[str]:
                 lines += [f"```{language}", *text.splitlines(), "```", ""]
             case Picture(file, caption):
                 lines += [f"![{caption}]({file})", ""]
+            case Drawing(_, caption, file):
+                if file:
+                    lines += [f"![{caption}]({file})", ""]
             case Fold(title, inner):
                 lines += ["<details>", f"<summary>{title}</summary>", "", *markdown(inner)]
                 lines += ["</details>", ""]

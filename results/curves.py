@@ -35,16 +35,19 @@ Row = Mapping[str, Any]
 Pixels = Callable[[float, float], Point]
 
 
-def run_curve(run: dict, claims: list[dict]) -> Picture | None:
+def run_curve(run: dict, claims: list[dict], title: str | None = None) -> Picture | None:
     """The curve of a recorded run; None if it has none.
 
     claims: those with which the run is compared.
+    title: by default `title_of` the run.
     """
     rows = run.get("curve") or []
     metric = run.get("metric") or {}
     unit = metric.get("unit", UNITS.get(metric_name(rows), ""))
     direction = metric.get("direction", "lower")  # in all older runs, which have no metric
-    return curve(rows, title_of(run["experiment"], run["run"]), unit, direction, claims)
+    if title is None:
+        title = title_of(run["experiment"], run["run"])
+    return curve(rows, title, unit, direction, claims)
 
 
 def title_of(experiment: str, run: str) -> str:
@@ -190,7 +193,9 @@ def heading(title: str, splits: list[str]) -> list[Shape]:
     """The title on the left, and on the right the names of the lines in their colours."""
     if len(title) > TITLE:
         title = f"{title[: TITLE - 1]}…"
-    shapes: list[Shape] = [Text((LEFT, HEADING), title, "start", bold=True)]
+    shapes: list[Shape] = []
+    if title:
+        shapes.append(Text((LEFT, HEADING), title, "start", bold=True))
     for k, split in enumerate(reversed(splits)):
         place = (WIDTH - RIGHT - LEGEND * k, HEADING)
         shapes.append(Text(place, split, "end", COLORS[split], bold=True))

@@ -77,7 +77,8 @@ def svg(picture: Picture) -> str:
     """A picture as the text of an SVG file."""
     size = f'width="{picture.width}" height="{picture.height}"'
     font = f'font-family="sans-serif" font-size="{FONT_SIZE}" fill="{TEXT_COLOR}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>'
+    box = f'viewBox="0 0 {picture.width} {picture.height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {box} {font}>'
     ground = f'<rect {size} fill="#ffffff"/>'
     return "\n".join([head, ground, *map(svg_shape, picture.shapes), "</svg>", ""])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
+from results.blocks import Block, Bullets, Code, Fold, Heading, Paragraph, Picture, Table
 from results.checks import (
     anything,
     check,
@@ -41,11 +42,11 @@ from results.formats import (
     mean_and_error,
     plus_minus,
     span,
-    table,
     wall_time,
 )
 
 NAME = "figure3"
+TITLE = "Glow's Figure 3"
 PERMUTATIONS = ("reverse", "shuffle", "invertible")  # worst first, as the paper has it
 COUPLINGS = ("additive", "affine")
 COLUMNS = ("permutation", "coupling", "seeds", "test/bpd")
@@ -270,38 +271,40 @@ def command(ablation: dict) -> str:
 # The page
 
 
-def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[str]:
-    """What `python -m reproduce.figure3` came to: a part for each file in results/ablations/."""
-    lines = []
+def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Block]:
+    """The section: a part for each ablation in results/ablations/; [] without any."""
+    blocks: list[Block] = []
     for file_stem, ablation in read_all(root, new).items():
-        lines += part(file_stem, ablation)
-    if lines:
-        return ["## Glow's Figure 3", "", *lines]
+        blocks += part(file_stem, ablation)
+    if blocks:
+        return [Heading(TITLE), *blocks]
     return []
 
 
-def part(file_stem: str, ablation: dict) -> list[str]:
-    """The section of one ablation: command, table, verdicts on the order, settings, picture."""
+def part(file_stem: str, ablation: dict) -> list[Block]:
+    """One ablation: summary, table, picture, command, and the verdicts and settings in a fold."""
     runs = ablation["runs"]
     pairs = verdicts(runs)
-    lines = [f"### {file_stem}", "", "```bash", command(ablation), "```", ""]
-    lines += table(list(COLUMNS), rows(runs))
-    lines += [
-        "Mean ± standard error over seeds.",
-        "Each pair of the paper's order, with differences between runs of the same seed. Within "
-        "noise: a t-test at 5 % finds no difference, or there is one seed.",
-        "",
-        *(f"* {verdict_line(pair)}" for pair in pairs),
-        "",
-        f"{summary(pairs)}.",
-        "",
-        f"Runs: {'; '.join(settings(ablation))}.",
-        "",
+    details: list[Block] = [
+        Paragraph(
+            "Each pair of the paper's order, with differences between runs of the same seed. "
+            "Within noise: a t-test at 5 % finds no difference, or there is one seed."
+        ),
+        Bullets([verdict_line(pair) for pair in pairs]),
+        Paragraph(f"Runs: {'; '.join(settings(ablation))}."),
     ]
     skipped = [f"{run['skipped_steps']} in {name(run)}" for run in runs if run["skipped_steps"]]
     if skipped:
-        lines += [f"Steps skipped as not finite: {', '.join(skipped)}.", ""]
-    return [*lines, f"![curves of {file_stem}](ablations/{file_stem}.png)", ""]
+        details.append(Paragraph(f"Steps skipped as not finite: {', '.join(skipped)}."))
+    return [
+        Heading(file_stem, 3),
+        Paragraph(f"{summary(pairs)}."),
+        Table(list(COLUMNS), rows(runs)),
+        Paragraph("Mean ± standard error over seeds."),
+        Picture(f"ablations/{file_stem}.png", f"Curves of {file_stem}"),
+        Code(command(ablation)),
+        Fold("Pairs and settings", details),
+    ]
 
 
 def settings(ablation: dict) -> list[str]:

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from results import ROOT
-from results.blocks import Block, Code, Heading, Paragraph, Picture, Table
+from results.blocks import Block, Code, Drawing, Heading, Paragraph, Table
 from results.checks import flag, list_of, mapping_of, number, one_of, or_null, record, text
 from results.curves import ticks
-from results.drawing import Line, Shape, Text
-from results.drawing import Picture as Drawing
+from results.drawing import Line, Picture, Shape, Text
 from results.files import NO_FILES, checked_json, matching_files
 from results.formats import commit, distinct, fixed, table
 
@@ -338,7 +337,7 @@ OUTSIDE_COLOR = "#bc4c00"
 AXIS_COLOR = "#888888"
 
 
-def histograms(content: dict) -> Drawing:
+def histograms(content: dict) -> Picture:
     """The distribution of scores, of each set beside the model's own test images.
 
     A row for each set: bits/dim on the left, and on the right those corrected by the best
@@ -359,7 +358,7 @@ def histograms(content: dict) -> Drawing:
             counts = each["histograms"].get(score)
             if counts is not None:
                 shapes += panel(counts, corner, width)
-    return Drawing(WIDTH, TOP + PANEL * len(content["sets"]), tuple(shapes))
+    return Picture(WIDTH, TOP + PANEL * len(content["sets"]), tuple(shapes))
 
 
 def panel(counts: dict, corner: tuple[float, float], width: float) -> Iterator[Shape]:
@@ -412,12 +411,13 @@ def part(stem: str, content: dict) -> list[Block]:
     facts = f"Commit {commit(content)}, {content['device']}."
     if left_out:
         facts += f" Left out: {left_out}."
+    caption = f"Histograms of the scores of {content['model']}"
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),
         Table(columns(content), rows(content)),
         Paragraph(threshold_text(content)),
-        Picture(f"{FOLDER}/{stem}.svg", f"Histograms of the scores of {content['model']}"),
+        Drawing(histograms(content), caption, f"{FOLDER}/{stem}.svg"),
         Code(content["command"]),
         Paragraph(facts),
     ]

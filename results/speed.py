@@ -1,14 +1,17 @@
 """The page's section on speed and memory, from the files that `python -m benchmarks` writes."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
+from results.blocks import Block, Bullets, Fold, Heading, Paragraph, Table
 from results.checks import anything, check, flag, list_of, or_null, positive, record, text
-from results.files import checked_json
-from results.formats import commit, table
+from results.files import NO_FILES, checked_json
+from results.formats import commit
 
+TITLE = "Speed"
 PEER = "normflows"  # without changes, in float32: the ratios are over its numbers
 TUNED = "normflows channels_last autocast"  # in bf16
 COMPILED = "ours compiled"  # and replayed as a CUDA graph, whose memory is not counted
@@ -31,7 +34,7 @@ ROW = record(
         "commit": or_null(text),
         "dirty": flag,
     },
-    optional={"apart": anything},
+    optional={"apart": anything, "date": text},  # date: in ISO 8601, of the measurement
 )
 COLUMNS = [
     "setting",
@@ -47,21 +50,43 @@ COLUMNS = [
     "kept for backward, an image",
     f"over {PEER}",
 ]
-TEXT = f"""All models take turns in one run. A table shows medians of it, and ratios within it.
-
-* Processes: a table of a CPU says if each model had a process of its own. Otherwise all models were
-  in one process and shared the memory that it had freed. Tables of the two kinds do not compare.
-* "The convolutions alone" are those of the conditioners, forward and both gradients, in the same
-  dtype: what a step cannot be faster than.
-* {PEER}: its Glow without changes, in float32; in bf16 with channels_last and under autocast.
-* A step of Glow includes Adamax. Ours works on all weights at once; for the peer it is PyTorch's,
-  which works on one weight after another.
-* Sampling: our inverse matrices are computed once, before the time is taken; the peer computes its
-  own in every call.
-* float32 is without TF32. bf16 is timed only on hardware that multiplies bf16.
-* Memory is what the graph keeps for the backward pass, without the parameters.
-* "ours compiled", on a GPU, is the flow of preset=gpu, which also replays its passes as CUDA
-  graphs. The convolutions alone are launched one by one."""
+SHORT = [
+    "measured",
+    "model",
+    "dtype",
+    "step",
+    "images/s",
+    "step over the peer's, same dtype",
+    "sampling an image",
+    "kept for backward, an image",
+]
+# The columns of SHORT after the model, by their names among COLUMNS.
+SHORT_OF_COLUMNS = [
+    "dtype",
+    "step",
+    "images/s",
+    "of its dtype",
+    "sampling an image",
+    "kept for backward, an image",
+]
+TEXT = "All models take turns in one run. A table shows medians of it, and ratios within it."
+NOTES = [
+    "Processes: a table of a CPU says if each model had a process of its own. Otherwise all models "
+    "were in one process and shared the memory that it had freed. Tables of the two kinds do not "
+    "compare.",
+    '"The convolutions alone" are those of the conditioners, forward and both gradients, in the '
+    "same dtype: what a step cannot be faster than.",
+    f"The peer is {PEER}: its Glow without changes, in float32; in bf16 with channels_last and "
+    "under autocast.",
+    "A step of Glow includes Adamax. Ours works on all weights at once; for the peer it is "
+    "PyTorch's, which works on one weight after another.",
+    "Sampling: our inverse matrices are computed once, before the time is taken; the peer computes "
+    "its own in every call.",
+    "float32 is without TF32. bf16 is timed only on hardware that multiplies bf16.",
+    "Memory is what the graph keeps for the backward pass, without the parameters.",
+    '"ours compiled", on a GPU, is the flow of preset=gpu, which also replays its passes as CUDA '
+    "graphs. The convolutions alone are launched one by one.",
+]
 
 
 def form(rows: Any) -> list[str]:
@@ -91,15 +116,83 @@ def read_all(root: Path = ROOT) -> dict[str, list[dict]]:
     return {path.stem: read(path) for path in sorted((Path(root) / "benchmarks").glob("*.json"))}
 
 
-def section(root: Path = ROOT) -> list[str]:
-    """The section: a table for each file in results/benchmarks/."""
-    lines = []
-    for stem, rows in read_all(root).items():
-        lines += [f"{origin(stem, rows)}:", ""]
-        lines += table(COLUMNS, [cells(row, rows) for row in rows])
-    if lines:
-        return ["## Speed", "", TEXT, "", *lines]
-    return []
+def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Block]:
+    """The section: a part for each kind of machine; [] without files in results/benchmarks/.
+
+    A part has one table, of the newest measurement of each setting. All columns of all
+    measurements are behind it.
+    """
+    files = read_all(root)
+    if not files:
+        return []
+    by_machine: dict[str, dict[str, list[dict]]] = {}
+    for stem, rows in files.items():
+        by_machine.setdefault(machine_class(rows[0]["machine"]), {})[stem] = rows
+    blocks: list[Block] = [
+        Heading(TITLE),
+        Paragraph(TEXT),
+        Fold("How to read it", [Bullets(NOTES)]),
+    ]
+    for machine, measured in by_machine.items():
+        blocks += machine_part(machine, measured)
+    return blocks
+
+
+def machine_part(machine: str, files: Mapping[str, list[dict]]) -> list[Block]:
+    """The newest measurements on one kind of machine, and all of them in a fold."""
+    latest = newest(files)
+    shown = [stem for stem in files if stem in latest.values()]
+    rows = [
+        short_cells(row, stem, files[stem])
+        for stem in shown
+        for row in files[stem]
+        if row[STEP] is not None and latest[(kind_of(stem), row["setting"])] == stem
+    ]
+    older = len(files) - len(shown)
+    words = f"All columns of these {len(shown)} measurements"
+    if older:
+        words += f", and {older} older"
+    whole: list[Block] = []
+    for stem in [*shown, *(stem for stem in files if stem not in shown)]:
+        whole += [Paragraph(f"{origin(stem, files[stem])}:"), whole_table(files[stem])]
+    table = Table(SHORT, rows, "Nothing was timed.")
+    return [Heading(machine, 3), table, Fold(words, whole)]
+
+
+def machine_class(machine: str) -> str:
+    """A machine without the number of its threads.
+
+    >>> machine_class("AMD EPYC, 2 threads")
+    'AMD EPYC'
+    """
+    return machine.partition(",")[0]
+
+
+def newest(files: Mapping[str, list[dict]]) -> dict[tuple[str, str], str]:
+    """For each kind and setting that was measured, the newest file.
+
+    A file without a date is older than those with one.
+    """
+    by_date = sorted(files, key=lambda stem: (files[stem][0].get("date", ""), stem))
+    return {(kind_of(stem), row["setting"]): stem for stem in by_date for row in files[stem]}
+
+
+def kind_of(stem: str) -> str:
+    """What was measured: a file is named KIND.json or KIND-MACHINE.json."""
+    return stem.partition("-")[0]
+
+
+def short_cells(row: dict, stem: str, rows: Sequence[dict]) -> list[str]:
+    """The cells of SHORT for one row."""
+    cell = dict(zip(COLUMNS, cells(row, rows), strict=False))
+    threads = row["machine"].partition(", ")[2]
+    measured = ", ".join(filter(None, [f"{kind_of(stem)} {row['setting']}", threads]))
+    return [measured, row["model"], *(cell[name] for name in SHORT_OF_COLUMNS)]
+
+
+def whole_table(rows: Sequence[dict]) -> Table:
+    """All columns of the rows of one file."""
+    return Table(COLUMNS, [cells(row, rows) for row in rows])
 
 
 def origin(stem: str, rows: list[dict]) -> str:
@@ -120,9 +213,9 @@ def origin(stem: str, rows: list[dict]) -> str:
 def words(stem: str, rows: list[dict]) -> str:
     """The arguments of `python -m benchmarks` that measure the rows of a file.
 
-    stem: the file is named KIND.json or KIND-MACHINE.json.
+    stem: see `kind_of`.
     """
-    parts = [stem.partition("-")[0]]
+    parts = [kind_of(stem)]
     settings = {row["setting"] for row in rows}
     if len(settings) == 1 and stem.startswith("glow-"):
         parts.append(f'"settings={settings.pop()}"')
@@ -132,7 +225,7 @@ def words(stem: str, rows: list[dict]) -> str:
     return " ".join(parts)
 
 
-def cells(row: dict, rows: list[dict]) -> list[str]:
+def cells(row: dict, rows: Sequence[dict]) -> list[str]:
     """The cells of COLUMNS for one row.
 
     Ratios are over the peer at the same setting; for the step also over the peer in the same dtype.

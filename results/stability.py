@@ -1,15 +1,17 @@
 """Whether an affine Glow stays finite: the page's section on `python -m benchmarks.stability`."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from results import ROOT, is_number
+from results.blocks import Block, Code, Heading, Paragraph, Table
 from results.checks import flag, list_of, number, or_null, record, text
-from results.files import checked_json
-from results.formats import commit, distinct, fixed, span, table
+from results.files import NO_FILES, checked_json
+from results.formats import commit, distinct, fixed, span
 
+TITLE = "Stability"
 MODEL = (
     "depth",
     "hidden_channels",
@@ -107,8 +109,8 @@ def read_all(root: Path = ROOT) -> dict[str, dict]:
     return {path.stem: read(path) for path in sorted((Path(root) / "stability").glob("*.json"))}
 
 
-def section(root: Path = ROOT) -> list[str]:
-    """The section: a row for each file in results/stability/."""
+def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Block]:
+    """The section: a row for each file in results/stability/; [] without any."""
     files = read_all(root)
     if not files:
         return []
@@ -117,11 +119,15 @@ def section(root: Path = ROOT) -> list[str]:
         for content in files.values()
     ]
     rows = [[stem, *cells(content["runs"])] for stem, content in files.items()]
-    head = ["## Stability", "", TEXT, "", "```bash", *commands, "```", ""]
-    return [*head, *table(COLUMNS, rows)]
+    return [
+        Heading(TITLE),
+        Paragraph(TEXT),
+        Code("\n".join(commands)),
+        Table(COLUMNS, rows),
+    ]
 
 
-def cells(runs: list[dict]) -> list:
+def cells(runs: list[dict]) -> list[str]:
     """The cells of one file after its name. All of its runs have the same model."""
     shared = model(runs[0])
     size = (
@@ -132,9 +138,9 @@ def cells(runs: list[dict]) -> list:
         size,
         scales(shared),
         f"{shared['optim.name']} {shared['optim.lr']:g}, warm-up {shared['optim.warmup_steps']}",
-        len(runs),
+        str(len(runs)),
         span([str(steps) for steps in sorted(run["steps"] for run in runs)]),
-        sum(run["skipped_steps"] for run in runs),
+        str(sum(run["skipped_steps"] for run in runs)),
         f"{bpd_range(runs, 0)} then {bpd_range(runs, -1)}",
         worst_of([run["highest_rise"] for run in runs]),
         worst_of([error["images"] for error in errors]),

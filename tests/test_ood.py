@@ -21,7 +21,7 @@ from reproduce import detection, load, ood, ood_sets, score
 from reproduce.model import TrainedModel
 from reproduce.ood_sets import Missing, Request, fitted
 from results import ood as page
-from results.blocks import Code, Heading, Paragraph, Picture, Table
+from results.blocks import Code, Drawing, Heading, Paragraph, Table
 from results.drawing import svg
 
 ROOT = Path(__file__).parents[1]
@@ -610,7 +610,7 @@ def test_the_section_has_a_verdict_a_table_and_a_picture_for_each_file(tmp_path)
     assert texts[-1] == page.QUOTED["svhn"]
     assert "Commit 0123456, a CPU. Left out: svhn." in texts
     assert any("batches of 10 beyond 0.200 bits/dim: 0.0% of its own test" in t for t in texts)
-    [picture] = [block for block in blocks if isinstance(block, Picture)]
+    [picture] = [block for block in blocks if isinstance(block, Drawing)]
     assert picture.file == "ood/a.svg"
     assert [block.text for block in blocks if isinstance(block, Code)] == [content["command"]]
 

@@ -71,7 +71,7 @@ def test_every_folder_with_code_or_with_yaml_that_code_reads_is_a_package():
         path.parent for name in ("configs", "results") for path in (ROOT / name).rglob("*.yaml")
     }
     assert set(PACKAGES) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
+    assert SETTINGS["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml", "*.j2"]}
 
 
 def test_every_paper_with_a_recipe_is_cited():
@@ -231,10 +231,12 @@ def test_how_to_go_on_is_a_command_that_works_there(monkeypatch, cwd, program):
 GENERATED_FILES = (
     "README.md",
     "results/README.md",
+    "results/index.html",
     "results/runs/realnvp_moons/a.json",
     "results/ablations/a.png",
     "results/benchmarks/a.json",
     "results/stability/a.json",
+    "results/thumbnails/a.webp",
     "results/ood/a.json",
 )
 

@@ -14,11 +14,13 @@ from PIL import Image
 import results
 from results import figure3, runs, speed, stability
 from results.__main__ import main
+from results.blocks import markdown
 from results.checks import anything, record
-from results.files import PICTURE_BYTES, checked_json, content_of, portable, write
+from results.files import PICTURE_BYTES, as_bytes, checked_json, content_of, portable, write
 from results.formats import budget, count, wall_time
 from results.metrics import KINDS, kind_of, without_kind
-from results.page import render
+from results.page import render, sections
+from results.reading import read
 
 CLAIM = {
     "dataset": "CIFAR-10",
@@ -147,6 +149,12 @@ def compare(record, root):
         for key, value in results.compare_all(record, root).items()
         if key != "comparisons"
     }
+
+
+def whole(root):
+    """The whole page as Markdown without links inside it, which is easier to read than HTML."""
+    content = "\n".join(markdown(sections(read(root))))
+    return re.sub(r"\[([^]]*)\]\(#[^)]*\)", r"\1", content)
 
 
 def snapshot(root):
@@ -445,9 +453,11 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
     write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
     recorded(root, **several)
     files = render(root)
-    page = files[root / "README.md"]
+    page = whole(root)
     rows = [line.split(" | ")[:8] for line in page.splitlines() if line.startswith("| flow_")]
-    assert [row[2:7] for row in rows] == [
+    assert {row[0] for row in rows} == {"| flow_cifar10 preset=cpu"}
+    rows = [[row[6], *row[2:5], row[1]] for row in rows]
+    assert rows == [
         ["test/psnr", "27.75", "27.700", "-0.050", "reproduced"],
         ["test/lpips", "0.120", "0.1235", "+0.0035", "gap"],
         ["test/ssim", "3.49", "-", "-", "not measured"],
@@ -457,10 +467,10 @@ def test_the_page_has_a_row_for_each_claim_with_the_claims_decimals(root, severa
         for line in files[root.parent / "README.md"].splitlines()
         if "| flow_" in line
     ]
-    assert front == [row[2:7] for row in rows]
+    assert front == rows
     assert page.count("### flow_cifar10/20261122-231500-ab12") == 1
     assert page.count("The paper's protocol: n_bits 8.\n") == 1
-    assert "## Runs without a paper number\n\nNone yet.\n" in page
+    assert "## Runs without a paper's number\n\nNone yet.\n" in page
     svg = files[root / f"runs/flow_cifar10/{several['run']}.svg"]
     assert "paper 27.75<" in svg
     assert svg.count("stroke-dasharray") == 1
@@ -470,11 +480,12 @@ def test_a_papers_table_is_split_by_metric_and_has_the_claims_decimals(root):
     quoted = {"ESRGAN": {"value": 0.1, "train": 0.09, "bound": "exact"}}
     claims = {"psnr": PSNR, "lpips": LPIPS | {"compared": quoted, "train": 0.11}}
     write_claims(root, **claims)
-    page = render(root)[root / "README.md"]
-    assert "Table 1, test/psnr; the training figure in brackets" in page
-    assert "Table 1, test/lpips; the training figure in brackets" in page
+    page = whole(root)
+    assert "The figure on the training images stands in brackets" in page
+    assert "Table 1, test/psnr:\n" in page
+    assert "Table 1, test/lpips:\n" in page
     assert "| CIFAR-10 | test | dB | 27.75 | stored |" in page
-    assert "| CIFAR-10 | test |  | 0.120 (0.110) | 0.100 (0.090) | stored |" in page
+    assert "| CIFAR-10 | test | - | 0.120 (0.110) | 0.100 (0.090) | stored |" in page
 
 
 def test_a_curve_has_the_line_of_its_own_metric_only(root, several):
@@ -495,7 +506,7 @@ def test_protocols_that_differ_say_whose_they_are(root, several):
     }
     write_claims(root, **claims)
     recorded(root, **several)
-    page = render(root)[root / "README.md"]
+    page = whole(root)
     assert "The paper's protocol for test/psnr, test/ssim: crop 4.\n" in page
     assert "The paper's protocol for test/lpips: network alex.\n" in page
 
@@ -531,13 +542,11 @@ def test_kinds_are_explained_under_the_table_that_shows_them(root):
     write_claims(root, **claims)
     paper = PAPER | {"claim": "flow.cifar10_vdq", "metric": "test/bpd_bound"}
     recorded(root, run="a")
-    assert not any(text in render(root)[root / "README.md"] for text in KINDS.values())
+    assert not any(text in whole(root) for text in KINDS.values())
     recorded(root, run="b", papers=[paper], metrics={"test/bpd_bound": 3.3})
     recorded(root, run="c", papers=[], metrics={"test/bpd_iw16": 3.2})
-    beside, _, without = render(root)[root / "README.md"].partition(
-        "## Runs without a paper number"
-    )
-    assert "| 3.28 | 3.300 | +0.020 | reproduced |" in beside
+    beside, _, without = whole(root).partition("## Runs without a paper's number")
+    assert "| reproduced | 3.28 | 3.300 | +0.020 |" in beside
     assert f"\n\n* `test/bpd_bound`: {KINDS['bound']}.\n" in beside
     assert f"\n\n* `test/bpd_iw16`: {KINDS['iw']}.\n" in without
     assert KINDS["iw"] not in beside
@@ -595,8 +604,8 @@ def test_add_records_the_run_and_its_picture(root, run, capsys):
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert 200 < image.width == image.height < 500
-    page = (root / "README.md").read_text()
-    row = "| flow_cifar10 | CIFAR-10 | test/bpd | 3.49 | 3.900 | +0.410 | shortened | "
+    page = whole(root)
+    row = "| flow_cifar10 preset=cpu | shortened | 3.49 | 3.900 | +0.410 | CIFAR-10 | test/bpd | "
     assert f"{row}3.2 % of 12.5 M images" in page
     assert "python reproduce/flow_cifar10.py preset=cpu seed=0\n" in page
     assert "warning" not in capsys.readouterr().out
@@ -621,10 +630,7 @@ def test_machine_paths_stay_out_of_the_record(root, run):
     assert "/home" not in content
     assert record["config"] == {"data": {"name": "cifar10", "root": "data"}, "run_dir": "a"}
     assert record["overrides"] == ["data.root=data", "seed=0"]
-    assert (
-        "python reproduce/flow_cifar10.py data.root=data seed=0\n"
-        in (root / "README.md").read_text()
-    )
+    assert "python reproduce/flow_cifar10.py data.root=data seed=0\n" in whole(root)
     assert portable(["/a/b=c.ckpt", "https://x.y/z", "k=v", math.nan, {"a": "/b/c/"}]) == [
         "b=c.ckpt",
         "https://x.y/z",
@@ -844,15 +850,16 @@ def test_a_gap_with_a_suspect_and_a_dirty_tree(root, run, capsys):
     assert (
         "warning: 20261122-231500-ab12 was made with uncommitted changes" in capsys.readouterr().out
     )
-    page = (root / "README.md").read_text()
+    page = whole(root)
     assert "Suspect: no weight norm" in page
-    cells = "| gap | 100 % of 12.5 M images (ours) | preset=cpu | 0 | 0123456 (dirty) |"
-    assert cells in page
+    machine = "100 % of 12.5 M images (ours) | CPU | 20.6 min | 0123456 (dirty)"
+    assert "| flow_cifar10 preset=cpu | gap | 3.49 | 3.900 | +0.410 |" in page
+    assert f"| {machine} | suspect: no weight norm |" in page
 
 
 def test_the_page_shows_the_earlier_ends_of_a_run_that_was_extended(root):
     recorded(root, extended=[EARLIER_END, EARLIER_END | {"steps": 200, "metrics": {}}])
-    page = render(root)[root / "README.md"]
+    page = whole(root)
     words = "6.4 k images; 1.0 min; commit abcdef0; 2026-11-27) and was trained on.\n"
     assert f"Extended: this run had ended at step 100 (test/bpd 4.500; {words}" in page
     assert f"Extended: this run had ended at step 200 (nothing measured; {words}" in page
@@ -860,8 +867,8 @@ def test_the_page_shows_the_earlier_ends_of_a_run_that_was_extended(root):
 
 def test_the_page_says_from_which_weights_a_run_started(root):
     recorded(root, papers=[], init_from=START)
-    page = render(root)[root / "README.md"]
-    assert "| preset=cpu init_from=a/b | 0 |" in page
+    page = whole(root)
+    assert "| flow_cifar10 preset=cpu init_from=a/b | cifar10 |" in page
     origin = "the weights of a/b (a; commit abcdef0; sha256 000000000000)"
     assert f"Started from: {origin}.\n" in page
 
@@ -870,11 +877,10 @@ def test_a_users_own_images_are_named_by_their_folder_and_their_content(root):
     for name, letter in (("a", "1"), ("b", "2")):
         config = {"data": {"name": "folder", "root": "/home/me/my photos"}}
         recorded(root, run=name, papers=[], config=config, data={"sha256": 64 * letter})
-    page = render(root)[root / "README.md"]
-    row = "| flow_cifar10 | folder my photos | test/bpd 3.900 |"
-    assert page.count(row) == 2
+    page = whole(root)
     for letter in "12":
-        assert f"| preset=cpu data.sha256={12 * letter} |" in page
+        row = f"| flow_cifar10 preset=cpu data.sha256={12 * letter} | folder my photos |"
+        assert page.count(f"{row} test/bpd 3.900 |") == 1
         assert f"; data.sha256 {12 * letter}; commit 0123456;" in page
 
 
@@ -883,11 +889,11 @@ def test_rows_with_weights_say_how_they_are_loaded(root):
     recorded(root, run="a", weights=WEIGHTS)
     recorded(root, run="b", value=3.8)
     files = render(root)
-    page = files[root / "README.md"]
+    page = whole(root)
     call = 'load("flow_cifar10/a")'
-    for content in (page, files[root.parent / "README.md"]):
-        rows = [line for line in content.splitlines() if line.startswith("| flow_cifar10 ")]
-        assert [row.rsplit(" | ", 1)[1] for row in rows] == ["- |", f"`{call}` |"]
+    front = files[root.parent / "README.md"].splitlines()
+    rows = [line for line in front if line.startswith("| flow_cifar10 ")]
+    assert [row.rsplit(" | ", 1)[1] for row in rows] == ["- |", f"`{call}` |"]
     block = f"```python\nfrom reproduce import load\n\nmodel = {call}\n```\n"
     link = "[weights/a/b.safetensors](weights/a/b.safetensors)"
     assert f"Weights: {link}, 3.1 MB, float32.\n\n{block}" in page
@@ -902,8 +908,8 @@ def test_a_part_of_the_test_is_named(root):
     config = {"data": {"name": "cifar10"}, "trainer": trainer}
     tested = {"step": 3, "chosen": "best", "weights": "raw"}
     recorded(root, papers=[PAPER | {"comparable": False}], config=config, tested=tested)
-    page = render(root)[root / "README.md"]
-    assert "| flow_cifar10 | cifar10, a part of the test | test/bpd 3.900 |" in page
+    page = whole(root)
+    assert "| flow_cifar10 preset=cpu | cifar10, a part of the test | test/bpd 3.900 |" in page
     assert "Tested: raw weights of step 3 (best by validation); limit_test_batches 10.\n" in page
 
 
@@ -920,8 +926,8 @@ def test_two_dimensional_run(root, run):
         json.dumps(result(papers=[], metrics={"test/nll": -1.25}, config=data, budget=None)),
     )
     assert main(["add", str(run)], root) == 0
-    page = (root / "README.md").read_text()
-    assert "| flow_cifar10 | two_moons | test/nll -1.250 | 400 k images |" in page
+    page = whole(root)
+    assert "| flow_cifar10 preset=cpu | two_moons | test/nll -1.250 | 400 k images |" in page
     assert "20261122-231500-ab12.png)" in page
     assert ">nll (nats)<" in (root / "runs/flow_cifar10/20261122-231500-ab12.svg").read_text()
 
@@ -953,7 +959,7 @@ def test_commands_write_nothing_but_what_is_listed_as_generated(root, run, figur
     assert main(["figure3", str(figure)], root) == 0
     after = snapshot(root.parent)
     written = {path.relative_to(root.parent) for path in after if after[path] != before.get(path)}
-    assert len(written) == 7
+    assert len(written) == 10  # of them two thumbnails
     generated = {Path(path) for path in results.GENERATED}
     assert [path for path in written if not generated & {path, *path.parents}] == []
 
@@ -973,42 +979,43 @@ def test_claims_are_listed_with_a_recipe_or_a_run_best_first(root):
     write(root.parent / "configs/flow_mnist.yaml", "")
     for value, name in ((3.9, "a"), (math.nan, "b"), (3.5, "c")):
         recorded(root, value=value, run=name)
-    page = render(root)[root / "README.md"]
+    page = whole(root)
     rows = [line for line in page.splitlines() if line.startswith("| flow_")]
-    assert [row.split(" | ")[4:7] for row in rows] == [
+    cells = [row.split(" | ") for row in rows]
+    assert [[*row[3:5], row[1]] for row in cells] == [
         ["3.500", "+0.010", "reproduced"],
         ["3.900", "+0.410", "shortened"],
         ["-", "-", "shortened"],
         ["-", "-", "not run"],
     ]
-    assert rows[3].startswith("| flow_mnist | CIFAR-10 | test/bpd | 1980.50 |")
-    assert {row.count(" | ") for row in rows} == {14}
+    assert rows[3].startswith("| flow_mnist | not run | 1980.50 | - | - | CIFAR-10 | test/bpd |")
+    assert {row.count(" | ") for row in rows} == {11}
 
 
-def test_a_claim_without_recipe_and_run_is_only_in_the_papers_table(root):
-    page = render(root)[root / "README.md"]
-    assert "## Beside the papers\n\nNone yet.\n" in page
+def test_a_claim_without_recipe_and_run_is_left_to_do(root):
+    page = whole(root)
+    assert "### Papers that nobody has started\n" in page
+    assert "<summary>A flow: 2 claims</summary>" in page
+    assert "| Table 1, Ours | CIFAR-10 | test/bpd | 1980.50 | not run |" in page
     assert "| CIFAR-10 | test | bits/dim | 3.49 | stored |" in page
 
 
 def test_other_data_and_reestimated_statistics(root):
     recorded(root, run="a", papers=[PAPER | {"comparable": False}])
     recorded(root, run="b", metrics={"test/bpd": 3.9, "test/bpd_reestimated": 3.8, "val/bpd": 3.7})
-    beside, _, without = render(root)[root / "README.md"].partition(
-        "## Runs without a paper number"
-    )
+    beside, _, without = whole(root).partition("## Runs without a paper's number")
     assert "| 3.900 (re-estimated 3.800) | +0.410 |" in beside
-    assert "| flow_cifar10 | cifar10 | test/bpd 3.900 |" in without
-    assert "Measured: test/bpd 3.900, test/bpd_reestimated 3.800." in without
+    assert "| flow_cifar10 preset=cpu | cifar10 | test/bpd 3.900 |" in without
+    assert "| test/bpd_reestimated | 3.800 | - | - | - |" in without
 
 
 def test_other_bits_stand_without_the_papers_number_and_say_so(root):
     recorded(root, run="a", config={"data": {"name": "cifar10", "n_bits": 5}})
     write(root.parent / "README.md", "<!-- results -->\n<!-- /results -->\n")
     files = render(root)
-    beside, _, without = files[root / "README.md"].partition("## Runs without a paper number")
+    beside, _, without = whole(root).partition("## Runs without a paper's number")
     assert "3.900" not in beside
-    assert "| flow_cifar10 | cifar10, 5 bit | test/bpd 3.900 |" in without
+    assert "| flow_cifar10 preset=cpu | cifar10, 5 bit | test/bpd 3.900 |" in without
     assert (
         "| flow_cifar10 | preset=cpu | cifar10, 5 bit | - | - | test/bpd 3.900 | - | - |"
         in files[root.parent / "README.md"]
@@ -1246,8 +1253,8 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
     assert json.loads(content)["overrides"] == ["preset=cpu", "data.root=data"]
     picture = root / "ablations/glow_cifar10-figure3-cpu.png"
     assert picture.stat().st_size < PICTURE_BYTES < (figure / "figure3.png").stat().st_size
-    page = (root / "README.md").read_text()
-    section = page[page.index("## Glow's Figure 3") : page.index("## A flow")]
+    page = whole(root)
+    section = page[page.index("## Glow's Figure 3") : page.index("## The papers' tables")]
     assert "### glow_cifar10-figure3-cpu\n" in section
     assert "python -m reproduce.figure3 'seeds=[0,1,2]' preset=cpu data.root=data\n" in section
     assert "| permutation | coupling | seeds | test/bpd |\n" in section
@@ -1260,7 +1267,7 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
         "commit 0123456; 1.0 h in all.\n" in section
     )
     assert (
-        "![curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
+        "![Curves of glow_cifar10-figure3-cpu](ablations/glow_cifar10-figure3-cpu.png)\n" in section
     )
     assert "skipped" not in section
     before = snapshot(root)
@@ -1271,7 +1278,7 @@ def test_an_ablation_is_recorded_with_its_picture_and_its_section(root, figure, 
 
 
 def test_a_page_without_figure_3_has_no_section(root):
-    assert "## Glow's Figure 3" not in render(root)[root / "README.md"]
+    assert "## Glow's Figure 3" not in whole(root)
 
 
 def test_the_page_names_what_differs_between_the_runs_of_an_ablation(root, figure, capsys):
@@ -1280,7 +1287,7 @@ def test_the_page_names_what_differs_between_the_runs_of_an_ablation(root, figur
     edit(figure, runs=runs, config={"data": {"name": "cifar10", "n_bits": 5}})
     assert main(["figure3", str(figure)], root) == 0
     assert "warning: some of its runs were made with uncommitted changes" in capsys.readouterr().out
-    page = (root / "README.md").read_text()
+    page = whole(root)
     assert (
         "Runs: data cifar10, 5 bit; 6.4 k to 12.8 k images a run; CPU and GPU; 32-true; "
         "commit 0123456 and commit 0123456 (dirty); 1.0 h in all.\n" in page
@@ -1345,7 +1352,11 @@ def test_an_ablation_without_its_picture_is_not_recorded(root, figure, capsys):
 
 def test_committed_page_is_up_to_date():
     for path, content in render().items():
-        assert content_of(path) == content.encode(), f"{path} is old: run `python -m results`"
+        assert content_of(path) == as_bytes(content), f"{path} is old: run `python -m results`"
+    thumbnails = {path for path in render() if path.suffix == ".webp"}
+    assert set((Path(results.ROOT) / "thumbnails").glob("*")) == thumbnails, (
+        "a thumbnail without its picture: delete it"
+    )
     curves = {path for path in render() if path.suffix == ".svg"}
     assert set((Path(results.ROOT) / "runs").glob("*/*.svg")) == curves, (
         "a curve without its run: delete it"
@@ -1390,7 +1401,7 @@ def test_stability_shows_the_worst_seed_of_each_file_and_how_it_was_run(tmp_path
         tmp_path, "short", stability_run(0), stopped | {"min_scale": 0.0}
     )  # recorded without, and with
     stability_file(tmp_path, "long", stability_run(0, min_scale=0.5))
-    lines = stability.section(tmp_path)
+    lines = markdown(stability.section(tmp_path))
     long, short = (
         [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "K=32" in line
     )
@@ -1475,7 +1486,7 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     rows = [speed_row("ours"), speed_row("normflows", step=2.0, sampling=0.008, kept=6 * 2**20)]
     rows += [speed_row("ours", "bf16", step=None, sampling=None, kept=1.5 * 2**20)]
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
-    lines = speed.section(tmp_path)
+    lines = markdown(speed.section(tmp_path))
     made = (
         "`python -m benchmarks glow`, a CPU, 2 threads, torch 2.14, normflows 1.7.3, "
         "commit 0123456, 7 rounds:"
@@ -1488,8 +1499,8 @@ def test_speed_shows_ratios_within_a_run_and_what_was_not_measured(tmp_path):
     assert ["K8 L3 H128 B16", "bf16", "ours", *bf16] in tables
     assert speed.section(tmp_path / "nothing") == []
     write(tmp_path / "benchmarks/glow.json", json.dumps([row | {"apart": True} for row in rows]))
-    assert made.removesuffix(":") + ", each model in a process of its own:" in speed.section(
-        tmp_path
+    assert made.removesuffix(":") + ", each model in a process of its own:" in markdown(
+        speed.section(tmp_path)
     )
 
 
@@ -1499,7 +1510,7 @@ def test_bf16_is_also_set_over_the_peer_in_bf16(tmp_path):
     write(tmp_path / "benchmarks/glow.json", json.dumps(rows))
     assert any(
         "| bf16 | ours | 0.600 s | 26.7 | 0.75 | 0.30 | 0.60 |" in line
-        for line in speed.section(tmp_path)
+        for line in markdown(speed.section(tmp_path))
     )
 
 
@@ -1509,7 +1520,7 @@ def test_speed_of_a_second_machine(tmp_path):
         "machine": "a GPU",
     }
     write(tmp_path / "benchmarks/glow-gpu.json", json.dumps([row]))
-    lines = speed.section(tmp_path)
+    lines = markdown(speed.section(tmp_path))
     assert any(
         line.startswith('`python -m benchmarks glow "settings=K32 L3 H512 B512"`, a GPU')
         for line in lines
