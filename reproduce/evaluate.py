@@ -17,6 +17,11 @@ keys:
   noise_samples=K  also give the importance-weighted bound of K noise samples for each image
                    (test/bpd_iwK), which takes K times as long; the default is the run's
   device=cpu       or cuda; the default is the run's kind of device, if it is here
+  quality.n=N      also draw N samples and measure their FID, KID, Inception Score, precision and
+                   recall; the default is 0, which measures none. quality.temperature=,
+                   quality.reference= and the other keys of the section are those of a recipe
+  metrics.inception_weights=FILE
+                   the network behind these figures, where it cannot be downloaded
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER where the images are not
                    where the run had them, data.download=true to fetch them, or
                    data.micro_batch=N to compute N images at once where memory is short
@@ -46,8 +51,8 @@ from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.paper import comparison_table
 from lightning_modules.density import REESTIMATED
 from reproduce.command import command
-from reproduce.config import ConfigError, arguments, merge, parse, plain
-from reproduce.experiment import papers_of, silence_lightning
+from reproduce.config import CONFIGS, ConfigError, arguments, merge, parse, plain
+from reproduce.experiment import papers_of, sample_quality, silence_lightning
 from reproduce.kinds import argument_text
 from reproduce.model import TrainedModel, load_model
 from reproduce.model_command import (
@@ -64,6 +69,8 @@ from reproduce.streams import say
 DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
 ROUNDING = 1e-4  # of a figure (of 1, if it is smaller): what another machine may change
 OTHER_NOISE = 1e-3  # the same for re-estimated statistics on another kind of device
+SAMPLES = ("quality", "metrics", "samples")  # sections on samples and how they are measured
+OF_RECIPE = ("data.", "quality.", "metrics.")  # how keys of a recipe begin that the command takes
 # Keys of the data that change no figure of a test, if the files are the same.
 FREE = ("root", "download", "cache", "num_workers")
 
@@ -73,11 +80,15 @@ class Evaluation(NamedTuple):
 
     reestimated: the metrics whose batch norms had statistics that were estimated anew.
     content_hash: of the data, where they have one.
+    protocol: what the figures of samples depend on, by metric.
+    not_measured: why a metric has no figure, by metric.
     """
 
     figures: dict[str, float]
     reestimated: frozenset[str]
     content_hash: str | None
+    protocol: dict[str, dict[str, Any]]
+    not_measured: dict[str, str]
 
 
 class EvaluationBar(L.Callback):
@@ -109,10 +120,19 @@ def config_of(
 ) -> tuple[DictConfig, list[str]]:
     """The recipe of a test, and what makes it another test than the model's own.
 
-    noise_samples: 0 for the model's own number. texts: the given settings of the data, key -> text.
-    ConfigError, one line: the data have no such key, or it takes no such value.
+    Samples are drawn and measured only where `texts` says so. A figure of them is compared by its
+    protocol (`compare`), so their settings make no other test.
+
+    noise_samples: 0 for the model's own number. texts: the given settings of the data and of the
+    quality of samples, key -> text.
+    ConfigError, one line: there is no such key, or it takes no such value.
     """
     config = OmegaConf.create(plain(model.config))
+    own = cast("DictConfig", OmegaConf.load(CONFIGS / "base.yaml"))
+    for section in SAMPLES:  # which older runs do not have
+        config[section] = OmegaConf.merge(own[section], config.get(section) or {})
+    config.quality.n = 0
+    config.samples.quality_every_n_steps = None
     if "data.name" in texts:
         raise ConfigError(
             f"data.name={texts['data.name']}: a test is on the data of the run, "
@@ -132,7 +152,8 @@ def config_of(
     changed = [
         f"{key}={argument_text(OmegaConf.select(config, key))}"
         for key in texts
-        if key.removeprefix("data.") not in free
+        if key.startswith("data.")
+        and key.removeprefix("data.") not in free
         and OmegaConf.select(config, key) != OmegaConf.select(model.config, key)
     ]
     if noise_samples:
@@ -155,7 +176,8 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    callbacks: list[L.Callback] = [EvaluationBar()]
+    quality = sample_quality(config)
+    callbacks: list[L.Callback] = [EvaluationBar(), quality]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
@@ -182,7 +204,8 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     is_anew = is_averaged and has_batch_norm(module.trained)
     reestimated = frozenset(key for key in figures if is_anew or key.endswith(REESTIMATED))
-    return Evaluation(figures, reestimated, getattr(data, "content_hash", None))
+    content_hash = getattr(data, "content_hash", None)
+    return Evaluation(figures, reestimated, content_hash, quality.protocol, quality.not_measured)
 
 
 @contextlib.contextmanager
@@ -221,14 +244,22 @@ def difference(
 def compare(evaluation: Evaluation, result: Mapping[str, Any], device: str) -> tuple[str, bool]:
     """The lines that compare a test with the recorded figures, and whether all are close enough.
 
+    Figures of samples are compared where they were measured in the same way.
+
     result: the recorded one. device: of this test.
     """
     recorded = result["metrics"]
+    protocols = result.get("protocol") or {}
     was_on_cpu = "threads" in str(result.get("device"))
     same_kind = was_on_cpu == (device == "cpu")
     lines = []
     all_close = True
     for key in sorted(evaluation.figures.keys() & recorded.keys()):
+        if key in evaluation.protocol and evaluation.protocol[key] != protocols.get(key):
+            lines.append(
+                f"{key}: not compared with the recorded figure, which has another protocol"
+            )
+            continue
         tolerance = ROUNDING
         if key in evaluation.reestimated and not same_kind:
             tolerance = OTHER_NOISE
@@ -244,6 +275,8 @@ def table(config: DictConfig, evaluation: Evaluation, result: Mapping[str, Any] 
         "experiment": config.experiment,
         "metrics": evaluation.figures,
         "papers": papers_of(config),
+        "protocol": evaluation.protocol,
+        "not_measured": evaluation.not_measured,
         "config": plain(config),
         "budget": (result or {}).get("budget"),
     }
@@ -265,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    is_data = [word.startswith("data.") and "=" in word for word in words]
+    is_data = [word.startswith(OF_RECIPE) and "=" in word for word in words]
     texts = parse([word for word, belongs in zip(words, is_data, strict=True) if belongs])
     rest = [word for word, belongs in zip(words, is_data, strict=True) if not belongs]
     [name], options = read_words(rest, [MODEL], DEFAULTS)

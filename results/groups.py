@@ -26,7 +26,10 @@ Group = list[dict]  # recorded runs (`results.runs`) of the same settings, by se
 # Keys of a config that have no part in a run's numbers: where files are, what is shown and logged,
 # and which processes share the work.
 NO_PART = {
-    "": {"logger", "overrides", "paper", "preset", "resume", "run_dir", "samples", "seed"},
+    "": {
+        *("logger", "metrics", "overrides", "paper", "preset", "quality", "resume", "run_dir"),
+        *("samples", "seed"),
+    },
     "data": {"cache", "download", "num_workers", "root"},
     "trainer": {"accelerator", "devices", "log_every_n_steps", "num_nodes", "strategy"},
 }

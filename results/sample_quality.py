@@ -13,10 +13,10 @@ METRICS = {  # by the name of the metric: its column
     "precision": "precision ↑",
     "recall": "recall ↑",
 }
-FACTS = ["n", "temperature", "reference", "reference_n", "extractor", "statistics"]
-COLUMNS = ["run", *METRICS.values(), "samples", *FACTS[1:]]
+FACTS = ["n", "temperature", "reference", "reference_n", "extractor", "published_weights"]
+COLUMNS = ["run", *METRICS.values(), "samples", *(fact.replace("_", " ") for fact in FACTS[1:])]
 TEXT = (
-    "Numbers of this kind change with how they are measured, so every row says it. Compare rows "
+    "These figures change with how they are measured, which stands beside them. Two rows compare "
     "only where all of their facts agree. ↓: lower is better; ↑: higher is better."
 )
 

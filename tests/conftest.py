@@ -7,6 +7,9 @@ import os
 
 # Before torch is imported, and also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test computes an FID by weights that happen to be on a machine, or downloads them: the cache of
+# torch.hub is a file, so nothing is in it, and nothing can be put there.
+os.environ["TORCH_HOME"] = __file__
 
 import sys
 

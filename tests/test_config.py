@@ -262,7 +262,7 @@ def test_a_recipe_that_extends_another_differs_from_it_in_what_it_says(recipe):
     "path", sorted((CONFIGS / "presets").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shared_presets_hold_no_model(path):
-    assert set(yaml.safe_load(path.read_text())) <= {"trainer", "data", "logger"}
+    assert set(yaml.safe_load(path.read_text())) <= {"trainer", "data", "logger", "quality"}
 
 
 def test_every_data_file_is_a_datamodule():

@@ -5,7 +5,6 @@ The formulas are those of torch-fidelity, on features in float64, of which all f
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 KID_SUBSETS = 100
@@ -99,6 +98,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
 
     samples: (n, d). reference: (m, d). Means and covariances are float64.
 
+    >>> import torch
     >>> a = torch.tensor([[0.0], [2.0]])
     >>> round(frechet_distance(a, a + 3), 6)
     9.0
