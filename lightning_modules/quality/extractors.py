@@ -22,6 +22,7 @@ URL = (
 )
 PUBLISHED = "6726825d"  # the first digits of the published file's SHA-256, which its name gives
 TIMEOUT = 15  # seconds without any data, after which a download counts as impossible
+LAYERS = ("64", "192", "768", "2048")  # of the network, by their numbers of features
 COUNTER = "num_batches_tracked"  # of a batch norm; older files lack it, and no result depends on it
 NAMED = 3  # keys that a message names
 
@@ -70,13 +71,15 @@ class Inception:
         published file is downloaded if it is not there.
     layer: "64", "192", "768" or "2048", by the number of features; papers use the last.
     Raises WeightsMissing: there is no path, and no file in the cache that can be used. Raises
-    ValueError: the file that `path` names cannot be used.
+    ValueError: the file that `path` names cannot be used, or there is no such layer.
     """
 
     name = "inception-v3-compat"
     resize = "bilinear as in TensorFlow 1, 299 x 299"
 
     def __init__(self, path: str | Path | None = None, layer: str = "2048") -> None:
+        if layer not in LAYERS:
+            raise ValueError(f"layer={layer}: give {', '.join(LAYERS[:-1])} or {LAYERS[-1]}")
         self.layer = layer
         self.network = inception_architecture(layer)
         expected = self.network.state_dict()
