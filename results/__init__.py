@@ -4,6 +4,7 @@ Nothing in this package imports torch.
 """
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from results.checks import (
     check,
+    fact,
     is_number,
     keys,
     list_of,
@@ -22,9 +24,11 @@ from results.checks import (
     one_of,
     or_null,
     record,
+    stem,
     text,
 )
 from results.metrics import kind_of, without_kind
+from results.protocol import differences
 
 ROOT = Path(__file__).parent
 # What commands write into a clone, relative to its root: pages, curves, pictures and recorded runs.
@@ -39,7 +43,24 @@ GENERATED = (
     "results/weights",
 )
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
-FIGURE = record({"value": number, "train": or_null(number)}, optional={"bound": text})
+STATUSES = {
+    "reproduced": "the paper's protocol, and as good as the claim or within its tolerance",
+    "gap": "worse than the tolerance allows, with the full budget; the run names a likely cause",
+    "shortened": "worse than the tolerance allows, with less than the full budget",
+    "other protocol": "measured in another way than the paper's: the two are not compared",
+    "not measured": "the run does not have the claim's metric",
+    "not run": "no run is recorded",
+    "-": "there is no claim that the run can be compared with",
+}
+VERIFIED = {  # where a claim's numbers were read; one from memory alone is never a claim
+    "seed": "in a review that this project started from",
+    "stored": "in another text that quotes the paper",
+}
+decimals_form = check(lambda value: type(value) is int and 0 <= value <= 6)
+FIGURE = record(
+    {"value": number, "train": or_null(number)},
+    optional={"bound": text, "decimals": decimals_form},
+)
 CLAIM = {
     "dataset": text,
     "data": text,
@@ -54,10 +75,15 @@ CLAIM = {
     "protocol": mapping,
     "train": or_null(number),
     "compared": mapping_of(FIGURE),
-    "verified": text,
+    "verified": one_of(*VERIFIED),
+}
+MORE_OF_CLAIM = {
+    "checked": mapping_of(fact),  # facts that must agree for a comparison (`results.protocol`)
+    "allowed": mapping_of(fact),  # facts that may differ; the difference is printed
+    "experiment": stem,  # the recipe, where its name is not <paper>_<row>
+    "source": text,
 }
 PAPER = record({"title": text, "arxiv": text}, optional={"notes": list_of(text)})
-decimals_form = check(lambda value: type(value) is int and 0 <= value <= 6)
 ROUNDING = (
     1e-9  # 3.51 - 3.49 is slightly more than 0.02 in binary, and is within a tolerance of 0.02
 )
@@ -75,7 +101,7 @@ def load_paper(path: Path) -> dict:
     wrong kind, for example a key of CLAIM.
     """
     try:
-        paper = yaml.safe_load(path.read_text(encoding="utf-8"))
+        paper = parsed(path.read_text(encoding="utf-8"))
         claims = {row: dict(claim) for row, claim in paper["claims"].items()}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -87,13 +113,19 @@ def load_paper(path: Path) -> dict:
                 f"{path}: decimals={decimals_of(claim)} of the claim {row} are not understood: "
                 "give an int from 0 to 6"
             )
-        faults[f"the claim {row}"] = keys(record(CLAIM), claim)
+        faults[f"the claim {row}"] = keys(record(CLAIM, MORE_OF_CLAIM), claim)
     for place, names in faults.items():
         if names:
             raise ValueError(
                 f"{path}: {place} lacks {', '.join(names)}: see results/paper/realnvp.yaml"
             )
     return paper
+
+
+@functools.lru_cache(maxsize=64)
+def parsed(content: str) -> Any:
+    """The value of a YAML file; the same object for the same content, so it must stay as it is."""
+    return yaml.safe_load(content)
 
 
 def load_claims(root: Path = ROOT) -> dict[str, dict]:
@@ -103,9 +135,9 @@ def load_claims(root: Path = ROOT) -> dict[str, dict]:
     DECIMALS.
     """
     claims = {}
-    for stem, paper in load_papers(root).items():
+    for name, paper in load_papers(root).items():
         for row, claim in paper["claims"].items():
-            claim_id = f"{stem}.{row}"
+            claim_id = f"{name}.{row}"
             claims[claim_id] = {"id": claim_id, **claim}
     return claims
 
@@ -125,6 +157,11 @@ def load_claim(claim_id: str, root: Path = ROOT) -> dict:
     raise ValueError(
         f"unknown claim '{claim_id}': {hint} (claims are the rows of results/paper/*.yaml)"
     )
+
+
+def recipe_of(claim: Mapping) -> str:
+    """The name of the recipe that reproduces a claim, e.g. `realnvp_cifar10`."""
+    return claim.get("experiment", claim["id"].replace(".", "_"))
 
 
 def decimals_of(claim: Mapping) -> int:
@@ -164,10 +201,11 @@ def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict[str, Any
     """Compare a result with one number of a paper.
 
     Images of 5 and of 8 bits are different data, and a bound and an exact density are different
-    figures: neither pair is compared.
+    figures: neither pair is compared. Nor are figures that were measured in different ways.
 
     Args:
-        result: a run's result; its `metrics`, `budget.fraction` and `config.data.n_bits` are read.
+        result: a run's result; its `metrics`, `budget.fraction`, `config.data.n_bits` and what
+            `results.protocol` and the reason of a missing metric need are read.
         paper: an entry of its `papers`: the claim's id, the metric, and `comparable`.
         root: the results folder. Value, tolerance, direction and bits come from the claim there.
 
@@ -175,30 +213,43 @@ def compare(result: Mapping, paper: Mapping, root: Path = ROOT) -> dict[str, Any
         gap: our number minus the paper's, in the claim's unit; None if the two are not compared, or
             if the metric is not a finite number.
         status: one of
-            `-`             there is nothing to compare, or the run has only another kind of the
-                            figure;
-            `not measured`  the run does not have the claim's figure;
-            `reproduced`    as good as the claim, or within its tolerance; never without a finite
-                            number;
-            `gap`           worse than that, at the full budget;
-            `shortened`     worse than that, at a smaller or an unknown budget.
+            `-`               there is nothing to compare, or the run has only another kind of the
+                              figure;
+            `not measured`    the run does not have the claim's figure;
+            `other protocol`  the figure was measured in another way than the claim's;
+            `reproduced`      as good as the claim, or within its tolerance; never without a finite
+                              number;
+            `gap`             worse than that, at the full budget;
+            `shortened`       worse than that, at a smaller or an unknown budget.
+        differences: what keeps a figure of another protocol from comparison, in sentences.
+        reason: why the metric was not measured and what to do; None where that is not known.
 
     Raises:
         ValueError: the claim is unknown.
     """
+    verdict: dict[str, Any] = {"gap": None, "status": "-", "differences": [], "reason": None}
     if not paper.get("comparable", False):
-        return {"gap": None, "status": "-"}
+        return verdict
     metric = paper["metric"]
     claim = load_claim(paper["claim"], root)
     data = (result.get("config") or {}).get("data") or {}
     if not same_n_bits(claim, data) or kind_of(metric) != kind_of(claim["metric"]):
-        return {"gap": None, "status": "-"}
+        return verdict
     if metric in result["metrics"]:
-        gap = gap_to(claim, result["metrics"][metric])
-        return {"gap": gap, "status": status_of(gap, claim, result.get("budget") or {})}
-    if without_kind(metric) in map(without_kind, result["metrics"]):
-        return {"gap": None, "status": "-"}
-    return {"gap": None, "status": "not measured"}
+        return verdict | judged(result, {**claim, "metric": metric})
+    reason = (result.get("not_measured") or {}).get(metric)
+    if reason is None and without_kind(metric) in map(without_kind, result["metrics"]):
+        return verdict
+    return verdict | {"status": "not measured", "reason": reason}
+
+
+def judged(result: Mapping, claim: Mapping) -> dict[str, Any]:
+    """The gap and the status of a measured metric, or the differences in its protocol."""
+    others = differences(claim, result)
+    if others:
+        return {"status": "other protocol", "differences": others}
+    gap = gap_to(claim, result["metrics"][claim["metric"]])
+    return {"gap": gap, "status": status_of(gap, claim, result.get("budget") or {})}
 
 
 def gap_to(claim: Mapping, value: object) -> float | None:

@@ -48,6 +48,7 @@ positive = check(lambda value: is_number(value) and 0 < value < LARGEST)
 text = check(lambda value: isinstance(value, str))
 flag = check(lambda value: isinstance(value, bool))
 mapping = check(lambda value: isinstance(value, dict))
+fact = check(lambda value: value is None or isinstance(value, str | bool | int | float | list))
 stem = check(lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.+-]*", value))
 
 

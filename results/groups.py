@@ -120,11 +120,15 @@ def comparison_of(group: Group, comparisons: list[dict], claim: dict) -> dict:
     comparisons: those of the runs with the claim (`results.compare_all`).
 
     The gap is the mean of the runs' gaps. A group with a run that is not finite is not
-    `reproduced`. The budget that counts is the smallest.
+    `reproduced`, and one with a run of another protocol has that run's status. The budget that
+    counts is the smallest.
     """
     first = comparisons[0]
     if len(group) == 1 or {c["status"] for c in comparisons} <= {"-", "not measured"}:
         return first
+    other = next((c for c in comparisons if c["status"] == "other protocol"), None)
+    if other is not None:
+        return other
     gaps = finite([c["gap"] for c in comparisons])
     gap = None
     if gaps:

@@ -1,7 +1,11 @@
 """What a metric is: which direction is better, its unit, and what kind of figure it is."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 # Figures of different kinds get different names, so that they never share a column, a chart or a
 # claim.
@@ -22,6 +26,72 @@ KINDS = {
         "which bounds nothing"
     ),
 }
+
+
+class Quantity(NamedTuple):
+    """What a metric measures.
+
+    direction: "lower" or "higher", whichever is better.
+    unit: as it is shown; empty for a pure number.
+    label: how tables and charts name it.
+    """
+
+    direction: str
+    unit: str
+    label: str
+
+
+# Every quantity that may be logged as `train/<name>`, `val/<name>` or `test/<name>`. PSNR and SSIM
+# differ by more than models do between their two definitions, which therefore have two names.
+QUANTITIES: Mapping[str, Quantity] = MappingProxyType(
+    {
+        "bpd": Quantity("lower", "bits/dim", "bits/dim"),
+        "nll": Quantity("lower", "nats", "negative log-likelihood"),
+        "nats_ll": Quantity("higher", "nats", "log-likelihood"),
+        "accuracy": Quantity("higher", "share of images", "accuracy"),
+        "fid": Quantity("lower", "", "FID"),
+        "kid": Quantity("lower", "", "KID"),
+        "inception_score": Quantity("higher", "", "Inception Score"),
+        "precision": Quantity("higher", "share of samples", "precision"),
+        "recall": Quantity("higher", "share of images", "recall"),
+        "psnr": Quantity("higher", "dB", "PSNR (RGB)"),
+        "ssim": Quantity("higher", "", "SSIM (RGB)"),
+        "psnr_y": Quantity("higher", "dB", "PSNR (Y)"),
+        "ssim_y": Quantity("higher", "", "SSIM (Y)"),
+        "lpips": Quantity("lower", "", "LPIPS (AlexNet)"),
+        "lpips_vgg": Quantity("lower", "", "LPIPS (VGG)"),
+        "lr_psnr": Quantity("higher", "dB", "LR-PSNR"),
+        "diversity": Quantity("higher", "grey levels", "diversity"),
+        "niqe": Quantity("lower", "", "NIQE"),
+        "brisque": Quantity("lower", "", "BRISQUE"),
+        "piqe": Quantity("lower", "", "PIQE"),
+    }
+)
+FEW_SAMPLES = re.compile(r"_(\d+)k$")  # ends the name of a figure on few samples, such as `fid_5k`
+
+
+def quantity_of(key: str) -> str:
+    """The quantity of a metric by its name: `bpd` for `test/bpd_bound`, `fid` for `val/fid_5k`.
+
+    The name's last part, without its kind, where QUANTITIES does not have it.
+    """
+    name = FEW_SAMPLES.sub("", without_kind(key).rpartition("/")[2])
+    return name.removesuffix("_reestimated")
+
+
+def label_of(key: str) -> str:
+    """How a chart names a metric: `FID-5k` for `val/fid_5k`, `bits/dim` for `test/bpd`.
+
+    The quantity itself where QUANTITIES does not have it.
+    """
+    quantity = quantity_of(key)
+    label = quantity
+    if quantity in QUANTITIES:
+        label = QUANTITIES[quantity].label
+    few = FEW_SAMPLES.search(key)
+    if few is not None:
+        label = f"{label}-{few[1]}k"
+    return label
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ is typed by hand.
 | reproduced | the paper's protocol, and as good as the claim or within its tolerance |
 | gap | worse than the tolerance allows, with the full budget; the run names a likely cause |
 | shortened | worse than the tolerance allows, with less than the full budget |
+| other protocol | measured in another way than the paper's: the two are not compared |
 | not measured | the run does not have the claim's metric |
 | not run | a recipe without a recorded run |
 

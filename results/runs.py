@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 from results import ROOT, compare_all, decimals_form, papers_in
 from results.checks import (
     anything,
+    check,
+    fact,
     flag,
     list_of,
     mapping,
+    mapping_of,
     number,
     one_of,
     or_null,
@@ -56,6 +59,7 @@ END = record(  # of a run that was extended
 )
 START = record({"model": text, "experiment": text, "commit": or_null(text), "sha256": text})
 DATA = record(optional={"sha256": text})  # of a user's own images
+REASON = check(lambda value: isinstance(value, str) and value.strip() and "\n" not in value)
 CONFIG = record(optional={"data": or_null(mapping), "trainer": or_null(mapping)})
 WEIGHTS_BYTES = 8_000_000  # of one file of weights in results/weights/
 ALL_WEIGHTS_BYTES = 40_000_000  # of all of them
@@ -88,8 +92,10 @@ RESULT = record(
         "extended": list_of(END),  # the earlier ends, the first one first
         "init_from": or_null(START),  # the trained weights from which the run started
         "metric": or_null(METRIC),
+        "not_measured": mapping_of(REASON),  # by the metric: why not, and what to do, in one line
         "overrides": list_of(text),
         "parameters": or_null(number),
+        "protocol": mapping_of(mapping_of(fact)),  # by the metric: what its figure depends on
         "suspect": or_null(text),
         "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
         "wandb_url": or_null(text),
