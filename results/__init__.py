@@ -40,6 +40,7 @@ GENERATED = (
     "results/benchmarks",
     "results/runs",
     "results/stability",
+    "results/super_resolution",
     "results/weights",
 )
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints

@@ -1,10 +1,19 @@
-"""MATLAB's bicubic resizing, against its kernel written as a dense matrix."""
+"""MATLAB's bicubic resizing against its kernel as a dense matrix, and reproduce.bicubic."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_folders import save_image
+from PIL import Image
 
 from datamodules.bicubic import downscale, upscale
+from lightning_modules.quality.super_resolution import psnr_rgb, psnr_y
+from reproduce import bicubic
+from results import super_resolution
+from results.blocks import markdown
 
 
 def cubic(x):
@@ -119,3 +128,149 @@ def test_arguments_that_cannot_be_used_get_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         downscale(*arguments)
     assert "\n" not in str(error.value)
+
+
+# The command
+
+
+def make_set(root, name="mine", n=2, **image):
+    for k in range(n):
+        save_image(root / name / f"{k}.png", **({"height": 47, "width": 50} | image), seed=k)
+
+
+def run(root, *words):
+    """The content of the file that the command writes; it is read again, as the page reads it."""
+    out = root / "bicubic.json"
+    bicubic.main([f"root={root}", f"out={out}", *words])
+    return super_resolution.read(out)
+
+
+def test_the_command_measures_a_folder_by_every_definition(tmp_path, capsys):
+    make_set(tmp_path)
+    content = run(tmp_path, "sets=[mine]", "scale=4")
+    [measured] = content["sets"].values()
+    assert set(measured["definitions"]) == set(super_resolution.DEFINITIONS)
+    pixels = [Image.open(tmp_path / "mine" / f"{k}.png") for k in range(2)]
+    true = [torch.from_numpy(np.array(image)).movedim(2, 0)[None, :, :44, :48] for image in pixels]
+    low = [downscale(image, 4) for image in true]
+    high = [upscale(image, 4) for image in low]
+    expected = {
+        "test/psnr": [psnr_rgb(*pair) for pair in zip(high, true, strict=True)],
+        "test/psnr_y": [psnr_y(*pair, crop=4) for pair in zip(high, true, strict=True)],
+        "test/lr_psnr": [psnr_rgb(downscale(a, 4), b) for a, b in zip(high, low, strict=True)],
+    }
+    for name, values in expected.items():
+        assert measured["metrics"][name] == pytest.approx(sum(map(float, values)) / 2, abs=1e-10)
+    squares = [
+        (a.double() - b.double()).square().mean().item() for a, b in zip(high, true, strict=True)
+    ]
+    pooled = 10 * np.log10(255**2 / np.mean(squares))
+    assert measured["definitions"]["rgb/pooled"]["psnr"] == pytest.approx(pooled, abs=1e-10)
+    assert measured["images"] == 2
+    assert content["protocol"]["test/psnr_y"]["crop"] == "4"
+    line = f"| mine | 4 | 2 | {measured['metrics']['test/psnr']:.2f} |"
+    assert line in capsys.readouterr().out
+
+
+def test_other_definitions_differ_where_they_should(tmp_path):
+    """A grey image has its own levels as luma, which are 255/219 as far apart: 1.32 dB."""
+    make_set(tmp_path, channels=1)
+    values = run(tmp_path, "sets=[mine]", "scale=2")["sets"]["mine"]["definitions"]
+    lower = values["y"]["psnr"] - values["y/grey"]["psnr"]
+    assert lower == pytest.approx(20 * np.log10(255 / 219), abs=1e-9)
+    assert values["lr/floor"]["psnr"] < values["lr"]["psnr"]
+    assert values["lr/unmirrored"]["psnr"] < values["lr"]["psnr"]
+
+
+def test_a_short_run_has_only_what_is_logged_and_missing_sets_are_named(tmp_path, capsys):
+    make_set(tmp_path, "Set5", n=5)
+    content = run(tmp_path, "definitions=false")
+    assert list(content["sets"]) == ["Set5"]
+    assert content["sets"]["Set5"]["definitions"] == {}
+    printed = capsys.readouterr()
+    assert "not measured: DIV2K is not in" in printed.err
+    assert "(28.42)" in printed.out
+    again = run(tmp_path, "definitions=false")  # replaces its own file
+    assert again == content
+
+
+def test_mistakes_are_one_line_and_leave_files_alone(tmp_path, capsys):
+    make_set(tmp_path, "small", height=16, width=40)
+    (tmp_path / "bicubic.json").write_text("mine")
+
+    def line(*words):
+        with pytest.raises(SystemExit) as stop:
+            bicubic.main([f"root={tmp_path}", *words])
+        assert stop.value.code not in (None, 0)
+        text = f"{stop.value.code} {capsys.readouterr().err}"
+        assert text.strip().count("\n") == 0
+        return text
+
+    out = f"out={tmp_path / 'a.json'}"
+    assert "give another out=" in line(f"out={tmp_path / 'bicubic.json'}")
+    assert (tmp_path / "bicubic.json").read_text() == "mine"
+    assert "0.png: images of 1 x 16 x 40 pixels are too small" in line(out, "sets=[small]")
+    assert "Set5 is not in" in line(out, "sets=[Set5]")
+    assert "scale=1 is out of range" in line(out, "scale=1")
+    assert not (tmp_path / "a.json").exists()
+
+
+# The page's section
+
+
+def recorded(name="Set5", scale=4):
+    metrics = {f"test/{metric}": 20.0 for metric in super_resolution.METRICS}
+    one = {"images": 5, "sha256": "0", "metrics": metrics}
+    return {
+        "model": "bicubic",
+        "scale": scale,
+        "arguments": ["root=sr", f"scale={scale}"],
+        "sets": {name: one | {"definitions": {"rgb": {"psnr": 20.0, "ssim": 0.5}}}},
+        "protocol": {},
+        "commit": "0123456789",
+        "dirty": False,
+        "versions": {},
+    }
+
+
+def test_the_section_has_published_figures_also_of_sets_that_nobody_has_run(tmp_path):
+    path = tmp_path / "super_resolution" / "a.json"
+    assert super_resolution.section(tmp_path) == []
+    blocks = super_resolution.section(tmp_path, {path: json.dumps(recorded()).encode()})
+    lines = "\n".join(markdown(blocks))
+    assert "python -m reproduce.bicubic root=sr scale=4" in lines
+    assert "| Set5 | 4 | 5 | 20.00 | 20.0000 | 20.00 (28.42) | 20.0000 (0.8104) |" in lines
+    assert "| DIV2K | 4 | not run | - (26.70) | - (0.7700) | - | - | - (38.70) |" in lines
+    assert "| 20.00 / 0.5000 |" in lines
+    assert "| 28.42 / 0.8104 |" in lines
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    path = tmp_path / "super_resolution" / "a.json"
+    content = recorded()
+    del content["sets"]["Set5"]["metrics"]["test/ssim"]
+    with pytest.raises(ValueError, match=r"a\.json is not what .*no usable sets\.Set5\.metrics"):
+        super_resolution.section(tmp_path, {path: json.dumps(content).encode()})
+
+
+def test_the_recorded_figures_are_the_published_ones():
+    """By the definition that comes closest: 0.01 dB in PSNR, and 0.001 in SSIM."""
+    files = {file["scale"]: file for file in super_resolution.read_all()}
+    for row in super_resolution.PUBLISHED:
+        if row.name == "DIV2K" or row.scale != 4:
+            continue
+        values = files[row.scale]["sets"][row.name]["definitions"]["y/luma_first"]
+        assert values["psnr"] == pytest.approx(row.values["psnr_y"], abs=0.01)
+        assert values["ssim"] == pytest.approx(row.values["ssim_y"], abs=0.001)
+
+
+@pytest.mark.data
+def test_set5_has_the_recorded_figures(tmp_path):
+    root = Path(__file__).parents[1] / "data" / "sr"
+    if not (root / "Set5").is_dir():
+        pytest.skip("Set5 is not in data/sr")
+    bicubic.main([f"root={root}", "sets=[Set5]", f"out={tmp_path / 'a.json'}"])
+    [expected] = [file for file in super_resolution.read_all() if file["scale"] == 4]
+    measured = super_resolution.read(tmp_path / "a.json")["sets"]["Set5"]
+    assert measured["sha256"] == expected["sets"]["Set5"]["sha256"]
+    assert measured["metrics"] == pytest.approx(expected["sets"]["Set5"]["metrics"], abs=1e-6)
