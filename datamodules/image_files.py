@@ -16,6 +16,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any 
 KINDS = "PNG, JPEG, WebP, BMP and TIFF"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's names of the KINDS
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image with so many channels
+GREY_MODES = ("1", "L", "LA", "La")  # Pillow's names of images that are stored as grey levels
 LONGEST_ASPECT = 4  # of a longer strip than so many crops the middle is kept (`read_strip`)
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 HEADER = 32  # bytes that are enough for SIGNATURES and for the header of a PNG
@@ -141,6 +142,12 @@ def read_whole(path: Path, channels: int) -> np.ndarray:
     """
     image, _ = _decode(path, channels)
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
+
+
+def has_grey_levels(path: Path) -> bool:
+    """Whether a file that can be read stores grey levels; one in colour may look grey, too."""
+    with Image.open(path, formats=FORMATS) as image:
+        return image.mode in GREY_MODES
 
 
 def read_strip(path: Path, channels: int, size: tuple[int, int]) -> Pixels:

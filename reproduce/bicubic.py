@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from datamodules.bicubic import downscale, upscale
 from datamodules.checks import expand_home
 from datamodules.evaluation_sets import KNOWN, EvaluationSet, Hash
-from datamodules.image_files import check_folder, shown
+from datamodules.image_files import check_folder, has_grey_levels, shown
 from lightning_modules.quality.super_resolution import (
     LEVELS,
     UNIFORM,
@@ -106,10 +106,11 @@ def logged(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Val
     }
 
 
-def others(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Values:
+def others(image: Tensor, reference: Tensor, low_res: Tensor, scale: int, is_grey: bool) -> Values:
     """The figures of one image by the other keys of `results.super_resolution.DEFINITIONS`.
 
-    The arguments are those of `logged`. "rgb/pooled" is not here, since it is none of one image.
+    The arguments are those of `logged`. is_grey: whether the file of `reference` has grey levels.
+    "rgb/pooled" is not here, since it is none of one image.
     """
     reduce = functools.partial(downscale, scale=scale)
     reduce_by_axis = functools.partial(downscale, scale=scale, rounding="axis")
@@ -120,8 +121,8 @@ def others(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Val
     inner = functools.partial(within, border=scale)
     y = inner(luma(image))
     true_y = inner(luma(reference))
-    matlab = rounded_half_up(own_luma(by_axis))
-    true_matlab = rounded_half_up(own_luma(reference))
+    matlab = rounded_half_up(own_luma(by_axis, is_grey))
+    true_matlab = rounded_half_up(own_luma(reference, is_grey))
     luma_first = rounded_half_up(upscale(downscale(true_matlab, scale), scale))
     return {
         "rgb/floor": compare(floored, reference, gaussian=False),
@@ -129,7 +130,7 @@ def others(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Val
         "rgb/gaussian": compare(inner(image), inner(reference)),
         "y/whole": compare(luma(image), luma(reference)),
         "y/uniform": compare(y, true_y, gaussian=False),
-        "y/grey": compare(inner(own_luma(image)), inner(own_luma(reference))),
+        "y/grey": compare(inner(own_luma(image, is_grey)), inner(own_luma(reference, is_grey))),
         "y/matlab": compare(inner(matlab), inner(true_matlab)),
         "y/luma_first": compare(inner(luma_first), inner(true_matlab)),
         "lr/floor": {"psnr": low_res_psnr(floored, low_res, reduce).item()},
@@ -138,9 +139,9 @@ def others(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Val
     }
 
 
-def own_luma(images: Tensor) -> Tensor:
+def own_luma(images: Tensor, is_grey: bool) -> Tensor:
     """The luma of images in colour, and the levels of grey ones: (B, 1, H, W), float64."""
-    if (images == images[:, :1]).all():
+    if is_grey:
         return images[:, :1].double()
     return luma(images)
 
@@ -201,7 +202,7 @@ def measure(images: EvaluationSet, definitions: bool, bar: Tqdm) -> dict[str, ob
         except ValueError as error:
             raise ValueError(f"{shown(path)}: {error}") from error
         if definitions:
-            one |= others(image, reference, low_res, scale)
+            one |= others(image, reference, low_res, scale, has_grey_levels(path))
         values.append(one)
         squares += (image.double() - reference.double()).square().sum().item()
         n_values += image.numel()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from results import ROOT
-from results.blocks import Block, Code, Heading, Paragraph, Table
+from results.blocks import Block, Bullets, Code, Heading, Paragraph, Table
 from results.checks import (
     flag,
     list_of,
@@ -51,7 +51,10 @@ FORM = record(
 
 
 class Published(NamedTuple):
-    """A published row of bicubic interpolation. values: by the names of METRICS."""
+    """A published row of bicubic interpolation.
+
+    name: of the set. values: by the names of METRICS. source: one of SOURCES.
+    """
 
     name: str
     scale: int
@@ -59,27 +62,29 @@ class Published(NamedTuple):
     source: str
 
 
-ESRGAN = (
-    "Wang et al. 2018 (ESRGAN, [arXiv 1809.00219](https://arxiv.org/abs/1809.00219)), Table 2; "
-    "the same in Lim et al. 2017 (EDSR) and Zhang et al. 2018 (RCAN), these two recalled"
-)
-RCAN = (
-    "Zhang et al. 2018 (RCAN, [arXiv 1807.02758](https://arxiv.org/abs/1807.02758)); recalled, "
-    "not compared with the paper"
-)
-SRFLOW = (
-    "Lugmayr et al. 2020 (SRFlow, [arXiv 2006.14200](https://arxiv.org/abs/2006.14200)), as a "
-    "review quotes its table of DIV2K"
-)
+SOURCES = {  # the full reference of a source of published figures
+    "ESRGAN": (
+        "Wang et al. 2018, [arXiv 1809.00219](https://arxiv.org/abs/1809.00219), Table 2. Lim et "
+        "al. 2017 (EDSR) and Zhang et al. 2018 (RCAN) have the same figures; that is recalled"
+    ),
+    "RCAN, recalled": (
+        "Zhang et al. 2018, [arXiv 1807.02758](https://arxiv.org/abs/1807.02758), from memory: the "
+        "figures were not compared with the paper"
+    ),
+    "SRFlow": (
+        "Lugmayr et al. 2020, [arXiv 2006.14200](https://arxiv.org/abs/2006.14200), the comparison "
+        "on DIV2K as a review quotes it"
+    ),
+}
 PUBLISHED = (
-    Published("Set5", 4, {"psnr_y": 28.42, "ssim_y": 0.8104}, ESRGAN),
-    Published("Set14", 4, {"psnr_y": 26.00, "ssim_y": 0.7027}, ESRGAN),
-    Published("BSD100", 4, {"psnr_y": 25.96, "ssim_y": 0.6675}, ESRGAN),
-    Published("DIV2K", 4, {"psnr": 26.70, "ssim": 0.77, "lr_psnr": 38.70}, SRFLOW),
-    Published("Set5", 8, {"psnr_y": 24.40, "ssim_y": 0.6580}, RCAN),
-    Published("Set14", 8, {"psnr_y": 23.10, "ssim_y": 0.5660}, RCAN),
-    Published("BSD100", 8, {"psnr_y": 23.67, "ssim_y": 0.5480}, RCAN),
-    Published("DIV2K", 8, {"psnr": 23.74, "ssim": 0.63, "lr_psnr": 37.16}, SRFLOW),
+    Published("Set5", 4, {"psnr_y": 28.42, "ssim_y": 0.8104}, "ESRGAN"),
+    Published("Set14", 4, {"psnr_y": 26.00, "ssim_y": 0.7027}, "ESRGAN"),
+    Published("BSD100", 4, {"psnr_y": 25.96, "ssim_y": 0.6675}, "ESRGAN"),
+    Published("DIV2K", 4, {"psnr": 26.70, "ssim": 0.77, "lr_psnr": 38.70}, "SRFlow"),
+    Published("Set5", 8, {"psnr_y": 24.40, "ssim_y": 0.6580}, "RCAN, recalled"),
+    Published("Set14", 8, {"psnr_y": 23.10, "ssim_y": 0.5660}, "RCAN, recalled"),
+    Published("BSD100", 8, {"psnr_y": 23.67, "ssim_y": 0.5480}, "RCAN, recalled"),
+    Published("DIV2K", 8, {"psnr": 23.74, "ssim": 0.63, "lr_psnr": 37.16}, "SRFlow"),
 )
 
 
@@ -118,8 +123,8 @@ DEFINITIONS = {
     "y/whole": Definition("Y; with the border", "-"),
     "y/uniform": Definition("Y; SSIM with a uniform window of 7 x 7", "scikit-image's default"),
     "y/grey": Definition(
-        "Y; of a grey image the levels themselves, 0 to 255, and not its luma, 16 to 235",
-        "MATLAB scripts, which convert only colour images",
+        "Y; of a file with grey levels these, 0 to 255, and not a luma from 16 to 235",
+        "MATLAB scripts, which convert only files with three channels",
     ),
     "y/matlab": Definition(
         "Y; as the line before, luma rounded to uint8, resizings rounded between their axes",
@@ -127,7 +132,7 @@ DEFINITIONS = {
     ),
     "y/luma_first": Definition(
         "Y; the rounded luma is what is resized, in floating point, and the result rounded",
-        "MATLAB scripts since SRCNN (Dong et al. 2014); it comes closest to the published figures",
+        "MATLAB scripts since SRCNN (Dong et al. 2014); it comes closest to what is published",
     ),
     "lr": Definition("**LR-PSNR** by RGB. Logged as `test/lr_psnr`", "ours"),
     "lr/floor": Definition(
@@ -180,6 +185,8 @@ def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Blo
         Paragraph(TEXT),
         Code("\n".join(commands)),
         figures(files, with_missing=True),
+        Paragraph("Published in:"),
+        Bullets([f"{source}: {reference}." for source, reference in SOURCES.items()]),
     ]
     at_scale = [file for file in files if file["scale"] == SHOWN_SCALE]
     if at_scale:

@@ -173,7 +173,7 @@ def test_the_command_measures_a_folder_by_every_definition(tmp_path, capsys):
 
 
 def test_other_definitions_differ_where_they_should(tmp_path):
-    """A grey image has its own levels as luma, which are 255/219 as far apart: 1.32 dB."""
+    """The levels of a grey file are 255/219 as far apart as their luma: 1.32 dB."""
     make_set(tmp_path, channels=1)
     values = run(tmp_path, "sets=[mine]", "scale=2")["sets"]["mine"]["definitions"]
     lower = values["y"]["psnr"] - values["y/grey"]["psnr"]
@@ -243,6 +243,10 @@ def test_the_section_has_published_figures_also_of_sets_that_nobody_has_run(tmp_
     assert "| DIV2K | 4 | not run | - (26.70) | - (0.7700) | - | - | - (38.70) |" in lines
     assert "| 20.00 / 0.5000 |" in lines
     assert "| 28.42 / 0.8104 |" in lines
+
+
+def test_every_published_figure_has_a_source():
+    assert {row.source for row in super_resolution.PUBLISHED} == set(super_resolution.SOURCES)
 
 
 def test_a_damaged_file_is_one_line(tmp_path):

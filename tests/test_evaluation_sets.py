@@ -7,7 +7,7 @@ from image_folders import save_image
 from PIL import Image
 
 from datamodules.evaluation_sets import EvaluationSet, Hash, cropped
-from datamodules.image_files import UnreadableImage, read_whole
+from datamodules.image_files import UnreadableImage, has_grey_levels, read_whole
 
 
 def test_images_keep_their_pixels_but_for_the_lower_and_right_border(tmp_path):
@@ -69,3 +69,11 @@ def test_the_hash_is_of_pixels_and_their_shapes():
     assert len(set(digests[:3])) == 3
     assert digests[3] == digests[0]
     assert cropped(image, 3).numel() == 0
+
+
+def test_grey_levels_are_a_matter_of_the_file_and_not_of_its_colours(tmp_path):
+    grey = Image.new("L", (4, 4), 77)
+    grey.save(tmp_path / "grey.png")
+    grey.convert("RGB").save(tmp_path / "colour.png")
+    assert has_grey_levels(tmp_path / "grey.png")
+    assert not has_grey_levels(tmp_path / "colour.png")
