@@ -34,6 +34,7 @@ from importlib import metadata
 
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from omegaconf import ListConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,7 +54,7 @@ from lightning_modules.quality.super_resolution import (
 )
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments
-from reproduce.model_command import at_least, progress_bar, read_words, repeatable
+from reproduce.model_command import at_least, opening, progress_bar, read_words, repeatable
 from reproduce.provenance import git_state
 from reproduce.streams import say
 from results import super_resolution
@@ -257,6 +258,19 @@ def sets_of(root: Path, names: Sequence[str], scale: int) -> list[EvaluationSet]
     return sets
 
 
+def names_of(value: object) -> list[str]:
+    """The names in sets=, which may be a list, or one word with commas.
+
+    >>> names_of("Set5,Set14"), names_of(["Set5"]), names_of(None), names_of(2020)
+    (['Set5', 'Set14'], ['Set5'], [], ['2020'])
+    """
+    if value is None:
+        return []
+    if isinstance(value, list | ListConfig):
+        return [str(name) for name in value]
+    return [name for name in str(value).split(",") if name]
+
+
 def check_out(path: Path) -> None:
     """ConfigError, one line: the file cannot be replaced, or is something else."""
     if path.is_dir():
@@ -280,7 +294,9 @@ def main(argv: list[str] | None = None) -> Mapping[str, object] | None:
     root = expand_home("root", options.root)
     out = expand_home("out", options.out)
     check_out(out)
-    sets = sets_of(root, list(options.sets), options.scale)
+    sets = sets_of(root, names_of(options.sets), options.scale)
+    with opening(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     measured = {}
     with (
         repeatable("nothing was written; the same command starts again"),
@@ -301,7 +317,8 @@ def main(argv: list[str] | None = None) -> Mapping[str, object] | None:
             "versions": {name: metadata.version(name) for name in PACKAGES},
         }
     )
-    write(out, f"{json.dumps(content, indent=1)}\n")
+    with opening(out):
+        write(out, f"{json.dumps(content, indent=1)}\n")
     say(*markdown([super_resolution.figures([content])])[:-1], f"{out}: written")
     return content
 

@@ -211,6 +211,7 @@ def test_mistakes_are_one_line_and_leave_files_alone(tmp_path, capsys):
     assert (tmp_path / "bicubic.json").read_text() == "mine"
     assert "0.png: images of 1 x 16 x 40 pixels are too small" in line(out, "sets=[small]")
     assert "Set5 is not in" in line(out, "sets=[Set5]")
+    assert "give another out=" in line("out=/dev/null/a.json", "sets=small", "definitions=false")
     assert "scale=1 is out of range" in line(out, "scale=1")
     assert not (tmp_path / "a.json").exists()
 
