@@ -57,6 +57,15 @@ def test_as_uint8_rounds_to_the_nearest_level_and_clips():
     assert as_uint8(levels.float() / 255).equal(levels.to(torch.uint8))
     with pytest.raises(ValueError, match=r"not numbers \(NaN\)"):
         as_uint8(torch.tensor([math.nan]))
+    with pytest.raises(ValueError, match=r"images of torch\.uint8 have no values from 0 to 1"):
+        as_uint8(levels.to(torch.uint8))
+
+
+def test_as_uint8_of_bfloat16_is_the_nearest_level_of_its_values():
+    """The product with 255 is not rounded to bfloat16, whose steps are of one level there."""
+    values = torch.linspace(0, 1, 999).bfloat16()
+    expected = np.floor(values.double().numpy() * 255 + 0.5)
+    assert as_uint8(values).tolist() == expected.tolist()
 
 
 def test_psnr_of_a_case_by_hand():
