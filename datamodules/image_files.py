@@ -16,6 +16,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any 
 KINDS = "PNG, JPEG, WebP, BMP and TIFF"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's names of the KINDS
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image with so many channels
+GREY_MODES = ("1", "L", "LA", "La")  # Pillow's names of images that are stored as grey levels
 LONGEST_ASPECT = 4  # of a longer strip than so many crops the middle is kept (`read_strip`)
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 HEADER = 32  # bytes that are enough for SIGNATURES and for the header of a PNG
@@ -134,6 +135,21 @@ def read_pixels(path: Path, channels: int, size: tuple[int, int]) -> Pixels:
     return strip._replace(pixels=cut(strip.pixels, size))
 
 
+def read_whole(path: Path, channels: int) -> np.ndarray:
+    """All pixels of the image in a file, not resized: (channels, H, W), uint8.
+
+    The rest is as in `read_image`; a grey image has equal channels. Raises UnreadableImage.
+    """
+    image, _ = _decode(path, channels)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
+
+
+def has_grey_levels(path: Path) -> bool:
+    """Whether a file that can be read stores grey levels; one in colour may look grey, too."""
+    with Image.open(path, formats=FORMATS) as image:
+        return image.mode in GREY_MODES
+
+
 def read_strip(path: Path, channels: int, size: tuple[int, int]) -> Pixels:
     """As `read_pixels`, with all of the longer side: (channels, H, W), with H or W as in `size`.
 
@@ -170,11 +186,13 @@ def _start(n_beyond: int, place: float) -> int:
     return min(int(place * (n_beyond + 1)), n_beyond)
 
 
-def _decode(path: Path, channels: int, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+def _decode(
+    path: Path, channels: int, size: tuple[int, int] | None = None
+) -> tuple[Image.Image, bool]:
     """The image in a file, upright and opaque, and whether it was not opaque.
 
     It has at least twice the pixels of `size`, if the file has them: of a large JPEG fewer pixels
-    than it has are decoded.
+    than it has are decoded. Without a size all of them are.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -183,7 +201,8 @@ def _decode(path: Path, channels: int, size: tuple[int, int]) -> tuple[Image.Ima
             header = file.read(HEADER)
             with Image.open(file, formats=FORMATS) as image:
                 _check(path, image, header)
-                image.draft(None, (2 * max(size), 2 * max(size)))
+                if size is not None:
+                    image.draft(None, (2 * max(size), 2 * max(size)))
                 image.load()
                 return _opaque(_upright(image), MODES[channels])
     except UnreadableImage:

@@ -43,6 +43,7 @@ GENERATED = (
     "results/runs",
     "results/stability",
     "results/thumbnails",
+    "results/super_resolution",
     "results/weights",
 )
 DECIMALS = 2  # of the numbers of a claim that does not say how many its paper prints
