@@ -84,7 +84,7 @@ class Inception:
         self.network = inception_architecture(layer)
         expected = self.network.state_dict()
         if path is None:
-            weights, self.sha256 = published_weights(expected)
+            weights, self.sha256 = published_weights(URL, PUBLISHED, expected)
         else:
             weights, self.sha256 = read_weights(path, expected)
         self.network.load_state_dict(weights, assign=True)
@@ -125,16 +125,19 @@ def inception_architecture(layer: str) -> nn.Module:
         return Unloaded("inception", layers, feature_extractor_weights_path=nothing)
 
 
-def published_weights(expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The published Inception weights from torch.hub's cache, downloaded if they are not there.
+def published_weights(
+    url: str, sha256: str, expected: Mapping[str, Tensor], unused: str | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Published weights from torch.hub's cache, downloaded if they are not there.
 
-    Returns and arguments are those of `read_weights`. Raises WeightsMissing.
+    sha256: the first digits of the hash of the file at `url`. The other arguments and what is
+    returned are those of `read_weights`. Raises WeightsMissing.
     """
-    path = hub_file(URL)
+    path = hub_file(url)
     try:
         if not path.is_file():
-            download(URL, path, PUBLISHED)
-        return read_weights(path, expected)
+            download(url, path, sha256)
+        return read_weights(path, expected, unused)
     except (OSError, ValueError) as error:
         raise WeightsMissing(reason(error)) from error
 
@@ -172,7 +175,9 @@ def download(url: str, path: Path, sha256: str) -> None:
             part.unlink(missing_ok=True)
 
 
-def read_weights(path: str | Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def read_weights(
+    path: str | Path, expected: Mapping[str, Tensor], unused: str | None = None
+) -> tuple[dict[str, Tensor], str]:
     """Read the weights of a network from a file, without running code that may be in it.
 
     Only the counters of batch norms may be absent; they become 0.
@@ -180,6 +185,8 @@ def read_weights(path: str | Path, expected: Mapping[str, Tensor]) -> tuple[dict
     Args:
         path: a .safetensors file, or a state dict that torch.save has written.
         expected: the network's state dict, on any device, also `meta`.
+        unused: how the keys of a part begin that the network does not have. The file may have this
+            part or lack it. None: there is no such part.
 
     Returns:
         the state dict on the CPU, with the keys and dtypes of `expected`, and the SHA-256 of the
@@ -196,6 +203,8 @@ def read_weights(path: str | Path, expected: Mapping[str, Tensor]) -> tuple[dict
     ):
         raise ValueError(f"{path} is no state dict: it has to map names to tensors")
     weights = dict(content)
+    if unused is not None:
+        weights = {key: value for key, value in weights.items() if not key.startswith(unused)}
     for key, value in expected.items():
         if key.endswith(COUNTER):
             weights.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
