@@ -19,6 +19,7 @@ from results import (
     sample_quality,
     speed,
     stability,
+    super_resolution,
     survey,
     targets,
 )
@@ -95,6 +96,7 @@ def sections(records: Records) -> list[Block]:
         *beside.section(records),
         *targets.section(records),
         *sample_quality.section(records),
+        *super_resolution.section(*place),
         *ood.section(*place),
         *figure3.section(*place),
         *run_sections.section(records),
