@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
 from datamodules.checks import expand_home
+from datamodules.image_cache import default_cache
 from datamodules.samplers import n_micro_batches
 from datamodules.stateless import StatelessDataModule
 from flows.recompute import recompute
@@ -260,6 +261,7 @@ def sample_quality(config: DictConfig) -> SampleQuality:
         **config.quality,
         every_n_steps=config.samples.get("quality_every_n_steps"),
         weights=config.metrics.inception_weights,
+        cache=default_cache() / "quality",
     )
 
 

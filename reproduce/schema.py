@@ -255,6 +255,7 @@ ALIASES: Mapping[str, str] = {
     "accumulate_grad_batches": "data.micro_batch",
     "gradient_accumulation_steps": "data.micro_batch",
     "batch": "data.batch_size",
+    "batch_size": "data.batch_size",
     "bs": "data.batch_size",
     "train_batch_size": "data.batch_size",
     "workers": "data.num_workers",

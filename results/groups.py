@@ -24,11 +24,11 @@ from results.formats import (
 Group = list[dict]  # recorded runs (`results.runs`) of the same settings, by seed
 
 # Keys of a config that have no part in a run's numbers: where files are, what is shown and logged,
-# and which processes share the work.
+# and which processes share the work. The weights that a run started from count in `settings_key`.
 NO_PART = {
     "": {
-        *("logger", "metrics", "overrides", "paper", "preset", "quality", "resume", "run_dir"),
-        *("samples", "seed"),
+        *("init_from", "logger", "metrics", "overrides", "paper", "preset", "quality"),
+        *("resume", "run_dir", "samples", "seed"),
     },
     "data": {"cache", "download", "num_workers", "root"},
     "trainer": {"accelerator", "devices", "log_every_n_steps", "num_nodes", "strategy"},

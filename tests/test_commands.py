@@ -569,19 +569,23 @@ def test_another_figure_of_the_same_test_is_exit_code_1(realnvp, tmp_path, capsy
 
 
 def test_a_figure_that_is_not_finite_is_recorded_as_null():
-    evaluation = evaluate.Evaluation({"test/bpd": float("nan")}, frozenset(), None)
+    evaluation = evaluate.Evaluation({"test/bpd": float("nan")}, frozenset(), None, {}, {})
     _, is_close = evaluate.difference("test/bpd", evaluation, None, 1e-4)
     assert is_close
     _, is_close = evaluate.difference("test/bpd", evaluation, 3.5, 1e-4)
     assert not is_close
-    finite = evaluate.Evaluation({"test/bpd": 3.5}, frozenset(), None)
+    finite = evaluate.Evaluation({"test/bpd": 3.5}, frozenset(), None, {}, {})
     _, is_close = evaluate.difference("test/bpd", finite, None, 1e-4)
     assert not is_close
 
 
 def test_statistics_that_are_estimated_on_another_kind_of_device_may_differ_by_their_noise():
     evaluation = evaluate.Evaluation(
-        {"test/bpd": 3.5, "test/bpd_reestimated": 3.502}, frozenset({"test/bpd_reestimated"}), None
+        {"test/bpd": 3.5, "test/bpd_reestimated": 3.502},
+        frozenset({"test/bpd_reestimated"}),
+        None,
+        {},
+        {},
     )
     recorded = {"metrics": {"test/bpd": 3.5, "test/bpd_reestimated": 3.5}, "device": "1 x H200"}
     _, is_close = evaluate.compare(evaluation, recorded, "cpu")
@@ -613,7 +617,7 @@ def test_micro_batches_change_no_figure_but_where_a_number_of_batches_is_tested(
 
 
 def test_a_test_on_other_images_is_not_compared():
-    evaluation = evaluate.Evaluation({}, frozenset(), "abc")
+    evaluation = evaluate.Evaluation({}, frozenset(), "abc", {}, {})
     assert evaluate.other_images(evaluation, {"data": {"sha256": "abd"}}) == ["other images"]
     assert evaluate.other_images(evaluation, {"data": {"sha256": "abc"}}) == []
     assert evaluate.other_images(evaluation, {}) == []
@@ -653,6 +657,6 @@ def test_unreadable_files_are_counted(n, words):
 def test_a_run_that_is_older_than_a_key_is_tested_again(realnvp, capsys):
     config, _ = evaluate.config_of(load(realnvp), 0, {})
     del config["init_from"]
-    evaluation = evaluate.Evaluation({"test/bpd": 3.5}, frozenset(), None)
+    evaluation = evaluate.Evaluation({"test/bpd": 3.5}, frozenset(), None, {}, {})
     lines = evaluate.table(config, evaluation, load(realnvp).result).splitlines()
     assert lines[-1].split()[:2] == ["realnvp_photos", "test/bpd"]

@@ -1,6 +1,7 @@
 """Weights that are shared: the exported folder, and the weights beside recorded runs."""
 
 import hashlib
+import html
 import json
 import re
 from pathlib import Path
@@ -222,8 +223,8 @@ def test_a_recorded_run_keeps_its_weights(recorded_run, capsys, monkeypatch):
     name = "weights/realnvp_cifar10/tiny.safetensors"
     assert row["weights"] == before | {"file": name}
     assert f"weights: {file}, {runs.megabytes(before['bytes'])}" in capsys.readouterr().out
-    page = (root / "README.md").read_text()
-    assert f"Weights: [{name}]({name}), " in page
+    page = html.unescape((root / "index.html").read_text())
+    assert f'Weights: <a href="{name}">{name}</a>, ' in page
     assert 'model = load("realnvp_cifar10/tiny")' in page
     assert add(folder, root)[0] == 0
     assert "already recorded, with the same content" in capsys.readouterr().out

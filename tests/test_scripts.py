@@ -81,7 +81,9 @@ def test_the_result_has_configuration_and_provenance(finished):
     }
     claim = {"claim": "realnvp.cifar10", "metric": "test/bpd", "value": 3.49, "decimals": 2}
     assert result["papers"] == [claim | {"direction": "lower", "comparable": False}]
-    assert result["comparisons"] == [claim | {"gap": None, "status": "-"}]
+    assert result["comparisons"] == [
+        claim | {"gap": None, "status": "-", "differences": [], "reason": None}
+    ]
     assert (result["gap"], result["status"]) == (None, "-")
     assert result["config"]["flow"] == {
         "n_scales": 2,

@@ -31,7 +31,6 @@ from results import is_number
 from results.files import write
 
 SPLITS = ("train", "val", "test")
-CACHE = Path("~/.cache/paperflows/quality")
 THOUSAND = 1000  # figures on few samples are named by thousands of samples
 
 
@@ -73,7 +72,7 @@ class SampleQuality(L.Callback):
         seed: of the samples, and of KID's subsets.
         batch_size: how many images are handled at once.
         weights: the file of the network's weights; None: torch.hub's cache.
-        cache: the folder in which the features of images are kept.
+        cache: the folder in which the features of images are kept; None: they are not kept.
         make_extractor: makes the network from `weights`.
 
     Raises:
@@ -91,7 +90,7 @@ class SampleQuality(L.Callback):
         seed: int = 0,
         batch_size: int = 100,
         weights: str | Path | None = None,
-        cache: str | Path = CACHE,
+        cache: Path | None = None,
         make_extractor: Callable[[str | Path | None], Extractor] = Inception,
     ) -> None:
         check_count("quality.n", n, least=0)
@@ -119,7 +118,7 @@ class SampleQuality(L.Callback):
         self.seed = seed
         self.batch_size = batch_size
         self.weights = weights
-        self.cache = Path(cache).expanduser()
+        self.cache = cache
         self.make_extractor = make_extractor
         self.measured_at = 0  # the step of the newest measurement in training
         self.extractor: Extractor | None = None
@@ -156,28 +155,36 @@ class SampleQuality(L.Callback):
     def _load_extractor(self, trainer: L.Trainer) -> str | None:
         """Load the network on every rank; what keeps one of the ranks from it, in words.
 
-        The first process of a machine loads it first, since it may download the weights.
+        The first process of a machine loads it first, since it may download the weights. All ranks
+        raise the ValueError of a file that one of them cannot use: none may wait for another.
         """
-        obstacles: list[str | None] = []
+        own: tuple[str | None, str | None] = (None, None)
         for is_first in (True, False):
             if is_first == (trainer.local_rank == 0):
-                obstacles.append(self._try_extractor())
+                own = self._try_extractor()
             trainer.strategy.barrier()
-        gathered = [obstacles[0]]
+        gathered: list[Any] = [own]
         if distributed.is_initialized():
-            gathered = [None] * trainer.world_size
-            distributed.all_gather_object(gathered, obstacles[0])
-        return next(filter(None, gathered), None)
+            gathered = [own] * trainer.world_size
+            distributed.all_gather_object(gathered, own)
+        for _, mistake in gathered:
+            if mistake is not None:
+                raise ValueError(f"metrics.inception_weights: {mistake}")
+        return next((obstacle for obstacle, _ in gathered if obstacle is not None), None)
 
-    def _try_extractor(self) -> str | None:
+    def _try_extractor(self) -> tuple[str | None, str | None]:
+        """Load the network; why its weights are missing, and why the user's file is not usable."""
         try:
             self.extractor = self.make_extractor(self.weights)
         except WeightsMissing as error:
-            return (
+            obstacle = (
                 f"since the network's weights are missing ({error}): "
                 "give metrics.inception_weights=FILE"
             )
-        return None
+            return obstacle, None
+        except ValueError as error:
+            return None, str(error)
+        return None, None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         every = self.every_n_steps
@@ -320,21 +327,23 @@ class SampleQuality(L.Callback):
         n = len(cast(Any, data))
         if self.reference_n is not None:
             n = min(n, self.reference_n)
-        path = self.cache / f"{self._fingerprint(data, n, objective)}.safetensors"
-        kept: list[Tensor | None] = [read_features(path, n)]
+        path: Path | None = None
+        features: Tensor | None = None
+        if self.cache is not None:
+            path = self.cache / f"{self._fingerprint(data, n, objective)}.safetensors"
+            features = read_features(path, n)
         if distributed.is_initialized():  # all ranks compute where one of them has no file
-            everywhere: list[bool] = [False] * trainer.world_size
-            distributed.all_gather_object(everywhere, kept[0] is not None)
+            everywhere = [False] * trainer.world_size
+            distributed.all_gather_object(everywhere, features is not None)
             if not all(everywhere):
-                kept = [None]
-        features = kept[0]
+                features = None
         if features is None:
             rows = []
             for k in self._own(trainer, math.ceil(n / self.batch_size), "reference images"):
                 images = self._batch(data, k, n, objective).to(objective.device)
                 rows.append(cast(Extractor, self.extractor)(in_colour(images)).layer)
             features = self._gathered(trainer, rows, n, objective.device)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and path is not None:
                 keep_features(path, features)
         self.reference_features = features
         return features
