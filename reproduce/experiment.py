@@ -28,6 +28,7 @@ from flows.recompute import recompute
 from lightning_modules.batch_norm import has_batch_norm
 from lightning_modules.callbacks.checkpoints import Checkpoints
 from lightning_modules.callbacks.curve import Curve
+from lightning_modules.callbacks.image_quality import ImageQuality
 from lightning_modules.callbacks.initialization import Initialization
 from lightning_modules.callbacks.paper import PaperComparison, comparison_table
 from lightning_modules.callbacks.preemption import Preemption
@@ -449,7 +450,6 @@ def record(
     extended = earlier_ends(config, outcome["images"])
     curve = _callback(trainer, Curve)
     samples = _callback(trainer, Samples)
-    quality = _callback(trainer, SampleQuality)
     weights, checkpoint = selected_weights(folder, config.checkpoint.select)
     module.load_state_dict(checkpoint["state_dict"])
     with resumable(config, trainer):
@@ -458,8 +458,8 @@ def record(
     validated = curve.validation_result(module.metric, weights.stem == "best")
     result = outcome | {
         "metrics": {**samples.finite, **validated, **tested},
-        "protocol": quality.protocol,
-        "not_measured": quality.not_measured,
+        "protocol": _of_quality(trainer, "protocol"),
+        "not_measured": _of_quality(trainer, "not_measured"),
         "checkpoint": str(weights.relative_to(folder)),
         "tested": {
             "weights": _tested_weights(config),
@@ -485,6 +485,17 @@ def record(
         _print_summary(folder, result)
     _check_finite(result["metrics"])
     return result
+
+
+def _of_quality(trainer: L.Trainer, name: str) -> dict:
+    """What the callbacks on image quality say of their metrics: `protocol` or `not_measured`."""
+    callbacks: list[L.Callback] = vars(trainer)["callbacks"]
+    return {
+        metric: value
+        for callback in callbacks
+        if isinstance(callback, SampleQuality | ImageQuality)
+        for metric, value in getattr(callback, name).items()
+    }
 
 
 def _tested_weights(config: DictConfig) -> str:
