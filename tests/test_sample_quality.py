@@ -462,6 +462,23 @@ def test_the_papers_layer_runs_on_a_model(tmp_path: Path) -> None:
     assert 1 <= figures["test/inception_score"] <= 1008
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_measures_the_same(tmp_path: Path) -> None:
+    """Samples of a GPU may differ in the last bit of a few pixels, and so may figures a little."""
+    path = random_inception(tmp_path / "weights.pth")
+    module = density()
+    figures = {}
+    for accelerator in ("cpu", "gpu"):
+        callback = SampleQuality(200, weights=path, reference_n=200, cache=tmp_path / accelerator)
+        trainer = make_trainer(callback, accelerator=accelerator, devices=1)
+        trainer.test(module, datamodule=RandomImages(n_train=200), verbose=False)
+        figures[accelerator] = {
+            name: trainer.callback_metrics[f"test/{name}"].item() for name in METRICS
+        }
+    assert figures["gpu"] == pytest.approx(figures["cpu"], rel=1e-2, abs=0.02)
+
+
 # ---------------------------------------------------------------------- settings
 
 
