@@ -32,6 +32,8 @@ GPU = override(
         "trainer.devices=1",
         "samples.every_n_steps=10000",
         "eval.bn_images=0",
+        "trainer.val_check_interval=50",
+        "checkpoint.every_n_steps=20",
     ],
 )
 
@@ -58,7 +60,7 @@ def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, gra
     arguments = [
         "trainer.deterministic=true",
         f"trainer.precision={precision}",
-        "trainer.max_steps=300",
+        "trainer.max_steps=200",
     ]
     arguments += [f"trainer.cuda_graph={graph}".lower()]
     arguments += ["ema.decay=0.9", "data.num_workers=2", "checkpoint.select=last"]
@@ -69,7 +71,7 @@ def test_a_killed_deterministic_run_goes_on_bit_for_bit(tmp_path, precision, gra
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    assert newest_checkpoint(tmp_path / "run")[1]["global_step"] < 300
+    assert newest_checkpoint(tmp_path / "run")[1]["global_step"] < 200
     assert whole.wait(300) == 0
     assert started(tmp_path / "run", *arguments, "resume=auto").wait(300) == 0
     expected = weights(tmp_path / "whole")
