@@ -215,7 +215,7 @@ def test_a_fact_that_is_not_recorded_or_not_stated_is_a_difference(root):
 def test_lpips_by_other_weights_and_niqe_by_our_function_are_not_compared(row):
     claim = load_claim(f"srflow.{row}_lpips")
     facts = {fact: value for fact, value in claim["checked"].items() if fact != "weights_sha256"}
-    by_published = facts | {"weights_sha256": "7be5be791159472b"}
+    by_published = facts | {"weights_sha256": "7be5be79" + "0" * 56}
     assert differences(claim, {"protocol": {"test/lpips": by_published}}) == []
     by_others = facts | {"weights_sha256": "0123456789abcdef"}
     [sentence] = differences(claim, {"protocol": {"test/lpips": by_others}})
