@@ -211,6 +211,21 @@ def test_a_fact_that_is_not_recorded_or_not_stated_is_a_difference(root):
     assert comparison["differences"] == ["samples: 50,000 here, not stated in the paper"]
 
 
+@pytest.mark.parametrize("row", ["div2k_x4", "div2k_x8", "celeba_x8", "celeba_x8_progressive"])
+def test_lpips_by_other_weights_and_niqe_by_our_function_are_not_compared(row):
+    claim = load_claim(f"srflow.{row}_lpips")
+    facts = {fact: value for fact, value in claim["checked"].items() if fact != "weights_sha256"}
+    by_published = facts | {"weights_sha256": "7be5be79" + "0" * 56}
+    assert differences(claim, {"protocol": {"test/lpips": by_published}}) == []
+    by_others = facts | {"weights_sha256": "0123456789abcdef"}
+    [sentence] = differences(claim, {"protocol": {"test/lpips": by_others}})
+    assert sentence == ("SHA-256 of the extractor's weights: 01234567 here, 7be5be79 in the paper")
+    claim = load_claim(f"srflow.{row}_niqe")
+    measured = claim["checked"] | {"implementation": "paperflows"}
+    [sentence] = differences(claim, {"protocol": {"test/niqe": measured}})
+    assert sentence == "implementation: paperflows here, MATLAB in the paper"
+
+
 def test_a_metric_that_was_not_measured_has_its_reason(root):
     reason = "no weights of the extractor: give metrics.inception_weights=FILE"
     comparison = compared(root, metrics={}, not_measured={"test/fid": reason})

@@ -1,6 +1,9 @@
 """The callback for super-resolution, with bicubic interpolation as the model."""
 
 import functools
+import hashlib
+from importlib import metadata
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import numpy as np
@@ -14,7 +17,8 @@ from datamodules.bicubic import downscale, upscale
 from datamodules.images import ImageArray
 from datamodules.stateless import StatelessDataModule
 from lightning_modules.callbacks.image_quality import ImageQuality, SuperResolved
-from lightning_modules.quality import extractors
+from lightning_modules.quality import extractors, naturalness
+from lightning_modules.quality.naturalness import Niqe
 from lightning_modules.quality.perceptual import BACKBONES, Lpips, features_of
 from lightning_modules.quality.super_resolution import (
     diversity,
@@ -213,6 +217,58 @@ def test_missing_weights_are_said_once_at_the_start(tmp_path, monkeypatch, caplo
     assert line.startswith("LPIPS by alexnet: not measured, since the network's weights are miss")
     assert line.endswith("give metrics.alexnet_weights=FILE")
     assert callback.not_measured["test/lpips"] == line.partition("measured, ")[2]
+
+
+halve = functools.partial(downscale, scale=2)
+
+
+def test_without_its_parameters_niqe_is_not_measured_and_a_line_says_so_once(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    lines = []
+    monkeypatch.setattr("lightning_modules.callbacks.image_quality.rank_zero_info", lines.append)
+    callback = ImageQuality(SCALE, reduce, {}, niqe=halve)
+    assert "test/niqe" not in figures_of(callback, Bicubic())
+    figures = figures_of(callback, Bicubic())
+    assert "test/niqe" not in figures
+    assert "test/psnr" in figures
+    assert lines == [
+        "NIQE: not measured, since the parameters of NIQE are not installed: "
+        "run pip install iqa-torch==1.2.1"
+    ]
+    assert callback.not_measured["test/niqe"] == lines[0].partition("measured, ")[2]
+
+
+def test_niqe_is_the_mean_over_images_where_its_parameters_are_installed(tmp_path, monkeypatch):
+    path = tmp_path / "parameters.npz"
+    np.savez(path, mu_pris_param=np.ones((1, 36)), cov_pris_param=np.eye(36))
+    installed = SimpleNamespace(locate_file=lambda name: path)
+    monkeypatch.setattr(metadata, "distribution", lambda name: installed)
+    monkeypatch.setattr(naturalness, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    callback = ImageQuality(SCALE, reduce, {}, niqe=halve)
+    data = Photographs(n=3)
+    data.images = data.images.repeat(1, 1, 6, 6)
+    data.test = ImageArray(data.images.numpy())
+    figures = figures_of(callback, Bicubic(n=2), data)
+    image = (made(reduce(data.images), 1)[0].clamp(0, 1) * 255).round().to(torch.uint8)
+    assert figures["test/niqe"] == pytest.approx(Niqe(halve)(image).mean().item(), rel=1e-6)
+    assert callback.protocol["test/niqe"] == {
+        "definition": "NIQE, release of 2012",
+        "implementation": "paperflows",
+        "luma": "ITU-R BT.601, 16 to 235, rounded",
+        "crop": 0,
+        "block": "96 x 96",
+        "parameters_sha256": naturalness.SHA256,
+        "average": "mean over images",
+        "images": 3,
+    }
+    # Smaller images have no figure, and the others are not lost.
+    small = figures_of(callback, Bicubic(n=2))
+    assert "test/niqe" not in small
+    assert "test/psnr" in small
+    assert "too small for NIQE" in callback.not_measured["test/niqe"]
 
 
 def test_wrong_use_is_one_line(alexnet):

@@ -1,4 +1,4 @@
-"""The image quality of super-resolution: PSNR, SSIM, LPIPS, LR-PSNR and diversity."""
+"""The image quality of super-resolution: PSNR, SSIM, LPIPS, LR-PSNR, diversity and NIQE."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from lightning_modules.checks import check_count
 from lightning_modules.metrics import image_mean
 from lightning_modules.quality.extractors import WeightsMissing
+from lightning_modules.quality.naturalness import Niqe, ParametersMissing
 from lightning_modules.quality.perceptual import BACKBONES, Lpips
 from lightning_modules.quality.super_resolution import (
     as_uint8,
@@ -73,20 +74,24 @@ class ImageQuality(L.Callback):
       lpips, lpips_vgg LPIPS by AlexNet and by VGG
       lr_psnr          whether the image, reduced, is the low-resolution one
       diversity        how much samples for the same image differ
+      niqe             how far the image's statistics are from those of photographs
 
     Each is the mean over images. Only the diversity uses more than the first sample of an image, so
     the other figures do not depend on the number of samples. Images are rounded to uint8 first.
     Ranks may have unequal numbers of images.
 
     The step of the module has to return a `SuperResolved`. `protocol` tells what each figure
-    depends on, and `not_measured` why a metric has no figure: the weights of LPIPS are missing,
-    samples are not finite, or images are too small. Training goes on in all these cases.
+    depends on, and `not_measured` why a metric has no figure: the weights of LPIPS or the
+    parameters of NIQE are missing, samples are not finite, or images are too small. Training goes
+    on in all these cases.
 
     Args:
         scale: the side of an image over that of the low-resolution one.
         downscale: of uint8 images by the scale, with which the low-resolution images were made.
         lpips: "alex" and "vgg", or one of them, to the file of the network's weights; None:
             torch.hub's cache. Without any, LPIPS is not among the metrics.
+        niqe: the function by which NIQE halves the sides of an image: see `Niqe`. None: NIQE is not
+            among the metrics.
 
     Raises:
         ValueError: an argument is out of its range, or a file cannot be used.
@@ -97,6 +102,7 @@ class ImageQuality(L.Callback):
         scale: int,
         downscale: Callable[[Tensor], Tensor],
         lpips: Mapping[str, str | Path | None],
+        niqe: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_count("scale", scale, least=2)
         self.scale = scale
@@ -115,6 +121,7 @@ class ImageQuality(L.Callback):
                 self.pending.append(net)
             else:
                 self._add(Lpips(net, path))
+        self.halve = niqe  # until NIQE's parameters have been looked for
         self.obstacles: dict[str, str] = {}  # metric -> why it cannot be measured in this run
         self.protocol: dict[str, dict[str, Any]] = {}
         self.not_measured: dict[str, str] = {}
@@ -136,7 +143,7 @@ class ImageQuality(L.Callback):
     # ---------------------------------------------------------------------- when it is measured
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load LPIPS's networks at the start of a run, not when they are needed."""
+        """Load LPIPS's networks and NIQE's parameters at the start of a run, once."""
         for net in self.pending:
             name = LPIPS_NAMES[net]
             networks: list[Lpips] = []
@@ -153,6 +160,9 @@ class ImageQuality(L.Callback):
                 self.obstacles[name] = found
                 rank_zero_info(f"LPIPS by {BACKBONES[net].model}: not measured, {found}")
         self.pending = []
+        if self.halve is not None:
+            self._add_niqe(self.halve)
+            self.halve = None
 
     def _load(self, net: str, networks: list[Lpips]) -> str | None:
         """Append the network to a list; or what keeps it from being loaded, in words."""
@@ -164,6 +174,21 @@ class ImageQuality(L.Callback):
                 f"give {BACKBONES[net].setting}=FILE"
             )
         return None
+
+    def _add_niqe(self, halve: Callable[[Tensor], Tensor]) -> None:
+        niqe: Niqe | None = None
+        obstacle: str | None = None
+        try:
+            niqe = Niqe(halve)
+        except ParametersMissing as error:
+            obstacle = f"since {error}"
+        found = next(filter(None, everywhere(obstacle)), None)
+        if niqe is not None and found is None:
+            self.measures["niqe"] = of_image_alone(niqe)
+            self.facts["niqe"] = {**niqe.protocol, "average": AVERAGE}
+        elif found is not None:
+            self.obstacles["niqe"] = found
+            rank_zero_info(f"NIQE: not measured, {found}")
 
     def _begin(self) -> None:
         """Forget the images of the last evaluation."""
@@ -287,8 +312,17 @@ def without_low_res(measure: Callable[[Tensor, Tensor], Tensor]) -> Measure:
     return measured
 
 
+def of_image_alone(measure: Callable[[Tensor], Tensor]) -> Measure:
+    """A measure of images, as one that ignores the true and the low-resolution images."""
+
+    def measured(image: Tensor, reference: Tensor, low_res: Tensor) -> Tensor:
+        return measure(image)
+
+    return measured
+
+
 def facts_of(scale: int) -> dict[str, dict[str, Any]]:
-    """What each metric but LPIPS depends on, by the metric's name."""
+    """What each metric but LPIPS and NIQE depends on, by the metric's name."""
     rgb = {"definition": "rgb", "crop": 0, "average": AVERAGE}
     y = {
         "definition": "y",
