@@ -132,7 +132,7 @@ def check_name(path: Path, row: Row) -> Check:
     named = f"{row['experiment']}/{row['run']}"
     problems = []
     if path.name != RESULT and f"{path.parent.name}/{path.stem}" != named:
-        problems = [f"it is of {named}, and lies in {path.parent.name}/{path.name}"]
+        problems = [f"it is the run {named}, so its file has to be results/runs/{named}.json"]
     return judged("schema", problems, f"{named}, every key is there")
 
 

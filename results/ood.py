@@ -118,6 +118,11 @@ def is_simpler(other: dict, inside: dict) -> bool:
     return other["means"]["png"] < inside["means"]["png"]
 
 
+def has(other: dict, score: str) -> bool:
+    """Whether a score was measured for a set, which may have too few images for batches."""
+    return other["auroc"].get(score) is not None
+
+
 def is_above(other: dict, score: str) -> bool:
     """Whether a score ranks a set as other data: its whole interval is above 0.5."""
     area = other["auroc"].get(score)
@@ -201,14 +206,14 @@ def failure(simpler: list[dict], failing: list[dict]) -> str:
 
 def cures(content: dict, failing: list[dict]) -> Iterator[str]:
     """A sentence for each of the other scores: what it cures, and what it loses."""
-    found = [each for each in content["sets"] if is_above(each, "likelihood")]
+    detected = [each for each in content["sets"] if is_above(each, "likelihood")]
     for score, name in scores_of(content).items():
         parts = [
             f"{words} {named(sets, score)}"
-            for words, sets in graded(failing, score).items()
+            for words, sets in graded([each for each in failing if has(each, score)], score).items()
             if sets
         ]
-        lost = [each for each in found if not is_above(each, score)]
+        lost = [each for each in detected if has(each, score) and not is_above(each, score)]
         if lost:
             parts.append(f"no longer finds {named(lost, score)}, which likelihood does")
         if parts:

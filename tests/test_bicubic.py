@@ -209,7 +209,13 @@ def test_mistakes_are_one_line_and_leave_files_alone(tmp_path, capsys):
     out = f"out={tmp_path / 'a.json'}"
     assert "give another out=" in line(f"out={tmp_path / 'bicubic.json'}")
     assert (tmp_path / "bicubic.json").read_text() == "mine"
-    assert "0.png: images of 1 x 16 x 40 pixels are too small" in line(out, "sets=[small]")
+    too_small = line(out, "sets=[small]")
+    assert "0.png is too small for scale=4 (images of 1 x 16 x 40 pixels" in too_small
+    assert "take it away, or give a smaller scale=" in too_small
+    assert "take it away, or give a smaller scale" in line(out, "sets=[small]", "scale=17")
+    assert "has none of the folders Set5, " in line(out)  # and no line for each of the five
+    with pytest.raises(SystemExit, match=r"no folder .*none: give root=FOLDER"):
+        bicubic.main([f"root={tmp_path / 'none'}"])
     assert "Set5 is not in" in line(out, "sets=[Set5]")
     assert "give another out=" in line("out=/dev/null/a.json", "sets=small", "definitions=false")
     assert "scale=1 is out of range" in line(out, "scale=1")

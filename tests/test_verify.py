@@ -74,7 +74,7 @@ def remove(path):
 @pytest.mark.parametrize(
     ("change", "name", "text"),
     [
-        (set_at("run", "other"), "schema", "it is of realnvp_cifar10/other, and lies in"),
+        (set_at("run", "other"), "schema", "its file has to be results/runs/realnvp_ci"),
         (set_at("config.optim.lr", 0.5), "recipe", "optim.lr is 0.5 in the row, and 0.001 by the"),
         (
             remove("config.flow.hidden_channels"),
