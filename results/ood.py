@@ -9,7 +9,7 @@ from results.checks import flag, list_of, mapping_of, number, one_of, or_null, r
 from results.curves import ticks
 from results.drawing import Line, Picture, Shape, Text
 from results.files import NO_FILES, checked_json, matching_files
-from results.formats import commit, distinct, fixed, table
+from results.formats import commit, distinct, fixed, machine_text, table
 
 KIND = "ood"
 FOLDER = "ood"  # below results/
@@ -413,7 +413,7 @@ def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Blo
 def part(stem: str, content: dict) -> list[Block]:
     """The blocks of one file."""
     left_out = distinct(content["left_out"], ", ")
-    facts = f"Commit {commit(content)}, {content['device']}."
+    facts = f"Commit {commit(content)}, {machine_text(content['device'])}."
     if left_out:
         facts += f" Left out: {left_out}."
     caption = f"Histograms of the scores of {content['model']}"
