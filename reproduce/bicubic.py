@@ -32,6 +32,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import ListConfig
@@ -175,8 +176,10 @@ def compare(image: Tensor, reference: Tensor, gaussian: bool = True) -> dict[str
     settings: dict[str, float] = {"win_size": UNIFORM}
     if gaussian:
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    with np.errstate(divide="ignore"):  # equal images: the PSNR is infinite
+        psnr = peak_signal_noise_ratio(*arrays, data_range=LEVELS)
     return {
-        "psnr": float(peak_signal_noise_ratio(*arrays, data_range=LEVELS)),
+        "psnr": float(psnr),
         "ssim": float(
             structural_similarity(*arrays, channel_axis=0, data_range=LEVELS, **settings)
         ),

@@ -420,8 +420,20 @@ def check_protocol(row: Row) -> Check:
     if lacking:
         text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
         return Check("protocol", NOTE, text)
-    texts = [f"{key} not measured: {reason}" for key, reason in sorted(reasons.items())]
+    texts = not_measured(reasons)
     return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
+
+
+def not_measured(reasons: Mapping[str, str]) -> list[str]:
+    """A text for each reason, with all metrics that have no figure by it.
+
+    >>> not_measured({"test/fid": "no weights", "test/kid": "no weights"})
+    ['test/fid, test/kid not measured: no weights']
+    """
+    metrics_of: dict[str, list[str]] = {}
+    for key, reason in sorted(reasons.items()):
+        metrics_of.setdefault(reason.removeprefix("since "), []).append(key)
+    return [f"{', '.join(names)} not measured: {reason}" for reason, names in metrics_of.items()]
 
 
 def depends_on_more(key: str) -> bool:
@@ -650,7 +662,7 @@ def main(argv: list[str] | None = None) -> None:
     path = path_of(name)
     lines, model = checks(path, options.weights)
     say(*lines)
-    if not texts and model is not None:
+    if not texts and model is not None and "root" in model.config.data:
         say(Check("figure", NOTE, "not tested again: give data.root=FOLDER, where the data are"))
     if texts and model is None:
         lines.append(Check("figure", FAIL, "there are no weights to test"))

@@ -172,6 +172,15 @@ def test_the_command_measures_a_folder_by_every_definition(tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
+def test_images_of_one_colour_have_an_infinite_psnr_without_a_warning(tmp_path, recwarn):
+    (tmp_path / "plain").mkdir()
+    Image.new("RGB", (48, 44), (9, 9, 9)).save(tmp_path / "plain" / "0.png")
+    content = run(tmp_path, "sets=[plain]")
+    assert content["sets"]["plain"]["metrics"]["test/psnr"] is None
+    assert content["sets"]["plain"]["metrics"]["test/ssim"] == 1
+    assert [str(each.message) for each in recwarn if each.category is RuntimeWarning] == []
+
+
 def test_other_definitions_differ_where_they_should(tmp_path):
     """The levels of a grey file are 255/219 as far apart as their luma: 1.32 dB."""
     make_set(tmp_path, channels=1)

@@ -321,6 +321,12 @@ def test_a_mistake_is_one_line(words, message):
     assert "\n" not in stop.value.code
 
 
+def test_without_data_the_figure_is_not_tested_again_and_a_line_says_so(capsys):
+    verify.main([ROW])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "note  figure   not tested again: give data.root=FOLDER, where the data are"
+
+
 def test_without_weights_a_figure_cannot_be_tested(capsys):
     with pytest.raises(SystemExit) as stop:
         verify.main(["realnvp_moons/seed0", "data.num_workers=0"])
