@@ -274,7 +274,7 @@ def check_curve(row: Row) -> Check:
     problems = [
         *steps_problems(row, curve),
         *validation_problems(row, curve),
-        *tested_problems(row),
+        *figure_problems(row),
     ]
     last = curve[-1]
     fine = f"{len(curve)} rows to step {last['step']:,}, {last['images']:,} images"
@@ -326,7 +326,7 @@ def validation_problems(row: Row, curve: list[dict]) -> Iterator[str]:
         yield f"weights of step {tested['step']} were tested, and the best are of step {steps[0]}"
 
 
-def tested_problems(row: Row) -> Iterator[str]:
+def figure_problems(row: Row) -> Iterator[str]:
     """A test of the curve's metric that is far better than the validation of the same weights.
 
     It says so only where a paper's claim is on the metric.
