@@ -153,7 +153,7 @@ def test_svhn_is_read_from_its_official_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is damaged or another file .*official md5") as error:
         ood_sets.svhn(request(tmp_path))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="put the official file there$"):  # none can be fetched
+    with pytest.raises(ValueError, match=r"put the official file there$"):  # none can be fetched
         ood_sets.read_sets(["svhn"], request(tmp_path), "cifar10")
     monkeypatch.setattr(ood_sets, "SVHN_MD5", hashlib.md5(path.read_bytes()).hexdigest())
     found = ood_sets.svhn(request(tmp_path))
