@@ -416,7 +416,10 @@ def part(stem: str, content: dict) -> list[Block]:
     facts = f"Commit {commit(content)}, {machine_text(content['device'])}."
     if left_out:
         facts += f" Left out: {left_out}."
-    caption = f"Histograms of the scores of {content['model']}"
+    caption = (
+        f"Histograms of the scores of {content['model']}: the first and the last interval also "
+        "hold the scores beyond them"
+    )
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),
