@@ -32,6 +32,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import ListConfig
@@ -175,8 +176,10 @@ def compare(image: Tensor, reference: Tensor, gaussian: bool = True) -> dict[str
     settings: dict[str, float] = {"win_size": UNIFORM}
     if gaussian:
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    with np.errstate(divide="ignore"):  # equal images: the PSNR is infinite
+        psnr = peak_signal_noise_ratio(*arrays, data_range=LEVELS)
     return {
-        "psnr": float(peak_signal_noise_ratio(*arrays, data_range=LEVELS)),
+        "psnr": float(psnr),
         "ssim": float(
             structural_similarity(*arrays, channel_axis=0, data_range=LEVELS, **settings)
         ),
@@ -201,7 +204,10 @@ def measure(images: EvaluationSet, definitions: bool, bar: Tqdm) -> dict[str, ob
         try:
             one = logged(image, reference, low_res, scale)
         except ValueError as error:
-            raise ValueError(f"{shown(path)}: {error}") from error
+            raise ValueError(
+                f"{shown(path)} is too small for scale={scale} ({error}): take it away, or give a "
+                "smaller scale="
+            ) from error
         if definitions:
             one |= others(image, reference, low_res, scale, has_grey_levels(path))
         values.append(one)
@@ -244,17 +250,26 @@ def sets_of(root: Path, names: Sequence[str], scale: int) -> list[EvaluationSet]
 
     FileNotFoundError, ValueError or ConfigError, one line: a set cannot be used, or none is there.
     """
-    check_folder(root)
+    try:
+        check_folder(root)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error}: give root=FOLDER, the folder with the sets' folders") from None
     if names:
         return [EvaluationSet(root, name, scale) for name in dict.fromkeys(names)]
     sets = []
+    missing = []
     for name in KNOWN:
         try:
             sets.append(EvaluationSet(root, name, scale))
         except FileNotFoundError as error:
-            print(f"not measured: {error}", file=sys.stderr)
+            missing.append(f"not measured: {error}")
     if not sets:
-        raise ConfigError(f"root={root} has none of {', '.join(KNOWN)}: give sets=[FOLDER]")
+        raise ConfigError(
+            f"root={root} has none of the folders {', '.join(KNOWN)}: give another root=, or "
+            "sets=[FOLDER] for other folders in it"
+        )
+    for line in missing:
+        print(line, file=sys.stderr)
     return sets
 
 

@@ -57,6 +57,7 @@ from reproduce.run_folder import (
     holds_run,
     newest_checkpoint,
     open_folder,
+    row_name,
     selected_weights,
 )
 from reproduce.stored import EXPORTED, described, exported_weights
@@ -566,7 +567,7 @@ def _outcome(
     metric = module.metric
     outcome = {
         "experiment": config.experiment,
-        "run": Path(config.run_dir).name,
+        "run": row_name(Path(config.run_dir)),
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},

@@ -16,7 +16,7 @@ from datamodules.checks import expand_home
 from datamodules.cifar10 import FOLDER as CIFAR10_FOLDER
 from datamodules.cifar10 import TEST_MD5
 from datamodules.image_files import MODES, UnreadableImage, find_images, read_image, read_strip
-from datamodules.mnist import MNIST, FashionMNIST, damaged, read_idx
+from datamodules.mnist import FETCHES, MNIST, FashionMNIST, damaged, read_idx
 
 SVHN_FILE = "test_32x32.mat"
 SVHN_MD5 = "eb5a983be6a315427106f1b164d9cef3"
@@ -332,6 +332,8 @@ def read_sets(
         except Missing as missing:
             left_out[name] = str(missing)
             continue
+        except ValueError as error:  # data.download= is for the model's own data
+            raise ValueError(str(error).removesuffix(FETCHES)) from error
         if len(other.images) < LEAST:
             left_out[name] = f"it has {len(other.images)} images, and {LEAST} are needed"
             continue

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,16 @@ def result_text(folder: Path, key: str) -> str:
 
 
 @rank_zero_only
+def row_name(folder: Path) -> str:
+    """What a run is called where it is recorded: its folder's name as a name of a file and a link.
+
+    >>> [row_name(Path(name)) for name in ("outputs/seed0", "my first run (2)", ".-")]
+    ['seed0', 'my-first-run-2', 'run']
+    """
+    name = re.sub(r"[^\w.+-]+", "-", folder.resolve().name)
+    return name.strip("-.+") or "run"
+
+
 def open_folder(folder: Path) -> None:
     """Make a run's folder, lock it for the life of this process, and log messages to its log.txt.
 

@@ -11,7 +11,7 @@ knowing. The exit code is 1 if a check fails. What is checked:
   recipe    the recipe of this clone, with the row's overrides, has the row's settings
   model     the recipe builds a model with the row's number of parameters
   curve     steps, images and seconds increase together and end where the run does; the best (or
-            last) validation is the tested one
+            last) validation is the tested one; a test with a claim is not far better than that
   budget    images and their share of a full training follow from the curve and the recipe
   claims    the papers' numbers, the gaps and the statuses are those of results/paper/
   protocol  no metric has both a figure and a reason for having none, and each that depends on
@@ -78,6 +78,9 @@ PEAK_OF_A_GPU = 2.6e15  # of one whose name is not in PEAKS
 PEAK_OF_A_THREAD = 8e12  # of a CPU's core with AMX
 PASSES = 3  # a training step costs a forward pass, and twice that for the backward pass
 FLOAT_TOLERANCE = 1e-9
+# How much better than its validation a test may be, as a share of the validation (of 1, if that is
+# smaller): the two splits are of the same kind of images.
+BETTER_THAN_VALIDATION = 0.05
 OF_THE_MODEL = {"bpd", "nll", "nats_ll", "accuracy"}  # what the model itself gives, by its config
 Row = Mapping[str, Any]
 
@@ -90,7 +93,7 @@ class Check(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5} {self.name:<8} {self.text}"
+        return f"{self.verdict:<5} {self.name:<8} {' '.join(self.text.split())}"
 
 
 def judged(name: str, problems: list[str], fine: str) -> Check:
@@ -132,7 +135,7 @@ def check_name(path: Path, row: Row) -> Check:
     named = f"{row['experiment']}/{row['run']}"
     problems = []
     if path.name != RESULT and f"{path.parent.name}/{path.stem}" != named:
-        problems = [f"it is of {named}, and lies in {path.parent.name}/{path.name}"]
+        problems = [f"it is the run {named}, so its file has to be results/runs/{named}.json"]
     return judged("schema", problems, f"{named}, every key is there")
 
 
@@ -268,7 +271,11 @@ def check_curve(row: Row) -> Check:
         for key in ("step", "images", "seconds"):
             if not is_number(point.get(key)):
                 return Check("curve", FAIL, f"row {number} has no number in its column {key}")
-    problems = [*steps_problems(row, curve), *validation_problems(row, curve)]
+    problems = [
+        *steps_problems(row, curve),
+        *validation_problems(row, curve),
+        *figure_problems(row),
+    ]
     last = curve[-1]
     fine = f"{len(curve)} rows to step {last['step']:,}, {last['images']:,} images"
     return judged("curve", problems, fine)
@@ -317,6 +324,23 @@ def validation_problems(row: Row, curve: list[dict]) -> Iterator[str]:
     steps = [point["step"] for point in points if point[key] == chosen[key]]
     if tested.get("chosen") == "best" and tested["step"] not in steps:
         yield f"weights of step {tested['step']} were tested, and the best are of step {steps[0]}"
+
+
+def figure_problems(row: Row) -> Iterator[str]:
+    """A test of the curve's metric that is far better than the validation of the same weights.
+
+    It says so only where a paper's claim is on the metric.
+    """
+    metric = metric_of(row)
+    key = f"test/{metric.name}"
+    validation = row["metrics"].get(f"val/{metric.name}")
+    test = row["metrics"].get(key)
+    claimed = [paper["metric"] for paper in results.papers_in(row)]
+    if key not in claimed or not is_number(validation) or not is_number(test):
+        return
+    better_by = validation - test if metric.direction == "lower" else test - validation
+    if better_by > BETTER_THAN_VALIDATION * max(1.0, abs(validation)):
+        yield f"{key} is {test:g}, far better than the validation of these weights, {validation:g}"
 
 
 def metric_of(row: Row) -> Metric:
@@ -396,8 +420,20 @@ def check_protocol(row: Row) -> Check:
     if lacking:
         text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
         return Check("protocol", NOTE, text)
-    texts = [f"{key} not measured: {reason}" for key, reason in sorted(reasons.items())]
+    texts = not_measured(reasons)
     return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
+
+
+def not_measured(reasons: Mapping[str, str]) -> list[str]:
+    """A text for each reason, with all metrics that have no figure by it.
+
+    >>> not_measured({"test/fid": "no weights", "test/kid": "no weights"})
+    ['test/fid, test/kid not measured: no weights']
+    """
+    metrics_of: dict[str, list[str]] = {}
+    for key, reason in sorted(reasons.items()):
+        metrics_of.setdefault(reason.removeprefix("since "), []).append(key)
+    return [f"{', '.join(names)} not measured: {reason}" for reason, names in metrics_of.items()]
 
 
 def depends_on_more(key: str) -> bool:
@@ -595,13 +631,16 @@ def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | N
     if (CONFIGS / f"{row['experiment']}.yaml").is_file():
         line, module = build(row)
         lines.append(line)
+    curve = guarded("curve", lambda: check_curve(row))
     lines += [
-        guarded("curve", lambda: check_curve(row)),
+        curve,
         guarded("budget", lambda: check_budget(row)),
         guarded("claims", lambda: check_claims(row)),
         guarded("protocol", lambda: check_protocol(row)),
     ]
-    if module is not None:
+    if module is not None and curve.verdict == FAIL:
+        lines.append(Check("speed", NOTE, "not compared, since the curve is wrong"))
+    elif module is not None:
         objective = module
         lines.append(guarded("speed", lambda: check_speed(row, objective)))
     lines.append(check_commit(row))
@@ -623,6 +662,8 @@ def main(argv: list[str] | None = None) -> None:
     path = path_of(name)
     lines, model = checks(path, options.weights)
     say(*lines)
+    if not texts and model is not None and "root" in model.config.data:
+        say(Check("figure", NOTE, "not tested again: give data.root=FOLDER, where the data are"))
     if texts and model is None:
         lines.append(Check("figure", FAIL, "there are no weights to test"))
         say(lines[-1])

@@ -1,6 +1,7 @@
 """How the results page writes numbers, machines and tables."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -155,6 +156,15 @@ def metrics(run: dict) -> str:
 def distinct(values: Iterable[str], separator: str) -> str:
     """Texts joined by a separator, each once, in the order of their first appearance."""
     return separator.join(dict.fromkeys(values))
+
+
+def machine_text(device: str) -> str:
+    """A recorded device as a reader would write it.
+
+    >>> machine_text("AMD EPYC, 1 threads"), machine_text("AMD EPYC, 11 threads")
+    ('AMD EPYC, 1 thread', 'AMD EPYC, 11 threads')
+    """
+    return re.sub(r"\b1 threads$", "1 thread", device)
 
 
 def span(values: list[str]) -> str:

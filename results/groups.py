@@ -15,6 +15,7 @@ from results.formats import (
     distinct,
     fingerprint,
     finite,
+    machine_text,
     main_metrics,
     run_name,
     tested_data,
@@ -267,7 +268,7 @@ def commits_of(group: Group) -> str:
 
 def devices_of(group: Group) -> str:
     """The devices of a group's runs."""
-    return distinct([run["device"] for run in group], " and ")
+    return distinct([machine_text(run["device"]) for run in group], " and ")
 
 
 def names_of(group: Group) -> str:

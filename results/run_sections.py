@@ -12,6 +12,7 @@ from results.formats import (
     count,
     fingerprint,
     fixed,
+    machine_text,
     main_metrics,
     metrics,
     run_name,
@@ -22,6 +23,10 @@ from results.protocol import allowed_differences
 from results.reading import Records, claims_of, counted_comparisons, ordered_runs
 
 TITLE = "Runs"
+TEXT = (
+    "Only the curve `val` compares with a paper's number. The curve `train` is of training images "
+    "with their flips and shifts: shifted images are smoother, so that they have fewer bits/dim."
+)
 FIGURES = ["metric", "ours", "paper", "gap", "status"]
 
 
@@ -31,7 +36,7 @@ def section(records: Records) -> list[Block]:
     if not runs:
         return []
     parts = [part for run in runs for part in run_part(run, records)]
-    return [Heading(TITLE), *parts]
+    return [Heading(TITLE), Paragraph(TEXT), *parts]
 
 
 def run_part(run: dict, records: Records) -> list[Block]:
@@ -71,9 +76,13 @@ def figure_rows(run: dict, claims: dict) -> list[list[str]]:
 
 
 def not_measured(run: dict) -> list[str]:
-    """A line for each metric that a run could not measure, with the reason."""
-    reasons = run.get("not_measured") or {}
-    return [f"Not measured: {key}, since {reason}" for key, reason in sorted(reasons.items())]
+    """A line for each reason for which a run could not measure some metrics."""
+    metrics_of: dict[str, list[str]] = {}
+    for key, reason in sorted((run.get("not_measured") or {}).items()):
+        metrics_of.setdefault(reason.removeprefix("since "), []).append(key)
+    return [
+        f"Not measured: {', '.join(names)}, since {reason}" for reason, names in metrics_of.items()
+    ]
 
 
 def command(run: dict) -> str:
@@ -116,8 +125,8 @@ def detail_lines(run: dict, claims: list[dict]) -> list[str]:
 
 def settings(run: dict) -> list[str]:
     """The settings of a run: its size, its images, and the machine."""
-    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
-    parts = [f"{key} {run[key]}" for key in keys]
+    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic")
+    parts = [*(f"{key} {run[key]}" for key in keys), f"device {machine_text(run['device'])}"]
     if run.get("parameters"):
         parts = [f"{run['parameters']:,} parameters", *parts]
     if fingerprint(run):

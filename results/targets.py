@@ -5,7 +5,7 @@ from typing import Any
 
 from results import is_number
 from results.blocks import Block, Code, Heading, Paragraph, Table, anchor
-from results.formats import commit, count, run_name, wall_time
+from results.formats import commit, count, machine_text, run_name, wall_time
 from results.groups import chosen
 from results.reading import Records
 
@@ -73,7 +73,7 @@ def cells(times: Mapping[float, Mapping[str, Any]], run: dict) -> list[str]:
     if trainer.get("limit_val_batches") is not None:
         name += " (validated on a part of the split)"
     reaches = [reach(times.get(target)) for target in TARGETS]
-    return [name, run["device"], run["precision"], commit(run), *reaches]
+    return [name, machine_text(run["device"]), run["precision"], commit(run), *reaches]
 
 
 def reach(row: Mapping[str, Any] | None) -> str:

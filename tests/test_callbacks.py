@@ -508,6 +508,11 @@ def test_the_table_says_why_a_metric_has_no_figure_or_none_like_the_papers():
         "test/kid: no weights",
         "test/psnr: crop: 0 here, 4 in the paper; b",
     ]
+    result["not_measured"]["test/kid"] = "no weights: give some"
+    assert comparison_table(result).splitlines()[-2:] == [
+        "test/fid, test/kid: no weights: give some",
+        "test/psnr: crop: 0 here, 4 in the paper; b",
+    ]
 
 
 def test_table_has_a_row_for_each_claim_with_its_decimals():

@@ -153,6 +153,8 @@ def test_svhn_is_read_from_its_official_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is damaged or another file .*official md5") as error:
         ood_sets.svhn(request(tmp_path))
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"put the official file there$"):  # none can be fetched
+        ood_sets.read_sets(["svhn"], request(tmp_path), "cifar10")
     monkeypatch.setattr(ood_sets, "SVHN_MD5", hashlib.md5(path.read_bytes()).hexdigest())
     found = ood_sets.svhn(request(tmp_path))
     assert as_set(found.images) == as_set(images)
@@ -349,7 +351,7 @@ def test_the_figures_are_those_of_the_models_own_bits(realnvp, tmp_path, capsys)
     assert sorted(path.name for path in out.parent.iterdir()) == ["ood.json", "ood.svg"]
     assert out.with_suffix(".svg").read_text() == svg(page.histograms(content))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{out}: 2 sets; histograms in {out.with_suffix('.svg')}"
+    assert lines[-1] == f"{out}: constant, noise; histograms in {out.with_suffix('.svg')}"
     assert lines[-2] == page.verdict(content)
 
     model = load(realnvp)
@@ -557,6 +559,16 @@ def test_a_verdict_on_a_failure_that_is_cured_for_one_set():
         "Typicality of batches of 10 cures it for flat (0.900) and lessens it for digits (0.800). "
         f"{RANKS}"
     )
+
+
+def test_a_verdict_says_nothing_of_batches_where_there_were_too_few_images():
+    flat = other("flat", 0.3, 0.02, corrected_png=0.98, typicality_1=0.95)
+    noise = other("noise", 8.0, 1.0, corrected_png=1.0, typicality_1=1.0)
+    flat["auroc"]["typicality_m"] = None
+    noise["auroc"]["typicality_m"] = None
+    text = page.verdict(recorded(flat, noise))
+    assert "Typicality of single images cures it for flat (0.950)." in text
+    assert "batches" not in text
 
 
 def test_a_verdict_without_a_failure_or_without_simpler_images():

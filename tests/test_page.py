@@ -267,9 +267,10 @@ def test_another_protocol_is_said_in_words(root):
 
 def test_what_a_run_could_not_measure_is_said_with_the_reason(root):
     reason = "the extractor's weights are missing: give metrics.inception_weights=FILE"
-    add(root, "a", not_measured={"test/fid": reason}, protocol={"test/kid": {"n": 5}})
+    reasons = {"test/fid": reason, "test/psnr": f"since {reason}"}
+    add(root, "a", not_measured=reasons, protocol={"test/kid": {"n": 5}})
     lines = markdown(sections(read(root)))
-    assert f"Not measured: test/fid, since {reason}" in lines
+    assert f"Not measured: test/fid, test/psnr, since {reason}" in lines
     assert "* test/kid: n 5" in lines
 
 
@@ -350,8 +351,8 @@ def test_of_each_setting_on_a_kind_of_machine_the_newest_is_shown_the_others_are
     assert heading == Heading("a CPU", 3)
     assert [row[0] for row in table.rows] == [
         "glow K32 B16, 2 threads",
-        "glow K8 B16, 1 threads",
-        "realnvp K8 B16, 1 threads",
+        "glow K8 B16, 1 thread",
+        "realnvp K8 B16, 1 thread",
     ]
     assert isinstance(fold, Fold)
     assert fold.title == "All columns of these 3 measurements, and 1 older"

@@ -59,6 +59,18 @@ def set_at(path, value):
     return change
 
 
+def faked(figure):
+    """A change of the tested figure, with all that follows from it."""
+
+    def change(content):
+        verdict = {"gap": figure - 3.49, "status": "reproduced"}
+        content["metrics"]["test/bpd"] = figure
+        content.update(verdict)
+        content["comparisons"][0].update(verdict)
+
+    return change
+
+
 def remove(path):
     """A change that removes a key."""
 
@@ -74,7 +86,7 @@ def remove(path):
 @pytest.mark.parametrize(
     ("change", "name", "text"),
     [
-        (set_at("run", "other"), "schema", "it is of realnvp_cifar10/other, and lies in"),
+        (set_at("run", "other"), "schema", "its file has to be results/runs/realnvp_ci"),
         (set_at("config.optim.lr", 0.5), "recipe", "optim.lr is 0.5 in the row, and 0.001 by the"),
         (
             remove("config.flow.hidden_channels"),
@@ -112,6 +124,7 @@ def remove(path):
         (set_at("papers.0.value", 4.5), "claims", "realnvp.cifar10 is 3.49, and 4.5 in the row"),
         (set_at("papers.0.comparable", False), "claims", "the row is compared with"),
         (set_at("papers.0.claim", "glow.cifar10"), "claims", "the row is compared with"),
+        (faked(3.4), "curve", "test/bpd is 3.4, far better than the validation of these weights"),
         (set_at("not_measured", {"test/bpd": "no"}), "protocol", "test/bpd has a figure, and a"),
         (set_at("device", "Intel, 0 threads"), "speed", "values that cannot be read"),
     ],
@@ -176,6 +189,17 @@ def test_keys_that_did_not_exist_yet_count_as_their_defaults(row):
         del content["config"]["trainer"]["recompute"]
 
     assert verdicts(row(change))["recipe"][0] == OK
+
+
+@pytest.mark.parametrize(
+    "path", ["metrics.test/bpd", "metrics.samples/finite_T1", "curve.3.val/bpd", "curve.3.lr"]
+)
+@pytest.mark.parametrize("value", ["3.5", True, {}, 10**400])
+def test_a_figure_that_is_no_number_is_of_the_wrong_form(row, path, value):
+    [(verdict, line)] = verdicts(row(set_at(path, value))).values()
+    assert verdict == FAIL
+    assert "lacks a usable" in line
+    assert path.rpartition(".")[2] in line
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"experiment": 3}'])
@@ -295,6 +319,12 @@ def test_a_mistake_is_one_line(words, message):
         verify.main(words)
     assert stop.value.code.startswith(message)
     assert "\n" not in stop.value.code
+
+
+def test_without_data_the_figure_is_not_tested_again_and_a_line_says_so(capsys):
+    verify.main([ROW])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "note  figure   not tested again: give data.root=FOLDER, where the data are"
 
 
 def test_without_weights_a_figure_cannot_be_tested(capsys):

@@ -146,7 +146,7 @@ class SampleQuality(L.Callback):
             return
         objective = as_objective(pl_module)
         if not models_images(objective):
-            self.obstacle = "the data are no images with one channel or three"
+            self.obstacle = "since the data are no images with one channel or three"
             return
         self.obstacle = self._load_extractor(trainer)
         if self.obstacle is not None:
@@ -441,4 +441,7 @@ def keep_features(path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, safetensors_bytes(dict(content)))
     except OSError as error:
-        rank_zero_info(f"the features of the images are not kept: {reason(error)}")
+        rank_zero_info(
+            f"the features of the images are not kept: {path.parent} cannot be written "
+            f"({reason(error)})"
+        )
