@@ -197,6 +197,18 @@ def test_images_below_a_window_have_the_figures_that_are_possible(alexnet):
     assert "give at least 31 x 31" in callback.not_measured["test/lpips"]
 
 
+def test_an_error_in_a_measurement_costs_no_other_figure():
+    """A training of days would be lost with its test."""
+
+    def full(*images):
+        raise RuntimeError("CUDA error: out of memory")
+
+    callback = ImageQuality(SCALE, reduce, {})
+    callback.measures["ssim"] = full
+    assert "test/psnr" in figures_of(callback, Bicubic(n=1))
+    assert callback.not_measured["test/ssim"] == "since CUDA error: out of memory"
+
+
 def test_missing_weights_are_said_once_at_the_start(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 

@@ -257,13 +257,13 @@ def test_crops_of_photographs_are_not_resized_and_do_not_overlap(tmp_path):
 
 def test_a_photograph_is_whole_and_upright(tmp_path):
     pixels = save_image(tmp_path / "a.png", 20, 30)
-    assert np.array_equal(ood_sets.whole(tmp_path / "a.png", 3), pixels.transpose(2, 0, 1))
+    assert np.array_equal(ood_sets.read_whole(tmp_path / "a.png", 3), pixels.transpose(2, 0, 1))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     Image.fromarray(pixels).save(tmp_path / "b.png", exif=exif)
     turned = np.rot90(pixels, -1).transpose(2, 0, 1)
-    assert np.array_equal(ood_sets.whole(tmp_path / "b.png", 3), turned)
-    assert ood_sets.whole(tmp_path / "a.png", 1).shape == (1, 20, 30)
+    assert np.array_equal(ood_sets.read_whole(tmp_path / "b.png", 3), turned)
+    assert ood_sets.read_whole(tmp_path / "a.png", 1).shape == (1, 20, 30)
 
 
 def test_a_users_folder_is_read_as_score_does(tmp_path):

@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, distributed
+from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_modules.checkpoint_io import reason as reason_of
 from lightning_modules.checks import check_count
 from lightning_modules.metrics import image_mean
 from lightning_modules.quality.extractors import WeightsMissing
@@ -24,9 +25,9 @@ from lightning_modules.quality.super_resolution import (
     ssim_rgb_uniform,
     ssim_y_gaussian,
 )
+from lightning_modules.ranks import everywhere
 
 LPIPS_NAMES = {"alex": "lpips", "vgg": "lpips_vgg"}
-T = TypeVar("T")
 AVERAGE = "mean over images"
 LEAST_SHARE = 0.0001  # a share of images that is not zero is not shown as zero
 
@@ -234,16 +235,19 @@ class ImageQuality(L.Callback):
         reference = levels(outputs.high_res)
         samples = levels(outputs.samples)
         for name, measure in self.measures.items():
-            if name in self.reasons:
-                continue
-            try:
-                self._add_values(name, measure(samples[0], reference, low_res))
-            except ValueError as error:
-                self.reasons[name] = f"since {error}"
+            self._add_values(name, functools.partial(measure, samples[0], reference, low_res))
         if len(samples) > 1:
-            self._add_values("diversity", diversity(samples))
+            self._add_values("diversity", functools.partial(diversity, samples))
 
-    def _add_values(self, name: str, values: Tensor) -> None:
+    def _add_values(self, name: str, measured: Callable[[], Tensor]) -> None:
+        """Add the values of a batch to a mean; or note why there are none, which ends no run."""
+        if name in self.reasons:
+            return
+        try:
+            values = measured()
+        except Exception as error:  # images that are too small, a GPU whose memory is full
+            self.reasons[name] = f"since {reason_of(error) or type(error).__name__}"
+            return
         if name not in self.means:
             self.means[name] = mean_on(values.device)
         self.means[name].update(values)
@@ -318,15 +322,6 @@ def levels(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     return as_uint8(images.float())  # 16 bits are too few for the rounding
-
-
-def everywhere(value: T) -> list[T]:
-    """The value of each rank, on every rank."""
-    if not distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 def combined(parts: list[Part]) -> Part:
