@@ -167,7 +167,7 @@ def test_the_command_measures_a_folder_by_every_definition(tmp_path, capsys):
     pooled = 10 * np.log10(255**2 / np.mean(squares))
     assert measured["definitions"]["rgb/pooled"]["psnr"] == pytest.approx(pooled, abs=1e-10)
     assert measured["images"] == 2
-    assert content["protocol"]["test/psnr_y"]["crop"] == "4"
+    assert content["protocol"]["test/psnr_y"]["crop"] == 4
     line = f"| mine | 4 | 2 | {measured['metrics']['test/psnr']:.2f} |"
     assert line in capsys.readouterr().out
 
