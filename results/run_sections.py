@@ -73,7 +73,10 @@ def figure_rows(run: dict, claims: dict) -> list[list[str]]:
 def not_measured(run: dict) -> list[str]:
     """A line for each metric that a run could not measure, with the reason."""
     reasons = run.get("not_measured") or {}
-    return [f"Not measured: {key}, since {reason}" for key, reason in sorted(reasons.items())]
+    return [
+        f"Not measured: {key}, since {reason.removeprefix('since ')}"
+        for key, reason in sorted(reasons.items())
+    ]
 
 
 def command(run: dict) -> str:

@@ -171,6 +171,7 @@ def test_a_run_by_the_papers_protocol_is_reproduced(root):
         ({"n": 10_000}, "samples: 10,000 here, 50,000 in the paper"),
         ({"temperature": 0.7}, "temperature: 0.7 here, 1 in the paper"),
         ({"reference": "test"}, "reference images: test here, train in the paper"),
+        ({"published_weights": False}, "weights of the network: not the published ones here"),
         (
             {"weights_sha256": "0123456789abcdef"},
             "SHA-256 of the extractor's weights: 01234567 here, 6726825d in the paper",

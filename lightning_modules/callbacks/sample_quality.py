@@ -147,11 +147,17 @@ class SampleQuality(L.Callback):
             return
         objective = as_objective(pl_module)
         if not models_images(objective):
-            self.obstacle = "the data are no images with one channel or three"
+            self.obstacle = "since the data are no images with one channel or three"
             return
         self.obstacle = self._load_extractor(trainer)
+        extractor = cast(Extractor, self.extractor)
         if self.obstacle is not None:
             rank_zero_info(f"FID and the other figures of samples: not measured, {self.obstacle}")
+        elif not extractor.is_published:
+            rank_zero_info(
+                f"FID by weights of SHA-256 {extractor.sha256[:8]}, which are not the published "
+                "ones: it compares with no figure in a paper"
+            )
 
     def _load_extractor(self, trainer: L.Trainer) -> str | None:
         """Load the network on every rank; what keeps one of the ranks from it, in words.
@@ -255,11 +261,6 @@ class SampleQuality(L.Callback):
                 continue
             self.protocol[key] = common | facts[name]
             pl_module.log(key, figures[name])
-        if not extractor.is_published:
-            rank_zero_info(
-                f"FID by weights of SHA-256 {extractor.sha256[:8]}, which are not the published "
-                "ones: it compares with no figure in a paper"
-            )
 
     def _give_up(self, obstacle: str, prefix: str, suffix: str, names: tuple[str, ...]) -> None:
         for name in names:
