@@ -143,6 +143,11 @@ def test_validation_has_its_own_names():
     [figures] = make_trainer(callback, limit_val_batches=None).validate(
         Bicubic(), Photographs(), verbose=False
     )
+    [again] = make_trainer(callback, limit_val_batches=None).validate(
+        Bicubic(), Photographs(), verbose=False
+    )
+    assert again == figures
+    assert callback.protocol["val/psnr"]["images"] == 7  # not those of both
     names = {"psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr"}
     assert figures.keys() == {f"val/{name}" for name in names}
     assert callback.not_measured == {
