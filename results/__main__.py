@@ -1,4 +1,4 @@
-"""`python -m results` writes results/README.md.
+"""`python -m results` writes results/README.md, results/index.html and the table in README.md.
 
 `python -m results add RUN` first records a finished run, and `python -m results figure3 FOLDER` a
 finished repetition of Glow's Figure 3. `python -m results table FOLDER...` writes nothing. It

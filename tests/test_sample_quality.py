@@ -1,6 +1,8 @@
 """Image quality of samples: the extractor's weights, distances of distributions, the callback."""
 
 import pickle
+from collections.abc import Callable
+from http.client import BadStatusLine
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,20 @@ def no_network(*arguments: object, **options: object) -> None:
     raise OSError(101, "Network is unreachable")
 
 
+def no_server(*arguments: object, **options: object) -> None:
+    raise BadStatusLine("a page to log in")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(no_network, "Network is unreachable"), (no_server, "a page to log in")],
+)
 def test_weights_that_cannot_be_had_are_a_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: Callable, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(extractors.urllib.request, "urlopen", no_network)
-    with pytest.raises(WeightsMissing, match="Network is unreachable"):
+    monkeypatch.setattr(extractors.urllib.request, "urlopen", answer)
+    with pytest.raises(WeightsMissing, match=reason):
         Inception()
     assert not list(tmp_path.rglob("*.part"))
 
