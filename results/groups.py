@@ -33,6 +33,7 @@ NO_PART = {
     "data": {"cache", "download", "num_workers", "root"},
     "trainer": {"accelerator", "devices", "log_every_n_steps", "num_nodes", "strategy"},
 }
+OF_CHANCE = ("seed", "batch_size")  # facts of a protocol that decide which samples are drawn
 MOST_NAMED = 3  # settings by which rows are told apart
 
 
@@ -72,9 +73,9 @@ def settings_key(run: dict) -> str:
 
 
 def protocol_key(run: dict, metric: str) -> str:
-    """A text that is the same for runs that measured a metric in the same way, but for a seed."""
-    facts = dict((run.get("protocol") or {}).get(metric) or {})
-    facts.pop("seed", None)
+    """A text that is the same for runs that measured a metric in the same way, but by chance."""
+    recorded = (run.get("protocol") or {}).get(metric) or {}
+    facts = {fact: value for fact, value in recorded.items() if fact not in OF_CHANCE}
     return json.dumps(facts, sort_keys=True)
 
 

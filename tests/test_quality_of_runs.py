@@ -61,6 +61,8 @@ def test_a_run_records_its_figures_and_evaluate_measures_them_again(
     other = lines("quality.n=8")
     assert "test/fid: not compared with the recorded figure, which has another protocol" in other
     assert [line for line in other if line.startswith("test/bpd: ")]
+    other = lines("quality.n=16", "quality.batch_size=5")  # other samples, which are as good
+    assert [line for line in other if line.startswith("test/fid: not compared")]
 
 
 def test_a_run_without_weights_has_its_other_figures_and_the_reason(tmp_path, monkeypatch):

@@ -248,6 +248,7 @@ class SampleQuality(L.Callback):
             "statistics": "float64",
             "images": "uint8",
             "seed": self.seed,
+            "batch_size": self.batch_size,  # each batch of samples has a seed of its own
         }
         for name in names:
             key = f"{prefix}{name}{suffix}"
