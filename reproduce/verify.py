@@ -69,6 +69,7 @@ from reproduce.streams import say
 from results import is_number
 from results.curves import metric_name
 from results.files import abbreviated, portable
+from results.formats import by_text
 from results.groups import leaves
 from results.metrics import QUANTITIES, Metric, quantity_of
 from results.runs import read_curve, read_json
@@ -402,7 +403,8 @@ def check_protocol(row: Row) -> Check:
     if lacking:
         text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
         return Check("protocol", NOTE, text)
-    texts = [f"{key} not measured: {reason}" for key, reason in sorted(reasons.items())]
+    absent = by_text(dict(sorted(reasons.items())))
+    texts = [f"{names} not measured: {reason}" for reason, names in absent.items()]
     return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
 
 

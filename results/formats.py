@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from results import is_number
@@ -155,6 +155,18 @@ def metrics(run: dict) -> str:
 def distinct(values: Iterable[str], separator: str) -> str:
     """Texts joined by a separator, each once, in the order of their first appearance."""
     return separator.join(dict.fromkeys(values))
+
+
+def by_text(texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts that several keys may share, each once with its keys: text -> `a, b`.
+
+    >>> by_text({"test/fid": "no weights", "test/kid": "no weights", "test/bpd": "stopped"})
+    {'no weights': 'test/fid, test/kid', 'stopped': 'test/bpd'}
+    """
+    keys: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        keys.setdefault(text, []).append(key)
+    return {text: ", ".join(names) for text, names in keys.items()}
 
 
 def span(values: list[str]) -> str:

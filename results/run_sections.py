@@ -8,6 +8,7 @@ from results import own_decimals, printed
 from results.blocks import Block, Bullets, Code, Drawing, Fold, Heading, Paragraph, Picture, Table
 from results.curves import run_curve
 from results.formats import (
+    by_text,
     commit,
     count,
     fingerprint,
@@ -71,11 +72,11 @@ def figure_rows(run: dict, claims: dict) -> list[list[str]]:
 
 
 def not_measured(run: dict) -> list[str]:
-    """A line for each metric that a run could not measure, with the reason."""
-    reasons = run.get("not_measured") or {}
+    """A line for each reason why a run could not measure metrics, with their names."""
+    reasons = by_text(dict(sorted((run.get("not_measured") or {}).items())))
     return [
-        f"Not measured: {key}, since {reason.removeprefix('since ')}"
-        for key, reason in sorted(reasons.items())
+        f"Not measured: {names}, since {reason.removeprefix('since ')}"
+        for reason, names in reasons.items()
     ]
 
 

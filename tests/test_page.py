@@ -267,10 +267,11 @@ def test_another_protocol_is_said_in_words(root):
 
 def test_what_a_run_could_not_measure_is_said_with_the_reason(root):
     reason = "the extractor's weights are missing: give metrics.inception_weights=FILE"
-    reasons = {"test/fid": f"since {reason}", "test/psnr": "no images"}
+    reasons = dict.fromkeys(("test/fid", "test/recall"), f"since {reason}")
+    reasons |= {"test/psnr": "no images"}
     add(root, "a", not_measured=reasons, protocol={"test/kid": {"n": 5}})
     lines = markdown(sections(read(root)))
-    assert f"Not measured: test/fid, since {reason}" in lines
+    assert f"Not measured: test/fid, test/recall, since {reason}" in lines
     assert "Not measured: test/psnr, since no images" in lines
     assert "* test/kid: n 5" in lines
 

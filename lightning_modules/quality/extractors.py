@@ -140,7 +140,7 @@ def published_weights(
             download(url, path, sha256)
         return read_weights(path, expected, unused)
     except (OSError, ValueError) as error:
-        raise WeightsMissing(reason(error)) from error
+        raise WeightsMissing(" ".join(str(error).split())) from error
 
 
 def hub_file(url: str) -> Path:
