@@ -29,6 +29,7 @@ from lightning_modules.ranks import everywhere
 
 LPIPS_NAMES = {"alex": "lpips", "vgg": "lpips_vgg"}
 AVERAGE = "mean over images"
+ROUNDING = "to the nearest level"  # of images to uint8
 LEAST_SHARE = 0.0001  # a share of images that is not zero is not shown as zero
 
 # Measures images by (image, reference, low_res), each (B, 3, ., .) uint8, as (B,) values.
@@ -127,7 +128,7 @@ class ImageQuality(L.Callback):
     def _add(self, lpips: Lpips) -> None:
         name = LPIPS_NAMES[lpips.net]
         self.measures[name] = without_low_res(lpips)
-        self.facts[name] = {**lpips.protocol, "average": AVERAGE}
+        self.facts[name] = {**lpips.protocol, "average": AVERAGE, "rounding": ROUNDING}
         if not lpips.is_published:
             rank_zero_info(
                 f"LPIPS by weights of SHA-256 {lpips.sha256[:8]}, which are not the published "
@@ -293,20 +294,20 @@ def without_low_res(measure: Callable[[Tensor, Tensor], Tensor]) -> Measure:
 
 def facts_of(scale: int) -> dict[str, dict[str, Any]]:
     """What each metric but LPIPS depends on, by the metric's name."""
-    rgb = {"definition": "rgb", "crop": 0, "average": AVERAGE}
+    common = {"average": AVERAGE, "rounding": ROUNDING}
+    rgb = {"definition": "rgb", "crop": 0} | common
     y = {
         "definition": "y",
         "crop": scale,
         "luma": "ITU-R BT.601, 16 to 235, not rounded",
-        "average": AVERAGE,
-    }
+    } | common
     return {
         "psnr": rgb,
         "ssim": rgb | {"window": "uniform 7 x 7", "covariance": "unbiased"},
         "psnr_y": y,
         "ssim_y": y | {"window": "Gaussian 11 x 11, deviation 1.5"},
-        "lr_psnr": {"definition": "rgb", "average": AVERAGE},
-        "diversity": {"definition": "unbiased deviation, uint8", "average": AVERAGE},
+        "lr_psnr": {"definition": "rgb"} | common,
+        "diversity": {"definition": "unbiased deviation, uint8"} | common,
     }
 
 
