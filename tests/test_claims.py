@@ -211,6 +211,8 @@ def test_a_fact_that_is_not_recorded_or_not_stated_is_a_difference(root):
     write_claims(root, fid=FID | {"checked": {"n": None}})
     comparison = compared(root, protocol={"test/fid": MEASURED})
     assert comparison["differences"] == ["samples: 50,000 here, not stated in the paper"]
+    comparison = compared(root, protocol={"test/fid": MEASURED | {"n": None}})
+    assert comparison["differences"] == ["samples: none here, not stated in the paper"]
 
 
 def test_a_metric_that_was_not_measured_has_its_reason(root):

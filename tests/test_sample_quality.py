@@ -356,6 +356,9 @@ def test_few_samples_are_measured_in_training_under_another_name(tmp_path: Path)
     assert {"val/fid_1k", "val/kid_1k"} <= trainer.callback_metrics.keys()
     assert callback.protocol["val/fid_1k"]["n"] == 1000
     assert callback.state_dict() == {"measured_at": 2}
+    again = quality(tmp_path, small_n=1000, every_n_steps=2)
+    again.load_state_dict(callback.state_dict())  # a resumed run keeps the distance
+    assert again.measured_at == 2
 
 
 def _on_ranks(rank: int, folder: Path, ranks: int) -> dict[str, float]:
