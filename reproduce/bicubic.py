@@ -31,6 +31,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from datamodules.bicubic import downscale, upscale
 from datamodules.checks import expand_home
 from datamodules.evaluation_sets import KNOWN, EvaluationSet, Hash
 from datamodules.image_files import check_folder, has_grey_levels, shown
+from lightning_modules.callbacks.image_quality import facts_of
 from lightning_modules.quality.super_resolution import (
     LEVELS,
     UNIFORM,
@@ -61,6 +63,7 @@ from reproduce.streams import say
 from results import super_resolution
 from results.blocks import markdown
 from results.files import portable, write
+from results.super_resolution import METRICS
 
 DEFAULTS: dict[str, object] = {
     "root": "data/sr",
@@ -70,22 +73,15 @@ DEFAULTS: dict[str, object] = {
     "out": "bicubic.json",
 }
 PACKAGES = ("torch", "numpy", "pillow", "scikit-image")
-MEAN = "mean over images"
 RESIZING = "bicubic as MATLAB's imresize, rounded once"
 Values = dict[str, dict[str, float]]  # a definition -> "psnr" and "ssim"
 
 
-def protocol(scale: int) -> dict[str, dict[str, str]]:
+def protocol(scale: int) -> dict[str, dict[str, Any]]:
     """What each metric depends on."""
-    rgb = {"definition": "rgb", "crop": "0", "average": MEAN}
-    y = {"definition": "y", "crop": f"{scale}", "luma": "ITU-R BT.601, 16 to 235, not rounded"}
-    return {
-        "test/psnr": rgb,
-        "test/ssim": rgb | {"window": "uniform 7 x 7", "covariance": "unbiased"},
-        "test/psnr_y": y | {"average": MEAN},
-        "test/ssim_y": y | {"average": MEAN, "window": "Gaussian 11 x 11, deviation 1.5"},
-        "test/lr_psnr": {"definition": "rgb", "reduction": RESIZING, "average": MEAN},
-    }
+    facts = {f"test/{name}": facts_of(scale)[name] for name in METRICS}
+    facts["test/lr_psnr"] |= {"reduction": RESIZING}
+    return facts
 
 
 def logged(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Values:

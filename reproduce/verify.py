@@ -19,12 +19,16 @@ knowing. The exit code is 1 if a check fails. What is checked:
   speed     no part of the curve needs more arithmetic than the device can do
   commit    the commit is in this clone, and the code was that of the commit
   weights   the file has the recorded SHA-256 and size, fits the model, and is of this run
-  figure    with data.root=: the weights are tested again (reproduce.evaluate)
+  figure    with data.root=: the weights are tested again (reproduce.evaluate), and with quality.n=
+            FID and the other figures of samples, too
 
 keys:
   weights=FILE     the file of weights, where it is not beside the row
   device=cpu       of the test, or cuda; the default is the run's kind of device, if it is here
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER, as for reproduce.evaluate
+  quality.n=N      also draw samples and measure their FID and so on again, as many as the row's
+  metrics.inception_weights=FILE
+                   the network behind these figures, where it cannot be downloaded
 """
 
 import sys
@@ -39,6 +43,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import yaml
@@ -48,6 +53,7 @@ import results
 from datamodules import DATA, make_data
 from datamodules.checks import expand_home
 from lightning_modules.objective import Objective
+from lightning_modules.quality.distributions import METRICS
 from reproduce import evaluate
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, parse, plain
@@ -63,6 +69,7 @@ from reproduce.streams import say
 from results import is_number
 from results.curves import metric_name
 from results.files import abbreviated, portable
+from results.formats import by_text
 from results.groups import leaves
 from results.metrics import QUANTITIES, Metric, quantity_of
 from results.runs import read_curve, read_json
@@ -420,20 +427,9 @@ def check_protocol(row: Row) -> Check:
     if lacking:
         text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
         return Check("protocol", NOTE, text)
-    texts = not_measured(reasons)
+    absent = by_text(dict(sorted(reasons.items())))
+    texts = [f"{names} not measured: {reason}" for reason, names in absent.items()]
     return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
-
-
-def not_measured(reasons: Mapping[str, str]) -> list[str]:
-    """A text for each reason, with all metrics that have no figure by it.
-
-    >>> not_measured({"test/fid": "no weights", "test/kid": "no weights"})
-    ['test/fid, test/kid not measured: no weights']
-    """
-    metrics_of: dict[str, list[str]] = {}
-    for key, reason in sorted(reasons.items()):
-        metrics_of.setdefault(reason.removeprefix("since "), []).append(key)
-    return [f"{', '.join(names)} not measured: {reason}" for reason, names in metrics_of.items()]
 
 
 def depends_on_more(key: str) -> bool:
@@ -604,8 +600,30 @@ def check_figure(model: TrainedModel, texts: Mapping[str, str], device: str) -> 
     if others:
         return Check("figure", FAIL, f"the data hold {', '.join(others)}")
     text, is_close = evaluate.compare(evaluation, row, kind)
-    line = "; ".join(text.splitlines())
+    line = "; ".join([*text.splitlines(), *not_tested(row, evaluation)])
     return judged("figure", [] if is_close else [line], line)
+
+
+def not_tested(row: Row, evaluation: evaluate.Evaluation) -> list[str]:
+    """The recorded figures of samples that a test has not measured again, and what to do."""
+    left = [key for key in row["metrics"] if depends_on_more(key)]
+    texts = []
+    for key in sorted(set(left) - evaluation.figures.keys()):
+        text = f"{key}: not tested again"
+        if key in evaluation.not_measured:
+            text += f", {evaluation.not_measured[key]}"
+        elif quantity_of(key) in METRICS:
+            text += f": give quality.n={n_samples(row)}"
+        texts.append(text)
+    return texts
+
+
+def n_samples(row: Row) -> float:
+    """How many samples a row's figures of samples are of; the recipe's number where none says."""
+    protocols = row.get("protocol") or {}
+    numbers = [facts.get("n") for key, facts in protocols.items() if quantity_of(key) in METRICS]
+    known = [n for n in numbers if is_number(n)]
+    return max(known, default=(row["config"].get("quality") or {}).get("n", 0))
 
 
 # ---------------------------------------------------------------------- all of it
@@ -620,6 +638,12 @@ def guarded(name: str, make: Callable[[], Check]) -> Check:
         return Check(name, FAIL, text)
 
 
+def is_experiment(name: str) -> bool:
+    """Whether this clone has a recipe and a script of a name."""
+    has_recipe = (CONFIGS / f"{name}.yaml").is_file()
+    return has_recipe and find_spec(f"reproduce.{name}") is not None
+
+
 def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | None]:
     """All checks of a row but that of its figure, and its model, if its weights could be loaded."""
     try:
@@ -628,7 +652,7 @@ def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | N
         return [Check("schema", FAIL, str(error))], None
     lines = [check_name(path, row), guarded("recipe", lambda: check_recipe(row))]
     module = None
-    if (CONFIGS / f"{row['experiment']}.yaml").is_file():
+    if is_experiment(row["experiment"]):
         line, module = build(row)
         lines.append(line)
     curve = guarded("curve", lambda: check_curve(row))
@@ -655,10 +679,10 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    data = [word for word in words if word.startswith("data.") and "=" in word]
-    rest = [word for word in words if word not in data]
+    of_test = [word for word in words if word.startswith(evaluate.OF_RECIPE) and "=" in word]
+    rest = [word for word in words if word not in of_test]
     [name], options = read_words(rest, ["JSON"], DEFAULTS)
-    texts = parse(data)
+    texts = parse(of_test)
     path = path_of(name)
     lines, model = checks(path, options.weights)
     say(*lines)

@@ -3,7 +3,7 @@
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from results import is_number
@@ -165,6 +165,18 @@ def machine_text(device: str) -> str:
     ('AMD EPYC, 1 thread', 'AMD EPYC, 11 threads')
     """
     return re.sub(r"\b1 threads$", "1 thread", device)
+
+
+def by_text(texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts that several keys may share, each once with its keys: text -> `a, b`.
+
+    >>> by_text({"test/fid": "no weights", "test/kid": "no weights", "test/bpd": "stopped"})
+    {'no weights': 'test/fid, test/kid', 'stopped': 'test/bpd'}
+    """
+    keys: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        keys.setdefault(text, []).append(key)
+    return {text: ", ".join(names) for text, names in keys.items()}
 
 
 def span(values: list[str]) -> str:

@@ -8,6 +8,7 @@ from results import own_decimals, printed
 from results.blocks import Block, Bullets, Code, Drawing, Fold, Heading, Paragraph, Picture, Table
 from results.curves import run_curve
 from results.formats import (
+    by_text,
     commit,
     count,
     fingerprint,
@@ -76,13 +77,10 @@ def figure_rows(run: dict, claims: dict) -> list[list[str]]:
 
 
 def not_measured(run: dict) -> list[str]:
-    """A line for each reason for which a run could not measure some metrics."""
-    metrics_of: dict[str, list[str]] = {}
-    for key, reason in sorted((run.get("not_measured") or {}).items()):
-        metrics_of.setdefault(reason.removeprefix("since "), []).append(key)
-    return [
-        f"Not measured: {', '.join(names)}, since {reason}" for reason, names in metrics_of.items()
-    ]
+    """A line for each reason why a run could not measure metrics, with their names."""
+    not_measured = run.get("not_measured") or {}
+    reasons = {key: text.removeprefix("since ") for key, text in sorted(not_measured.items())}
+    return [f"Not measured: {names}, since {reason}" for reason, names in by_text(reasons).items()]
 
 
 def command(run: dict) -> str:

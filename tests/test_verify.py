@@ -130,7 +130,12 @@ def remove(path):
     ],
 )
 def test_a_change_is_named(row, change, name, text):
-    verdict, line = verdicts(row(change))[name]
+    path = row(change)
+    check = getattr(verify, f"check_{name}", None)
+    if name in ("recipe", "curve", "budget", "claims", "protocol"):  # they read the row alone
+        [_, verdict, line] = verify.guarded(name, lambda: check(verify.read_row(path)))
+    else:
+        verdict, line = verdicts(path)[name]
     assert verdict == FAIL
     assert text in line
     assert "\n" not in line
@@ -211,9 +216,12 @@ def test_another_form_is_one_line(tmp_path, text):
     assert line.startswith(f"{path} ")
 
 
-def test_a_recipe_that_is_not_here_is_named(row):
-    lines = verdicts(row(set_at("experiment", "verify"), name="verify/cpu-seed0"))
-    assert "verify.yaml is missing" in lines["recipe"][1]
+@pytest.mark.parametrize(
+    ("name", "text"), [("verify", "verify.yaml is missing"), ("base", "base.yaml has no data")]
+)
+def test_a_recipe_that_is_not_here_is_named(row, name, text):
+    lines = verdicts(row(set_at("experiment", name), name=f"{name}/cpu-seed0"))
+    assert text in lines["recipe"][1]
     assert "model" not in lines  # no code of that name is run
 
 
@@ -304,6 +312,29 @@ def test_a_test_on_other_settings_is_a_note(finished, capsys):
     verify.main([str(finished), "data.n_test=16"])
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == "note  figure   not compared: data.n_test=16 makes another test"
+
+
+def test_figures_of_samples_are_tested_again_or_named(finished, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"] |= {"test/fid": 40.0, "test/precision": 0.5, "test/psnr": 20.0}
+    result["protocol"] = {"test/fid": {"n": 16}, "test/precision": {"n": 8}}
+    (folder / "result.json").write_text(json.dumps(result))
+    verify.main([str(folder), "data.num_workers=0"])
+    texts = capsys.readouterr().out.splitlines()[-1].split("; ")
+    assert texts[-3:] == [
+        "test/fid: not tested again: give quality.n=16",
+        "test/precision: not tested again: give quality.n=16",
+        "test/psnr: not tested again",
+    ]
+    weights = tmp_path / "none.pth"
+    with pytest.raises(SystemExit) as stop:
+        verify.main([str(folder), "quality.n=16", f"metrics.inception_weights={weights}"])
+    assert stop.value.code.endswith("checks failed: figure")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "metrics.inception_weights: " in line
+    assert "none.pth is no file" in line
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import lightning.pytorch as L
 
 from lightning_modules.lightning_internals import forget_metrics
 from results import own_decimals, printed
+from results.formats import by_text
 
 COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status", "note")
 
@@ -107,7 +108,7 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     """
     claims = {comparison["metric"]: comparison for comparison in result["comparisons"]}
     rows = [COLUMNS[:-1]]
-    metrics_of: dict[str, list[str]] = {}  # those that share a note, by the note
+    notes = {}
     for experiment, metric, value, ours, gap, status, note in comparison_rows(result):
         claim = claims.get(metric, {})
         numbers = (
@@ -117,12 +118,12 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         )
         rows.append((experiment, metric, *numbers, status))
         if note:
-            metrics_of.setdefault(note, []).append(metric)
+            notes[metric] = note
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
     header, *body = lines
-    notes = [f"{', '.join(names)}: {note}" for note, names in metrics_of.items()]
-    return "\n".join([header, "-" * len(header), *body, *notes])
+    below = [f"{metrics}: {note}" for note, metrics in by_text(notes).items()]
+    return "\n".join([header, "-" * len(header), *body, *below])

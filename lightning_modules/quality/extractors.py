@@ -7,6 +7,7 @@ import os
 import urllib.request
 import warnings
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -146,7 +147,7 @@ def published_weights(
         raise WeightsMissing(f"{error}; {again}") from error
 
 
-def described(error: OSError | ValueError) -> str:
+def described(error: OSError | ValueError | HTTPException) -> str:
     """An error in one line, with the file that the operating system's message does not name.
 
     >>> described(PermissionError(13, "Permission denied", "/cache/torch"))
@@ -175,19 +176,18 @@ def download(url: str, path: Path, sha256: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     hashed = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                while block := answer.read(1 << 20):
-                    hashed.update(block)
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)  # before 100 MB come in vain
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, part.open("wb") as file:
+            while block := answer.read(1 << 20):
+                hashed.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
         if not hashed.hexdigest().startswith(sha256):
             raise OSError(f"the download is damaged: its SHA-256 does not begin with {sha256}")
         part.replace(path)
         flush_folder(path.parent)
-    except (OSError, ValueError) as error:  # HTTP's errors are of either kind
+    except (OSError, ValueError, HTTPException) as error:  # errors of HTTP are of all these kinds
         raise OSError(f"{url} could not be downloaded: {described(error)}") from error
     finally:
         with contextlib.suppress(OSError):
