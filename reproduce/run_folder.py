@@ -106,7 +106,6 @@ def result_text(folder: Path, key: str) -> str:
     return value
 
 
-@rank_zero_only
 def row_name(folder: Path) -> str:
     """What a run is called where it is recorded: its folder's name as a name of a file and a link.
 
@@ -117,6 +116,7 @@ def row_name(folder: Path) -> str:
     return name.strip("-.+") or "run"
 
 
+@rank_zero_only
 def open_folder(folder: Path) -> None:
     """Make a run's folder, lock it for the life of this process, and log messages to its log.txt.
 
