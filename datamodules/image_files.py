@@ -140,8 +140,23 @@ def read_whole(path: Path, channels: int) -> np.ndarray:
 
     The rest is as in `read_image`; a grey image has equal channels. Raises UnreadableImage.
     """
-    image, _ = _decode(path, channels)
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
+    return read_whole_pixels(path, channels).pixels
+
+
+def read_whole_pixels(path: Path, channels: int) -> Pixels:
+    """The image that `read_whole` returns, and what was done to it."""
+    image, is_transparent = _decode(path, channels)
+    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
+    return Pixels(pixels, is_transparent, is_enlarged=False)
+
+
+def n_pixels(path: Path) -> int:
+    """The number of pixels of the image in a file, by its header; 0 if it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # of many classes; to decode the file tells why
+        return 0
 
 
 def has_grey_levels(path: Path) -> bool:
