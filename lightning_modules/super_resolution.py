@@ -340,9 +340,7 @@ def whole(side: int, multiple: int) -> int:
     return side // multiple * multiple
 
 
-def part_of(
-    batch: list[Tensor], corner: tuple[int, int], size: tuple[int, int]
-) -> list[Tensor]:
+def part_of(batch: list[Tensor], corner: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
     """The same part of the high_res and the low_res of a batch.
 
     corner: its upper left pixel in low_res, (row, column). size: (height, width) in low_res.

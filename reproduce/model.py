@@ -148,9 +148,7 @@ class TrainedModel:
                 f"({reason}); use its commit {self.commit}"
             ) from error
         expected = {
-            key: value
-            for key, value in objective.state_dict().items()
-            if key.startswith(PARTS)
+            key: value for key, value in objective.state_dict().items() if key.startswith(PARTS)
         }
         problem = mismatch(self.stored.weights, expected)
         if problem:
