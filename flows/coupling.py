@@ -168,20 +168,29 @@ class AdditiveCoupling(Flow):
         self.conditioner = conditioner
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = x.chunk(2, dim=1)
+        kept, changed = self.split(x)
         changed, log_det, _ = self.change(changed, self.conditioner(kept, context))
-        return torch.cat([kept, changed], dim=1), log_det
+        return self.joined(kept, changed), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = z.chunk(2, dim=1)
+        kept, changed = self.split(z)
         changed, log_det = self.change_back(changed, self.conditioner(kept, context))
-        return torch.cat([kept, changed], dim=1), log_det
+        return self.joined(kept, changed), log_det
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         initialize = getattr(self.conditioner, "initialize", None)
         if initialize is not None:
-            initialize(x.chunk(2, dim=1)[0], context)
+            initialize(self.split(x)[0], context)
         return super().initialize(x, context)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels that are kept, and those that are changed: the halves."""
+        kept, changed = x.chunk(2, dim=1)
+        return kept, changed
+
+    def joined(self, kept: Tensor, changed: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([kept, changed], dim=1)
 
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """y2 and log_det, (B,), from x2 and the network's output h.
@@ -207,18 +216,19 @@ class AdditiveCoupling(Flow):
 class SigmoidCoupling(AdditiveCoupling):
     """y2 = (x2 + t) scale, y1 = x1, for the halves of the channels: Glow's affine coupling.
 
-        scale = m + (1 - m) sigmoid(r + 2),    (t, r) = conditioner(x1),    log_det = sum ln scale
+        scale = m + (M - m) sigmoid(r + 2),    (t, r) = conditioner(x1),    log_det = sum ln scale
 
     Kingma & Dhariwal 2018, table 1, write exp(log s) x + t. This class follows the authors' code,
-    which produced the published numbers: it shifts first, and bounds the scale above by 1, since
-    without a bound training did not converge (openai/glow issue 62). The code has no lower bound,
-    m = 0. The inverse divides by the scale, so small scales make it inexact in float32: a trained
-    flow may give single images back some grey levels off. A flow in float64 (`flow.double()`) does
-    not; results/index.html shows the effect of m > 0.
+    which produced the published numbers: it shifts first, and bounds the scale above by M = 1,
+    since without a bound training did not converge (openai/glow issue 62). The code has no lower
+    bound, m = 0. The inverse divides by the scale, so small scales make it inexact in float32: a
+    trained flow may give single images back some grey levels off. A flow in float64
+    (`flow.double()`) does not; results/index.html shows the effect of m > 0.
 
     conditioner: maps the first half of the channels and the context to t and r, concatenated along
         the channels: (B, C, H, W).
     min_scale: m, from 0 to less than 1, else ValueError.
+    max_scale: M. SRFlow's sigmoid(r + 2) + m is M = 1 + m.
 
     >>> from flows.glow.conditioner import GlowConditioner
     >>> coupling = SigmoidCoupling(GlowConditioner(2, 4, hidden_channels=8, edges=True))
@@ -228,13 +238,16 @@ class SigmoidCoupling(AdditiveCoupling):
     tensor([-9.1388, -9.1388], grad_fn=<SumBackward1>)
     """
 
-    def __init__(self, conditioner: nn.Module, min_scale: float = 0.0) -> None:
+    def __init__(
+        self, conditioner: nn.Module, min_scale: float = 0.0, max_scale: float = 1.0
+    ) -> None:
         super().__init__(conditioner)
         if not 0 <= min_scale < 1:
             raise ValueError(
                 f"flow.min_scale={min_scale} is out of range: give a number from 0 to less than 1"
             )
         self.min_scale = min_scale
+        self.max_scale = max_scale
 
     def change(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         shift, scale, log_det = self._affine(h)
@@ -250,14 +263,15 @@ class SigmoidCoupling(AdditiveCoupling):
         """The gradients of x2 and h, from those of y2 and log_det, by
 
         dy2 / dx2 = dy2 / dt = scale,    dy2 / dr = y2 d ln(scale) / dr,
-        d ln(scale) / dr = (1 - scale) (scale - m) / ((1 - m) scale)
+        d ln(scale) / dr = (M - scale) (scale - m) / ((M - m) scale)
         """
         (scale,) = state
         grad_x = grad * scale  # this is the gradient of t too
         grad_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad, y)
-        grad_raw = grad_log_scale * (1 - scale)
-        if self.min_scale:
-            grad_raw = grad_raw * (scale - self.min_scale) / ((1 - self.min_scale) * scale)
+        grad_raw = grad_log_scale * (self.max_scale - scale)
+        if self._is_bounded():
+            size = self.max_scale - self.min_scale
+            grad_raw = grad_raw * (scale - self.min_scale) / (size * scale)
         return grad_x, torch.cat([grad_x, grad_raw], dim=1)
 
     def _affine(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,8 +279,39 @@ class SigmoidCoupling(AdditiveCoupling):
         shift, raw = h.chunk(2, dim=1)
         raw = raw + 2
         scale = torch.sigmoid(raw)
-        if self.min_scale:
-            scale = self.min_scale + (1 - self.min_scale) * scale
+        if self._is_bounded():
+            scale = self.min_scale + (self.max_scale - self.min_scale) * scale
             return shift, scale, scale.log().sum((1, 2, 3))
         # logsigmoid is finite even where the sigmoid has rounded to 0.
         return shift, scale, F.logsigmoid(raw).sum((1, 2, 3))
+
+    def _is_bounded(self) -> bool:
+        """Whether the scale is another function than sigmoid(r + 2)."""
+        return self.min_scale > 0 or self.max_scale != 1
+
+
+class AffineInjector(SigmoidCoupling):
+    """y = (x + t) scale on all channels, where the context alone decides t and the scale.
+
+        scale = m + (M - m) sigmoid(r + 2),    (t, r) = conditioner(context)
+
+    SRFlow (Lugmayr et al. 2020, section 3.3), with the scale of its authors' code.
+
+    conditioner: is called with x without any channels, (B, 0, H, W), and the context; returns t and
+        r, concatenated along the channels: (B, 2C, H, W).
+    min_scale, max_scale: m and M, as in `SigmoidCoupling`.
+
+    >>> from flows.glow.conditioner import GlowConditioner
+    >>> network = GlowConditioner(0, 8, hidden_channels=5, edges=False, context_channels=3)
+    >>> injector = AffineInjector(network)
+    >>> y, log_det = injector(torch.rand(2, 4, 6, 6), torch.rand(2, 3, 6, 6))
+    >>> log_det  # 4 * 6 * 6 ln sigmoid(2)
+    tensor([-18.2776, -18.2776], grad_fn=<SumBackward1>)
+    """
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """None of the channels are kept, and all are changed."""
+        return x[:, :0], x
+
+    def joined(self, kept: Tensor, changed: Tensor) -> Tensor:
+        return changed

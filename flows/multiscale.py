@@ -68,24 +68,29 @@ def halved_shape(channels: int, shape: ImageShape, times: int) -> tuple[int, ...
 
 
 def levels_forward(
-    levels: Sequence[Flow], x: Tensor, log_det: Tensor, context: Encoding | None = None
+    levels: Sequence[Flow],
+    x: Tensor,
+    log_det: Tensor,
+    context: Encoding | None = None,
+    n_splits: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Map an image to its latents, one for each level, and add up the log_det, (B,).
+    """Map an image to its latents, one for each split and the last, and add up the log_det, (B,).
 
-    After every level but the last the first half of the channels goes on and the second half is
-    latent (Dinh et al. 2017, section 3.6).
+    After each of the first n_splits levels the first half of the channels goes on and the second
+    half is latent (Dinh et al. 2017, section 3.6).
 
     x: (B, C, H, W). log_det: (B,), the log-determinant of the maps before the levels. context: a
-    tensor for all levels, or a tuple with one tensor for each level.
+    tensor for all levels, or a tuple with one tensor for each level. n_splits: None means after
+    every level but the last.
     """
     latents = []
-    for i, level in enumerate(levels[:-1]):
+    for i, level in enumerate(levels):
         x, level_log_det = level(x, of_level(context, i))
-        x, z = factor_out(x)
-        latents.append(z)
         log_det = log_det + level_log_det
-    x, level_log_det = levels[-1](x, of_level(context, -1))
-    return [*latents, x], log_det + level_log_det
+        if i < _splits(levels, n_splits):
+            x, z = factor_out(x)
+            latents.append(z)
+    return [*latents, x], log_det
 
 
 def levels_inverse(
@@ -93,24 +98,40 @@ def levels_inverse(
     latents: Sequence[Tensor],
     log_det: Tensor,
     context: Encoding | None = None,
+    n_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `levels_forward`: x, (B, C, H, W), and the sum of the log_dets, (B,)."""
-    x, level_log_det = levels[-1].inverse(latents[-1], of_level(context, -1))
-    log_det = log_det + level_log_det
-    for i in reversed(range(len(levels) - 1)):
-        x, level_log_det = levels[i].inverse(factor_in(x, latents[i]), of_level(context, i))
+    x = latents[-1]
+    for i in reversed(range(len(levels))):
+        if i < _splits(levels, n_splits):
+            x = factor_in(x, latents[i])
+        x, level_log_det = levels[i].inverse(x, of_level(context, i))
         log_det = log_det + level_log_det
     return x, log_det
 
 
-def levels_initialize(levels: Sequence[Flow], x: Tensor, context: Encoding | None = None) -> Tensor:
+def levels_initialize(
+    levels: Sequence[Flow],
+    x: Tensor,
+    context: Encoding | None = None,
+    n_splits: int | None = None,
+) -> Tensor:
     """Call `Flow.initialize` of every level, in the order of `levels_forward`.
 
     Returns the output of the last level.
     """
-    for i, level in enumerate(levels[:-1]):
-        x, _ = factor_out(level.initialize(x, of_level(context, i)))
-    return levels[-1].initialize(x, of_level(context, -1))
+    for i, level in enumerate(levels):
+        x = level.initialize(x, of_level(context, i))
+        if i < _splits(levels, n_splits):
+            x, _ = factor_out(x)
+    return x
+
+
+def _splits(levels: Sequence[Flow], n_splits: int | None) -> int:
+    """The number of levels after which half of the channels is factored out."""
+    if n_splits is None:
+        return len(levels) - 1
+    return n_splits
 
 
 def of_level(context: Encoding | None, i: int) -> Tensor | None:

@@ -178,25 +178,30 @@ def update_running(
     norm.running_var.lerp_(var.to(norm.running_var), rate)
 
 
-def scales_and_biases(log_scales: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """exp(3 s) and b exp(3 s) of n layers (x + b) exp(3 s), to be folded into linear maps.
+def scales_and_biases(
+    log_scales: list[Tensor], biases: list[Tensor], factor: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """exp(a s) and b exp(a s) of n layers (x + b) exp(a s), to be folded into linear maps.
 
-    log_scales, biases: the s and the b of the layers, C elements each. Returns two tensors (n, C).
+    log_scales, biases: the s and the b of the layers, C elements each. factor: a, that of `ActNorm`
+    and of Glow's zero-initialised layers. Returns two tensors (n, C).
     """
-    scales = torch.exp(ActNorm.LOG_SCALE_FACTOR * torch.stack(log_scales).flatten(1))
+    scales = torch.exp(factor * torch.stack(log_scales).flatten(1))
     return scales, torch.stack(biases).flatten(1) * scales
 
 
 class ActNorm(Flow):
-    """y = (x + b) exp(3 s) per channel, b and s learned (Kingma & Dhariwal 2018, section 3.1).
+    """y = (x + b) exp(a s) per channel, b and s learned (Kingma & Dhariwal 2018, section 3.1).
 
-        log_det = H W sum(3 s)
+        log_det = H W sum(a s)
 
-    It is the identity until `initialize` sets b = -mean and 3 s = -ln(std + 1e-6), from the mean
+    It is the identity until `initialize` sets b = -mean and a s = -ln(std + 1e-6), from the mean
     and the standard deviation of each channel in a first batch; y then has mean 0 and variance 1 on
     that batch. This happens once: the buffer `initialized` is saved with the weights, so a loaded
-    flow is not initialised again. The factor 3 makes steps in the log-scale 3 s larger (authors'
-    code, `logscale_factor`).
+    flow is not initialised again.
+
+    log_scale_factor: a. The 3 of Glow's authors makes steps in the log-scale a s larger (their
+        code, `logscale_factor`); SRFlow has 1.
 
     >>> norm = ActNorm(channels=3)
     >>> y = norm.initialize(5 + 2 * torch.randn(64, 3, 8, 8))
@@ -206,15 +211,15 @@ class ActNorm(Flow):
     True
     """
 
-    LOG_SCALE_FACTOR = 3.0
     # `initialize` needs this many values of each channel. With fewer, some of the many standard
     # deviations of a deep flow come out far too small, and other data get absurd likelihoods.
     FEWEST_VALUES = 32
 
     initialized: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, log_scale_factor: float = 3.0) -> None:
         super().__init__()
+        self.log_scale_factor = log_scale_factor
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
@@ -225,18 +230,18 @@ class ActNorm(Flow):
         return self.normalize(x), self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z * torch.exp(-self.LOG_SCALE_FACTOR * self.log_scale) - self.bias, -self._log_det(z)
+        return z * torch.exp(-self.log_scale_factor * self.log_scale) - self.bias, -self._log_det(z)
 
     def normalize(self, x: Tensor) -> Tensor:
         """y without the log-determinant, for actnorms inside of networks."""
-        return (x + self.bias) * torch.exp(self.LOG_SCALE_FACTOR * self.log_scale)
+        return (x + self.bias) * torch.exp(self.log_scale_factor * self.log_scale)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if not self.initialized:
             mean, std = self._moments(x)
             self.bias.copy_(-mean[:, None, None])
-            self.log_scale.copy_(-torch.log(std + 1e-6)[:, None, None] / self.LOG_SCALE_FACTOR)
+            self.log_scale.copy_(-torch.log(std + 1e-6)[:, None, None] / self.log_scale_factor)
             self.initialized.fill_(True)
             self.awaits_data = False
         return self.normalize(x)
@@ -271,7 +276,7 @@ class ActNorm(Flow):
 
     def _log_det(self, x: Tensor) -> Tensor:
         n_pixels = x.shape[2] * x.shape[3]
-        return (n_pixels * self.LOG_SCALE_FACTOR * self.log_scale.sum()).expand(len(x))
+        return (n_pixels * self.log_scale_factor * self.log_scale.sum()).expand(len(x))
 
 
 def _note_initialized(norm: ActNorm, keys: object) -> None:

@@ -1,6 +1,7 @@
 """What every script shares: load the config, make a trainer, train, test and record the result."""
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
+from datamodules.bicubic import downscale
 from datamodules.checks import expand_home
 from datamodules.image_cache import default_cache
 from datamodules.samplers import n_micro_batches
@@ -240,6 +242,7 @@ def make_callbacks(
         Curve(folder, batch_size, interval, papers, title_of(config.experiment, folder.name)),
         Samples(folder / "samples", **_without(config.samples, "quality_every_n_steps")),
         sample_quality(config),
+        *image_quality(config),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
         *extra,
@@ -264,6 +267,25 @@ def sample_quality(config: DictConfig) -> SampleQuality:
         weights=config.metrics.inception_weights,
         cache=default_cache() / "quality",
     )
+
+
+def image_quality(config: DictConfig) -> list[ImageQuality]:
+    """The callback for PSNR and other figures of super-resolved images, if there are such images.
+
+    LPIPS by VGG, which papers use less, is measured if the file of its network is given.
+    """
+    scale = config.data.get("scale")
+    if scale is None:
+        return []
+    networks = {"alex": config.metrics.alexnet_weights}
+    if config.metrics.vgg16_weights is not None:
+        networks["vgg"] = config.metrics.vgg16_weights
+    facts = {}
+    if "temperature" in config.eval:
+        facts["temperature"] = config.eval.temperature
+    reduce = functools.partial(downscale, scale=scale)
+    halve = functools.partial(downscale, scale=2)
+    return [ImageQuality(scale, reduce, networks, halve, facts)]
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:

@@ -23,7 +23,7 @@ from lightning_modules.objective import Data, Objective
 from lightning_modules.precision import evaluation
 from reproduce.config import ConfigError, nearest
 from reproduce.run_folder import mismatch
-from reproduce.stored import Stored, as_safetensors, read_stored
+from reproduce.stored import PARTS, Stored, as_safetensors, read_stored
 from results.files import write
 
 # What constructors raise for a recipe that lacks something, or is of another version of the code.
@@ -148,9 +148,7 @@ class TrainedModel:
                 f"({reason}); use its commit {self.commit}"
             ) from error
         expected = {
-            key: value
-            for key, value in objective.state_dict().items()
-            if key.partition(".")[0] in ("flow", "dequantizer")
+            key: value for key, value in objective.state_dict().items() if key.startswith(PARTS)
         }
         problem = mismatch(self.stored.weights, expected)
         if problem:

@@ -30,7 +30,8 @@ from results.runs import read_json
 
 EXPORTED = "model.safetensors"  # the weights in an exported folder, and in that of a finished run
 METADATA = "paperflows"  # the entry of a safetensors file's metadata that holds `Stored.origin`
-PARTS = ("flow.", "dequantizer.")  # the weights of an objective that belong to its model
+# The weights of an objective that belong to its model: a flow, or the network of a regression.
+PARTS = ("flow.", "dequantizer.", "network.")
 RECORDED = {"experiment", "config", "shape", "commit"}  # in every checkpoint
 NEEDED = {
     "experiment",
@@ -244,7 +245,7 @@ def as_safetensors(stored: Stored) -> bytes:
 
 
 def exported_weights(path: Path, checkpoint: Checkpoint) -> bytes | None:
-    """The content of a safetensors file with a checkpoint's weights; None without a flow."""
+    """The content of a safetensors file with a checkpoint's weights; None without a model."""
     stored = of_checkpoint(path, checkpoint)
     if stored.weights:
         return as_safetensors(stored)

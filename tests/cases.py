@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from flows.base import Bijection, Compose, Flow, Inverted
 from flows.conditioners import MLPConditioner, ResidualConditioner
-from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling, SigmoidCoupling
+from flows.coupling import (
+    AdditiveCoupling,
+    AffineInjector,
+    ChannelCoupling,
+    MaskedCoupling,
+    SigmoidCoupling,
+)
 from flows.elementwise import Logit, Shift
 from flows.glow import Glow
 from flows.glow.conditioner import GlowConditioner
@@ -27,6 +33,7 @@ from flows.masks import checkerboard
 from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
+from flows.srflow import SRFlow
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,28 @@ def low_res(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     )
 
 
+def features(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Encoded images of three channels, (n, 3, H, W), for a layer's input of `shape`."""
+    return torch.rand(n, 3, *shape[1:], generator=generator, dtype=torch.float64)
+
+
+def srflow(name: str, shape: tuple[int, ...], **arguments) -> Case:
+    def make() -> SRFlow:
+        tiny = {"depth": 1, "transition_depth": 1, "hidden_channels": 3}
+        encoder = {"encoder_blocks": 2, "encoder_channels": 3, "encoder_growth": 2}
+        return SRFlow(**tiny | encoder | {"stacked": (0, 1)} | arguments)
+
+    return Case(
+        name,
+        make,
+        shape,
+        is_model=True,
+        unit_interval=True,
+        noise=0.02,
+        context=low_res,
+    )
+
+
 def classes(n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """n of three classes, (n,)."""
     return torch.randint(3, (n,), generator=generator)
@@ -182,6 +211,20 @@ CASES = [
         (4, 2, 3),
         noise=0.1,
     ),
+    Case(
+        "SigmoidCoupling-context",
+        lambda: SigmoidCoupling(GlowConditioner(2, 4, 5, False, 3, 1.0), 1e-2, 1.01),
+        (4, 2, 3),
+        noise=0.1,
+        context=features,
+    ),
+    Case(
+        "AffineInjector",
+        lambda: AffineInjector(GlowConditioner(0, 8, 5, False, 3, 1.0), 1e-2, 1.01),
+        (4, 2, 3),
+        noise=0.1,
+        context=features,
+    ),
     Case("Steps", lambda: Steps(glow_step() for _ in range(3)), (4, 2, 3), noise=0.03),
     Case("SplitPrior", lambda: SplitPrior(4, True), (4, 2, 3)),
     Case("TopPrior", lambda: TopPrior(4, True), (4, 2, 3)),
@@ -207,6 +250,8 @@ CASES = [
         unit_interval=True,
         noise=0.05,
     ),
+    srflow("SRFlow", (3, 8, 16)),
+    srflow("SRFlow-plain", (3, 4, 8), n_levels=2, injector=False, permutation="invertible_plain"),
     Case(
         "RealNVP-2scales",
         lambda: RealNVP((3, 4, 6), 2, 4, 1),

@@ -391,7 +391,7 @@ def test_a_wrong_shape_is_an_error_that_names_both(case):
 def test_a_flow_of_any_size_is_the_same_map_on_other_sizes(case):
     """With the same weights it is invertible, and its log_det is autograd's."""
     flow = trained(case, torch.float64)
-    for size in ((8, 4), (4, 12)):
+    for size in ((8, 8), (16, 8)):
         other = dataclasses.replace(case, shape=(case.shape[0], *size))
         x = other.data(2, torch.float64)
         conditions = other.conditions(2, torch.float64)
@@ -515,7 +515,7 @@ def test_latents_of_another_form_are_one_line(case):
     }
     if len(z) == 1:
         del wrong[f"{request}, with as many rows"]
-    if None in flow.shape:
+    if None in flow.shape and len(z) > 1:
         wrong[f"{request}, of shapes .*any"] = (*z[:-1], torch.cat([z[-1], z[-1]], dim=-1))
     for message, latents in wrong.items():
         with pytest.raises(ValueError, match=message) as error:

@@ -55,7 +55,10 @@ class GlowConditioner(nn.Module):
     The paper does not mention the actnorms. A public Glow that lacks them and a warm-up diverges to
     NaN (rosinality/glow-pytorch issue 25). Each actnorm is folded into the convolution before it.
 
-    x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W). A context is ignored.
+    x: (B, C_in, H, W). edges: as in `EdgeConv2d`. Returns (B, C_out, H, W).
+    context_channels: the channels of the context, (B, context_channels, H, W), which the first
+        convolution takes after those of x; 0: a context is ignored. in_channels may then be 0.
+    log_scale_factor: that of both actnorms.
 
     >>> net = GlowConditioner(2, 6, hidden_channels=8, edges=True)
     >>> net(torch.rand(5, 2, 4, 4)).shape
@@ -63,22 +66,43 @@ class GlowConditioner(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, hidden_channels: int, edges: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        edges: bool,
+        context_channels: int = 0,
+        log_scale_factor: float = 3.0,
     ) -> None:
         super().__init__()
-        self.conv_in = EdgeConv2d(in_channels, hidden_channels, edges)
-        self.norm_in = ActNorm(hidden_channels)
+        self.context_channels = context_channels
+        self.log_scale_factor = log_scale_factor
+        self.conv_in = EdgeConv2d(in_channels + context_channels, hidden_channels, edges)
+        self.norm_in = ActNorm(hidden_channels, log_scale_factor)
         self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 1, bias=False)
         nn.init.normal_(self.conv_mid.weight, std=0.05)
-        self.norm_mid = ActNorm(hidden_channels)
+        self.norm_mid = ActNorm(hidden_channels, log_scale_factor)
         self.conv_out = ZeroConv2d(hidden_channels, out_channels, edges)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         dtype = dtype_of_products(x)
         size = size_of(x)
         weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype, size), size)
-        _, second = self.hidden(x, weights, biases)
+        _, second = self.hidden(self.inputs(x, context, dtype), weights, biases)
         return self.last(second, weights, biases)
+
+    def inputs(self, x: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the first convolution takes, in `dtype`: x, and the context if there is one.
+
+        Raises ValueError: the context is missing.
+        """
+        if not self.context_channels:
+            return x.to(dtype)
+        if context is None:
+            raise ValueError("the network of this coupling takes a context: give one")
+        if not x.shape[1]:
+            return context.to(dtype)
+        return torch.cat([x.to(dtype), context.to(dtype)], dim=1)
 
     def hidden(self, x: Tensor, weights: PerLayer, biases: PerLayer) -> tuple[Tensor, Tensor]:
         """The outputs of both ReLUs, (B, hidden, H, W), in the dtype of the weights."""
@@ -98,10 +122,14 @@ class GlowConditioner(nn.Module):
         take a noticeable part of a training step.
         """
         scales_in, biases_in = scales_and_biases(
-            [net.norm_in.log_scale for net in nets], [net.norm_in.bias for net in nets]
+            [net.norm_in.log_scale for net in nets],
+            [net.norm_in.bias for net in nets],
+            nets[0].log_scale_factor,
         )
         scales_mid, biases_mid = scales_and_biases(
-            [net.norm_mid.log_scale for net in nets], [net.norm_mid.bias for net in nets]
+            [net.norm_mid.log_scale for net in nets],
+            [net.norm_mid.bias for net in nets],
+            nets[0].log_scale_factor,
         )
         scales_out, biases_out = scales_and_biases(
             [net.conv_out.log_scale for net in nets], [net.conv_out.shift for net in nets]
@@ -206,7 +234,7 @@ class GlowConditioner(nn.Module):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set each actnorm from the batch that reaches it; nothing is folded here."""
-        h = self.norm_in.initialize(self.conv_in(x)).relu()
+        h = self.norm_in.initialize(self.conv_in(self.inputs(x, context, x.dtype))).relu()
         self.norm_mid.initialize(self.conv_mid(h))
 
 

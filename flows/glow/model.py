@@ -122,8 +122,8 @@ class Glow(FlowModel):
         check_count("flow.n_levels", n_levels, least=1, most=MOST_HALVINGS)
         check_count("flow.depth", depth, least=1, most=LARGEST_DEPTH)
         check_count("flow.hidden_channels", hidden_channels, least=1)
-        _check_choice("coupling", coupling, COUPLINGS)
-        _check_choice("permutation", permutation, PERMUTATIONS)
+        check_choice("coupling", coupling, COUPLINGS)
+        check_choice("permutation", permutation, PERMUTATIONS)
         self.n_levels = n_levels
         self.shape = self.check_image_shape(shape)
         if n_classes is not None:
@@ -213,7 +213,7 @@ class Glow(FlowModel):
         return self.base.log_prob(latents) + log_det, self.classifier(top.mean((2, 3)))
 
 
-def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
     """Refuse a value of `flow.<key>` that is not one of the choices. Raises ValueError."""
     if value not in choices:
         raise ValueError(f"flow.{key}={value} is not known: give one of {', '.join(choices)}")

@@ -23,11 +23,13 @@ def network(coupling: AdditiveCoupling) -> GlowConditioner:
 def has_gradients_by_hand(coupling: Flow) -> bool:
     """Whether `GlowStep` can compute the coupling and its gradients.
 
-    The types have to match exactly, since a subclass may compute something else.
+    The types have to match exactly, since a subclass may compute something else. The network must
+    take no context.
     """
     if type(coupling) not in (AdditiveCoupling, SigmoidCoupling):
         return False
-    return type(cast(AdditiveCoupling, coupling).conditioner) is GlowConditioner
+    net = cast(AdditiveCoupling, coupling).conditioner
+    return type(net) is GlowConditioner and not net.context_channels
 
 
 def step(

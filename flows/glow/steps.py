@@ -49,6 +49,10 @@ class Steps(Compose):
 
     def __init__(self, steps: Iterable[Step]) -> None:
         super().__init__(layer for step in steps for layer in step)
+        factors = {cast(ActNorm, norm).log_scale_factor for norm in list(self.layers)[::3]}
+        if len(factors) != 1:
+            raise ValueError(f"all actnorms of Steps need one log_scale_factor, not {factors}")
+        (self._log_scale_factor,) = factors
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.jit.is_tracing() and torch.is_grad_enabled():
@@ -60,13 +64,9 @@ class Steps(Compose):
         maps = list(zip(weights.to(x.dtype).unbind(), biases.to(x.dtype).unbind(), strict=True))
         total = volume(log_dets.sum(), x)
         couplings = self._couplings()
-        if (
-            self.by_hand
-            and not in_trace()
-            and not in_transform()
-            and all(map(has_gradients_by_hand, couplings))
-        ):
-            return self._forward_by_hand(x, total, maps)
+        by_hand = self.by_hand and not in_trace() and not in_transform()
+        if by_hand and all(map(self.has_gradients_by_hand, couplings)):
+            return self._forward_by_hand(x, total, maps, context)
         for coupling, (weight, bias) in zip(couplings, maps, strict=True):
             x, log_det = recomputed(
                 _step, coupling, x, weight, bias, context, enabled=self.recompute
@@ -74,8 +74,16 @@ class Steps(Compose):
             total = total + log_det
         return x, total
 
+    def has_gradients_by_hand(self, coupling: Flow) -> bool:
+        """Whether `_forward_by_hand` can compute the third flow of a step."""
+        return has_gradients_by_hand(coupling)
+
     def _forward_by_hand(
-        self, x: Tensor, total: Tensor, maps: list[tuple[Tensor, Tensor]]
+        self,
+        x: Tensor,
+        total: Tensor,
+        maps: list[tuple[Tensor, Tensor]],
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`forward` with the hand-written backward pass (`GlowStep`).
 
@@ -125,7 +133,7 @@ class Steps(Compose):
         weights, log_dets = matrices(permutations)
         biases = torch.stack([norm.bias for norm in norms]).flatten(1).double()
         log_scales = torch.stack([norm.log_scale for norm in norms]).flatten(1).double()
-        log_scales = ActNorm.LOG_SCALE_FACTOR * log_scales
+        log_scales = self._log_scale_factor * log_scales
         return weights, log_scales.exp(), biases, log_dets + log_scales.sum(-1)
 
 
