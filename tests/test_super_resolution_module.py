@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -320,15 +321,14 @@ def test_the_learning_rate_is_halved_at_milestones():
         ({"noise": "gaussian"}, "optim.noise=gaussian is not known: give one of normal, uniform"),
         ({"noise_std": -1.0}, "optim.noise_std=-1.0 is out of range"),
         ({"encoder_frozen_until": 1.5}, "optim.encoder_frozen_until=1.5 is out of range: give a"),
-        ({"samples": 0}, "eval.samples=0 is out of range: give a whole number of at least 1"),
+        ({"samples": 0}, "eval.samples=0 is out of range: give a whole number from 1 to 1000"),
         ({"temperature": -0.1}, "eval.temperature=-0.1 is out of range"),
         ({"noise_samples": 2}, "eval.noise_samples=2, but bpd_noisy is not a bound"),
     ],
 )
 def test_a_wrong_setting_is_one_line(settings, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         make_module(**settings)
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -466,7 +466,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(runs, tmp_path):
     again = srflow_bsds_x4.main([*words, "resume=auto"])
     assert again["metrics"] == runs.srflow["metrics"]
     assert again["encoder"] == runs.srflow["encoder"]
-    assert again["weights"]["sha256"] == runs.srflow["weights"]["sha256"]
+    resumed = read_stored(tmp_path).weights
+    for key, value in read_stored(runs.folder / "srflow").weights.items():
+        assert torch.equal(resumed[key], value), key
 
 
 class Stop(L.Callback, Exception):
@@ -493,7 +495,7 @@ def experiment_data(config):
 
 
 def test_an_encoder_of_random_weights_is_trained_from_the_first_step(runs, tmp_path, capsys):
-    words = [*TINY_SRFLOW, *runs.data, f"run_dir={tmp_path}", "trainer.max_steps=2"]
+    words = override([*TINY_SRFLOW, *runs.data, f"run_dir={tmp_path}"], ["trainer.max_steps=2"])
     config = experiment.load_config("srflow_bsds_x4.py", "", words)
     assert config.optim.encoder_frozen_until == 0.5
     data = experiment_data(config)
@@ -534,8 +536,8 @@ def test_an_encoder_that_does_not_fit_is_one_line(runs, tmp_path):
 def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
     """Where the encoder of that run came from does not matter."""
     start_from = f"init_from={runs.folder / 'srflow'}"
-    words = [*TINY_SRFLOW, *runs.data, start_from, f"run_dir={tmp_path}", "trainer.max_steps=2"]
-    result = srflow_bsds_x4.main(override(words, ["optim.warmup_steps=0"]))
+    words = [*TINY_SRFLOW, *runs.data, start_from, f"run_dir={tmp_path}"]
+    result = srflow_bsds_x4.main(override(words, ["trainer.max_steps=2"]))
     assert result["init_from"]["experiment"] == "srflow_bsds_x4"
 
 
@@ -548,13 +550,10 @@ def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
     ],
 )
 def test_networks_of_lpips_are_those_that_the_recipe_names(monkeypatch, recipe, words, networks):
-    asked = {}
-    monkeypatch.setattr(
-        experiment, "ImageQuality", lambda *arguments: asked.update(zip("sdnhf", arguments))
-    )
-    experiment.image_quality(compose(recipe, words))
-    assert (asked["s"], set(asked["n"])) == (4, networks)
-    assert asked["d"](torch.zeros(1, 3, 8, 12, dtype=torch.uint8)).shape == (1, 3, 2, 3)
+    monkeypatch.setattr(experiment, "ImageQuality", lambda *arguments: arguments)
+    [(scale, downscale, files, *_)] = experiment.image_quality(compose(recipe, words))
+    assert (scale, set(files)) == (4, networks)
+    assert downscale(torch.zeros(1, 3, 8, 12, dtype=torch.uint8)).shape == (1, 3, 2, 3)
     assert experiment.image_quality(compose("glow_cifar10", [])) == []
 
 
