@@ -23,7 +23,15 @@ from lightning_modules.super_resolution import (
     middle_of,
     super_resolve,
 )
-from reproduce import evaluate, experiment, export, rrdb_bsds_x4, srflow_bsds_x4, verify
+from reproduce import (
+    evaluate,
+    experiment,
+    export,
+    rrdb_bsds_x4,
+    srflow_ablations,
+    srflow_bsds_x4,
+    verify,
+)
 from reproduce.config import compose, override
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import read_stored
@@ -650,3 +658,61 @@ def test_a_claim_is_compared_where_the_protocol_is_the_same():
     assert compare(result, paper)["status"] == "reproduced"
     result["protocol"] = {"test/psnr": protocol | {"temperature": 0.9}}
     assert compare(result, paper)["status"] == "other protocol"
+
+
+# ------------------------------------------------------------------------------ ablations
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("full", []),
+        ("steps12", ["flow.depth=12"]),
+        ("steps8", ["flow.depth=8"]),
+        ("steps4", ["flow.depth=4"]),
+        ("channels196", ["flow.hidden_channels=196"]),
+        ("no_transition", ["flow.transition_depth=0"]),
+        ("no_injector", ["flow.injector=false"]),
+    ],
+)
+def test_the_rows_of_the_ablation_are_those_of_the_paper(row, words):
+    config = compose("srflow_div2k_x4", [])
+    assert srflow_ablations.words_of(row, config) == words
+    small = compose("srflow_bsds_x4", ["preset=cpu"])
+    depth = {"steps12": 3, "steps8": 2, "steps4": 1}.get(row)
+    if depth is not None:
+        assert srflow_ablations.words_of(row, small) == [f"flow.depth={depth}"]
+
+
+def test_an_ablation_trains_its_rows_once(runs, tmp_path, capsys):
+    own = [word for word in TINY_SRFLOW if not word.startswith("flow.")]
+    encoder = ["flow.encoder_channels=4", "flow.encoder_growth=2", "trainer.max_steps=2"]
+    words = override(
+        [*own, *runs.data, runs.encoder, "experiment=srflow_bsds_x4", f"out={tmp_path}"],
+        [*encoder, "rows=[full,no_injector]", "trainer.val_check_interval=2"],
+    )
+    content = srflow_ablations.main(words)
+    full, plain = content["runs"]
+    assert (full["row"], plain["row"]) == ("full", "no_injector")
+    assert (full["flow"]["injector"], plain["flow"]["injector"]) == (True, False)
+    assert full["parameters"] > plain["parameters"]
+    assert full["metrics"]["test/psnr"] > 0
+    table = capsys.readouterr().out
+    assert "| full | 0 |" in table
+    assert json.loads((tmp_path / "ablations.json").read_text())["runs"] == content["runs"]
+    assert srflow_ablations.main(words)["runs"] == content["runs"]
+    assert "run 1 of 2" not in capsys.readouterr().out
+    line = refused(srflow_ablations.main, *override(words, ["optim.lr=0.1"]))
+    assert "give another out=FOLDER" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rows=[full,no_injectors]", "rows=no_injectors is not known (did you mean no_injector?)"),
+        ("experiment=glow_photos", "experiment=glow_photos is not known"),
+        ("flow.depth=3", "flow.depth is not to be given here: it is what is compared"),
+    ],
+)
+def test_a_mistake_in_an_ablation_is_one_line(word, message):
+    assert message in refused(srflow_ablations.main, word)
