@@ -11,8 +11,10 @@ import torch
 from image_folders import save_image
 from processes import start
 from test_density import make_trainer
+from test_wandb import nobody_logged_in
 from torch import distributed
 from torch.utils.data import DataLoader
+from wandb_file import parts_of
 
 from flows.srflow import RRDB, SRFlow
 from lightning_modules.optimization import OptimizedModule
@@ -33,6 +35,7 @@ from reproduce import (
     verify,
 )
 from reproduce.config import compose, override
+from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import read_stored
 from results import compare
@@ -233,12 +236,12 @@ def parts(module):
     return encoder, [p for p in module.flow.parameters() if id(p) not in ids]
 
 
-def trained(until, steps=6, **settings):
+def trained(until, steps=6, precision="32-true", **settings):
     module = make_module(
         encoder_frozen_until=until, lr=1e-3, name="adamw", weight_decay=0.1, **settings
     ).train()
     watch = Watch()
-    trainer = make_trainer(watch, max_steps=steps, limit_val_batches=0)
+    trainer = make_trainer(watch, max_steps=steps, limit_val_batches=0, precision=precision)
     trainer.fit(module, Pairs())
     return module, watch
 
@@ -251,6 +254,13 @@ def test_the_encoder_is_frozen_until_its_share_of_the_steps(until, frozen):
     n = len(list(module.encoder.parameters()))
     assert watch.moments == [n * (step >= frozen) for step in range(6)]
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_frozen_encoder_in_bf16():
+    """Autocast keeps copies of the weights that it has cast where no gradients are computed."""
+    module, watch = trained(0.5, precision="bf16-mixed")
+    assert watch.moved == [(step >= 3, True) for step in range(6)]
+    assert module.skipped == 0
 
 
 def test_a_share_of_the_steps_needs_their_number():
@@ -415,7 +425,10 @@ def runs(tmp_path_factory):
     data = [f"data.root={folder / 'images'}", f"data.cache={folder / 'cache'}"]
     rrdb = rrdb_bsds_x4.main([*TINY_RRDB, *data, f"run_dir={folder / 'rrdb'}"])
     encoder = f"flow.encoder_checkpoint={folder / 'rrdb'}"
-    srflow = srflow_bsds_x4.main([*TINY_SRFLOW, *data, encoder, f"run_dir={folder / 'srflow'}"])
+    words = override([*TINY_SRFLOW, *data, encoder], ["logger.name=wandb"])
+    with nobody_logged_in(folder):
+        srflow = srflow_bsds_x4.main([*words, f"run_dir={folder / 'srflow'}"])
+        close(0)
     return SimpleNamespace(folder=folder, data=data, rrdb=rrdb, srflow=srflow, encoder=encoder)
 
 
@@ -443,6 +456,14 @@ def test_a_run_of_srflow_measures_the_likelihood_and_images(runs):
     assert runs.srflow["papers"] == []
     pictures = sorted(path.name for path in (runs.folder / "srflow" / "samples").iterdir())
     assert pictures == ["reconstruction-0000004.png", "samples-0000004.png"]
+
+
+def test_wandb_has_the_figures_of_images(runs):
+    (part,) = parts_of(runs.folder / "srflow")
+    rows = [row for row in part.rows if "val/psnr" in row]
+    assert [row["trainer/global_step"] for row in rows] == [2, 4]
+    assert {"val/lr_psnr", "val/ssim", "val/bpd_noisy", "val/release_bits"} <= rows[0].keys()
+    assert part.summary["test/diversity"] == runs.srflow["metrics"]["test/diversity"]
 
 
 def test_the_encoder_starts_from_the_run_and_is_frozen_for_half_of_the_steps(runs):
