@@ -524,6 +524,26 @@ def experiment_data(config):
     return make_data(seed=config.seed, **config.data)
 
 
+def _recipe(rank, words, folder):
+    result = srflow_bsds_x4.main(words)
+    if rank == 0:
+        (folder / "metrics.json").write_text(json.dumps(result["metrics"]))
+
+
+def test_two_ranks_have_the_figures_of_one(runs, tmp_path):
+    """Noise, images and means depend neither on the rank nor on the number of ranks."""
+    words = [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={tmp_path / 'run'}"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
+    processes = start(2, _recipe, words, tmp_path, log=tmp_path / "log.txt")
+    for process in processes:
+        process.join(180)
+    assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log.txt").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics.keys() == runs.srflow["metrics"].keys()
+    for key, value in runs.srflow["metrics"].items():
+        assert metrics[key] == pytest.approx(value, rel=1e-3), key
+
+
 def test_an_encoder_of_random_weights_is_trained_from_the_first_step(runs, tmp_path, capsys):
     words = override([*TINY_SRFLOW, *runs.data, f"run_dir={tmp_path}"], ["trainer.max_steps=2"])
     config = experiment.load_config("srflow_bsds_x4.py", "", words)
