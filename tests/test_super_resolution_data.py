@@ -304,6 +304,18 @@ def test_the_embedded_photographs_are_the_default():
     assert tuple(largest.train[0, 0][2].shape) == (3, 37, 37)
 
 
+def test_a_folder_may_be_tested_on_without_one_for_training(tmp_path, cache):
+    """As for a trained model, whose photographs need not be there."""
+    test = save_all(tmp_path / "test", 2)
+    data = ready(test_root=tmp_path / "test")
+    assert data.counts() == {"train": 12, "val": 1, "test": 2, "photographs": 7}
+    assert data.test[0, 1][0].equal(test["1.png"][:, :12, :14])
+    assert data.content_hash == made(test_root=tmp_path / "test").current_hash()
+    assert len(data.content_hash) == 64
+    both = ready(test_root=tmp_path / "test", val_root=tmp_path / "test", n_val=100)
+    assert both.counts() == {"train": 12, "val": 2, "test": 2, "photographs": 7}
+
+
 # ------------------------------------------------------------------------------ content and cache
 
 
@@ -389,8 +401,6 @@ def test_too_few_images_are_refused(tmp_path, cache):
     [
         ({"crop": 9}, "data.crop=9 is not a multiple of data.scale=2: give 8"),
         ({"crop": 1}, "data.crop=1 is not a multiple of data.scale=2: give 2"),
-        ({"test_root": "x"}, "data.test_root needs photographs to train on: give data.root, too"),
-        ({"val_root": "x"}, "data.val_root needs photographs to train on: give data.root, too"),
         (
             {"root": "x", "n_val": 0},
             "data.n_val=0 holds out no images of data.root for the test: give data.test_root",
