@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -437,6 +438,21 @@ def test_a_known_set_has_to_be_whole(tmp_path, cache):
     save_all(tmp_path / "Set5", 4, first_seed=9)
     message = refused(root=tmp_path / "images", test_root=tmp_path / "Set5")
     assert "Set5 has 4 images, but Set5 has 5: leave the set's own images in it" in message
+
+
+@pytest.mark.slow
+def test_one_process_loads_more_crops_than_a_gpu_takes(tmp_path, cache):
+    """From photographs of the size of DIV2K's. A step of the paper's model takes 16 crops."""
+    for k in range(4):
+        save_image(tmp_path / "images" / f"{k}.png", 1356, 2040, seed=k)
+    data = ready(
+        root=tmp_path / "images", scale=4, crop=160, batch_size=16, epoch_images=640, n_val=1
+    )
+    start = time.perf_counter()
+    n_batches = sum(1 for _ in data.train_dataloader())
+    seconds = time.perf_counter() - start
+    assert n_batches == 40
+    assert 640 / seconds > 100
 
 
 # ------------------------------------------------------------------------------ settings
