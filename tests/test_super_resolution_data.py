@@ -433,11 +433,17 @@ def test_a_missing_folder_and_a_wrong_file_are_named(tmp_path, cache):
     )
 
 
-def test_a_known_set_has_to_be_whole(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("folder", "name", "n"), [("Set5", "Set5", 5), ("BSDS500/val", "BSD100", 100)]
+)
+def test_a_known_set_has_to_be_whole(tmp_path, cache, folder, name, n):
     save_all(tmp_path / "images", 4)
-    save_all(tmp_path / "Set5", 4, first_seed=9)
-    message = refused(root=tmp_path / "images", test_root=tmp_path / "Set5")
-    assert "Set5 has 4 images, but Set5 has 5: leave the set's own images in it" in message
+    save_all(tmp_path / folder, 4, first_seed=9)
+    message = refused(root=tmp_path / "images", test_root=tmp_path / folder)
+    assert message == (
+        f"{tmp_path / folder} has 4 images, but {name} has {n}: leave the set's own images in it, "
+        "in full resolution"
+    )
 
 
 @pytest.mark.slow
