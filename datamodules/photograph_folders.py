@@ -245,17 +245,19 @@ def check_known_set(root: Path) -> None:
         )
 
 
-def check_large_enough(part: Photographs, side: int) -> None:
-    """Refuse images with a side of fewer pixels than a crop. Raises ValueError."""
-    small = [
-        number for number in range(len(part.images)) if min(part.images.shape(number)[1:]) < side
-    ]
+def check_large_enough(part: Photographs, side: int, remedy: str = "") -> None:
+    """Refuse images with a side of fewer pixels than `side`.
+
+    remedy: what else a user may do than leave them out, for the message. Raises ValueError.
+    """
+    shapes = [part.images.shape(number) for number in range(len(part.images))]
+    small = [number for number, shape in enumerate(shapes) if min(shape[1:]) < side]
     if small:
         number = small[0]
         raise ValueError(
-            f"{len(small)} of {len(part.names)} images have a side of less than {side} pixels, as "
-            f"{shown(Path(part.names[number]))} with {sides_of(part.images.shape(number))}: "
-            "leave them out, or give a smaller data.crop"
+            f"{len(small)} of {len(shapes)} images have a side of less than {side} pixels, as "
+            f"{shown(Path(part.names[number]))} with {sides_of(shapes[number])}: "
+            f"leave them out{remedy}"
         )
 
 

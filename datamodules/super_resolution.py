@@ -32,6 +32,7 @@ from datamodules.photos import NAMES, photographs, region
 from datamodules.samplers import EvalSampler, Key, check_batch_size
 from datamodules.stateless import StatelessDataModule, n_items
 
+OR_SMALLER = ", or give a smaller data.crop"
 SPLITS = ("train", "val", "test")
 LARGEST_SCALE = 16
 LARGEST_CROP = 4096  # pixels
@@ -335,7 +336,7 @@ class SuperResolution(StatelessDataModule):
             self.content_hash = self.current_hash()
         else:
             parts = embedded(self.n_val)
-            check_large_enough(parts["train"], self.crop)
+            check_large_enough(parts["train"], self.crop, OR_SMALLER)
         train = parts["train"]
         self.train = Crops(
             train.images,
@@ -378,7 +379,7 @@ class SuperResolution(StatelessDataModule):
         for place, split in enumerate(missing):
             parts[split] = train.choose(sorted(held_out[place :: len(missing)]))
         parts["train"] = train.choose(sorted(set(range(len(train.names))) - set(held_out)))
-        check_large_enough(parts["train"], self.crop)
+        check_large_enough(parts["train"], self.crop, OR_SMALLER)
         for split in ("val", "test"):
             check_not_in_training(parts[split], parts["train"], key_of_split(split))
             check_large_enough(parts[split], self.scale)
@@ -439,12 +440,14 @@ def key_of_split(split: str) -> str:
 def folders(key: str, value: Root | None) -> list[Path]:
     """The folders that a setting names: one, several or, for None, none.
 
-    ValueError: `~` is of no user. key: the setting.
+    key: the setting. ValueError: the list is empty, or `~` is of no user.
     """
     if value is None:
         return []
     if isinstance(value, str | Path):
         value = [str(value)]
+    if not value:
+        raise ValueError(f"{key}=[] names no folder: give one, or null")
     return [expand_home(key, each) for each in value]
 
 

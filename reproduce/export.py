@@ -60,6 +60,11 @@ DATA_SETS = {  # what a model card says of the data, by data.name
         "Crops of the few photographs that come with scikit-image and scikit-learn, each of which "
         "has a licence of its own. The two packages list them."
     ),
+    "super_resolution": (
+        "Photographs and their low-resolution images. They are not published with the model, and "
+        "their licence is known to those who trained it; without data.root they are the few "
+        "photographs that come with scikit-image and scikit-learn."
+    ),
     "two_moons": "Points in the plane, which are drawn by scikit-learn. There is no licence.",
     "folder": (
         "A folder of images that is not published with the model. Its licence is known to those "
