@@ -94,10 +94,10 @@ class RegressionModule(OptimizedModule):
         self.log(f"train/{self.metric.name}", levels.mean(), prog_bar=True)
         return self.finite_or_nan(errors.mean())
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> SuperResolved:
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         return self._measure(batch, "val")
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> SuperResolved:
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         return self._measure(batch, "test")
 
     def _measure(self, batch: list[Tensor], split: str) -> SuperResolved:

@@ -282,14 +282,14 @@ class SuperResolutionModule(DensityModule):
         n_pixels = x.shape[2] * x.shape[3]
         return log_prob, {"release_bits": -log_prob / (n_pixels * math.log(2))}
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> SuperResolved | None:
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         """Log the likelihood, and return one image for each, but not before training."""
         super().validation_step(batch, batch_idx)
         if self.trainer.sanity_checking:
             return None
         return self.super_resolved(batch, 1)
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> SuperResolved:
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         """Log the likelihood, and return `samples` images for each."""
         super().test_step(batch, batch_idx)
         return self.super_resolved(batch, self.samples)
