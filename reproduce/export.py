@@ -99,8 +99,8 @@ def _config(model: TrainedModel) -> str:
     keys = ("shape", "n_bits", "class_names", "commit", "dirty")
     known = {key: origin.get(key) for key in keys}
     return (
-        "# The recipe of the run that trained model.safetensors. The file's own metadata hold it "
-        "too:\n# a change here changes nothing.\n"
+        "# The recipe of model.safetensors. The file's own metadata hold it too: a change here\n"
+        "# changes nothing.\n"
         + OmegaConf.to_yaml(OmegaConf.create({**origin["config"], "origin": known}))
     )
 
@@ -136,7 +136,9 @@ def card(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, An
 def _head(model: TrainedModel) -> list[str]:
     tags = ["normalizing-flow", "density-estimation", type(model.flow).__name__.lower()]
     head: dict[str, Any] = {"library_name": SOURCE, "tags": tags}
-    if len(model.shape) == 3:
+    if model.takes_images:
+        head["pipeline_tag"] = "image-to-image"
+    elif len(model.shape) == 3:
         head["pipeline_tag"] = "unconditional-image-generation"
     return ["---", yaml.safe_dump(head, sort_keys=False).rstrip("\n"), "---", ""]
 
@@ -156,6 +158,11 @@ def _summary(model: TrainedModel) -> str:
     )
     if model.class_names:
         text += f" It is conditioned on a class: {', '.join(model.class_names)}."
+    if model.takes_images:
+        text += (
+            " It is conditioned on a low-resolution image, of any size, and its samples are images "
+            "of which that may be the reduced one."
+        )
     return text
 
 
@@ -218,6 +225,16 @@ def _use(model: TrainedModel) -> list[str]:
         "",
         f"With a clone of {SOURCE} that is installed (`pip install -e .`):",
         "",
+    ]
+    if model.takes_images:
+        return [
+            *lines,
+            "```bash",
+            "python -m reproduce.upscale FOLDER image.png out=enlarged  # FOLDER: this folder",
+            "```",
+            "",
+        ]
+    lines += [
         "```python",
         "from reproduce import load",
         "",
@@ -235,6 +252,18 @@ def _use(model: TrainedModel) -> list[str]:
 
 def _training(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
     known = {"commit": model.commit, "dirty": bool(model.stored.origin.get("dirty"))}
+    imported = model.config.get("imported")
+    if imported is not None:
+        return [
+            "## Origin",
+            "",
+            f"These weights were not trained with {SOURCE}. They were imported, at commit "
+            f"{commit(known)}, from the file `{imported.file}` (SHA-256 `{imported.sha256}`) of "
+            "SRFlow's authors or their code. The layers are those of the file; the sections `data` "
+            f"and `optim` of `{CONFIG}` are those of the recipe `{model.experiment}`, and say "
+            "nothing of how the weights were trained.",
+            "",
+        ]
     lines = [
         "## Training",
         "",
@@ -262,6 +291,8 @@ def _training(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
 
 def _data(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
     name = model.config.data.name
+    if model.config.get("imported") is not None:
+        return []
     lines = ["## Data", "", DATA_SETS.get(name, f"The data set {name}."), ""]
     content = (result or {}).get("data") or {}
     if content.get("sha256"):
@@ -276,14 +307,17 @@ def _files(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, 
     ]
     if result is not None:
         rows.append([RESULT, "metrics, versions, curve and settings of the run"])
+    licence = "Before you upload the weights, choose their licence, with that of the data in mind."
+    imported = model.config.get("imported")
+    if imported is not None:
+        licence = f"The weights have a licence of their own: {imported.licence}."
     return [
         "## Files",
         "",
         *table(["file", "content"], rows),
         f"SHA-256 of {EXPORTED}: `{entry['sha256']}`",
         "",
-        f"The code of {SOURCE} is under Apache-2.0. Before you upload the weights, choose their "
-        "licence, with that of the data in mind.",
+        f"The code of {SOURCE} is under Apache-2.0. {licence}",
     ]
 
 

@@ -67,6 +67,7 @@ SIDE = 160  # pixels of the crops, as in the paper
 N_EXACT = 2  # crops that are also computed in float64, which takes ten times as long
 EXACT_SIDE = 64  # pixels of these
 TEMPERATURE = 0.9
+VISIBLE = 0.5 / 255  # of x: half a grey level
 TOLERANCE = 1e-4  # of x, and of the log-determinant relative to its size; in float64
 LEVELS = 255
 
@@ -133,7 +134,8 @@ def check(flow: SRFlow) -> dict[str, float]:
     log_det_error: the largest difference between the log-determinants of f and f^-1, and between
         those of f and of its Jacobian matrix, relative to the log-determinant; float64.
     release_bits: bits of -log p(x) a pixel, as the authors' code reports.
-    lr_psnr: the PSNR in dB between the low-resolution image and that of a sample (temperature 0.9).
+    lr_psnr: the PSNR in dB between the low-resolution image and that of a sample (temperature 0.9);
+        NaN if a sample is not finite.
 
     ConfigError, one line: the flow cannot be inverted, or its log-determinant is wrong.
     """
@@ -279,12 +281,17 @@ def main(argv: list[str] | None = None) -> None:
         "tensors": len(weights),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "settings": settings,
-        "checks": found,
+        "checks": {key: value if math.isfinite(value) else None for key, value in found.items()},
     }
     files: dict[str, bytes] = exported(model)
     files[RECORD] = f"{json.dumps(record, indent=1)}\n".encode()
     with opening(out):
         write_all({out / name: content for name, content in files.items()})
+    if not found["float32_error"] <= VISIBLE:
+        say(
+            "in float32 images do not come back exactly from their latents "
+            f"({found['float32_error']:.2g}): use model.flow.double() where that matters"
+        )
     say(
         *(f"{key}: {value:.4g}" for key, value in found.items()),
         f'{out}: {", ".join(files)}; load it with reproduce.load("{out}")',

@@ -120,6 +120,11 @@ class TrainedModel:
         return f"TrainedModel({flow} of {self.experiment}, shape={self.shape}, {self.stored.path})"
 
     @property
+    def takes_images(self) -> bool:
+        """Whether the flow is conditioned on images, as those of super-resolution are."""
+        return self.flow.conditioned_on is not None and self.flow.n_classes is None
+
+    @property
     def device(self) -> torch.device:
         """The device that the flow is on."""
         return next(self.flow.parameters()).device
@@ -463,7 +468,7 @@ class TrainedModel:
 
     def _n_classes(self) -> int | None:
         """The number of classes; None without. ValueError: the flow is conditioned on images."""
-        if self.flow.conditioned_on is not None and self.flow.n_classes is None:
+        if self.takes_images:
             raise ValueError(
                 f"this {type(self.flow).__name__} is conditioned on images: use model.flow"
             )

@@ -19,6 +19,7 @@ ours have the halves of the channels for them.
 """
 
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,6 @@ from flows.glow.steps import Steps
 from flows.linear import InvertibleConv1x1
 from flows.normalization import ActNorm
 from flows.srflow import SRFlow
-from flows.srflow.encoder import ResidualDenseBlock
 from reproduce.config import ConfigError
 
 Weights = dict[str, Tensor]
@@ -94,7 +94,9 @@ def read_released(path: Path) -> Weights:
         raise FileNotFoundError(f"no file {path}: {HINT}")
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch has some on the form of a pickle
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except UnpicklingError as error:

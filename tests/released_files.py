@@ -41,9 +41,9 @@ def released(
         put(f"{key}.logs", 1, n, 1, 1, std=0.1)
 
     def last(key: str, c_out: int, c_in: int) -> None:
-        put(f"{key}.weight", c_out, c_in, 3, 3, std=0.1)
-        put(f"{key}.bias", c_out, std=0.1)
-        put(f"{key}.logs", c_out, 1, 1, std=0.1)
+        put(f"{key}.weight", c_out, c_in, 3, 3, std=0.05)
+        put(f"{key}.bias", c_out, std=0.05)
+        put(f"{key}.logs", c_out, 1, 1, std=0.05)
 
     def network(key: str, c_in: int, c_out: int) -> None:
         put(f"{key}.0.weight", hidden, c_in, 3, 3, std=0.2)
@@ -83,7 +83,7 @@ def released(
             last(f"flowUpsamplerNet.layers.{number}.conv", size, size // 2)
             number += 1
             size //= 2
-    conv("flowUpsamplerNet.f.0", size, n_features)
+    conv("flowUpsamplerNet.f.0", 96, n_features)
     return weights
 
 
