@@ -22,6 +22,9 @@ keys:
                    quality.reference= and the other keys of the section are those of a recipe
   metrics.inception_weights=FILE
                    the network behind these figures, where it cannot be downloaded
+  eval.temperature=0.8
+                   of super-resolved images, of which eval.samples=N are drawn for each; they are
+                   always measured, with LPIPS by metrics.alexnet_weights=FILE
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER where the images are not
                    where the run had them, data.download=true to fetch them, or
                    data.micro_batch=N to compute N images at once where memory is short
@@ -52,7 +55,12 @@ from lightning_modules.callbacks.paper import comparison_table
 from lightning_modules.density import REESTIMATED
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, merge, parse, plain
-from reproduce.experiment import papers_of, sample_quality, silence_lightning
+from reproduce.experiment import (
+    image_quality,
+    papers_of,
+    sample_quality,
+    silence_lightning,
+)
 from reproduce.kinds import argument_text
 from reproduce.model import TrainedModel, load_model
 from reproduce.model_command import (
@@ -70,7 +78,8 @@ DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
 ROUNDING = 1e-4  # of a figure (of 1, if it is smaller): what another machine may change
 OTHER_NOISE = 1e-3  # the same for re-estimated statistics on another kind of device
 SAMPLES = ("quality", "metrics", "samples")  # sections on samples and how they are measured
-OF_RECIPE = ("data.", "quality.", "metrics.")  # how keys of a recipe begin that the command takes
+# How keys of a recipe begin that the command takes.
+OF_RECIPE = ("data.", "quality.", "metrics.", "eval.temperature=", "eval.samples=")
 # Keys of the data that change no figure of a test, if the files are the same.
 FREE = ("root", "download", "cache", "num_workers")
 
@@ -176,8 +185,8 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    quality = sample_quality(config)
-    callbacks: list[L.Callback] = [EvaluationBar(), quality]
+    measures = [sample_quality(config), *image_quality(config)]
+    callbacks: list[L.Callback] = [EvaluationBar(), *measures]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
@@ -205,7 +214,12 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     is_anew = is_averaged and has_batch_norm(module.trained)
     reestimated = frozenset(key for key in figures if is_anew or key.endswith(REESTIMATED))
     content_hash = getattr(data, "content_hash", None)
-    return Evaluation(figures, reestimated, content_hash, quality.protocol, quality.not_measured)
+    protocol: dict[str, dict[str, Any]] = {}
+    not_measured: dict[str, str] = {}
+    for measure in measures:
+        protocol |= measure.protocol
+        not_measured |= measure.not_measured
+    return Evaluation(figures, reestimated, content_hash, protocol, not_measured)
 
 
 @contextlib.contextmanager

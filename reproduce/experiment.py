@@ -41,6 +41,7 @@ from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.objective import Objective
+from lightning_modules.quality.perceptual import BACKBONES
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
@@ -272,14 +273,16 @@ def sample_quality(config: DictConfig) -> SampleQuality:
 def image_quality(config: DictConfig) -> list[ImageQuality]:
     """The callback for PSNR and other figures of super-resolved images, if there are such images.
 
-    LPIPS by VGG, which papers use less, is measured if the file of its network is given.
+    LPIPS is measured by the networks of metrics.lpips, and by those whose files are given.
     """
     scale = config.data.get("scale")
     if scale is None:
         return []
-    networks = {"alex": config.metrics.alexnet_weights}
-    if config.metrics.vgg16_weights is not None:
-        networks["vgg"] = config.metrics.vgg16_weights
+    networks = {}
+    for net, backbone in BACKBONES.items():
+        file = OmegaConf.select(config, backbone.setting)
+        if net in config.metrics.lpips or file is not None:
+            networks[net] = file
     facts = {}
     if "temperature" in config.eval:
         facts["temperature"] = config.eval.temperature

@@ -141,25 +141,7 @@ class TrainedModel:
 
         ConfigError, one line: the weights do not fit the model of the recipe or of the data.
         """
-        recipe = self.config if config is None else config
-        script = _script(self.stored)
-        try:
-            flow = script.make_flow(recipe, tuple(data.shape))
-            objective: Objective = script.make_module(recipe, flow, data)
-        except UNFIT_RECIPE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{self.stored.path} has a recipe of which {self.experiment} makes no model here "
-                f"({reason}); use its commit {self.commit}"
-            ) from error
-        expected = {
-            key: value for key, value in objective.state_dict().items() if key.startswith(PARTS)
-        }
-        problem = mismatch(self.stored.weights, expected)
-        if problem:
-            raise ConfigError(f"{self.stored.path} {problem}; use its commit {self.commit}")
-        objective.load_state_dict(self.stored.weights, strict=False)
-        return objective
+        return make_objective(self.stored, data, self.config if config is None else config)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, and what is needed to build the model, to a safetensors file.
@@ -523,6 +505,35 @@ class TrainedModel:
         if classes is None:
             return None
         return classes[rows].to(self.device)
+
+
+def make_objective(stored: Stored, data: Data, config: DictConfig) -> Objective:
+    """A new objective with stored weights, of any kind: a flow's likelihood, a regression.
+
+    data: a datamodule, or `RecordedData`. config: the recipe.
+
+    ConfigError, one line: the weights do not fit the model of the recipe or of the data.
+    """
+    experiment = stored.origin["experiment"]
+    commit = stored.origin["commit"]
+    script = _script(stored)
+    try:
+        model = script.make_flow(config, tuple(data.shape))
+        objective: Objective = script.make_module(config, model, data)
+    except UNFIT_RECIPE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{stored.path} has a recipe of which {experiment} makes no model here "
+            f"({reason}); use its commit {commit}"
+        ) from error
+    expected = {
+        key: value for key, value in objective.state_dict().items() if key.startswith(PARTS)
+    }
+    problem = mismatch(stored.weights, expected)
+    if problem:
+        raise ConfigError(f"{stored.path} {problem}; use its commit {commit}")
+    objective.load_state_dict(stored.weights, strict=False)
+    return objective
 
 
 def _script(stored: Stored) -> ModuleType:

@@ -79,6 +79,7 @@ OWN: dict[str, Kind] = {
     "quality.seed": Integer(low=0, example="0"),
     "quality.batch_size": Integer(low=1, example="100"),
     "metrics.inception_weights": Nullable(PATH),
+    "metrics.lpips": ListOf(Choice(("alex", "vgg"))),
     "metrics.alexnet_weights": Nullable(PATH),
     "metrics.vgg16_weights": Nullable(PATH),
     "checkpoint.every_n_steps": STEPS,

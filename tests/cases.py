@@ -34,6 +34,7 @@ from flows.normalization import ActNorm, CouplingBatchNorm, uninitialized
 from flows.realnvp import RealNVP, RealNVP2d
 from flows.reshape import OrderedSqueeze, Squeeze
 from flows.srflow import SRFlow
+from flows.srflow.steps import ConditionalSteps
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def channel_coupling(swap: bool, norm: bool = True) -> ChannelCoupling:
 
 def glow_step() -> tuple[Flow, Flow, Flow]:
     return ActNorm(4), InvertibleConv1x1LU(4), SigmoidCoupling(GlowConditioner(2, 4, 5, True))
+
+
+def conditional_step() -> tuple[Flow, Flow, Flow]:
+    injector = AffineInjector(GlowConditioner(0, 8, 5, False, 3, 1.0), 1e-2, 1.01)
+    coupling = SigmoidCoupling(GlowConditioner(2, 4, 5, False, 3, 1.0), 1e-2, 1.01)
+    return ActNorm(4, 1.0), InvertibleConv1x1LU(4), Compose([injector, coupling])
 
 
 def glow(
@@ -226,6 +233,13 @@ CASES = [
         context=features,
     ),
     Case("Steps", lambda: Steps(glow_step() for _ in range(3)), (4, 2, 3), noise=0.03),
+    Case(
+        "ConditionalSteps",
+        lambda: ConditionalSteps(conditional_step() for _ in range(2)),
+        (4, 2, 3),
+        noise=0.05,
+        context=features,
+    ),
     Case("SplitPrior", lambda: SplitPrior(4, True), (4, 2, 3)),
     Case("TopPrior", lambda: TopPrior(4, True), (4, 2, 3)),
     glow("Glow", (3, 4, 8), n_levels=2),

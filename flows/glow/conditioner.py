@@ -1,7 +1,7 @@
 """The network in Glow's couplings, with hand-written gradients."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from flows.glow.kernels import (
     add_relu,
     conv3x3,
     conv3x3_gradients,
+    convolution_gradients,
     images,
     pixels,
     relu_gradient,
@@ -88,27 +89,31 @@ class GlowConditioner(nn.Module):
         dtype = dtype_of_products(x)
         size = size_of(x)
         weights, biases = once(self, f"layers in {dtype}", lambda: self._layers(dtype, size), size)
-        _, second = self.hidden(self.inputs(x, context, dtype), weights, biases)
+        _, second = self.hidden(x, weights, biases, context)
         return self.last(second, weights, biases)
 
-    def inputs(self, x: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What the first convolution takes, in `dtype`: x, and the context if there is one.
-
-        Raises ValueError: the context is missing.
-        """
-        if not self.context_channels:
-            return x.to(dtype)
-        if context is None:
-            raise ValueError("the network of this coupling takes a context: give one")
-        if not x.shape[1]:
-            return context.to(dtype)
-        return torch.cat([x.to(dtype), context.to(dtype)], dim=1)
-
-    def hidden(self, x: Tensor, weights: PerLayer, biases: PerLayer) -> tuple[Tensor, Tensor]:
+    def hidden(
+        self, x: Tensor, weights: PerLayer, biases: PerLayer, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The outputs of both ReLUs, (B, hidden, H, W), in the dtype of the weights."""
-        first = add_relu(conv3x3(x.to(weights[0].dtype), weights[0]), biases[0])
+        first = add_relu(self._first(x, context, weights[0]), biases[0])
         second = add_relu(F.linear(pixels(first), weights[1], biases[1]))
         return first, images(second, first)
+
+    def _first(self, x: Tensor, context: Tensor | None, weight: Tensor) -> Tensor:
+        """The first convolution, which is one of x plus one of the context.
+
+        Joining x and the context would copy the many channels of the context in every network.
+        """
+        n = x.shape[1]
+        if not self.context_channels:
+            return conv3x3(x.to(weight.dtype), weight)
+        if context is None:
+            raise ValueError("the network of this coupling takes a context: give one")
+        of_context = conv3x3(context.to(weight.dtype), weight[:, n:])
+        if not n:
+            return of_context
+        return of_context + conv3x3(x.to(weight.dtype), weight[:, :n])
 
     def last(self, second: Tensor, weights: PerLayer, biases: PerLayer) -> Tensor:
         """The network's output, in the dtype of the last bias, from the second ReLU's output."""
@@ -190,11 +195,13 @@ class GlowConditioner(nn.Module):
         hidden: tuple[Tensor, Tensor],
         weights: PerLayer,
         folded: Folded,
-    ) -> tuple[Tensor, Folded]:
-        """The gradients of x and of every tensor in `folded`, from the gradient of the output.
+        context: Tensor | None = None,
+        needs_context: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Folded]:
+        """The gradients of x, context and every tensor in `folded`, from that of the output.
 
         They follow by the chain rule from the last layer to the first. hidden: the outputs of both
-        ReLUs.
+        ReLUs. needs_context: whether to compute the gradient of the context; if not, it is None.
         """
         first, second = hidden
         bias_out, edge_out, edge_scale_out = self.conv_out.bias_gradients(
@@ -208,7 +215,9 @@ class GlowConditioner(nn.Module):
         bias_in, edge_in, edge_scale_in = self.conv_in.bias_gradients(
             grad, folded.edge_in, folded.scale_in
         )
-        grad, weight_in = conv3x3_gradients(grad, x.to(first.dtype), weights[0])
+        grad, grad_context, weight_in = self._first_gradients(
+            grad, x.to(first.dtype), context, weights[0], needs_context
+        )
         weight_in, scale_in = scaled_gradients(weight_in, folded.weight_in, folded.scale_in)
         weight_mid, scale_mid = scaled_gradients(
             weight_mid.view_as(folded.weight_mid), folded.weight_mid, folded.scale_mid
@@ -218,23 +227,51 @@ class GlowConditioner(nn.Module):
             scale_in = scale_in + edge_scale_in
         if edge_scale_out is not None:
             scale_out = scale_out + edge_scale_out
-        return grad, Folded(
-            weight_in=weight_in,
-            scale_in=scale_in,
-            bias_in=bias_in,
-            edge_in=edge_in,
-            weight_mid=weight_mid,
-            scale_mid=scale_mid,
-            bias_mid=bias_mid,
-            weight_out=weight_out,
-            scale_out=scale_out,
-            bias_out=bias_out,
-            edge_out=edge_out,
+        return (
+            grad,
+            grad_context,
+            Folded(
+                weight_in=weight_in,
+                scale_in=scale_in,
+                bias_in=bias_in,
+                edge_in=edge_in,
+                weight_mid=weight_mid,
+                scale_mid=scale_mid,
+                bias_mid=bias_mid,
+                weight_out=weight_out,
+                scale_out=scale_out,
+                bias_out=bias_out,
+                edge_out=edge_out,
+            ),
         )
+
+    def _first_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        weight: Tensor,
+        needs_context: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The gradients of x, context and weight, from that of the output of `_first`."""
+        if context is None:
+            grad_x, grad_weight = conv3x3_gradients(grad, x, weight)
+            return grad_x, None, grad_weight
+        n = x.shape[1]
+        grad_context, grad_weight, _ = convolution_gradients(
+            grad, context.to(x.dtype), weight[:, n:], (needs_context, True, False)
+        )
+        if not n:
+            return x, grad_context, grad_weight
+        grad_x, own_weight = conv3x3_gradients(grad, x, weight[:, :n])
+        return grad_x, grad_context, torch.cat([own_weight, grad_weight], dim=1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set each actnorm from the batch that reaches it; nothing is folded here."""
-        h = self.norm_in.initialize(self.conv_in(self.inputs(x, context, x.dtype))).relu()
+        inputs = x
+        if self.context_channels:
+            inputs = torch.cat([x, cast(Tensor, context)], dim=1)
+        h = self.norm_in.initialize(self.conv_in(inputs)).relu()
         self.norm_mid.initialize(self.conv_mid(h))
 
 

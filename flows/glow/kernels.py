@@ -1,5 +1,7 @@
 """The convolutions of Glow's networks and their hand-written gradients, with few memory passes."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,20 +26,31 @@ def conv3x3_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, 
     reduces = weight.shape[0] < weight.shape[1]
     if reduces and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return _gradients_by_patches(grad, x, weight)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+    grad_x, grad_weight, _ = convolution_gradients(grad, x, weight, (True, True, False))
+    return grad_x, grad_weight
+
+
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias of a 3x3 "same" convolution, by torch's own operation.
+
+    grad: the gradient of the output. needed: which of them to compute; the others are None.
+    """
+    gradients = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         weight,
-        None,  # sizes of the bias
+        (len(weight),),  # sizes of the bias
         (1, 1),  # stride
         (1, 1),  # padding
         (1, 1),  # dilation
         False,  # transposed
         (0, 0),  # output padding
         1,  # groups
-        (True, True, False),  # which gradients to compute: x, weight, not the bias
+        needed,
     )
-    return grad_x, grad_weight
+    return cast("tuple[Tensor, Tensor, Tensor]", gradients)
 
 
 def _for_tensor_cores(x: Tensor) -> bool:

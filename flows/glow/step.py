@@ -1,6 +1,7 @@
 """A step of Glow with a hand-written backward pass, which is faster and keeps less memory."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -9,10 +10,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from flows.base import Flow
+from flows.by_hand import gradients_by_autograd, need_autograd
 from flows.coupling import AdditiveCoupling, SigmoidCoupling
 from flows.glow.conditioner import Folded, GlowConditioner
 from flows.glow.kernels import images, pixels, size_of
-from flows.transforms import are_batched
 
 
 def network(coupling: AdditiveCoupling) -> GlowConditioner:
@@ -108,8 +109,11 @@ class GlowStep(Function):
         n = len(Folded._fields)
         folded = Folded(*others[:n])
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled() or are_batched(*grads):
-                by_autograd = _gradients_by_autograd(ctx, (x, weight, bias, *folded), grads)
+            if need_autograd(grads):
+                inputs = (x, weight, bias, *folded)
+                by_autograd = gradients_by_autograd(
+                    partial(_outputs, ctx), inputs, ctx.needs_input_grad[3:], grads
+                )
                 return None, None, None, *by_autograd
             y, *others = others[n:]
             state = others[: ctx.n_state]
@@ -119,6 +123,14 @@ class GlowStep(Function):
             if ctx.needs_input_grad[3]:
                 grad_x = images(grad @ weight, x)
             return None, None, None, grad_x, grad.T @ pixels(x), grad.sum(0), *grad_folded
+
+
+def _outputs(
+    ctx: StepContext, x: Tensor, weight: Tensor, bias: Tensor, *folded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The outputs of `step`."""
+    outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
+    return outputs
 
 
 def _coupling_gradients(
@@ -145,46 +157,5 @@ def _coupling_gradients(
         biases = net.biases(folded, ctx.dtype, size_of(y))
         first, second = net.hidden(kept, weights, biases)
     grad_changed, grad_h = ctx.coupling.gradients(grad_changed, grad_log_det, changed, *state)
-    grad_net, grad_folded = net.gradients(grad_h, kept, (first, second), weights, folded)
+    grad_net, _, grad_folded = net.gradients(grad_h, kept, (first, second), weights, folded)
     return pixels(torch.cat([grad_kept + grad_net, grad_changed], dim=1)), grad_folded
-
-
-def _gradients_by_autograd(
-    ctx: StepContext, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The same gradients, computed by autograd.
-
-    They are used if the gradients will be differentiated again, or are a batch of gradients.
-
-    inputs: x, weight, bias, *folded. grads: the gradients of y and log_det.
-    """
-    differentiable = torch.is_grad_enabled()
-    if not differentiable:
-        inputs = [_detached(tensor) for tensor in inputs]
-    with torch.enable_grad():
-        x, weight, bias, *folded = cast(Sequence[Tensor], inputs)
-        outputs, _, _ = step(ctx.coupling, ctx.dtype, x, weight, bias, Folded(*folded))
-    # The log_det of an additive coupling is a constant, which needs no gradient.
-    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-    needed = [
-        (i, tensor)
-        for i, tensor in enumerate(inputs)
-        if tensor is not None and ctx.needs_input_grad[3 + i]
-    ]
-    needed_gradients = torch.autograd.grad(
-        [output for output, _ in pairs],
-        [tensor for _, tensor in needed],
-        [grad for _, grad in pairs],
-        create_graph=differentiable,
-    )
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for (i, _), gradient in zip(needed, needed_gradients, strict=True):
-        gradients[i] = gradient
-    return gradients
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without its autograd history."""
-    if tensor is None:
-        return None
-    return tensor.detach().requires_grad_(tensor.requires_grad)

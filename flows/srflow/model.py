@@ -30,6 +30,7 @@ from flows.multiscale import (
 from flows.normalization import ActNorm
 from flows.reshape import Squeeze
 from flows.srflow.encoder import RRDBEncoder
+from flows.srflow.steps import ConditionalSteps
 
 
 class SRFlow(FlowModel):
@@ -149,7 +150,9 @@ class SRFlow(FlowModel):
             layers: list[Flow] = [Squeeze()]
             if transition_depth:
                 layers.append(Steps(step(channels, Compose([])) for _ in range(transition_depth)))
-            layers.append(Steps(step(channels, conditional(channels)) for _ in range(depth)))
+            layers.append(
+                ConditionalSteps(step(channels, conditional(channels)) for _ in range(depth))
+            )
             if i < self.n_splits:
                 layers.append(SplitPrior(channels, edges=False))
                 channels //= 2

@@ -33,6 +33,6 @@ def _longer(x: Tensor, multiple: int, dim: int) -> Tensor:
         if x.shape[dim] == 1:
             return x.expand(*(multiple if i == dim % x.dim() else -1 for i in range(x.dim())))
         extra = min(missing, x.shape[dim] - 1)
-        sides = (0, extra) if dim == -1 else (0, 0, 0, extra)
+        sides = (0, extra, 0, 0) if dim == -1 else (0, 0, 0, extra)
         x = F.pad(x, sides, mode="reflect")
     return x

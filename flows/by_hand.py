@@ -1,0 +1,53 @@
+"""What functions with a hand-written backward pass share (`GlowStep`, `ConditionalStep`, ...)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flows.transforms import are_batched
+
+
+def need_autograd(grads: Sequence[Tensor]) -> bool:
+    """Whether the gradients will be differentiated again, or are a batch of gradients.
+
+    A hand-written backward pass supports neither, and calls `gradients_by_autograd` instead.
+    """
+    return torch.is_grad_enabled() or are_batched(*grads)
+
+
+def gradients_by_autograd(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of the inputs of function(*inputs), computed by autograd.
+
+    needed: for which inputs; the others get None. grads: the gradients of the function's outputs.
+    """
+    differentiable = torch.is_grad_enabled()
+    if not differentiable:
+        inputs = [_detached(tensor) for tensor in inputs]
+    with torch.enable_grad():
+        outputs = function(*inputs)
+    # An output may be a constant, as the log_det of an additive coupling: it needs no gradient.
+    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+    wanted = [(i, tensor) for i, tensor in enumerate(inputs) if tensor is not None and needed[i]]
+    computed = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [tensor for _, tensor in wanted],
+        [grad for _, grad in pairs],
+        create_graph=differentiable,
+    )
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for (i, _), gradient in zip(wanted, computed, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without its autograd history."""
+    if tensor is None:
+        return None
+    return tensor.detach().requires_grad_(tensor.requires_grad)
