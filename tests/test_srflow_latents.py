@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from released_files import released
 from scipy import stats
 
+from datamodules.bicubic import downscale
 from flows.srflow import SRFlow
 from flows.srflow.latents import (
     GROUPS,
@@ -20,6 +24,9 @@ from flows.srflow.latents import (
     styled,
     transferred,
 )
+from reproduce import import_srflow, latent_space
+from reproduce.model import TrainedModel
+from reproduce.released_srflow import settings_of
 
 TEMPERATURE = 0.7
 SIZE = (16, 24)
@@ -240,3 +247,113 @@ def test_style_is_the_latents_of_another_image(flow, images):
     result = styled(flow, source, reduce(source), reduce(images))
     close(encode(flow, result, reduce(images)), encode(flow, source, reduce(source)))
     close([styled(flow, images, reduce(images), reduce(images))], [images])
+
+
+# ---------------------------------------------------------------------- the command
+
+PICTURES = ["harmonization", "resampling", "restoration", "style", "transfer"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny trained model."""
+    folder = tmp_path_factory.mktemp("model")
+    path = folder / "tiny.pth"
+    weights = released()
+    torch.save(weights, path)
+    stored = import_srflow.stored_of(path, weights, settings_of(weights, path, (0, 2)))
+    TrainedModel(stored).save(folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A file with an image of 40x30 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def mistake(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        latent_space.main([str(word) for word in words])
+    assert isinstance(stop.value.code, str), "exit code 0 for a mistake"
+    assert "\n" not in stop.value.code
+    assert "Traceback" not in capsys.readouterr().err
+    return stop.value.code.removeprefix("error: ")
+
+
+def lab_of(model, **settings):
+    options = OmegaConf.create(latent_space.DEFAULTS | {"device": "cpu", "side": 32} | settings)
+    return latent_space.lab_of(str(model), options)
+
+
+def test_the_command_draws_every_picture_the_same_for_a_seed(model, photo, tmp_path, capsys):
+    words = [str(model), f"images={photo}", "side=24", "temperature=0.1"]
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        latent_space.main([*words, f"seed={seed}", f"out={tmp_path / name}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == [
+        str(tmp_path / "first" / f"{kind}.png") for kind in latent_space.PICTURES
+    ]
+    assert sorted(path.stem for path in (tmp_path / "first").iterdir()) == PICTURES
+
+    def contents(name):
+        return [(tmp_path / name / f"{kind}.png").read_bytes() for kind in PICTURES]
+
+    assert contents("again") == contents("first")
+    differ = [one != other for one, other in zip(contents("other"), contents("first"), strict=True)]
+    assert differ == [True, True, True, False, True]  # the style is not drawn at random
+
+
+def test_the_rows_are_what_their_labels_say(model):
+    lab = lab_of(model, n=3, noise=10.0, temperature=0.1)
+    rows, labels, caption = latent_space.restoration(lab)
+    assert labels == ["image", "noisy", "bicubic", "global", "spatial", "local", "restored"]
+    noise = 255 * (rows[1] - rows[0])
+    assert 8 < noise.std() < 10.5  # less than 10, since it is clipped
+    assert f"noisy {lab.psnr(rows[1], rows[0]):.2f}" in caption
+    rows, labels, caption = latent_space.transfer(lab)
+    image, following, pasted, result = rows
+    assert torch.equal(following, image.roll(-1, 0))
+    assert torch.equal(pasted[..., 8:24, 8:24], following[..., 8:24, 8:24])
+    assert torch.equal(pasted[..., :8, :], image[..., :8, :])
+    expected = transferred(lab.flow, pasted, lab.reduce(image), lab.mask, 0.1, lab.generator())
+    assert torch.equal(result, expected)
+    low_res = downscale((255 * image).round().to(torch.uint8), 4)
+    assert torch.equal(lab.reduce(image), low_res.float() / 255)
+
+
+def test_the_figures_of_resampling_are_those_of_the_rows(model):
+    lab = lab_of(model, n=2, region=[4, 8, 8, 12], temperature=0.1)
+    rows, labels, caption = latent_space.resampling(lab)
+    assert labels == ["image", "drawn 1", "drawn 2", "drawn 3", "4x spread"]
+    frame = rows[0].sub(torch.tensor(latent_space.FRAME).view(1, 3, 1, 1)).abs().amax((0, 1)) == 0
+    assert frame.sum() == 2 * 8 + 2 * 12 - 4
+    assert frame[4:12, 8:20].sum() == frame.sum()
+    spread = 255 * torch.stack(rows[1:4]).std(0).mean(1)
+    inside = spread[:, 4:12, 8:20].mean().item()
+    assert f": {inside:.2f} grey levels in the region" in caption
+    total = spread.sum().item() - spread[:, 4:12, 8:20].sum().item()
+    assert f"{total / (2 * (32 * 32 - 96)):.2f} outside" in caption
+
+
+def test_values_that_are_not_finite_have_no_psnr(model):
+    lab = lab_of(model, n=1)
+    images = lab.images.clone()
+    assert lab.psnr(images, images) == float("inf")
+    images[0, 0, 0, 0] = torch.inf
+    assert np.isnan(lab.psnr(images, images))
+    assert np.isnan(lab.low_res_psnr(images, lab.images))
+
+
+def test_mistakes_are_one_line(model, photo, tmp_path, capsys):
+    assert "is a Glow: these pictures are of an SRFlow" in mistake(capsys, "glow_cifar10/cpu-seed0")
+    for region in ("[0,0,200,8]", "[0,0,8]", "[-1,0,8,8]", "[0,0,0,8]", "middle"):
+        line = mistake(capsys, model, f"region={region}", f"out={tmp_path / 'out'}")
+        assert "give [ROW,COLUMN,HEIGHT,WIDTH] within 160x160" in line
+    line = mistake(capsys, model, f"images={photo}", "side=6", f"out={tmp_path / 'out'}")
+    assert "photo.png is 30x40 and side=6: this flow needs images of at least 8x8" in line
+    assert "temperature=-1 is out of range" in mistake(capsys, model, "temperature=-1")
+    assert "there is no folder" in mistake(capsys, model, f"images={tmp_path / 'none'}")
+    assert not (tmp_path / "out").exists()
