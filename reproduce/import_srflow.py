@@ -1,7 +1,7 @@
 """Import a checkpoint that SRFlow's authors released, or that their code has saved.
 
 python -m reproduce.import_srflow SRFlow_DF2K_4X.pth out=srflow-df2k-x4
-python -m reproduce.evaluate srflow-df2k-x4 data.test_root=data/sr/DIV2K_valid_HR
+python -m reproduce.import_srflow SRFlow_DF2K_4X.pth out=tested data.test_root=data/DIV2K_valid_HR
 
 FILE is a .pth file of the repository andreas128/SRFlow (Lugmayr et al. 2020, arXiv 2006.14200). No
 such file comes with this repository, and the weights have a licence of their own: CC BY-NC-SA 4.0,
@@ -10,6 +10,8 @@ the other commands on a model take it:
   model.safetensors  the weights, float32, with the names that they have here
   config.yaml        the recipe: that of the paper, with the settings of the file
   import.json        what was imported, and what was checked
+  result.json        with test=true: the figures of a test, which `python -m results add FOLDER`
+                     adds to the results page
   README.md          a model card
 No code is run from the file. The matrices of the 1x1 convolutions stay as they are
 (flow.permutation=invertible_plain): as an LU decomposition they would be rounded anew.
@@ -35,12 +37,15 @@ if not __package__:  # run by its path: take the packages beside this script
 import functools
 import json
 import math
+import time
+from importlib import metadata
 from typing import Any
 
 import torch
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
+import results
 from datamodules.bicubic import downscale
 from datamodules.checks import expand_home, is_whole
 from datamodules.photos import photographs
@@ -49,17 +54,19 @@ from flows.srflow import SRFlow
 from lightning_modules.precision import evaluation
 from lightning_modules.quality.super_resolution import as_uint8, low_res_psnr
 from reproduce.command import command
-from reproduce.config import ConfigError, arguments, compose, plain
+from reproduce.config import ConfigError, arguments, compose, parse, plain
+from reproduce.evaluate import OF_RECIPE, config_of, evaluate, table
+from reproduce.experiment import papers_of
 from reproduce.export import exported
 from reproduce.model import TrainedModel
-from reproduce.model_command import opening, progress_bar, read_words, repeatable
-from reproduce.provenance import git_state
+from reproduce.model_command import device_of, opening, progress_bar, read_words, repeatable
+from reproduce.provenance import PACKAGES, device_name, git_state
 from reproduce.released_srflow import Weights, read_released, renamed, settings_of
 from reproduce.stored import Stored, file_sha256
 from reproduce.streams import say
 from results.files import write_all
 
-DEFAULTS: dict[str, object] = {"out": "", "stacked": []}
+DEFAULTS: dict[str, object] = {"out": "", "stacked": [], "test": False, "device": ""}
 FILE = "FILE"  # the word of the command line
 RECORD = "import.json"
 LICENCE = "CC BY-NC-SA 4.0, as the authors' repository states"
@@ -235,11 +242,57 @@ def refuse_wrong(found: dict[str, float], path: Path) -> None:
             )
 
 
+# ---------------------------------------------------------------------- the test
+
+
+def tested(model: TrainedModel, config: DictConfig, device: str, run: str) -> Stored:
+    """The weights with the result of a test, as a run records it. Nothing was trained.
+
+    config: the recipe of the test. device: "cpu" or "cuda". run: the name of the row.
+    ValueError or FileNotFoundError, one line: there are no such images.
+    """
+    start = time.monotonic()
+    evaluation = evaluate(model, config, device)
+    figures = {
+        key: value if math.isfinite(value) else None for key, value in evaluation.figures.items()
+    }
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    origin = model.stored.origin | {"config": plain(config)}
+    result: dict[str, Any] = {
+        "experiment": model.experiment,
+        "run": run,
+        "preset": None,
+        "metrics": figures,
+        "protocol": evaluation.protocol,
+        "not_measured": evaluation.not_measured,
+        "papers": papers_of(config),
+        "budget": None,  # the file does not tell how long its weights were trained
+        "seed": config.seed,
+        "commit": origin["commit"],
+        "dirty": origin["dirty"],
+        "config": origin["config"],
+        "versions": {"python": sys.version.split()[0], **versions},
+        "device": device_name(torch.device(device)),
+        "precision": "32-true",
+        "tf32": False,
+        "deterministic": False,
+        "images": 0,
+        "seconds": round(time.monotonic() - start, 1),
+        "n_train": None,
+        "parameters": sum(parameter.numel() for parameter in model.flow.parameters()),
+    }
+    if evaluation.content_hash is not None:
+        result["data"] = {"sha256": evaluation.content_hash}
+    result |= results.compare_all(result)
+    say(f"{table(config, evaluation, None)}\n")
+    return model.stored._replace(origin=origin, result=result)
+
+
 # ---------------------------------------------------------------------- the command
 
 
-def read_options(words: list[str]) -> tuple[Path, Path, tuple[int, ...]]:
-    """The file, the new folder and `stacked`. ConfigError: a mistake in them."""
+def read_options(words: list[str]) -> tuple[Path, Path, tuple[int, ...], DictConfig]:
+    """The file, the new folder, `stacked`, and all options. ConfigError: a mistake in them."""
     [name], options = read_words(words, [FILE], DEFAULTS)
     if not options.out:
         raise ConfigError("out= is missing: give a new folder, as out=srflow-df2k-x4")
@@ -248,7 +301,8 @@ def read_options(words: list[str]) -> tuple[Path, Path, tuple[int, ...]]:
         stacked = [stacked]
     if not isinstance(stacked, list | ListConfig) or not all(map(is_whole, stacked)):
         raise ConfigError(f"stacked={stacked}: give the numbers of blocks, as stacked=[1,8,15,22]")
-    return expand_home(FILE, name), expand_home("out", options.out), tuple(stacked)
+    options.device = device_of(options.device)
+    return expand_home(FILE, name), expand_home("out", options.out), tuple(stacked), options
 
 
 def check_out(out: Path) -> None:
@@ -266,18 +320,23 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    path, out, stacked = read_options(words)
+    is_of_test = [word.startswith(OF_RECIPE) and "=" in word for word in words]
+    texts = parse([word for word, belongs in zip(words, is_of_test, strict=True) if belongs])
+    rest = [word for word, belongs in zip(words, is_of_test, strict=True) if not belongs]
+    path, out, stacked, options = read_options(rest)
     check_out(out)
     weights = read_released(path)
     settings = settings_of(weights, path, stacked)
-    stored = stored_of(path, weights, settings)
-    model = TrainedModel(stored)
+    model = TrainedModel(stored_of(path, weights, settings))
     flow = model.flow
     assert isinstance(flow, SRFlow)
+    config, _ = config_of(model, 0, texts)
     with repeatable("nothing was written, the same command starts again"):
         found = check(flow)
-    refuse_wrong(found, path)
-    record = stored.origin["config"]["imported"] | {
+        refuse_wrong(found, path)
+        if options.test or texts:
+            model = TrainedModel(tested(model, config, options.device, out.name))
+    record = model.stored.origin["config"]["imported"] | {
         "tensors": len(weights),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "settings": settings,
