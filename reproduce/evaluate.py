@@ -62,7 +62,7 @@ from reproduce.experiment import (
     silence_lightning,
 )
 from reproduce.kinds import argument_text
-from reproduce.model import TrainedModel, load_model
+from reproduce.model import StoredModel, stored_model
 from reproduce.model_command import (
     MODEL,
     at_least,
@@ -72,6 +72,7 @@ from reproduce.model_command import (
     repeatable,
 )
 from reproduce.schema import Schema
+from reproduce.stored import read_stored
 from reproduce.streams import say
 
 DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
@@ -125,7 +126,7 @@ class EvaluationBar(L.Callback):
 
 
 def config_of(
-    model: TrainedModel, noise_samples: int, texts: Mapping[str, str]
+    model: StoredModel, noise_samples: int, texts: Mapping[str, str]
 ) -> tuple[DictConfig, list[str]]:
     """The recipe of a test, and what makes it another test than the model's own.
 
@@ -170,7 +171,7 @@ def config_of(
     return config, changed
 
 
-def check_classes(model: TrainedModel, names: tuple[str, ...]) -> None:
+def check_classes(model: StoredModel, names: tuple[str, ...]) -> None:
     """ConfigError, one line: the classes of the data are not those that the flow knows."""
     if names and model.class_names and names != model.class_names:
         raise ConfigError(
@@ -179,7 +180,7 @@ def check_classes(model: TrainedModel, names: tuple[str, ...]) -> None:
         )
 
 
-def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation:
+def evaluate(model: StoredModel, config: DictConfig, device: str) -> Evaluation:
     """Test a model's weights as a run does. device: "cpu" or "cuda"."""
     data = make_data(seed=config.seed, **config.data)
     module = model.module(data, config)
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     rest = [word for word, belongs in zip(words, is_data, strict=True) if not belongs]
     [name], options = read_words(rest, [MODEL], DEFAULTS)
     at_least(options, noise_samples=0)
-    model = load_model(name)
+    model = stored_model(read_stored(name))
     config, changed = config_of(model, options.noise_samples, texts)
     default = "cpu" if config.trainer.accelerator == "cpu" else ""
     device = device_of(options.device or default)

@@ -8,14 +8,17 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from released_files import reference, released
 
 from flows.srflow import SRFlow
-from reproduce import export, import_srflow, load
+from reproduce import evaluate, export, import_srflow, load, upscale
 from reproduce.config import ConfigError
 from reproduce.released_srflow import parts_of, read_released, settings_of
+from results import runs
 
 STACKED = (0, 2)
 WORD = "stacked=[0,2]"
@@ -216,6 +219,35 @@ def test_a_flow_that_float32_cannot_invert_is_imported_with_a_warning(tmp_path, 
     matrix[0] = 1e-7 * matrix[0] + matrix[1]  # two rows that are almost the same
     import_srflow.main([str(saved(tmp_path, weights)), f"out={tmp_path / 'model'}", WORD])
     assert "use model.flow.double()" in capsys.readouterr().out
+
+
+def test_a_tested_import_is_a_row_and_every_command_takes_it(tmp_path, capsys):
+    """The test is on two photographs of 24x32 pixels."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+    path = saved(tmp_path, released(depth=1))
+    out = tmp_path / "tiny"
+    words = [f"data.test_root={photos}", f"data.cache={tmp_path / 'cache'}", "eval.samples=2"]
+    words += ["data.num_workers=0", "eval.temperature=0.1"]
+    import_srflow.main([str(path), f"out={out}", WORD, "device=cpu", *words])
+    result = json.loads((out / "result.json").read_text())
+    record = json.loads((out / "import.json").read_text())
+    assert result["images"] == 0
+    assert result["parameters"] == record["parameters"]
+    assert result["config"]["imported"]["sha256"] == record["sha256"]
+    assert result["metrics"]["test/psnr"] > 0
+    addition = runs.add(out)
+    assert addition.lines[0].startswith("recorded ")
+    assert [file.name for file in addition.files] == ["tiny.safetensors", "tiny.json"]
+    capsys.readouterr()
+    evaluate.main([str(out), "device=cpu"])
+    assert "test/psnr: " in capsys.readouterr().out
+    upscale.main([str(out), str(photos / "0.png"), f"out={tmp_path / 'large'}", "strip=false"])
+    sizes = {Image.open(file).size for file in (tmp_path / "large").rglob("*.png")}
+    assert sizes == {(128, 96)}
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -23,7 +23,7 @@ from lightning_modules.super_resolution import (
     middle_of,
     super_resolve,
 )
-from reproduce import experiment, rrdb_bsds_x4, srflow_bsds_x4
+from reproduce import evaluate, experiment, export, rrdb_bsds_x4, srflow_bsds_x4, verify
 from reproduce.config import compose, override
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import read_stored
@@ -539,6 +539,50 @@ def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
     words = [*TINY_SRFLOW, *runs.data, start_from, f"run_dir={tmp_path}"]
     result = srflow_bsds_x4.main(override(words, ["trainer.max_steps=2"]))
     assert result["init_from"]["experiment"] == "srflow_bsds_x4"
+
+
+# ------------------------------------------------------------------------------ trained models
+
+
+def test_a_test_of_the_weights_alone_gives_the_recorded_figures(runs, capsys):
+    for name, figure in (("rrdb", "test/l1"), ("srflow", "test/diversity")):
+        evaluate.main([str(runs.folder / name)])
+        printed = capsys.readouterr().out
+        assert f"{figure}: {getattr(runs, name)['metrics'][figure]:.9g}, recorded" in printed
+        assert "more than rounding" not in printed
+        assert printed.count("recorded") >= 6
+
+
+def test_a_test_at_another_temperature_compares_only_the_likelihood(runs, capsys):
+    evaluate.main([str(runs.folder / "srflow"), "eval.temperature=0.5", "eval.samples=1"])
+    printed = capsys.readouterr().out
+    assert "test/psnr: not compared with the recorded figure, which has another protocol" in printed
+    assert re.search(r"test/bpd_noisy: .* equal to the last digit", printed)
+    assert "test/diversity: since it needs at least 2 samples for each image" in printed
+
+
+def test_exported_folders_say_what_they_are_for(runs, tmp_path, capsys):
+    for name, what in (("rrdb", "A network with"), ("srflow", "A conditional normalizing flow")):
+        out = tmp_path / name
+        export.main([str(runs.folder / name), f"out={out}"])
+        card = (out / "README.md").read_text()
+        assert "pipeline_tag: image-to-image" in card
+        assert what in card
+        assert "4 times as high and wide" in card
+        assert "python -m reproduce.upscale FOLDER image.png" in card
+        assert "model.sample" not in card
+        evaluate.main([str(out), f"data.root={runs.folder / 'images'}"])
+    assert "Its encoder started from the trained weights of rrdb (SHA-256" in card
+    assert capsys.readouterr().out.count("reproduce.load") == 1  # of the flow alone
+
+
+def test_recorded_runs_are_verified(runs, capsys):
+    for name in ("rrdb", "srflow"):
+        verify.main([str(runs.folder / name / "result.json")])
+    assert "FAIL" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ the recipes
 
 
 @pytest.mark.parametrize(
