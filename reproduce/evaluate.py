@@ -51,7 +51,9 @@ import results
 from datamodules import make_data
 from datamodules.stateless import n_items
 from lightning_modules.batch_norm import has_batch_norm
+from lightning_modules.callbacks.image_quality import ImageQuality
 from lightning_modules.callbacks.paper import comparison_table
+from lightning_modules.callbacks.sample_quality import SampleQuality
 from lightning_modules.density import REESTIMATED
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, merge, parse, plain
@@ -186,7 +188,7 @@ def evaluate(model: StoredModel, config: DictConfig, device: str) -> Evaluation:
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    measures = [sample_quality(config), *image_quality(config)]
+    measures: list[SampleQuality | ImageQuality] = [sample_quality(config), *image_quality(config)]
     callbacks: list[L.Callback] = [EvaluationBar(), *measures]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
