@@ -99,6 +99,7 @@ def stored_of(path: Path, weights: Weights, settings: dict[str, Any]) -> Stored:
     experiment = recipe_of(settings)
     config = plain(compose(experiment, []))
     config["flow"] = config["flow"] | settings
+    config["data"] |= {"root": None, "val_root": None, "n_val": 0, "num_workers": 0}
     config["optim"] = config["optim"] | {"noise": "none", "encoder_frozen_until": 0.0}
     config["imported"] = {
         "file": path.name,
