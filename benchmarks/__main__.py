@@ -1,13 +1,15 @@
 """Step time, sampling time and memory of our flows and of others.
 
-python -m benchmarks glow|realnvp [--json FILE] [rounds=7] [settings="K8 L3 H128 B16"]
+python -m benchmarks glow|realnvp|srflow [--json FILE] [rounds=7] [settings="K8 L3 H128 B16"]
 
 All models take turns in every round of one run, so that their ratios do not depend on what else the
 machine does at the time.
 
 A step is zero_grad, forward, loss, backward and optimizer: our Adamax for our Glow and torch's
-for the peer's, and fused Adam for RealNVP. "convolutions alone" are those of the conditioners,
-without the rest of the flow: a step cannot be faster than they are.
+for the peer's, and fused Adam for RealNVP and SRFlow. "convolutions alone" are those of the
+conditioners, and of SRFlow's encoder, without the rest of the flow: a step that does the same work
+one convolution after another cannot be faster than they are. A step whose encoder is frozen does
+less, and has no such bound.
 
 On a CPU each model has a process of its own, which sleeps while others work. bf16 is timed only on
 hardware that multiplies bf16; the memory of its graph is counted everywhere. On a GPU the batches
@@ -26,9 +28,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.candidates import FLOOR, LARGE, SETTINGS, Name, Size, make, names
+from benchmarks.candidates import FLOOR, FROZEN, LARGE, SETTINGS, Name, Size, make, names
 from benchmarks.json_file import take_json
-from benchmarks.speed import N_SAMPLES
 from benchmarks.turns import InProcess, OwnProcess, interleaved
 from lightning_modules.precision import full_float32
 from reproduce.config import ConfigError, arguments, parse
@@ -68,13 +69,13 @@ def measure(size: Size, rounds: int, device: torch.device, apart: bool, bf16: bo
     sampling = interleaved(turns, "sample", rounds)
     for turn in (turns | floors).values():
         turn.close()
-    per_image = {name: seconds / N_SAMPLES for name, seconds in sampling.items()}
+    per_image = {name: seconds / size.n_samples for name, seconds in sampling.items()}
     return [
         {
             "model": name[0],
             "dtype": name[1],
             "step_s": steps.get(name),
-            "floor_s": steps.get((FLOOR, name[1])),
+            "floor_s": None if name[0] in FROZEN else steps.get((FLOOR, name[1])),
             "sample_s_per_image": per_image.get(name),
             "activation_bytes_per_image": kept.get(name),
         }

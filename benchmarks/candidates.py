@@ -3,24 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.peers import NormflowsGlow
 from benchmarks.speed import DTYPES, Candidate, Convolution, Floor
 from flows.base import Compose
-from flows.coupling import ChannelCoupling, MaskedCoupling
+from flows.coupling import AdditiveCoupling, ChannelCoupling, MaskedCoupling
 from flows.glow import Glow
 from flows.realnvp import RealNVP
 from flows.recompute import recompute
+from flows.srflow import SRFlow
 from lightning_modules.adamax import Adamax
 from lightning_modules.cuda_graph import CudaGraph
 from results.speed import COMPILED, PEER, TUNED
 
 SHAPE = (3, 32, 32)
 FLOOR = "convolutions alone"
+FROZEN = ("ours, encoder frozen", "ours recompute, encoder frozen")
 Name = tuple[str, str]  # model and dtype
 
 
@@ -32,6 +35,8 @@ class GlowSize:
     depth: int
     hidden_channels: int
     batch: int
+    n_samples = 16
+    shape = SHAPE
 
     def flow(self) -> Glow:
         return Glow(SHAPE, self.n_levels, self.depth, self.hidden_channels)
@@ -72,6 +77,8 @@ class RealNVPSize:
     hidden_channels: int
     n_blocks: int
     batch: int
+    n_samples = 16
+    shape = SHAPE
 
     def flow(self) -> RealNVP:
         return RealNVP(SHAPE, self.n_scales, self.hidden_channels, self.n_blocks)
@@ -102,6 +109,55 @@ class RealNVPSize:
         return convolutions
 
 
+@dataclass(frozen=True)
+class SRFlowSize:
+    """A scale of `SRFlow` and its number of levels, the side of a crop, and the crops in a step.
+
+    options: the other arguments of `SRFlow`.
+    """
+
+    scale: int
+    n_levels: int
+    side: int
+    batch: int
+    options: tuple[tuple[str, Any], ...] = ()
+    n_samples = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a crop."""
+        return 3, self.side, self.side
+
+    def flow(self) -> SRFlow:
+        return SRFlow(scale=self.scale, n_levels=self.n_levels, **dict(self.options))
+
+    def peers(self) -> dict[Name, Callable[[], NormflowsGlow]]:
+        """No other SRFlow is measured."""
+        return {}
+
+    def optimizer(self, flow: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the recipe."""
+        return torch.optim.Adam(flow.parameters(), lr=2.5e-4, fused=True)
+
+    def convolutions(self) -> list[Convolution]:
+        """The convolutions of the encoder and of the conditioners."""
+        with torch.device("meta"):
+            flow = self.flow()
+        encoder = flow.context_encoder
+        side = self.side // self.scale
+        convolutions = convolutions_in(encoder.conv_in, side)
+        for block in encoder.blocks:
+            convolutions += convolutions_in(block, side)
+        convolutions += convolutions_in(encoder.conv_trunk, side)
+        for i, upsampling in enumerate(encoder.upsamplings, start=1):
+            convolutions += convolutions_in(upsampling, side * 2**i)
+        for i, level in enumerate(flow.levels, start=1):
+            for layer in level.modules():
+                if isinstance(layer, AdditiveCoupling):
+                    convolutions += convolutions_in(layer.conditioner, self.side // 2**i)
+        return convolutions
+
+
 def convolutions_in(conditioner: nn.Module, side: int) -> list[Convolution]:
     """The convolutions of a network on images of side x side pixels."""
     layers = [layer for layer in conditioner.modules() if isinstance(layer, nn.Conv2d)]
@@ -111,7 +167,7 @@ def convolutions_in(conditioner: nn.Module, side: int) -> list[Convolution]:
     ]
 
 
-Size = GlowSize | RealNVPSize
+Size = GlowSize | RealNVPSize | SRFlowSize
 SETTINGS: dict[str, dict[str, Size]] = {
     "glow": {
         "K8 L3 H128 B16": GlowSize(3, 8, 128, 16),
@@ -121,13 +177,21 @@ SETTINGS: dict[str, dict[str, Size]] = {
         "K32 L3 H512 B256": GlowSize(3, 32, 512, 256),
     },
     "realnvp": {"paper B4": RealNVPSize(2, 64, 8, 4), "paper B256": RealNVPSize(2, 64, 8, 256)},
+    "srflow": {
+        "x4 HR160 B1": SRFlowSize(4, 3, 160, 1),
+        "x8 HR160 B1": SRFlowSize(8, 4, 160, 1, (("stacked", (1, 3, 5, 7)),)),
+        "x4 HR160 B12": SRFlowSize(4, 3, 160, 12),
+    },
 }
-LARGE = ("K32 L3 H512 B64", "K32 L3 H512 B256", "paper B256")  # for a GPU
+LARGE = ("K32 L3 H512 B64", "K32 L3 H512 B256", "paper B256", "x4 HR160 B12")  # for a GPU
 
 
 def names(size: Size, device: torch.device) -> list[Name]:
     """All models, in the order of the rows; on a GPU also our compiled flow, as in preset=gpu."""
-    ours = [(model, dtype) for dtype in DTYPES for model in ("ours", "ours recompute")]
+    models = ["ours", "ours recompute"]
+    if isinstance(size, SRFlowSize):
+        models += FROZEN
+    ours = [(model, dtype) for dtype in DTYPES for model in models]
     if device.type != "cpu":
         ours.append((COMPILED, "bf16"))
     return [*ours, *size.peers()]
@@ -139,22 +203,34 @@ def make(size: Size, name: Name, device: torch.device) -> Candidate | Floor:
     if model == FLOOR:
         return Floor(size.convolutions(), size.batch, DTYPES[dtype], device)
     torch.manual_seed(0)
-    x = images(size.batch, device)
+    x = images(size.batch, size.shape, device)
+    context = None
+    if isinstance(size, SRFlowSize):
+        context = F.avg_pool2d(x, size.scale)
     if name in size.peers():
         peer = size.peers()[name]().to(device)
         return Candidate(peer, torch.optim.Adamax(peer.parameters(), lr=1e-3), x)
     flow = size.flow().to(device)
     with torch.no_grad():
-        flow.initialize(x)
+        flow.initialize(x, context)
     graph = None
-    if model == "ours recompute":
+    if "recompute" in model:
         recompute(flow)
     if model == COMPILED:
         flow.compile()
         graph = CudaGraph(flow)
-    return Candidate(flow, size.optimizer(flow), x, dtype == "bf16", graph)
+    return Candidate(
+        flow,
+        size.optimizer(flow),
+        x,
+        dtype == "bf16",
+        graph,
+        context,
+        frozen=model in FROZEN,
+        n_samples=size.n_samples,
+    )
 
 
-def images(n: int, device: torch.device) -> Tensor:
+def images(n: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Images of noise in [0, 1], the same for all models."""
-    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from flows.base import FlowModel
 from flows.caching import cached
 from lightning_modules.cuda_graph import CudaGraph
 
-N_SAMPLES = 16
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,6 +34,9 @@ class Candidate:
     x: a batch in [0, 1], (B, *shape).
     bf16: its log_prob and sample run under autocast.
     graph: replays log_prob as a CUDA graph.
+    context: what a conditional flow depends on, one for each datum.
+    frozen: the context is encoded without gradients.
+    n_samples: how many samples `sample` draws, of the first context if there is one.
     """
 
     flow: FlowModel | NormflowsGlow
@@ -41,6 +44,9 @@ class Candidate:
     x: Tensor
     bf16: bool = False
     graph: CudaGraph | None = None
+    context: Tensor | None = None
+    frozen: bool = False
+    n_samples: int = 16
     _frozen: contextlib.ExitStack = field(  # held, since dropping the block would end it
         default_factory=contextlib.ExitStack, init=False, repr=False, compare=False
     )
@@ -48,9 +54,18 @@ class Candidate:
     def loss(self) -> Tensor:
         """-log p(x), the mean over the batch in nats."""
         with self._autocast():
-            if self.graph is None:
-                return -self.flow.log_prob(self.x).mean()
-            return -self.graph(self.flow.log_prob, self.x).mean()
+            if self.graph is not None:
+                return -self.graph(self.flow.log_prob, self.x, *self._conditions()).mean()
+            return -self.flow.log_prob(self.x, *self._conditions()).mean()
+
+    def _conditions(self) -> tuple[Any, ...]:
+        """The arguments of log_prob after the data."""
+        if self.context is None:
+            return ()
+        if not self.frozen:
+            return (self.context,)
+        with torch.no_grad():
+            return (cast(FlowModel, self.flow).encode_context(self.context),)
 
     def step(self) -> None:
         """A training step without Lightning."""
@@ -63,22 +78,27 @@ class Candidate:
         self._frozen.enter_context(cached(self.flow.eval()))
 
     def sample(self) -> None:
-        """Draw N_SAMPLES images, without compiled code, as a run does."""
+        """Draw n_samples images, without compiled code, as a run does."""
         with (
             torch.inference_mode(),
             self._autocast(),
             torch.compiler.set_stance("force_eager"),
         ):
-            self.flow.sample(N_SAMPLES)
+            if self.context is None:
+                self.flow.sample(self.n_samples)
+            else:
+                flow = cast(FlowModel, self.flow)
+                flow.sample(self.n_samples, context=self.context[:1])
 
     def activation_bytes(self) -> int:
         """Bytes that the graph of the loss keeps for the backward pass.
 
         Parameters and buffers do not count, and a tensor that is kept twice counts once.
         """
+        inputs = [self.x] if self.context is None else [self.x, self.context]
         own = {
             t.untyped_storage().data_ptr()
-            for t in (*self.flow.parameters(), *self.flow.buffers(), self.x)
+            for t in (*self.flow.parameters(), *self.flow.buffers(), *inputs)
         }
         kept = {}
 

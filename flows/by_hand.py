@@ -27,8 +27,7 @@ def gradients_by_autograd(
     needed: for which inputs; the others get None. grads: the gradients of the function's outputs.
     """
     differentiable = torch.is_grad_enabled()
-    if not differentiable:
-        inputs = [_detached(tensor) for tensor in inputs]
+    inputs = [_apart(tensor, differentiable) for tensor in inputs]
     with torch.enable_grad():
         outputs = function(*inputs)
     # An output may be a constant, as the log_det of an additive coupling: it needs no gradient.
@@ -46,8 +45,14 @@ def gradients_by_autograd(
     return gradients
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without its autograd history."""
+def _apart(tensor: Tensor | None, differentiable: bool) -> Tensor | None:
+    """The tensor as an input of its own: without its history or, if `differentiable`, as a view.
+
+    Of a view, because one input may have been computed from another one, as the x of a step from
+    the context of all steps. The gradient would then reach the other one twice.
+    """
     if tensor is None:
         return None
+    if differentiable:
+        return tensor.view_as(tensor)
     return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -51,7 +51,9 @@ import results
 from datamodules import make_data
 from datamodules.stateless import n_items
 from lightning_modules.batch_norm import has_batch_norm
+from lightning_modules.callbacks.image_quality import ImageQuality
 from lightning_modules.callbacks.paper import comparison_table
+from lightning_modules.callbacks.sample_quality import SampleQuality
 from lightning_modules.density import REESTIMATED
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, merge, parse, plain
@@ -164,11 +166,21 @@ def config_of(
         for key in texts
         if key.startswith("data.")
         and key.removeprefix("data.") not in free
+        and not is_moved(model, config, key)
         and OmegaConf.select(config, key) != OmegaConf.select(model.config, key)
     ]
     if noise_samples:
         config.eval.noise_samples = noise_samples
     return config, changed
+
+
+def is_moved(model: StoredModel, config: DictConfig, key: str) -> bool:
+    """Whether a key has folders both in the model's recipe and in another one.
+
+    They may have the same images: their hash tells (`other_images`).
+    """
+    values = [OmegaConf.select(each, key) for each in (model.config, config)]
+    return key.endswith("_root") and None not in values
 
 
 def check_classes(model: StoredModel, names: tuple[str, ...]) -> None:
@@ -186,7 +198,7 @@ def evaluate(model: StoredModel, config: DictConfig, device: str) -> Evaluation:
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    measures = [sample_quality(config), *image_quality(config)]
+    measures: list[SampleQuality | ImageQuality] = [sample_quality(config), *image_quality(config)]
     callbacks: list[L.Callback] = [EvaluationBar(), *measures]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures

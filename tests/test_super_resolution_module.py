@@ -27,6 +27,7 @@ from reproduce import evaluate, experiment, export, rrdb_bsds_x4, srflow_bsds_x4
 from reproduce.config import compose, override
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import read_stored
+from results import compare
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -613,3 +614,39 @@ def test_scales_of_model_and_data_agree_in_every_recipe():
             sizes = (flow.encoder_blocks, flow.encoder_channels, flow.encoder_growth)
             assert sizes == (network.n_blocks, network.channels, network.growth), (name, preset)
             assert max(flow.stacked) < flow.encoder_blocks
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "comparable"),
+    [
+        ("srflow_div2k_x4", [], True),
+        ("srflow_div2k_x8", [], True),
+        ("srflow_celeba_x8", [], True),
+        ("srflow_div2k_x4", ["data.scale=8"], False),
+        ("srflow_div2k_x4", ["data.test_root=data/sr/Set5"], False),
+        ("srflow_celeba_x8", ["data.test_low_res_root=data/other"], False),
+        ("srflow_div2k_x4", ["preset=demo"], False),
+        ("srflow_div2k_x4", ["init_from=outputs/other"], False),
+    ],
+)
+def test_a_run_is_compared_on_the_images_of_the_paper(recipe, words, comparable):
+    papers = experiment.papers_of(compose(recipe, words))
+    assert len(papers) >= 4
+    assert {paper["comparable"] for paper in papers} == {comparable}
+
+
+def test_a_claim_is_compared_where_the_protocol_is_the_same():
+    """The facts of a claim on images are those that a run of its recipe records."""
+    config = compose("srflow_celeba_x8", [])
+    paper = next(p for p in experiment.papers_of(config) if p["metric"] == "test/psnr")
+    [callback] = experiment.image_quality(compose("srflow_celeba_x8", ["metrics.lpips=[]"]))
+    protocol = callback.common_facts | callback.facts["psnr"]
+    result = {
+        "metrics": {"test/psnr": 25.3},
+        "config": {"data": dict(config.data)},
+        "protocol": {"test/psnr": protocol},
+        "budget": {"fraction": 1.0},
+    }
+    assert compare(result, paper)["status"] == "reproduced"
+    result["protocol"] = {"test/psnr": protocol | {"temperature": 0.9}}
+    assert compare(result, paper)["status"] == "other protocol"
