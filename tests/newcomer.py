@@ -35,12 +35,6 @@ FEW_STEPS = [
 SMALL_FLOWS = {
     "glow": ["flow.depth=1", "flow.hidden_channels=4"],
     "realnvp": ["flow.n_blocks=1", "flow.hidden_channels=4"],
-    "srflow": [
-        *("flow.depth=1", "flow.hidden_channels=4", "flow.encoder_blocks=2"),
-        *("flow.encoder_channels=4", "flow.encoder_growth=2", "flow.stacked=[0,1]"),
-        *("eval.samples=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),
-        "optim.warmup_steps=0",
-    ],
     "realnvp_moons": ["flow.n_couplings=2", "flow.hidden_channels=4"],
     "srflow": [
         *("flow.depth=1", "flow.hidden_channels=4", "flow.encoder_blocks=2", "flow.stacked=[0,1]"),
