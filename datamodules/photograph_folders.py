@@ -230,19 +230,20 @@ def sides_of(shape: Sequence[int] | np.ndarray) -> str:
 
 
 def check_known_set(root: Path) -> None:
-    """Refuse a folder that is called as a known set, and has another number of images.
+    """Refuse a folder of a known set that has another number of images than the set.
 
     Raises ValueError; FileNotFoundError: there is no such folder.
     """
-    known = KNOWN.get(root.name)
-    if known is None:
-        return
-    n = len(find_images(root))
-    if n != known.n:
-        raise ValueError(
-            f"{shown(root)} has {n} images, but {root.name} has {known.n}: leave the set's own "
-            "images in it, in full resolution"
-        )
+    place = f"/{root.absolute().as_posix()}"
+    for name, known in KNOWN.items():
+        if not any(place.endswith(f"/{folder}") for folder in known.folders):
+            continue
+        n = len(find_images(root))
+        if n != known.n:
+            raise ValueError(
+                f"{shown(root)} has {n} images, but {name} has {known.n}: leave the set's own "
+                "images in it, in full resolution"
+            )
 
 
 def check_large_enough(part: Photographs, side: int, remedy: str = "") -> None:

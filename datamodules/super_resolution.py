@@ -212,8 +212,8 @@ class SuperResolution(StatelessDataModule):
     low-resolution image is not given it is made by bicubic interpolation as in MATLAB
     (`datamodules.bicubic`), for training from the crop itself.
 
-    Without a root the data are the photographs inside scikit-image and scikit-learn, divided as for
-    data.name=photos.
+    In the place of a root, and of a val_root or test_root beside it, are the photographs inside
+    scikit-image and scikit-learn, divided as for data.name=photos.
 
     root: a folder with photographs of any size, or a list of folders; subfolders are looked into.
     val_root, test_root: the same for validation and test. None: n_val images of `root`, for each of
@@ -303,12 +303,8 @@ class SuperResolution(StatelessDataModule):
                     "give a folder of low-resolution images for each folder of photographs"
                 )
         if not self.roots["train"]:
-            for split in ("val", "test"):
-                if self.roots[split]:
-                    raise ValueError(
-                        f"{key_of_split(split)} needs photographs to train on: give data.root, too"
-                    )
-            check_count("data.n_val", n_val, least=0, most=len(NAMES))
+            if not self.roots["val"]:
+                check_count("data.n_val", n_val, least=0, most=len(NAMES))
         elif not self.roots["test"] and n_val == 0:
             raise ValueError(
                 "data.n_val=0 holds out no images of data.root for the test: give data.test_root"
@@ -323,7 +319,7 @@ class SuperResolution(StatelessDataModule):
         read, images are too few or too small, have no low-resolution image, or the cache cannot be
         written.
         """
-        if self.roots["train"] and not hasattr(self, "test"):
+        if not hasattr(self, "test"):
             self._load()
 
     def setup(self, stage: str | None = None) -> None:
@@ -331,12 +327,8 @@ class SuperResolution(StatelessDataModule):
         if hasattr(self, "test"):
             return
         self._raise_problems()
-        if self.roots["train"]:
-            parts = self._load()
-            self.content_hash = self.current_hash()
-        else:
-            parts = embedded(self.n_val)
-            check_large_enough(parts["train"], self.crop, OR_SMALLER)
+        parts = self._load()
+        self.content_hash = self.current_hash()
         train = parts["train"]
         self.train = Crops(
             train.images,
@@ -361,34 +353,33 @@ class SuperResolution(StatelessDataModule):
         return WholeImages(part.images, part.low_res, self.scale, part.names)
 
     def _load(self) -> dict[str, Photographs]:
-        """The photographs of each split, decoded into the cache."""
+        """The photographs of each split, decoded into the cache if they are in folders."""
         if self._parts is not None:
             return self._parts
-        given = [split for split in SPLITS if self.roots[split]]
         for root in (*self.roots["val"], *self.roots["test"]):
             check_known_set(root)
-        parts = {
+        given = {
             split: photographs_in(
                 self.roots[split], self.low_res_roots[split], self.scale, self.cache
             )
-            for split in given
+            for split in SPLITS
+            if self.roots[split]
         }
-        missing = [split for split in ("val", "test") if split not in parts]
-        train = parts["train"]
-        held_out = held_out_numbers(train.names, len(missing) * self.n_val)
-        for place, split in enumerate(missing):
-            parts[split] = train.choose(sorted(held_out[place :: len(missing)]))
-        parts["train"] = train.choose(sorted(set(range(len(train.names))) - set(held_out)))
+        if "train" in given:
+            parts = with_held_out(given, self.n_val)
+        else:
+            parts = embedded(self.n_val) | given
         check_large_enough(parts["train"], self.crop, OR_SMALLER)
         for split in ("val", "test"):
-            check_not_in_training(parts[split], parts["train"], key_of_split(split))
             check_large_enough(parts[split], self.scale)
+            if split in given:
+                check_not_in_training(parts[split], parts["train"], key_of_split(split))
         self._parts = parts
         return parts
 
     def current_hash(self) -> str | None:
         """The sha256 of the images that are in all folders now; None for the embedded ones."""
-        if not self.roots["train"]:
+        if not any(self.roots.values()):
             return None
         names = []
         sums = []
@@ -451,6 +442,21 @@ def folders(key: str, value: Root | None) -> list[Path]:
     return [expand_home(key, each) for each in value]
 
 
+def with_held_out(given: dict[str, Photographs], n: int) -> dict[str, Photographs]:
+    """The photographs of all splits, where n of those for training are held out for each other one.
+
+    given: the splits that have folders, with "train". ValueError: the photographs are too few.
+    """
+    train = given["train"]
+    missing = [split for split in ("val", "test") if split not in given]
+    held_out = held_out_numbers(train.names, len(missing) * n)
+    parts = dict(given)
+    for place, split in enumerate(missing):
+        parts[split] = train.choose(sorted(held_out[place :: len(missing)]))
+    parts["train"] = train.choose(sorted(set(range(len(train.names))) - set(held_out)))
+    return parts
+
+
 def embedded(n_val: int) -> dict[str, Photographs]:
     """The photographs inside scikit-image and scikit-learn, in three regions without an overlap.
 
@@ -463,4 +469,4 @@ def embedded(n_val: int) -> dict[str, Photographs]:
         chosen = [(0, number) for number in range(len(images))]
         joined = Joined([images], chosen)
         parts[split] = Photographs(joined, list(NAMES), [""] * len(images), None)
-    return parts | {"val": parts["val"].choose(range(n_val))}
+    return parts | {"val": parts["val"].choose(range(min(n_val, len(NAMES))))}

@@ -41,7 +41,7 @@ def spread(images: Tensor) -> Tensor:
     It is unbiased (n - 1), of each channel, and then the mean over the channels, as the metric
     `diversity`.
     """
-    return images.double().std(0).mean(0)
+    return images.float().std(0).mean(0)
 
 
 def spread_map(values: Tensor) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flows.base import FlowModel
 from flows.caching import cached
 from flows.srflow import padded
+from lightning_modules.numerics import report_failure
 from lightning_modules.objective import Data
 from lightning_modules.precision import evaluation
 from lightning_modules.regression import RegressionModule
@@ -21,6 +22,7 @@ from reproduce.model import RecordedData, make_objective
 from reproduce.stored import Stored
 from reproduce.tiles import Blend, Tile, tiles
 
+NO_INVERSE = (torch.linalg.LinAlgError, ArithmeticError)
 Latents = tuple[Tensor, ...]
 
 
@@ -54,7 +56,7 @@ class Enlarger(ABC):
 
 
 class FlowEnlarger(Enlarger):
-    """SRFlow: n samples of p(high_res | low_res).
+    """SRFlow: n samples of p(high_res | low_res). A tile that has no inverse is NaN.
 
     The latents of sample k are a function of (seed, k) and the size of the image. They are drawn
     for the whole image, so that two tiles have the same latents where they overlap, and the samples
@@ -91,7 +93,12 @@ class FlowEnlarger(Enlarger):
         images = []
         for latents in self.latents:  # one after the other, which takes the least memory
             parts = tuple(self._part(level, tile).to(self.device) for level in latents)
-            image, _ = self.flow.inverse(parts, encoding)
+            try:
+                image, _ = self.flow.inverse(parts, encoding)
+            except NO_INVERSE as error:
+                report_failure("a tile", error.with_traceback(None))
+                shape = (1, 3, *tile.times(self.scale).size)
+                image = torch.full(shape, torch.nan)
             images.append(image.cpu())
         return torch.cat(images)
 
@@ -176,17 +183,29 @@ def tiles_of(enlarger: Enlarger, low_res: Tensor, side: int, overlap: int) -> li
 def enlarge(
     enlarger: Enlarger, low_res: Tensor, side: int, overlap: int, bar: Tqdm | None = None
 ) -> Enlarged:
-    """Enlarge an image, (3, h, w) uint8. side, overlap: as in `tiles_of`. bar: counts tiles."""
+    """Enlarge an image, (3, h, w) uint8. side, overlap: as in `tiles_of`. bar: counts tiles.
+
+    ConfigError, one line: a tile takes more memory than a GPU has.
+    """
     scale = enlarger.scale
-    whole, (height, width) = padded(low_res[None].float() / LEVELS, enlarger.multiple)
+    whole, size = padded(low_res[None].float() / LEVELS, enlarger.multiple)
     parts = tiles_of(enlarger, low_res, side, overlap)
     shape = (enlarger.n, 3, scale * whole.shape[2], scale * whole.shape[3])
     blend = Blend(shape, overlap)
     with evaluation(enlarger.device.type), cached(enlarger.network):
         enlarger.begin((whole.shape[2], whole.shape[3]))
         for tile in parts:
-            blend.add(tile.times(scale), enlarger.tile(tile.of(whole[0]), tile))
+            try:
+                images = enlarger.tile(tile.of(whole[0]), tile)
+            except torch.OutOfMemoryError as error:
+                height, width = tile.times(scale).size
+                smaller = max(height, width) // 2
+                raise ConfigError(
+                    f"a tile of {width}x{height} pixels takes more memory than the GPU has: give "
+                    f"tile={smaller} overlap={min(overlap, smaller // 2)}"
+                ) from error
+            blend.add(tile.times(scale), images)
             if bar is not None:
                 bar.update()
-    images = blend.image()[..., : scale * height, : scale * width]
-    return Enlarged(images, len(parts), blend.mean_difference())
+    enlarged = blend.image()[..., : scale * size[0], : scale * size[1]]
+    return Enlarged(enlarged, len(parts), blend.mean_difference())

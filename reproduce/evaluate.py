@@ -166,11 +166,21 @@ def config_of(
         for key in texts
         if key.startswith("data.")
         and key.removeprefix("data.") not in free
+        and not is_moved(model, config, key)
         and OmegaConf.select(config, key) != OmegaConf.select(model.config, key)
     ]
     if noise_samples:
         config.eval.noise_samples = noise_samples
     return config, changed
+
+
+def is_moved(model: StoredModel, config: DictConfig, key: str) -> bool:
+    """Whether a key has folders both in the model's recipe and in another one.
+
+    They may have the same images: their hash tells (`other_images`).
+    """
+    values = [OmegaConf.select(each, key) for each in (model.config, config)]
+    return key.endswith("_root") and None not in values
 
 
 def check_classes(model: StoredModel, names: tuple[str, ...]) -> None:

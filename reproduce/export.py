@@ -99,8 +99,8 @@ def _config(model: StoredModel) -> str:
     keys = ("shape", "n_bits", "class_names", "commit", "dirty")
     known = {key: origin.get(key) for key in keys}
     return (
-        "# The recipe of the run that trained model.safetensors. The file's own metadata hold it "
-        "too:\n# a change here changes nothing.\n"
+        "# The recipe of model.safetensors. The file's own metadata hold it too: a change here\n"
+        "# changes nothing.\n"
         + OmegaConf.to_yaml(OmegaConf.create({**origin["config"], "origin": known}))
     )
 
@@ -278,6 +278,18 @@ def _use_for_enlarging() -> list[str]:
 
 def _training(model: StoredModel, result: dict[str, Any] | None) -> list[str]:
     known = {"commit": model.commit, "dirty": bool(model.stored.origin.get("dirty"))}
+    imported = model.config.get("imported")
+    if imported is not None:
+        return [
+            "## Origin",
+            "",
+            f"These weights were not trained with {SOURCE}. They were imported, at commit "
+            f"{commit(known)}, from the file `{imported.file}` (SHA-256 `{imported.sha256}`) of "
+            "SRFlow's authors or their code. The layers are those of the file; the sections `data` "
+            f"and `optim` of `{CONFIG}` are those of the recipe `{model.experiment}`, and say "
+            "nothing of how the weights were trained.",
+            "",
+        ]
     lines = [
         "## Training",
         "",
@@ -306,6 +318,8 @@ def _training(model: StoredModel, result: dict[str, Any] | None) -> list[str]:
 
 def _data(model: StoredModel, result: dict[str, Any] | None) -> list[str]:
     name = model.config.data.name
+    if model.config.get("imported") is not None:
+        return []
     lines = ["## Data", "", DATA_SETS.get(name, f"The data set {name}."), ""]
     content = (result or {}).get("data") or {}
     if content.get("sha256"):
@@ -320,14 +334,17 @@ def _files(model: StoredModel, result: dict[str, Any] | None, entry: dict[str, A
     ]
     if result is not None:
         rows.append([RESULT, "metrics, versions, curve and settings of the run"])
+    licence = "Before you upload the weights, choose their licence, with that of the data in mind."
+    imported = model.config.get("imported")
+    if imported is not None:
+        licence = f"The weights have a licence of their own: {imported.licence}."
     return [
         "## Files",
         "",
         *table(["file", "content"], rows),
         f"SHA-256 of {EXPORTED}: `{entry['sha256']}`",
         "",
-        f"The code of {SOURCE} is under Apache-2.0. Before you upload the weights, choose their "
-        "licence, with that of the data in mind.",
+        f"The code of {SOURCE} is under Apache-2.0. {licence}",
     ]
 
 

@@ -94,7 +94,7 @@ DEFAULTS: dict[str, object] = {
 MOST_SAMPLES = 1000
 STRIP = "strip"  # the end of the name of its file
 TEXT = "paperflows"  # the name of the text in a PNG file that says how it was made
-VALUE_BYTES = 4 * 4  # of a value of an enlarged image: latents, their sum, a copy, and grey levels
+VALUE_BYTES = 5 * 4  # of a value of an enlarged image: its latent, and what is computed of it
 
 
 class Source(NamedTuple):
@@ -195,8 +195,8 @@ def of_rrdb(name: str, stored: Stored, scale: int, device: str) -> Enlarger | No
         if name:
             raise
         say(
-            f"no RRDB in the strip, since {own}, which the encoder began with, is not here: give "
-            "rrdb=MODEL"
+            f"no RRDB in the strip, since {own}, which the encoder began with, cannot be used "
+            "here: give rrdb=MODEL"
         )
         return None
     return enlarger
@@ -211,17 +211,17 @@ def upscale_image(task: Task, source: Source, bar: Tqdm) -> list[str]:
     UnreadableImage, ValueError or ConfigError, one line: the image cannot be read, is too large, or
     the files cannot be written.
     """
+    picture = read_picture(source.path)
     digest = hashlib.sha256(source.path.read_bytes()).hexdigest()
     files = task.files(source, digest)
     if are_written(files):
         return [f"{source.path}: its files are there already"]
-    picture = read_picture(source.path)
     low_res = torch.from_numpy(picture.pixels)
     options = task.options
     check_size(task.enlarger, low_res)
     bar.total += len(tiles_of(task.enlarger, low_res, options.tile, options.overlap))
     enlarged = enlarge(task.enlarger, low_res, options.tile, options.overlap, bar)
-    images = as_levels(enlarged.images)
+    images = torch.cat([as_levels(image[None]) for image in enlarged.images])
     for number, image in enumerate(images, 1):
         path = task.file(source, number)
         write_image(path, image, picture, files[path])
@@ -279,7 +279,7 @@ def line_of(task: Task, source: Source, low_res: Tensor, enlarged: Enlarged, ima
     """What is told of the images of one image."""
     scale = task.enlarger.scale
     reduce = functools.partial(downscale, scale=scale)
-    psnr = low_res_psnr(images, low_res[None].expand(len(images), -1, -1, -1), reduce)
+    psnr = torch.cat([low_res_psnr(image[None], low_res[None], reduce) for image in images])
     height, width = images.shape[2:]
     first = task.file(source, 1)
     parts = [f"{first}: {width}x{height}, LR-PSNR {span(psnr)} dB"]

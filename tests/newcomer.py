@@ -48,13 +48,14 @@ SMALL_DATA = {
     "cifar10": ["data.n_val=30"],
     "mnist": ["data.n_val=30"],
     "fashion_mnist": ["data.n_val=30"],
-    "super_resolution": ["data.crop=16", "data.epoch_images=32", "metrics.lpips=[]"],
+    "super_resolution": ["data.crop=32", "data.epoch_images=32", "metrics.lpips=[]"],
     "two_moons": ["data.n_train=256", "data.n_val=64", "data.n_test=64"],
 }
 BATCH = "data.batch_size=16"
 FEW_IMAGES = {  # keys of commands that are no experiments
     "reproduce.pictures": ["n=2", "n_images=40"],
     "reproduce.sample": ["n=4"],
+    "reproduce.upscale": ["samples=1"],
     "reproduce.score": [],
     "reproduce.evaluate": [],
     "reproduce.ood": ["n=12", "sets=[constant,noise]"],

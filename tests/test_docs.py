@@ -57,7 +57,10 @@ LEFT_BEHIND = {
     ],
     "docs/clusters.md": ["outputs/mine/checkpoints/step-00000003.ckpt"],
     "docs/data.md": ["outputs/photos/result.json", "cache/paperflows"],
-    "docs/models.md": ["outputs/demo/result.json", "outputs/demo-samples/000003.png"],
+    "docs/models.md": [
+        *("outputs/demo/result.json", "outputs/demo-samples/000003.png"),
+        *("outputs/enlarged/000_x4_1.png", "outputs/enlarged/000_x4_strip.png"),
+    ],
     "docs/papers-and-code.md": [
         *("outputs/glow/pictures/attributes-cat.png", "results/runs/realnvp_cifar10/mine.json"),
     ],

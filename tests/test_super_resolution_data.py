@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -304,6 +305,18 @@ def test_the_embedded_photographs_are_the_default():
     assert tuple(largest.train[0, 0][2].shape) == (3, 37, 37)
 
 
+def test_a_folder_may_be_tested_on_without_one_for_training(tmp_path, cache):
+    """As for a trained model, whose photographs need not be there."""
+    test = save_all(tmp_path / "test", 2)
+    data = ready(test_root=tmp_path / "test")
+    assert data.counts() == {"train": 12, "val": 1, "test": 2, "photographs": 7}
+    assert data.test[0, 1][0].equal(test["1.png"][:, :12, :14])
+    assert data.content_hash == made(test_root=tmp_path / "test").current_hash()
+    assert len(data.content_hash) == 64
+    both = ready(test_root=tmp_path / "test", val_root=tmp_path / "test", n_val=100)
+    assert both.counts() == {"train": 12, "val": 2, "test": 2, "photographs": 7}
+
+
 # ------------------------------------------------------------------------------ content and cache
 
 
@@ -389,8 +402,6 @@ def test_too_few_images_are_refused(tmp_path, cache):
     [
         ({"crop": 9}, "data.crop=9 is not a multiple of data.scale=2: give 8"),
         ({"crop": 1}, "data.crop=1 is not a multiple of data.scale=2: give 2"),
-        ({"test_root": "x"}, "data.test_root needs photographs to train on: give data.root, too"),
-        ({"val_root": "x"}, "data.val_root needs photographs to train on: give data.root, too"),
         (
             {"root": "x", "n_val": 0},
             "data.n_val=0 holds out no images of data.root for the test: give data.test_root",
@@ -422,11 +433,32 @@ def test_a_missing_folder_and_a_wrong_file_are_named(tmp_path, cache):
     )
 
 
-def test_a_known_set_has_to_be_whole(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("folder", "name", "n"), [("Set5", "Set5", 5), ("BSDS500/val", "BSD100", 100)]
+)
+def test_a_known_set_has_to_be_whole(tmp_path, cache, folder, name, n):
     save_all(tmp_path / "images", 4)
-    save_all(tmp_path / "Set5", 4, first_seed=9)
-    message = refused(root=tmp_path / "images", test_root=tmp_path / "Set5")
-    assert "Set5 has 4 images, but Set5 has 5: leave the set's own images in it" in message
+    save_all(tmp_path / folder, 4, first_seed=9)
+    message = refused(root=tmp_path / "images", test_root=tmp_path / folder)
+    assert message == (
+        f"{tmp_path / folder} has 4 images, but {name} has {n}: leave the set's own images in it, "
+        "in full resolution"
+    )
+
+
+@pytest.mark.slow
+def test_one_process_loads_more_crops_than_a_gpu_takes(tmp_path, cache):
+    """From photographs of the size of DIV2K's. A step of the paper's model takes 16 crops."""
+    for k in range(4):
+        save_image(tmp_path / "images" / f"{k}.png", 1356, 2040, seed=k)
+    data = ready(
+        root=tmp_path / "images", scale=4, crop=160, batch_size=16, epoch_images=640, n_val=1
+    )
+    start = time.perf_counter()
+    n_batches = sum(1 for _ in data.train_dataloader())
+    seconds = time.perf_counter() - start
+    assert n_batches == 40
+    assert 640 / seconds > 100
 
 
 # ------------------------------------------------------------------------------ settings

@@ -18,6 +18,7 @@ from lightning_modules.regression import RegressionModule
 from lightning_modules.super_resolution import SuperResolutionModule
 from reproduce import comparison, rrdb_bsds_x4, srflow_photos_x4
 from reproduce import upscale as command
+from reproduce.config import ConfigError
 from reproduce.enlargers import Enlarger, FlowEnlarger, NetworkEnlarger, enlarge, tiles_of
 from reproduce.tiles import Blend, Tile, spans, tiles, weights
 
@@ -225,6 +226,17 @@ def test_sides_and_overlaps_of_tiles_fit_the_model():
     assert max(right - left for left, right in columns) == 24
 
 
+def test_a_tile_that_does_not_fit_the_memory_gets_one_line():
+    class Large(Repeating):
+        def tile(self, low_res, tile):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(
+        ConfigError, match=r"a tile of 80x64 pixels .* the GPU has: give tile=40 overlap=20$"
+    ):
+        enlarge(Large(), random_image(16, 20), side=0, overlap=96)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_tiles_of_a_flow_hardly_show(temperature):
     """They have the latents of the whole image, so only the borders of tiles could show."""
@@ -406,6 +418,8 @@ def test_complete_images_are_left_out_and_damaged_files_refused(srflow, photo, t
     (tmp_path / "out" / "photo_x4_2.png").unlink()
     call(*words)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "photo_x4_2.png").write_bytes(before[tmp_path / "out" / "photo_x4_1.png"])
+    assert "photo_x4_2.png is there already, and not of this command" in refused(*words)
     (tmp_path / "out" / "photo_x4_1.png").write_bytes(b"")
     assert "photo_x4_1.png is there already, and not of this command" in refused(*words)
 
@@ -497,8 +511,8 @@ def test_a_missing_rrdb_is_told(srflow, rrdb, photo, tmp_path, capsys, monkeypat
     call(srflow, photo, f"out={tmp_path / 'out'}")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "no RRDB in the strip, since runs/rrdb, which the encoder began with, is not here: give "
-        "rrdb=MODEL"
+        "no RRDB in the strip, since runs/rrdb, which the encoder began with, cannot be used "
+        "here: give rrdb=MODEL"
     )
     assert lines[2].endswith(": low resolution, bicubic, sample 1, T=0.9")
     call(srflow, photo, f"rrdb={rrdb}", f"out={tmp_path / 'named'}")
@@ -574,3 +588,15 @@ def test_pixels_that_are_not_finite_are_magenta_and_told(srflow, photo, tmp_path
     image = pixels_of(tmp_path / "out" / "photo_x4_1.png")
     assert image[:, 3, 4].tolist() == image[:, 5, 6].tolist() == [255, 0, 255]
     assert "only 99.9% of the pixels are finite, and the others magenta" in capsys.readouterr().out
+
+
+def test_a_flow_without_an_inverse_gives_magenta_images(srflow, photo, tmp_path, capsys):
+    def fail(*arguments):
+        raise torch.linalg.LinAlgError("the matrix is singular")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SRFlow, "inverse", fail)
+        call(srflow, photo, f"out={tmp_path / 'out'}", "strip=false")
+    image = pixels_of(tmp_path / "out" / "photo_x4_1.png")
+    assert image.eq(torch.tensor([255, 0, 255]).view(3, 1, 1)).all()
+    assert "only 0.0% of the pixels are finite" in capsys.readouterr().out
