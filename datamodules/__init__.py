@@ -11,6 +11,7 @@ from datamodules.folder import ImageFolder
 from datamodules.mnist import MNIST, FashionMNIST
 from datamodules.photos import Photos
 from datamodules.stateless import StatelessDataModule
+from datamodules.super_resolution import SuperResolution
 from datamodules.two_moons import TwoMoons
 
 DATA: dict[str, type[StatelessDataModule]] = {
@@ -19,6 +20,7 @@ DATA: dict[str, type[StatelessDataModule]] = {
     "folder": ImageFolder,
     "mnist": MNIST,
     "photos": Photos,
+    "super_resolution": SuperResolution,
     "two_moons": TwoMoons,
 }
 

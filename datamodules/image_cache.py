@@ -32,9 +32,11 @@ from tqdm import tqdm
 from datamodules.image_files import (
     Pixels,
     UnreadableImage,
+    n_pixels,
     normal,
     read_pixels,
     read_strip,
+    read_whole_pixels,
     shown,
 )
 
@@ -44,6 +46,7 @@ PART_SECONDS = 86_400  # the age of a part that nobody is writing any more
 UNSURE_SECONDS = 2.0  # a file that was changed so short ago may change again at the same time
 MOST_THREADS = 32
 CHUNK = 256  # files that are handed to the threads at once
+WHOLE_CHUNK = 2 * MOST_THREADS  # the same for images that keep their size, which may be large
 UNREADABLE = "unreadable"  # in the place of a sha256
 OR_SKIP = "data.skip_unreadable=true leaves out files that cannot be read"
 
@@ -218,11 +221,27 @@ class Decoded(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How images are read: see `read_image` and, for `whole`, `read_strip`."""
+    """How images are read: see `read_image` and, for `whole`, `read_strip`.
+
+    Without a size, images keep their own: see `read_whole`.
+    """
 
     channels: int
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     whole: bool
+
+    def read(self, path: Path) -> Pixels:
+        """Read a file in this way. Raises UnreadableImage."""
+        if self.size is None:
+            return read_whole_pixels(path, self.channels)
+        reader = read_strip if self.whole else read_pixels
+        return reader(path, self.channels, self.size)
+
+    @property
+    def name(self) -> str:
+        """The beginning of the name of a file of images."""
+        sides = self.size or ("whole",)
+        return "x".join(str(side) for side in (self.channels, *sides))
 
 
 class Files(NamedTuple):
@@ -233,21 +252,23 @@ class Files(NamedTuple):
     content: str
 
 
-def decoded(files: Files, reading: Reading, cache: Path, skip: bool) -> Decoded:
+def decoded(
+    files: Files, reading: Reading, cache: Path, skip: bool, advice: str = OR_SKIP
+) -> Decoded:
     """The images in files, from the cache or, if they are not there, decoded into it.
 
-    cache: the cache folder. skip: whether files that cannot be read are left out.
+    cache: the cache folder. skip: whether files that cannot be read are left out. advice: what the
+    error says, if they are not.
 
     Raises UnreadableImage: a file cannot be read, and `skip` is false. Raises CacheError: the cache
     folder cannot be written, or has no room; or files have changed meanwhile.
     """
-    shape = "x".join(str(side) for side in (reading.channels, *reading.size))
     key = key_of(VERSION, PIL.__version__, files.content, reading)
-    target = cache / f"{shape}-{key}.pixels"
+    target = cache / f"{reading.name}-{key}.pixels"
     found = _read(target)
     if found is None:
         try:
-            _make(target, files, reading, skip)
+            _make(target, files, reading, skip, advice)
         except OSError as error:
             raise CacheError(
                 f"data.cache={shown(cache)} cannot be used: {error.strerror}: "
@@ -259,7 +280,7 @@ def decoded(files: Files, reading: Reading, cache: Path, skip: bool) -> Decoded:
     if found.unreadable and not skip:
         number = min(found.unreadable)
         reason = found.unreadable[number]
-        raise UnreadableImage(f"{shown(files.paths[number])} {reason}; {OR_SKIP}")
+        raise UnreadableImage(f"{shown(files.paths[number])} {reason}; {advice}")
     return found
 
 
@@ -291,7 +312,7 @@ def _is_as_written(target: Path, mtime_ns: int, sha256: str) -> bool:
     return target.stat().st_mtime_ns == mtime_ns or _digest(target) == sha256
 
 
-def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
+def _make(target: Path, files: Files, reading: Reading, skip: bool, advice: str) -> None:
     """Decode images into a file that gets its name only when it is complete.
 
     Several processes may do it at once, each in a part of its own. The first to end gives its part
@@ -302,17 +323,22 @@ def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     _remove_old_parts(cache)
     n = len(files.paths)
-    needed = n * reading.channels * reading.size[0] * reading.size[1]
+    if reading.size is None:
+        needed = reading.channels * sum(map(n_pixels, files.paths))
+        remedy = "give another folder"
+    else:
+        needed = n * reading.channels * reading.size[0] * reading.size[1]
+        remedy = "give another folder, or a smaller data.size"
     usage = shutil.disk_usage(cache)
     if usage.total and usage.free < needed:  # some network folders tell no size
         raise CacheError(
             f"data.cache={shown(cache)} has {usage.free / 1e9:,.1f} GB left, and {n:,} "
-            f"images take {needed / 1e9:,.1f} GB: give another folder, or a smaller data.size"
+            f"images take {needed / 1e9:,.1f} GB: {remedy}"
         )
     part = cache / f"{target.stem}-{uuid.uuid4().hex}{PART}"
     try:
         with part.open("xb") as file:
-            record = _write_pixels(file, files.paths, reading, skip)
+            record = _write_pixels(file, files.paths, reading, skip, advice)
             file.flush()
             os.fsync(file.fileno())
         record |= {"mtime_ns": part.stat().st_mtime_ns, "sha256": _digest(part)}
@@ -327,7 +353,7 @@ def _make(target: Path, files: Files, reading: Reading, skip: bool) -> None:
 
 
 def _write_pixels(
-    file: IO[bytes], paths: Sequence[Path], reading: Reading, skip: bool
+    file: IO[bytes], paths: Sequence[Path], reading: Reading, skip: bool, advice: str
 ) -> dict[str, Any]:
     """Write the pixels of all images that can be read; return the content of the .json file."""
     shapes: list[tuple[int, ...]] = []
@@ -336,17 +362,17 @@ def _write_pixels(
     n_enlarged = 0
 
     def read(path: Path) -> Pixels | UnreadableImage:
-        reader = read_strip if reading.whole else read_pixels
         try:
-            return reader(path, reading.channels, reading.size)
+            return reading.read(path)
         except UnreadableImage as error:
             return error
 
-    with contextlib.closing(in_order(read, paths, "decoding")) as answers:
+    chunk = CHUNK if reading.size else WHOLE_CHUNK
+    with contextlib.closing(in_order(read, paths, "decoding", chunk)) as answers:
         for number, answer in enumerate(answers):
             if isinstance(answer, UnreadableImage):
                 if not skip:
-                    raise UnreadableImage(f"{answer}; {OR_SKIP}") from answer
+                    raise UnreadableImage(f"{answer}; {advice}") from answer
                 unreadable[str(number)] = str(answer).removeprefix(f"{shown(paths[number])} ")
                 continue
             file.write(np.ascontiguousarray(answer.pixels).data)
@@ -361,9 +387,12 @@ def _write_pixels(
     }
 
 
-def in_order(function: Callable[[A], B], items: Sequence[A], title: str) -> Generator[B]:
+def in_order(
+    function: Callable[[A], B], items: Sequence[A], title: str, chunk: int = CHUNK
+) -> Generator[B]:
     """The values of a function of each item, in order, computed by several threads.
 
+    chunk: how many items the threads get at once, whose values are in memory together.
     A progress bar is shown in a terminal. Pillow and hashlib let other threads run meanwhile.
     """
     with (
@@ -374,8 +403,8 @@ def in_order(function: Callable[[A], B], items: Sequence[A], title: str) -> Gene
         # Pillow warns of large images, and of damaged EXIF, which does not matter here.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        for start in range(0, len(items), CHUNK):
-            for value in threads.map(function, items[start : start + CHUNK]):
+        for start in range(0, len(items), chunk):
+            for value in threads.map(function, items[start : start + chunk]):
                 bar.update()
                 yield value
 

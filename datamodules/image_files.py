@@ -5,9 +5,9 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -30,6 +30,7 @@ SIGNATURES = (
     (0, b"PK", "a zip archive"),
     (0, b"version https://git-lfs", "a Git LFS pointer: get the file with git lfs pull"),
 )
+A = TypeVar("A")
 
 
 class UnreadableImage(ValueError):
@@ -140,8 +141,63 @@ def read_whole(path: Path, channels: int) -> np.ndarray:
 
     The rest is as in `read_image`; a grey image has equal channels. Raises UnreadableImage.
     """
-    image, _ = _decode(path, channels)
+    return read_whole_pixels(path, channels).pixels
+
+
+def read_whole_pixels(path: Path, channels: int) -> Pixels:
+    """The image that `read_whole` returns, and what was done to it."""
+    image, is_transparent = _decode(path, channels)
+    return Pixels(_channels_first(image), is_transparent, is_enlarged=False)
+
+
+class Picture(NamedTuple):
+    """All that an image file shows.
+
+    pixels: (3, H, W), uint8, not mixed with any background. opacity: (1, H, W), uint8, from 0, not
+    visible, to 255; None: all of it is visible. profile: the ICC colour profile, if the file has
+    one.
+    """
+
+    pixels: np.ndarray
+    opacity: np.ndarray | None
+    profile: bytes | None
+
+
+def read_picture(path: Path) -> Picture:
+    """The image in a file, not resized and with its opacity; upright, as in `read_image`.
+
+    Raises UnreadableImage, as `read_image`.
+    """
+    return _opened(path, _picture)
+
+
+def _picture(image: Image.Image) -> Picture:
+    """An image of Pillow as a Picture."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK":  # whose profile is none of RGB
+        profile = None
+    opaque = _upright(image)
+    opacity = None
+    if opaque.has_transparency_data:
+        if opaque.mode == "La":  # it has no way to RGBA
+            opaque = opaque.convert("LA")
+        opaque = opaque.convert("RGBA")
+        opacity = _channels_first(opaque.getchannel("A"))
+    return Picture(_channels_first(opaque.convert("RGB")), opacity, profile)
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    """The pixels of an image of Pillow, (C, H, W)."""
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
+
+
+def n_pixels(path: Path) -> int:
+    """The number of pixels of the image in a file, by its header; 0 if it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # of many classes; to decode the file tells why
+        return 0
 
 
 def has_grey_levels(path: Path) -> bool:
@@ -194,6 +250,14 @@ def _decode(
     It has at least twice the pixels of `size`, if the file has them: of a large JPEG fewer pixels
     than it has are decoded. Without a size all of them are.
     """
+    return _opened(path, lambda image: _opaque(_upright(image), MODES[channels]), size)
+
+
+def _opened(path: Path, use: Callable[[Image.Image], A], size: tuple[int, int] | None = None) -> A:
+    """What `use` makes of the image in a file, while the file is open.
+
+    size: as in `_decode`. Raises UnreadableImage, as `read_image`.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableImage(f"{shown(path)} is no regular file")
@@ -204,7 +268,7 @@ def _decode(
                 if size is not None:
                     image.draft(None, (2 * max(size), 2 * max(size)))
                 image.load()
-                return _opaque(_upright(image), MODES[channels])
+                return use(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:

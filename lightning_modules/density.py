@@ -3,8 +3,8 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Protocol, Self, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -95,6 +95,8 @@ class DensityModule(OptimizedModule):
         bn_images: int = 10_000,
         noise_samples: int = 1,
         shape: tuple[int, ...] | None = None,
+        milestones: Sequence[float] = (0.5, 0.75, 0.9, 0.95),
+        gamma: float = 0.5,
     ) -> None:
         super().__init__(
             name=name,
@@ -108,6 +110,8 @@ class DensityModule(OptimizedModule):
             max_skipped=max_skipped,
             seed=seed,
             noise_seed=noise_seed,
+            milestones=milestones,
+            gamma=gamma,
         )
         check_not_negative("optim.l2", l2)
         if l2 and not hasattr(flow, "l2_penalty"):
@@ -404,10 +408,10 @@ class DensityModule(OptimizedModule):
         with evaluation(self.device.type), self._gradients():
             return self.flow.log_prob(x, context, *noise).detach()
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         self._measure(batch, "val")
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         self._measure(batch, "test")
 
     def on_validation_epoch_start(self) -> None:

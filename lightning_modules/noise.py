@@ -15,6 +15,7 @@ GENERATOR_METHODS = {"uniform": "random", "normal": "standard_normal"}  # of num
 DATA = 0
 FLOW = 1
 NETWORK = 2
+SAMPLES = 3
 
 
 class Dequantization(Protocol):
@@ -141,6 +142,16 @@ def evaluation_input(
     """
     noise = image_noise(indices, q.shape[1:], seed, k, dequantizer.noise)
     return dequantizer(q, noise.to(q.device, dtype), context)
+
+
+def image_generator(index: int, seed: int) -> torch.Generator:
+    """A generator of the latents that are drawn for one image in evaluation.
+
+    Its numbers are a function of the noise seed and the image's index, and independent of the
+    noise that `image_noise` adds to the image.
+    """
+    key = np.random.SeedSequence(_key(seed, index, 0, SAMPLES)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key))
 
 
 def network_seed(seed: int, position: Position) -> int:

@@ -15,12 +15,12 @@ from lightning_modules.lightning_internals import steps_between_logs
 from lightning_modules.noise import network_seed
 from lightning_modules.objective import Objective
 from lightning_modules.optimizer_steps import ends_step
-from lightning_modules.schedule import Schedule, warm_up
+from lightning_modules.schedule import Schedule, step_down, warm_up
 from lightning_modules.stopping import Diverged
 from results import is_number
 
 OptimizerName = Literal["adam", "adamax", "adamw"]
-ScheduleName = Literal["constant", "cosine"]
+ScheduleName = Literal["constant", "cosine", "milestones"]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamax": Adamax,
@@ -45,9 +45,11 @@ class OptimizedModule(Objective):
 
     name, lr, betas, weight_decay: the optimizer and its arguments.
     warmup_steps: the number of steps in which the learning rate rises linearly from 0.
-    schedule: the learning rate after the warm-up: `constant`, or `cosine`, which reaches 0 at the
-        last step.
+    schedule: the learning rate after the warm-up: `constant`; `cosine`, which reaches 0 at the last
+        step; or `milestones`, at each of which it is multiplied by gamma.
     cooldown_steps: the number of last steps, in which a constant rate falls linearly to 0.
+    milestones: shares of the steps of the run, for schedule=milestones alone.
+    gamma: the factor at a milestone.
     clip_norm: the largest global gradient norm, in the unit of the loss; None: no clipping.
     max_skipped: how many steps may be skipped before the run ends.
     seed, noise_seed: the seeds of an `Objective`.
@@ -67,6 +69,8 @@ class OptimizedModule(Objective):
         max_skipped: int = 20,
         seed: int = 0,
         noise_seed: int = 0,
+        milestones: Sequence[float] = (0.5, 0.75, 0.9, 0.95),
+        gamma: float = 0.5,
     ) -> None:
         super().__init__(seed, noise_seed)
         if name not in OPTIMIZERS:
@@ -92,6 +96,14 @@ class OptimizedModule(Objective):
             raise ValueError(
                 f"optim.cooldown_steps={cooldown_steps}: a cosine ends at 0 by itself: give 0"
             )
+        if cooldown_steps and schedule == "milestones":
+            raise ValueError(
+                f"optim.cooldown_steps={cooldown_steps}: the rate falls at optim.milestones: give 0"
+            )
+        check_milestones(milestones)
+        check_number(
+            "optim.gamma", gamma, "a positive number of at most 1", lambda factor: 0 < factor <= 1
+        )
         self.name = name
         self.lr = lr
         self.betas = tuple(betas)
@@ -99,6 +111,8 @@ class OptimizedModule(Objective):
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.cooldown_steps = cooldown_steps
+        self.milestones = tuple(milestones)
+        self.gamma = gamma
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
         self._statistics: list[Tensor] = []  # running means and variances, during training
@@ -118,24 +132,31 @@ class OptimizedModule(Objective):
             weight_decay=self.weight_decay,
             **options,
         )
-        factor = warm_up(self.warmup_steps, self._last_step(), self.cooldown_steps)
+        factor = self._rate_factor(self._last_step())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": Schedule(optimizer, factor), "interval": "step"},
         }
 
+    def _rate_factor(self, last: int | None) -> Callable[[int], float]:
+        """The factor of the learning rate by the step. last: what `_last_step` returns."""
+        if self.schedule == "milestones" and last is not None:
+            milestones = [round(share * last) for share in self.milestones]
+            return step_down(self.warmup_steps, milestones, self.gamma)
+        return warm_up(self.warmup_steps, last, self.cooldown_steps)
+
     def _last_step(self) -> int | None:
-        """The step at which the learning rate reaches 0; None if it stays constant.
+        """The step at which the schedule of the learning rate ends; None if it stays constant.
 
         Raises ValueError: the run has no last step, or too few steps for warm-up and cooldown.
         """
-        if self.schedule != "cosine" and not self.cooldown_steps:
+        if self.schedule == "constant" and not self.cooldown_steps:
             return None
         last = self.trainer.max_steps
         warmup = self.warmup_steps
         cooldown = self.cooldown_steps
         if last < 1:
-            setting = f"cooldown_steps={cooldown}" if cooldown else "schedule=cosine"
+            setting = f"cooldown_steps={cooldown}" if cooldown else f"schedule={self.schedule}"
             raise ValueError(f"optim.{setting} ends at the last step: set trainer.max_steps")
         if warmup + cooldown > last:
             advice = f"optim.warmup_steps={last // 10}"
@@ -244,6 +265,21 @@ def check_betas(betas: Sequence[float]) -> None:
         raise ValueError(
             f"optim.betas={values or betas} are not two numbers from 0 to less than 1: "
             "give for example optim.betas=[0.9,0.999]"
+        )
+
+
+def check_milestones(milestones: Sequence[float]) -> None:
+    """Refuse anything but rising numbers between 0 and 1, of which there may be none.
+
+    Raises ValueError.
+    """
+    is_list = isinstance(milestones, Sequence) and not isinstance(milestones, str)
+    values = list(milestones) if is_list else []
+    are_shares = is_list and all(is_number(share) and 0 < share < 1 for share in values)
+    if not are_shares or values != sorted(set(values)):
+        raise ValueError(
+            f"optim.milestones={values or milestones} are not rising shares of the steps, between "
+            "0 and 1: give for example optim.milestones=[0.5,0.75,0.9]"
         )
 
 

@@ -1,7 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,6 +30,25 @@ def warm_up(steps: int, total: int | None, cooldown: int = 0) -> Callable[[int],
         if cooldown:
             return min(1.0, max(0, total - step) / cooldown)
         return 0.5 * (1 + math.cos(math.pi * min((step - steps) / max(1, total - steps), 1.0)))
+
+    return factor
+
+
+def step_down(steps: int, milestones: Sequence[int], gamma: float) -> Callable[[int], float]:
+    """Return the factor of the learning rate as a function of the step i.
+
+    It is i / steps in the first `steps` steps, and then gamma to the power of the number of
+    milestones, in steps, that i has reached.
+
+    >>> factor = step_down(steps=10, milestones=[50, 75], gamma=0.5)
+    >>> [factor(step) for step in (0, 5, 10, 49, 50, 75, 100)]
+    [0.0, 0.5, 1.0, 1.0, 0.5, 0.25, 0.25]
+    """
+
+    def factor(step: int) -> float:
+        if step < steps:
+            return step / steps
+        return gamma ** sum(step >= milestone for milestone in milestones)
 
     return factor
 

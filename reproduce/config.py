@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 KEY = re.compile(r"\w+(\.\w+)*")
 LONGEST_SHOWN = 60  # characters of a wrong value in a message
 # Sections to which a recipe may add keys: the arguments of its own flow, data and objective.
-OPEN_SECTIONS = ("flow", "data", "optim")
+OPEN_SECTIONS = ("flow", "data", "optim", "eval")
 DECIDED_ELSEWHERE = {
     "experiment": "it is the name of the recipe",
     "preset": "it is given on the command line",

@@ -22,6 +22,9 @@ keys:
                    quality.reference= and the other keys of the section are those of a recipe
   metrics.inception_weights=FILE
                    the network behind these figures, where it cannot be downloaded
+  eval.temperature=0.8
+                   of super-resolved images, of which eval.samples=N are drawn for each; they are
+                   always measured, with LPIPS by metrics.alexnet_weights=FILE
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER where the images are not
                    where the run had them, data.download=true to fetch them, or
                    data.micro_batch=N to compute N images at once where memory is short
@@ -48,13 +51,20 @@ import results
 from datamodules import make_data
 from datamodules.stateless import n_items
 from lightning_modules.batch_norm import has_batch_norm
+from lightning_modules.callbacks.image_quality import ImageQuality
 from lightning_modules.callbacks.paper import comparison_table
+from lightning_modules.callbacks.sample_quality import SampleQuality
 from lightning_modules.density import REESTIMATED
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, merge, parse, plain
-from reproduce.experiment import papers_of, sample_quality, silence_lightning
+from reproduce.experiment import (
+    image_quality,
+    papers_of,
+    sample_quality,
+    silence_lightning,
+)
 from reproduce.kinds import argument_text
-from reproduce.model import TrainedModel, load_model
+from reproduce.model import StoredModel, stored_model
 from reproduce.model_command import (
     MODEL,
     at_least,
@@ -64,13 +74,16 @@ from reproduce.model_command import (
     repeatable,
 )
 from reproduce.schema import Schema
+from reproduce.stored import read_stored
 from reproduce.streams import say
 
 DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
 ROUNDING = 1e-4  # of a figure (of 1, if it is smaller): what another machine may change
 OTHER_NOISE = 1e-3  # the same for re-estimated statistics on another kind of device
 SAMPLES = ("quality", "metrics", "samples")  # sections on samples and how they are measured
-OF_RECIPE = ("data.", "quality.", "metrics.")  # how keys of a recipe begin that the command takes
+# How keys of a recipe begin that are for super-resolved images, and all that the command takes.
+OF_IMAGES = ("eval.", "metrics.alexnet_weights", "metrics.vgg16_weights", "metrics.lpips")
+OF_RECIPE = ("data.", "quality.", "metrics.", "eval.temperature=", "eval.samples=")
 # Keys of the data that change no figure of a test, if the files are the same.
 FREE = ("root", "download", "cache", "num_workers")
 
@@ -116,7 +129,7 @@ class EvaluationBar(L.Callback):
 
 
 def config_of(
-    model: TrainedModel, noise_samples: int, texts: Mapping[str, str]
+    model: StoredModel, noise_samples: int, texts: Mapping[str, str]
 ) -> tuple[DictConfig, list[str]]:
     """The recipe of a test, and what makes it another test than the model's own.
 
@@ -146,7 +159,11 @@ def config_of(
         if key in schema.kinds and OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, None, force_add=True)
     config = merge(config, texts, schema)
-    of_samples = [key for key in texts if not key.startswith("data.") and key != "quality.n"]
+    of_images = [key for key in texts if key.startswith(OF_IMAGES)]
+    if of_images and config.data.get("scale") is None:
+        raise ConfigError(f"{of_images[0]} has no effect: {model.experiment} enlarges no images")
+    others = ("data.", "quality.n", *OF_IMAGES)
+    of_samples = [key for key in texts if not key.startswith(others)]
     if of_samples and config.quality.n == 0:
         raise ConfigError(f"{of_samples[0]} has no effect without samples: give quality.n=N, too")
     free = list(FREE)
@@ -157,6 +174,7 @@ def config_of(
         for key in texts
         if key.startswith("data.")
         and key.removeprefix("data.") not in free
+        and not is_moved(model, config, key)
         and OmegaConf.select(config, key) != OmegaConf.select(model.config, key)
     ]
     if noise_samples:
@@ -164,7 +182,16 @@ def config_of(
     return config, changed
 
 
-def check_classes(model: TrainedModel, names: tuple[str, ...]) -> None:
+def is_moved(model: StoredModel, config: DictConfig, key: str) -> bool:
+    """Whether a key has folders both in the model's recipe and in another one.
+
+    They may have the same images: their hash tells (`other_images`).
+    """
+    values = [OmegaConf.select(each, key) for each in (model.config, config)]
+    return key.endswith("_root") and None not in values
+
+
+def check_classes(model: StoredModel, names: tuple[str, ...]) -> None:
     """ConfigError, one line: the classes of the data are not those that the flow knows."""
     if names and model.class_names and names != model.class_names:
         raise ConfigError(
@@ -173,14 +200,14 @@ def check_classes(model: TrainedModel, names: tuple[str, ...]) -> None:
         )
 
 
-def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation:
+def evaluate(model: StoredModel, config: DictConfig, device: str) -> Evaluation:
     """Test a model's weights as a run does. device: "cpu" or "cuda"."""
     data = make_data(seed=config.seed, **config.data)
     module = model.module(data, config)
     module.check_data(data)
     check_classes(model, data.class_names or ())
-    quality = sample_quality(config)
-    callbacks: list[L.Callback] = [EvaluationBar(), quality]
+    measures: list[SampleQuality | ImageQuality] = [sample_quality(config), *image_quality(config)]
+    callbacks: list[L.Callback] = [EvaluationBar(), *measures]
     is_averaged = (config.get("ema") or {}).get("decay") is not None
     if is_averaged:  # the objective then estimates batch-norm statistics anew for all figures
         callbacks.append(EMAWeightAveraging(use_buffers=False, decay=config.ema.decay))
@@ -208,7 +235,12 @@ def evaluate(model: TrainedModel, config: DictConfig, device: str) -> Evaluation
     is_anew = is_averaged and has_batch_norm(module.trained)
     reestimated = frozenset(key for key in figures if is_anew or key.endswith(REESTIMATED))
     content_hash = getattr(data, "content_hash", None)
-    return Evaluation(figures, reestimated, content_hash, quality.protocol, quality.not_measured)
+    protocol: dict[str, dict[str, Any]] = {}
+    not_measured: dict[str, str] = {}
+    for measure in measures:
+        protocol |= measure.protocol
+        not_measured |= measure.not_measured
+    return Evaluation(figures, reestimated, content_hash, protocol, not_measured)
 
 
 @contextlib.contextmanager
@@ -306,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     rest = [word for word, belongs in zip(words, is_data, strict=True) if not belongs]
     [name], options = read_words(rest, [MODEL], DEFAULTS)
     at_least(options, noise_samples=0)
-    model = load_model(name)
+    model = stored_model(read_stored(name))
     config, changed = config_of(model, options.noise_samples, texts)
     default = "cpu" if config.trainer.accelerator == "cpu" else ""
     device = device_of(options.device or default)

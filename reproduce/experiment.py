@@ -1,6 +1,7 @@
 """What every script shares: load the config, make a trainer, train, test and record the result."""
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import results
+from datamodules.bicubic import downscale
 from datamodules.checks import expand_home
 from datamodules.image_cache import default_cache
 from datamodules.samplers import n_micro_batches
@@ -39,6 +41,7 @@ from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.checkpoint_io import SafeCheckpointIO
 from lightning_modules.lightning_internals import send_no_buffers, set_signal_handlers_with
 from lightning_modules.objective import Objective
+from lightning_modules.quality.perceptual import BACKBONES
 from lightning_modules.stopping import Diverged, RunStopped
 from reproduce.command import command, resumable
 from reproduce.config import ConfigError, arguments, compose, describe, plain, presets
@@ -241,6 +244,7 @@ def make_callbacks(
         Curve(folder, batch_size, interval, papers, title_of(config.experiment, folder.name)),
         Samples(folder / "samples", **_without(config.samples, "quality_every_n_steps")),
         sample_quality(config),
+        *image_quality(config),
         PaperComparison(papers),
         Progress(batch_size, enabled=sys.stderr.isatty()),
         *extra,
@@ -265,6 +269,27 @@ def sample_quality(config: DictConfig) -> SampleQuality:
         weights=config.metrics.inception_weights,
         cache=default_cache() / "quality",
     )
+
+
+def image_quality(config: DictConfig) -> list[ImageQuality]:
+    """The callback for PSNR and other figures of super-resolved images, if there are such images.
+
+    LPIPS is measured by the networks of metrics.lpips, and by those whose files are given.
+    """
+    scale = config.data.get("scale")
+    if scale is None:
+        return []
+    networks = {}
+    for net, backbone in BACKBONES.items():
+        file = OmegaConf.select(config, backbone.setting)
+        if net in config.metrics.lpips or file is not None:
+            networks[net] = file
+    facts = {}
+    if "temperature" in config.eval:
+        facts["temperature"] = config.eval.temperature
+    reduce = functools.partial(downscale, scale=scale)
+    halve = functools.partial(downscale, scale=2)
+    return [ImageQuality(scale, reduce, networks, halve, facts)]
 
 
 def _accumulate(config: DictConfig, trainer: L.Trainer, module: Objective) -> None:

@@ -30,7 +30,7 @@ import results
 from datamodules.checks import expand_home
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments
-from reproduce.model import TrainedModel
+from reproduce.model import StoredModel, TrainedModel, stored_model
 from reproduce.model_command import MODEL, opening, read_words
 from reproduce.run_folder import RESULT
 from reproduce.stored import EXPORTED, as_safetensors, described, read_stored, shape_text
@@ -60,6 +60,11 @@ DATA_SETS = {  # what a model card says of the data, by data.name
         "Crops of the few photographs that come with scikit-image and scikit-learn, each of which "
         "has a licence of its own. The two packages list them."
     ),
+    "super_resolution": (
+        "Photographs and their low-resolution images. They are not published with the model, and "
+        "their licence is known to those who trained it; without data.root they are the few "
+        "photographs that come with scikit-image and scikit-learn."
+    ),
     "two_moons": "Points in the plane, which are drawn by scikit-learn. There is no licence.",
     "folder": (
         "A folder of images that is not published with the model. Its licence is known to those "
@@ -75,7 +80,7 @@ STATUS = {
 }
 
 
-def exported(model: TrainedModel) -> dict[str, bytes]:
+def exported(model: StoredModel) -> dict[str, bytes]:
     """The files of an exported folder: their content by name."""
     weights = as_safetensors(model.stored)
     entry = described(weights, EXPORTED)
@@ -89,13 +94,13 @@ def exported(model: TrainedModel) -> dict[str, bytes]:
     return files
 
 
-def _config(model: TrainedModel) -> str:
+def _config(model: StoredModel) -> str:
     origin = portable(model.stored.origin)
     keys = ("shape", "n_bits", "class_names", "commit", "dirty")
     known = {key: origin.get(key) for key in keys}
     return (
-        "# The recipe of the run that trained model.safetensors. The file's own metadata hold it "
-        "too:\n# a change here changes nothing.\n"
+        "# The recipe of model.safetensors. The file's own metadata hold it too: a change here\n"
+        "# changes nothing.\n"
         + OmegaConf.to_yaml(OmegaConf.create({**origin["config"], "origin": known}))
     )
 
@@ -103,7 +108,7 @@ def _config(model: TrainedModel) -> str:
 # ---------------------------------------------------------------------- the model card
 
 
-def card(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, Any]) -> str:
+def card(model: StoredModel, result: dict[str, Any] | None, entry: dict[str, Any]) -> str:
     """The model card, Markdown with a head of YAML, as model hubs read it.
 
     Args:
@@ -111,11 +116,11 @@ def card(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, An
         result: the result of its test, or None.
         entry: what is known of the file of weights (`described`).
     """
-    flow = type(model.flow).__name__
+    network = type(model.network).__name__
     run = result["run"] if result else model.stored.path.stem
     lines = [
         *_head(model),
-        f"# {flow}: {model.experiment}, {run}",
+        f"# {network}: {model.experiment}, {run}",
         "",
         _summary(model),
         "",
@@ -128,17 +133,25 @@ def card(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, An
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _head(model: TrainedModel) -> list[str]:
-    tags = ["normalizing-flow", "density-estimation", type(model.flow).__name__.lower()]
+def _head(model: StoredModel) -> list[str]:
+    tags = [type(model.network).__name__.lower()]
+    if isinstance(model, TrainedModel):
+        tags = ["normalizing-flow", "density-estimation", *tags]
+    if scale_of(model) is not None:
+        tags = ["super-resolution", *tags]
     head: dict[str, Any] = {"library_name": SOURCE, "tags": tags}
-    if len(model.shape) == 3:
+    if scale_of(model) is not None:
+        head["pipeline_tag"] = "image-to-image"
+    elif len(model.shape) == 3:
         head["pipeline_tag"] = "unconditional-image-generation"
     return ["---", yaml.safe_dump(head, sort_keys=False).rstrip("\n"), "---", ""]
 
 
-def _summary(model: TrainedModel) -> str:
+def _summary(model: StoredModel) -> str:
     """What the model is, in two or three sentences."""
-    n_parameters = sum(parameter.numel() for parameter in model.flow.parameters())
+    n_parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    if scale_of(model) is not None:
+        return _summary_of_enlarging(model, n_parameters)
     shape = shape_text(model.shape)
     kind = f"data of shape {shape}"
     if len(model.shape) == 3:
@@ -152,6 +165,26 @@ def _summary(model: TrainedModel) -> str:
     if model.class_names:
         text += f" It is conditioned on a class: {', '.join(model.class_names)}."
     return text
+
+
+def scale_of(model: StoredModel) -> int | None:
+    """How many times as high and wide a super-resolution model makes images; None for others."""
+    return getattr(model.objective, "scale", None)
+
+
+def _summary_of_enlarging(model: StoredModel, n_parameters: int) -> str:
+    """The same for a super-resolution model."""
+    times = f"{scale_of(model)} times as high and wide"
+    if isinstance(model, TrainedModel):
+        return (
+            f"A conditional normalizing flow with {n_parameters:,} parameters. It models the "
+            f"density of photographs {times} as a given one, of any size: it draws different "
+            "photographs for it, and computes their likelihood."
+        )
+    return (
+        f"A network with {n_parameters:,} parameters, which makes photographs of any size {times}: "
+        "one for each."
+    )
 
 
 def _numbers(result: dict[str, Any] | None) -> list[str]:
@@ -207,7 +240,9 @@ def _tested(result: dict[str, Any]) -> list[str]:
     return [key for key in result["metrics"] if key.startswith("test/")]
 
 
-def _use(model: TrainedModel) -> list[str]:
+def _use(model: StoredModel) -> list[str]:
+    if scale_of(model) is not None:
+        return _use_for_enlarging()
     lines = [
         "## Use",
         "",
@@ -228,8 +263,33 @@ def _use(model: TrainedModel) -> list[str]:
     return [*lines, "```", ""]
 
 
-def _training(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
+def _use_for_enlarging() -> list[str]:
+    return [
+        "## Use",
+        "",
+        f"With a clone of {SOURCE} that is installed (`pip install -e .`), for this folder:",
+        "",
+        "```bash",
+        "python -m reproduce.upscale FOLDER image.png out=enlarged",
+        "```",
+        "",
+    ]
+
+
+def _training(model: StoredModel, result: dict[str, Any] | None) -> list[str]:
     known = {"commit": model.commit, "dirty": bool(model.stored.origin.get("dirty"))}
+    imported = model.config.get("imported")
+    if imported is not None:
+        return [
+            "## Origin",
+            "",
+            f"These weights were not trained with {SOURCE}. They were imported, at commit "
+            f"{commit(known)}, from the file `{imported.file}` (SHA-256 `{imported.sha256}`) of "
+            "SRFlow's authors or their code. The layers are those of the file; the sections `data` "
+            f"and `optim` of `{CONFIG}` are those of the recipe `{model.experiment}`, and say "
+            "nothing of how the weights were trained.",
+            "",
+        ]
     lines = [
         "## Training",
         "",
@@ -246,17 +306,20 @@ def _training(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
             "",
             f"On {result['device']}, in {result['precision']}, with seed {result['seed']}.",
         ]
-        start = result.get("init_from")
-        if start:
-            lines[-1] += (
-                f" It started from the trained weights of {start['model']} (SHA-256 "
-                f"`{start['sha256']}`)."
-            )
+        for key, what in (("init_from", "It"), ("encoder", "Its encoder")):
+            start = result.get(key)
+            if start:
+                lines[-1] += (
+                    f" {what} started from the trained weights of {start['model']} (SHA-256 "
+                    f"`{start['sha256']}`)."
+                )
     return [*lines, ""]
 
 
-def _data(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
+def _data(model: StoredModel, result: dict[str, Any] | None) -> list[str]:
     name = model.config.data.name
+    if model.config.get("imported") is not None:
+        return []
     lines = ["## Data", "", DATA_SETS.get(name, f"The data set {name}."), ""]
     content = (result or {}).get("data") or {}
     if content.get("sha256"):
@@ -264,21 +327,24 @@ def _data(model: TrainedModel, result: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _files(model: TrainedModel, result: dict[str, Any] | None, entry: dict[str, Any]) -> list[str]:
+def _files(model: StoredModel, result: dict[str, Any] | None, entry: dict[str, Any]) -> list[str]:
     rows = [
         [EXPORTED, f"the weights, {entry['dtype']}, {entry['bytes']:,} bytes"],
         [CONFIG, "the recipe"],
     ]
     if result is not None:
         rows.append([RESULT, "metrics, versions, curve and settings of the run"])
+    licence = "Before you upload the weights, choose their licence, with that of the data in mind."
+    imported = model.config.get("imported")
+    if imported is not None:
+        licence = f"The weights have a licence of their own: {imported.licence}."
     return [
         "## Files",
         "",
         *table(["file", "content"], rows),
         f"SHA-256 of {EXPORTED}: `{entry['sha256']}`",
         "",
-        f"The code of {SOURCE} is under Apache-2.0. Before you upload the weights, choose their "
-        "licence, with that of the data in mind.",
+        f"The code of {SOURCE} is under Apache-2.0. {licence}",
     ]
 
 
@@ -327,11 +393,15 @@ def main(argv: list[str] | None = None) -> None:
     name, given = read_options(words)
     stored = read_stored(name)
     out = out_of(name, given)
-    files = exported(TrainedModel(stored))
+    model = stored_model(stored)
+    files = exported(model)
     check_out(out, files)
     with opening(out):
         write_all({out / file: content for file, content in files.items()})
-    say(f'{out}: {", ".join(files)}; load it with reproduce.load("{out}")')
+    advice = ""
+    if isinstance(model, TrainedModel):
+        advice = f'; load it with reproduce.load("{out}")'
+    say(f"{out}: {', '.join(files)}{advice}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
+from reproduce.pretrained_encoder import KEY, load_encoder
 from reproduce.run_folder import changed_settings, mismatch
 from reproduce.schema import constructors
 from reproduce.stored import Stored, file_sha256, read_stored, shape_text
@@ -21,10 +22,13 @@ class InitFrom(L.Callback):
     weights, which start as copies of the loaded ones. ActNorms keep the loaded values, since they
     are initialised.
 
+    The encoder of a flow alone may start from trained weights, too (`pretrained_encoder`).
+
     record: {} for a run that starts from random weights, else what result.json says: {"init_from":
-        {"model", "file", "sha256", "experiment", "commit", "shape", "images"}}. model is the
-        setting, file and sha256 those that the weights were read from; shape is that of the data
-        that they were trained on, images how many of them, or None where that is not known.
+        {"model", "file", "sha256", "experiment", "commit", "shape", "images"}}, or {"encoder": ...}
+        with the same keys but `shape`. model is the setting, file and sha256 those that the weights
+        were read from; shape is that of the data that they were trained on, images how many of
+        them, or None where that is not known.
     """
 
     def __init__(self) -> None:
@@ -47,7 +51,12 @@ class InitFrom(L.Callback):
         """
         model = config.get("init_from")
         if model is None:
+            self.record = load_encoder(config, module)
             return
+        if config.flow.get(KEY) is not None:
+            raise ConfigError(
+                f"init_from={model} gives all weights: leave out flow.{KEY}={config.flow[KEY]}"
+            )
         stored = read_stored(model)
         origin = stored.origin
         _check_model(stored, config, module)
@@ -89,7 +98,11 @@ def _check_model(stored: Stored, config: DictConfig, module: Objective) -> None:
             f"init_from={config.init_from} is a {kind.__name__} of {experiment}, and "
             f"{config.experiment} trains a {module.model_name}: give weights of that"
         )
-    changed = changed_settings(origin["config"], config, module, ("flow",))
+    changed = [
+        setting
+        for setting in changed_settings(origin["config"], config, module, ("flow",))
+        if not setting.startswith(f"flow.{KEY}=")  # where its encoder came from
+    ]
     if changed:
         raise ConfigError(
             f"init_from={config.init_from} was trained with {' '.join(changed)}: say the same"

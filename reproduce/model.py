@@ -23,7 +23,7 @@ from lightning_modules.objective import Data, Objective
 from lightning_modules.precision import evaluation
 from reproduce.config import ConfigError, nearest
 from reproduce.run_folder import mismatch
-from reproduce.stored import Stored, as_safetensors, read_stored
+from reproduce.stored import PARTS, Stored, as_safetensors, read_stored
 from results.files import write
 
 # What constructors raise for a recipe that lacks something, or is of another version of the code.
@@ -66,7 +66,62 @@ class RecordedData:
             self.dequantizer = UniformDequantizer(self.n_bits)
 
 
-class TrainedModel:
+class StoredModel:
+    """A trained model of any kind, a flow or the network of a regression, on the CPU.
+
+    No parameter requires a gradient.
+
+    objective: the module with these weights, in eval mode.
+    network: the trained flow or other network, and what: "flow" or "network".
+    shape: the shape of one datum, such as (3, 32, 32); None is any size.
+    n_bits: the bits of the integers that are modelled; None for real numbers.
+    class_names: the names of the classes that the model is conditioned on; () without classes.
+    experiment, config, commit: the experiment, its whole recipe, and the commit that trained it.
+    result: the result of the test of these weights, as in result.json; None without a test.
+    stored: the weights as they were read, and everything that is known of them.
+
+    ConfigError, one line: the weights do not fit this version of the model.
+    """
+
+    what = "network"
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        origin = stored.origin
+        self.experiment: str = origin["experiment"]
+        self.config: DictConfig = OmegaConf.create(origin["config"])
+        self.commit: str | None = origin["commit"]
+        self.result = stored.result
+        data = RecordedData(origin)
+        self.objective = self.module(cast(Data, data))
+        self.objective.requires_grad_(False).eval()
+        self.shape: tuple[int | None, ...] = tuple(self.objective.shape or ())
+        self.n_bits = data.n_bits
+        self.class_names: tuple[str, ...] = ()
+
+    @property
+    def network(self) -> nn.Module:
+        return self.objective.trained
+
+    def module(self, data: Data, config: DictConfig | None = None) -> Objective:
+        """A new objective with these weights, for a Trainer: `trainer.test(model.module(data))`.
+
+        data: a datamodule. config: a recipe with other settings of evaluation; None: the model's.
+
+        ConfigError, one line: the weights do not fit the model of the recipe or of the data.
+        """
+        return make_objective(self.stored, data, self.config if config is None else config)
+
+
+def stored_model(stored: Stored) -> StoredModel:
+    """The model of stored weights: a `TrainedModel` if it is a flow."""
+    model = StoredModel(stored)
+    if isinstance(model.objective, DensityModule):
+        return TrainedModel(stored)
+    return model
+
+
+class TrainedModel(StoredModel):
     """A trained flow, and what it was trained on. It is in eval mode, in float32, on the CPU.
 
     No parameter requires a gradient, so nothing that is computed keeps a graph. Where images go in
@@ -91,29 +146,26 @@ class TrainedModel:
     ConfigError, one line: the weights are not of a flow, or do not fit this version of it.
     """
 
+    what = "flow"
+
     def __init__(self, stored: Stored) -> None:
-        self.stored = stored
-        origin = stored.origin
-        self.experiment: str = origin["experiment"]
-        self.config: DictConfig = OmegaConf.create(origin["config"])
-        self.commit: str | None = origin["commit"]
-        self.result = stored.result
-        data = RecordedData(origin)
-        objective = self.module(cast(Data, data))
+        super().__init__(stored)
+        objective = self.objective
         if not isinstance(objective, DensityModule):
             raise ConfigError(
                 f"{stored.path} is of {self.experiment}, which trains no flow: load another run"
             )
-        objective.requires_grad_(False).eval()
         self._objective = objective
         self.flow: FlowModel = objective.flow
         self.dequantizer: nn.Module | None = objective.dequantizer
-        self.shape: tuple[int | None, ...] = tuple(objective.shape)
-        self.n_bits = data.n_bits
-        self.class_names: tuple[str, ...] = ()
         n_classes = self.flow.n_classes
         if n_classes is not None:
-            self.class_names = data.class_names or tuple(map(str, range(n_classes)))
+            names = tuple(stored.origin["class_names"])
+            self.class_names = names or tuple(map(str, range(n_classes)))
+
+    @property
+    def network(self) -> nn.Module:
+        return self.flow
 
     def __repr__(self) -> str:
         flow = type(self.flow).__name__
@@ -128,35 +180,6 @@ class TrainedModel:
         """Move the model to a device, such as "cuda"; returns the model itself."""
         self._objective.to(torch.device(device))
         return self
-
-    def module(self, data: Data, config: DictConfig | None = None) -> Objective:
-        """A new objective with these weights, for a Trainer: `trainer.test(model.module(data))`.
-
-        data: a datamodule. config: a recipe with other settings of evaluation; None: the model's.
-
-        ConfigError, one line: the weights do not fit the model of the recipe or of the data.
-        """
-        recipe = self.config if config is None else config
-        script = _script(self.stored)
-        try:
-            flow = script.make_flow(recipe, tuple(data.shape))
-            objective: Objective = script.make_module(recipe, flow, data)
-        except UNFIT_RECIPE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{self.stored.path} has a recipe of which {self.experiment} makes no model here "
-                f"({reason}); use its commit {self.commit}"
-            ) from error
-        expected = {
-            key: value
-            for key, value in objective.state_dict().items()
-            if key.partition(".")[0] in ("flow", "dequantizer")
-        }
-        problem = mismatch(self.stored.weights, expected)
-        if problem:
-            raise ConfigError(f"{self.stored.path} {problem}; use its commit {self.commit}")
-        objective.load_state_dict(self.stored.weights, strict=False)
-        return objective
 
     def save(self, path: str | Path) -> None:
         """Write the weights, and what is needed to build the model, to a safetensors file.
@@ -467,7 +490,8 @@ class TrainedModel:
         """The number of classes; None without. ValueError: the flow is conditioned on images."""
         if self.flow.conditioned_on is not None and self.flow.n_classes is None:
             raise ValueError(
-                f"this {type(self.flow).__name__} is conditioned on images: use model.flow"
+                f"this {type(self.flow).__name__} is conditioned on images: use model.flow, or "
+                "python -m reproduce.upscale"
             )
         return self.flow.n_classes
 
@@ -520,6 +544,35 @@ class TrainedModel:
         if classes is None:
             return None
         return classes[rows].to(self.device)
+
+
+def make_objective(stored: Stored, data: Data, config: DictConfig) -> Objective:
+    """A new objective with stored weights, of any kind: a flow's likelihood, a regression.
+
+    data: a datamodule, or `RecordedData`. config: the recipe.
+
+    ConfigError, one line: the weights do not fit the model of the recipe or of the data.
+    """
+    experiment = stored.origin["experiment"]
+    commit = stored.origin["commit"]
+    script = _script(stored)
+    try:
+        model = script.make_flow(config, tuple(data.shape))
+        objective: Objective = script.make_module(config, model, data)
+    except UNFIT_RECIPE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{stored.path} has a recipe of which {experiment} makes no model here "
+            f"({reason}); use its commit {commit}"
+        ) from error
+    expected = {
+        key: value for key, value in objective.state_dict().items() if key.startswith(PARTS)
+    }
+    problem = mismatch(stored.weights, expected)
+    if problem:
+        raise ConfigError(f"{stored.path} {problem}; use its commit {commit}")
+    objective.load_state_dict(stored.weights, strict=False)
+    return objective
 
 
 def _script(stored: Stored) -> ModuleType:

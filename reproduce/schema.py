@@ -47,6 +47,7 @@ OWN: dict[str, Kind] = {
     "init_from": Nullable(MODEL),
     "paper": Nullable(Either((CLAIM, ListOf(CLAIM)))),
     "data.name": CLAIM,
+    "flow.encoder_checkpoint": Nullable(MODEL),
     # Lightning's Trainer accepts more values; these are the ones that work here.
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps")),
     "trainer.devices": Devices(),
@@ -78,6 +79,9 @@ OWN: dict[str, Kind] = {
     "quality.seed": Integer(low=0, example="0"),
     "quality.batch_size": Integer(low=1, example="100"),
     "metrics.inception_weights": Nullable(PATH),
+    "metrics.lpips": ListOf(Choice(("alex", "vgg"))),
+    "metrics.alexnet_weights": Nullable(PATH),
+    "metrics.vgg16_weights": Nullable(PATH),
     "checkpoint.every_n_steps": STEPS,
     "checkpoint.select": Choice(("best", "last")),
     "logger.name": Choice(("wandb", "csv", "none")),

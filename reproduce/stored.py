@@ -30,7 +30,8 @@ from results.runs import read_json
 
 EXPORTED = "model.safetensors"  # the weights in an exported folder, and in that of a finished run
 METADATA = "paperflows"  # the entry of a safetensors file's metadata that holds `Stored.origin`
-PARTS = ("flow.", "dequantizer.")  # the weights of an objective that belong to its model
+# The weights of an objective that belong to its model: a flow, or the network of a regression.
+PARTS = ("flow.", "dequantizer.", "network.")
 RECORDED = {"experiment", "config", "shape", "commit"}  # in every checkpoint
 NEEDED = {
     "experiment",
@@ -244,7 +245,7 @@ def as_safetensors(stored: Stored) -> bytes:
 
 
 def exported_weights(path: Path, checkpoint: Checkpoint) -> bytes | None:
-    """The content of a safetensors file with a checkpoint's weights; None without a flow."""
+    """The content of a safetensors file with a checkpoint's weights; None without a model."""
     stored = of_checkpoint(path, checkpoint)
     if stored.weights:
         return as_safetensors(stored)
@@ -292,7 +293,10 @@ def _of_safetensors(path: Path) -> Stored:
 
 
 def _restore_paths(config: dict[str, Any], recorded: Any) -> None:
-    """Give a config the `data.root` and `data.cache` of the result beside the weights.
+    """Give a config the folders of images and `data.cache` of the result beside the weights.
+
+    Keys of folders end with `root`, as `data.root` and `data.test_root`; each is one folder, or a
+    list of them.
 
     The metadata of a file of weights have only their last part, while the result of a run has the
     paths, so that the run can be tested again from any folder. The cache of another machine, of
@@ -302,8 +306,9 @@ def _restore_paths(config: dict[str, Any], recorded: Any) -> None:
     if isinstance(recorded, dict) and isinstance(recorded.get("data"), dict):
         known = recorded["data"]
     data = config["data"]
-    if isinstance(known.get("root"), str):
-        data["root"] = known["root"]
+    for key, value in known.items():
+        if key.endswith("root") and isinstance(value, str | list):
+            data[key] = value
     if data.get("cache") is not None:
         cache = known.get("cache")
         data["cache"] = cache if isinstance(cache, str) and os.path.isabs(cache) else None

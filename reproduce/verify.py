@@ -59,7 +59,7 @@ from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, parse, plain
 from reproduce.experiment import papers_of
 from reproduce.kinds import argument_text
-from reproduce.model import UNFIT_RECIPE, TrainedModel
+from reproduce.model import UNFIT_RECIPE, StoredModel, stored_model
 from reproduce.model_command import device_of, read_words, repeatable
 from reproduce.provenance import ROOT
 from reproduce.run_folder import FREE, RESULT, SAME
@@ -162,7 +162,7 @@ def check_recipe(row: Row) -> Check:
         return Check("recipe", FAIL, str(error))
     settings = plain(config)
     recipe = dict(leaves(portable(settings)))
-    recorded = dict(leaves(row["config"]))
+    recorded = dict(leaves(portable(row["config"])))
     defaults = defaults_of(row["experiment"], str(config.data.name))
     problems = fact_problems(row, settings)
     for key in sorted(recipe.keys() | recorded.keys()):
@@ -532,7 +532,7 @@ def weights_path(path: Path, row: Row, given: str) -> Path | None:
     return None
 
 
-def check_weights(file: Path | None, row: Row) -> tuple[Check, TrainedModel | None]:
+def check_weights(file: Path | None, row: Row) -> tuple[Check, StoredModel | None]:
     """Whether a file of weights is the recorded one, and fits; the model with these weights."""
     recorded = row.get("weights")
     if file is None:
@@ -550,7 +550,7 @@ def check_weights(file: Path | None, row: Row) -> tuple[Check, TrainedModel | No
         return Check("weights", FAIL, text), None
     try:
         stored = read_stored(file)
-        model = TrainedModel(Stored(stored.weights, stored.origin, dict(row), file))
+        model = stored_model(Stored(stored.weights, stored.origin, dict(row), file))
     except (ConfigError, ValueError, OSError) as error:
         return Check("weights", FAIL, str(error)), None
     problems = [
@@ -562,12 +562,12 @@ def check_weights(file: Path | None, row: Row) -> tuple[Check, TrainedModel | No
         if theirs != ours
     ]
     own = settings_of_weights(portable(stored.origin["config"]))
-    other = settings_of_weights(row["config"])
+    other = settings_of_weights(portable(row["config"]))
     changed = [key for key in sorted(own.keys() | other.keys()) if own.get(key) != other.get(key)]
     if changed:
         problems.append(f"its {abbreviated(changed, 4)} is another than the row's")
-    n = sum(value.numel() for value in model.flow.parameters())
-    verdict = judged("weights", problems, f"{file.name}, {n:,} parameters of the flow")
+    n = sum(value.numel() for value in model.network.parameters())
+    verdict = judged("weights", problems, f"{file.name}, {n:,} parameters of the {model.what}")
     if not recorded and not problems:
         verdict = Check("weights", NOTE, f"{verdict.text}; the row records no SHA-256")
     return verdict, model
@@ -584,7 +584,7 @@ def settings_of_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings | {"seed": config.get("seed")}
 
 
-def check_figure(model: TrainedModel, texts: Mapping[str, str], device: str) -> Check:
+def check_figure(model: StoredModel, texts: Mapping[str, str], device: str) -> Check:
     """Whether a new test of the weights gives the recorded figures."""
     config, changed = evaluate.config_of(model, 0, texts)
     if changed:
@@ -644,7 +644,7 @@ def is_experiment(name: str) -> bool:
     return has_recipe and find_spec(f"reproduce.{name}") is not None
 
 
-def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | None]:
+def checks(path: Path, weights: str = "") -> tuple[list[Check], StoredModel | None]:
     """All checks of a row but that of its figure, and its model, if its weights could be loaded."""
     try:
         row = read_row(path)

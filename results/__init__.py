@@ -28,7 +28,7 @@ from results.checks import (
     text,
 )
 from results.metrics import kind_of, without_kind
-from results.protocol import IMAGE_FACTS, differences
+from results.protocol import IMAGE_FACTS, differences, image_facts, images_of
 
 ROOT = Path(__file__).parent
 # What commands write into a clone, relative to its root: pages, curves, pictures and recorded runs.
@@ -223,10 +223,11 @@ def same_images(claim: Mapping, data: Mapping) -> bool:
     data: the section of the run's config.
     """
     checked = claim.get("checked") or {}
+    facts = image_facts(data)
     same_facts = all(
-        data.get(fact) == checked[fact] for fact in IMAGE_FACTS if checked.get(fact) is not None
+        facts.get(fact) == checked[fact] for fact in IMAGE_FACTS if checked.get(fact) is not None
     )
-    return data.get("name") == claim["data"] and same_n_bits(claim, data) and same_facts
+    return images_of(data) == claim["data"] and same_n_bits(claim, data) and same_facts
 
 
 def papers_in(result: Mapping) -> list[dict]:

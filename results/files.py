@@ -156,6 +156,9 @@ def number(cell: str | None) -> int | float | None:
     return float(stripped)
 
 
+IN_LIST = re.compile(r"(?<=[\[, ])/[^,\]]*")  # an absolute path in the text of a list
+
+
 def portable(value: Any) -> Any:
     """A value without this machine's paths and without NaN.
 
@@ -174,8 +177,14 @@ def portable(value: Any) -> Any:
 
 
 def portable_text(value: str) -> str:
-    """`/a/b` as `b`, `key=/a/b` as `key=b`, any other text as it is."""
+    """`/a/b` as `b`, `key=/a/b` as `key=b`, and the same in lists; any other text as it is.
+
+    >>> portable_text("data.root=[/data/train, b/c]")
+    'data.root=[train, b/c]'
+    """
     key, equals, path = value.partition("=")
+    if path.startswith("["):
+        return key + equals + IN_LIST.sub(lambda found: Path(found[0]).name, path)
     if value.startswith("/"):
         return Path(value).name
     if path.startswith("/"):

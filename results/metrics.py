@@ -48,6 +48,8 @@ QUANTITIES: Mapping[str, Quantity] = MappingProxyType(
         "bpd": Quantity("lower", "bits/dim", "bits/dim"),
         "nll": Quantity("lower", "nats", "negative log-likelihood"),
         "nats_ll": Quantity("higher", "nats", "log-likelihood"),
+        "release_bits": Quantity("lower", "bits/pixel", "bits/pixel as SRFlow's code"),
+        "l1": Quantity("lower", "grey levels", "L1"),
         "accuracy": Quantity("higher", "share of images", "accuracy"),
         "fid": Quantity("lower", "", "FID"),
         "kid": Quantity("lower", "", "KID"),

@@ -26,7 +26,10 @@ NOISE = {
     "noisy": "Gaussian",
     "noisy_estimate": "Gaussian",
 }
-IMAGE_FACTS = ("scale", "kernel")  # keys of `data` by which low-resolution images are made
+IMAGE_FACTS = ("scale", "kernel")  # of `data`, by which low-resolution images are made
+SUPER_RESOLUTION = "super_resolution"  # the data.name of photographs in folders of any name
+# Folders with the test images of a paper, and how claims name these images in `data`.
+TEST_SETS = {"DIV2K_valid_HR": "div2k", "celeba160": "celeba160"}
 PUBLISHED_WEIGHTS = "published_weights"  # whether a network had the weights that papers use
 SHOWN_OF_HASH = 8  # digits
 CHOSEN = {"best": "by validation images", "last": "the last one"}
@@ -74,13 +77,42 @@ def allowed_differences(claim: Mapping, result: Mapping) -> list[str]:
     return _sentences(claim, result, "allowed")
 
 
+def images_of(data: Mapping) -> str | None:
+    """The images on which a run is tested, as claims name them in their key `data`.
+
+    data: the section of the run's config. Its `name`; for super-resolution the set whose folder
+    `test_root` is, or is in, where it is one of TEST_SETS.
+
+    >>> images_of({"name": "super_resolution", "test_root": "data/sr/DIV2K_valid_HR"})
+    'div2k'
+    >>> images_of({"name": "cifar10"})
+    'cifar10'
+    """
+    name = data.get("name")
+    if name != SUPER_RESOLUTION:
+        return name
+    folders = str(data.get("test_root")).split("/")
+    return next((TEST_SETS[folder] for folder in folders if folder in TEST_SETS), name)
+
+
+def image_facts(data: Mapping) -> dict[str, Any]:
+    """IMAGE_FACTS of a run: the scale, and the kernel, which is bicubic unless low_res is given.
+
+    data: the section of the run's config.
+    """
+    facts = {fact: data[fact] for fact in IMAGE_FACTS if fact in data}
+    if data.get("name") == SUPER_RESOLUTION and data.get("test_low_res_root") is None:
+        facts.setdefault("kernel", "bicubic")
+    return facts
+
+
 def facts_of(result: Mapping, metric: str) -> dict[str, Any]:
     """What a metric of a run depends on, by the fact's name.
 
     Runs from before there were other numbers of bits had 8.
     """
     data = (result.get("config") or {}).get("data") or {}
-    facts: dict[str, Any] = {fact: data[fact] for fact in IMAGE_FACTS if fact in data}
+    facts = image_facts(data)
     if quantity_of(metric) in LIKELIHOODS:
         facts |= _facts_of_likelihood(result, metric)
     tested = result.get("tested") or {}

@@ -91,6 +91,7 @@ RESULT = record(
         "paper": or_null(PAPER),  # older runs have one paper, not a list
         "curve": list_of(FIGURES),
         "data": or_null(DATA),
+        "encoder": or_null(START),  # the trained weights that the flow's encoder started from
         "extended": list_of(END),  # the earlier ends, the first one first
         "init_from": or_null(START),  # the trained weights from which the run started
         "metric": or_null(METRIC),

@@ -36,6 +36,11 @@ SMALL_FLOWS = {
     "glow": ["flow.depth=1", "flow.hidden_channels=4"],
     "realnvp": ["flow.n_blocks=1", "flow.hidden_channels=4"],
     "realnvp_moons": ["flow.n_couplings=2", "flow.hidden_channels=4"],
+    "srflow": [
+        *("flow.depth=1", "flow.hidden_channels=4", "flow.encoder_blocks=2", "flow.stacked=[0,1]"),
+        *("flow.encoder_channels=4", "flow.encoder_growth=2", "optim.warmup_steps=1"),
+    ],
+    "rrdb": ["flow.n_blocks=2", "flow.channels=4", "flow.growth=2", "optim.warmup_steps=1"],
     "glow_cifar10_modern": ["optim.warmup_steps=1", "optim.cooldown_steps=1"],
 }
 SMALL_DATA = {
@@ -43,12 +48,14 @@ SMALL_DATA = {
     "cifar10": ["data.n_val=30"],
     "mnist": ["data.n_val=30"],
     "fashion_mnist": ["data.n_val=30"],
+    "super_resolution": ["data.crop=32", "data.epoch_images=32", "metrics.lpips=[]"],
     "two_moons": ["data.n_train=256", "data.n_val=64", "data.n_test=64"],
 }
 BATCH = "data.batch_size=16"
 FEW_IMAGES = {  # keys of commands that are no experiments
     "reproduce.pictures": ["n=2", "n_images=40"],
     "reproduce.sample": ["n=4"],
+    "reproduce.upscale": ["samples=1"],
     "reproduce.score": [],
     "reproduce.evaluate": [],
     "reproduce.ood": ["n=12", "sets=[constant,noise]"],

@@ -9,21 +9,23 @@ import lightning.pytorch as L
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from torch import nn
 
 import results
 from datamodules import DATA
-from flows.base import FlowModel
 from reproduce import config as config_module
 from reproduce import experiment
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, describe, presets
 from reproduce.experiment import papers_of
+from reproduce.pretrained_encoder import flow_settings
 from reproduce.schema import Schema
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
 VARIANTS = [(recipe, preset) for recipe in RECIPES for preset in (None, *presets(recipe))]
 CIFAR = "realnvp_cifar10"
+SHAPES = {"srflow": (3, None, None), "rrdb": None}  # of the models of images of any size
 
 
 def composed(recipe, preset=None):
@@ -76,11 +78,11 @@ def test_every_recipe_composes(recipe, preset):
 
 
 def constructors(recipe):
-    """The flow and module classes that a recipe's script imports."""
+    """The classes of the flow, or of another network, and of the module that a script imports."""
     script = import_module(f"reproduce.{recipe}")
     classes = [v for v in vars(script).values() if isinstance(v, type)]
-    [flow] = [c for c in classes if issubclass(c, FlowModel)]
     [module] = [c for c in classes if issubclass(c, L.LightningModule)]
+    [flow] = [c for c in classes if issubclass(c, nn.Module) and c is not module]
     return script, flow, module
 
 
@@ -99,8 +101,9 @@ def test_sections_bind_to_their_constructors(recipe, preset, monkeypatch):
         script, flow.__name__, lambda *a, **k: bound.append(inspect.signature(flow).bind(*a, **k))
     )
     script.make_flow(config, (3, 32, 32))
-    assert [b.arguments["shape"] for b in bound] == [(3, 32, 32)]
-    assert config.flow.items() <= bound[0].arguments.items()
+    [arguments] = [b.arguments for b in bound]
+    assert arguments.pop("shape", None) == SHAPES.get(recipe.partition("_")[0], (3, 32, 32))
+    assert arguments == flow_settings(config)
     inspect.signature(module).bind(None, None, None, config.seed, **config.optim, **config.eval)
     trainer = {
         k: v for k, v in config.trainer.items() if k not in ("compile", "cuda_graph", "recompute")

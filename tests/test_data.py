@@ -907,6 +907,7 @@ SMALL = {
     "folder": {"size": 4},
     "mnist": {},
     "photos": {"n_train": 200, "n_test": 40},
+    "super_resolution": {"scale": 2, "crop": 4},
     "two_moons": {"n_train": 200, "n_test": 40},
 }
 
@@ -923,12 +924,25 @@ def small(name, cifar, **arguments):
         if not images.exists():
             make_split_folder(images, 200 - n_val, n_val, 40, height=4, width=6)
         root = {"root": images, "cache": cifar.root / "cache"}
+    elif name == "super_resolution":
+        root = photograph_folders(cifar.root, arguments["n_val"])
     elif name in FROM_FILES:
         root = {"root": cifar.root, "download": False}
     data = make_data(name, **({"seed": 0, "batch_size": 8, **SMALL[name], **root} | arguments))
     data.prepare_data()
     data.setup()
     return data
+
+
+def photograph_folders(root, n_val):
+    """The settings of 200 - n_val crops in an epoch, n_val validation images and 40 test images."""
+    images = root / f"{n_val} photographs"
+    if not images.exists():
+        make_split_folder(images, 20, n_val, 40, height=4, width=4)
+    settings = {"root": images / "train", "test_root": images / "test", "cache": root / "cache"}
+    if n_val:
+        settings["val_root"] = images / "val"
+    return settings | {"epoch_images": 200 - n_val}
 
 
 RANGES = [
@@ -942,13 +956,22 @@ COUNTS = [
     ("n_val", (-1, 2.5, True), "of at least 0"),
     ("n_test", (0, -1), "of at least 1"),
 ]
+OWN_COUNTS = {
+    "super_resolution": [
+        ("epoch_images", (0, -1, 1.5), "of at least 1"),
+        ("n_val", (-1, 2.5, True), "of at least 0"),
+        ("n_val", (8,), "from 0 to 7"),
+        ("scale", (0, 17, 2.0), "from 1 to 16"),
+        ("crop", (0, 4097, True), "from 1 to 4096"),
+    ]
+}
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_values_out_of_their_range_are_one_line(name):
     """The constructor refuses them, before any data are read."""
     required = {"root": "nowhere"} if name in FROM_FILES else {}
-    counts = COUNTS if name not in FROM_FILES else []
+    counts = OWN_COUNTS.get(name, COUNTS if name not in FROM_FILES else [])
     for key, values, request in RANGES + counts:
         for value in values:
             arguments = {"batch_size": 8, "seed": 0, **required, key: value}
@@ -1006,14 +1029,14 @@ def test_loaders(name, cifar):
     data = small(name, cifar, n_val=30)
     train = data.train_dataloader()
     train.sampler.set_epoch(2)
-    indices = torch.cat([i for _, i in train]).tolist()
+    indices = torch.cat([batch[1] for batch in train]).tolist()
     assert len(indices) == len(set(indices)) == data.n_train // 8 * 8
     for split, evaluation in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         batches = list(evaluation)
         whole = getattr(data, split)
-        assert torch.cat([i for _, i in batches]).tolist() == list(range(len(whole)))
+        assert torch.cat([batch[1] for batch in batches]).tolist() == list(range(len(whole)))
         assert torch.equal(
-            torch.cat([x for x, _ in batches]),
+            torch.cat([batch[0] for batch in batches]),
             torch.stack([whole[0, i][0] for i in range(len(whole))]),
         )
         assert batches[0][0].shape[1:] == data.shape
@@ -1028,18 +1051,18 @@ def test_loaders_of_two_ranks(name, cifar):
     for one, *two in zip(
         alone.train_dataloader(), *(d.train_dataloader() for d in ranks), strict=True
     ):
-        assert [len(x) for x, _ in two] == [4, 4]
-        assert torch.equal(torch.cat([x for x, _ in two]), one[0])
-        assert torch.equal(torch.cat([i for _, i in two]), one[1])
-    shards = [torch.cat([i for _, i in d.val_dataloader()]).tolist() for d in ranks]
+        assert [len(batch[0]) for batch in two] == [4, 4]
+        for part, parts in zip(one, zip(*two, strict=True), strict=True):
+            assert torch.equal(torch.cat(parts), part)
+    shards = [torch.cat([batch[1] for batch in d.val_dataloader()]).tolist() for d in ranks]
     assert sorted(shards[0] + shards[1]) == list(range(31))
 
 
-@pytest.mark.parametrize("name", FROM_FILES)
+@pytest.mark.parametrize("name", [*FROM_FILES, "super_resolution"])
 def test_missing_files_end_all_processes(name, tmp_path, monkeypatch):
     """One process of each machine looks for files. The others would wait for it for ever."""
     settings = {"seed": 0, "batch_size": 8, "root": tmp_path / "nowhere"}
-    if name != "folder":
+    if name not in ("folder", "super_resolution"):
         settings["download"] = False
     alone = make_data(name, **settings)
     with pytest.raises(FileNotFoundError) as error:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import datamodules
 import results
-from reproduce import export, load, realnvp_cifar10
+from reproduce import export, load, realnvp_cifar10, stored
 from reproduce.config import override
 from reproduce.model import TrainedModel
 from reproduce.run_folder import read_checkpoint
@@ -357,3 +357,13 @@ def test_a_row_is_computed_again_from_its_weights_on_its_test_images():
         assert values.mean() == pytest.approx(expected, abs=5e-4)
         error = values.std() / 200**0.5
         assert abs(values.mean() - model.result["metrics"]["test/bpd"]) < 4 * error
+
+
+def test_the_folders_of_images_come_back_from_the_result_beside_the_weights():
+    """The weights' metadata have only the last part of each path."""
+    config = {"data": {"root": ["train"], "test_root": "set", "val_root": None, "cache": None}}
+    folders = {"root": ["/data/train"], "test_root": "/data/set", "val_root": None}
+    stored._restore_paths(config, {"data": folders | {"crop": 8}})
+    assert config == {"data": folders | {"cache": None}}
+    stored._restore_paths(config, None)
+    assert config == {"data": folders | {"cache": None}}

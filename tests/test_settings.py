@@ -675,7 +675,10 @@ SMALL = {
     "realnvp": ["flow.hidden_channels=4", "flow.n_blocks=1"],
     "glow": ["flow.hidden_channels=4", "flow.depth=1"],
     "moons": ["flow.hidden_channels=4", "flow.n_couplings=1"],
+    "srflow": ["flow.hidden_channels=4", "flow.depth=1", "flow.encoder_channels=4"],
+    "rrdb": ["flow.channels=4", "flow.n_blocks=1"],
 }
+FEW_CROPS = ["data.crop=32", "data.epoch_images=16", "data.batch_size=4"]
 FEW = ["data.size=8", "data.n_train=64", "data.n_val=16", "data.n_test=16", "data.batch_size=16"]
 TEXTS = [
     *("", " ", "null", "None", "~", "nan", "inf", "-inf", "-1", "0", "1", "2", "1.5", "-0.5"),
@@ -695,7 +698,9 @@ def small_words(recipe):
     """The settings that make a recipe quick to build."""
     if recipe == "realnvp_moons":
         return SMALL["moons"]
-    words = ["preset=demo", *FEW, *SMALL.get(recipe.partition("_")[0], [])]
+    kind = recipe.partition("_")[0]
+    few = FEW_CROPS if kind in ("srflow", "rrdb") else FEW
+    words = ["preset=demo", *few, *SMALL.get(kind, [])]
     if recipe == "glow_cifar10_conditional":
         words.append("flow.n_classes=7")
     return words

@@ -65,6 +65,27 @@ TWO_STEPS = {  # by experiment: the settings that make a sweep's command a run o
     ],
     "glow_photos": TWO_GLOW_STEPS,
 }
+TWO_CROP_STEPS = [
+    *("data.root=null", "data.val_root=null", "data.test_root=null", "data.n_val=1"),
+    *("data.crop=32", "data.batch_size=4", "data.epoch_images=16", "data.num_workers=0"),
+    *("samples.n=2", "trainer.val_check_interval=1", "trainer.max_steps=2", "metrics.lpips=[]"),
+    *("optim.warmup_steps=1", "trainer.precision=32-true"),
+]
+SRFLOWS = [f"srflow_{name}" for name in ("div2k_x4", "div2k_x8", "celeba_x8", "bsds_x4")]
+RRDBS = [name.replace("srflow", "rrdb") for name in SRFLOWS]
+TWO_STEPS |= {
+    recipe: [
+        *(*TWO_CROP_STEPS, "flow.depth=1", "flow.hidden_channels=4", "eval.samples=1"),
+        *("flow.encoder_channels=4", "flow.encoder_growth=2"),
+    ]
+    for recipe in (*SRFLOWS, "srflow_photos_x4")
+}
+TWO_STEPS |= {
+    recipe: [*TWO_CROP_STEPS, "flow.n_blocks=1", "flow.channels=4", "flow.growth=2"]
+    for recipe in RRDBS
+}
+METRICS = {"realnvp_moons": "val/nll"}  # by experiment or family, where it is not bits/dim
+METRICS |= {"srflow": "val/bpd_noisy", "rrdb": "val/l1"}
 
 
 def load(path):
@@ -234,7 +255,8 @@ def test_a_sweep_is_of_its_recipe(path):
     assert path.stem.removesuffix("_grid").removesuffix("_gpu") == experiment
     assert (ROOT / sweep["program"]).is_file()
     assert sweep["name"] == path.stem
-    assert sweep["metric"]["name"] == ("val/nll" if experiment == "realnvp_moons" else "val/bpd")
+    family = METRICS.get(experiment.partition("_")[0], "val/bpd")
+    assert sweep["metric"]["name"] == METRICS.get(experiment, family)
     assert (sweep["method"] == "grid") == (path.stem in GRIDS)
     assert ("early_terminate" in sweep) == (sweep["method"] != "grid")
     assert not [key for key, parameter in sweep["parameters"].items() if "parameters" in parameter]

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -94,6 +95,7 @@ class ImageQuality(L.Callback):
             torch.hub's cache. Without any, LPIPS is not among the metrics.
         niqe: the function by which NIQE halves the sides of an image: see `Niqe`. None: NIQE is not
             among the metrics.
+        facts: what else all figures depend on, such as the temperature of the samples.
 
     Raises:
         ValueError: an argument is out of its range, or a file cannot be used.
@@ -105,6 +107,7 @@ class ImageQuality(L.Callback):
         downscale: Callable[[Tensor], Tensor],
         lpips: Mapping[str, str | Path | None],
         niqe: Callable[[Tensor], Tensor] | None = None,
+        facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         check_count("scale", scale, least=2)
         self.scale = scale
@@ -117,6 +120,7 @@ class ImageQuality(L.Callback):
             "lr_psnr": self._low_res_psnr,
         }
         self.facts = facts_of(scale)
+        self.common_facts = dict(facts)
         self.pending: list[str] = []  # nets whose weights come from torch.hub's cache
         for net, path in lpips.items():
             if path is None and net in BACKBONES:
@@ -296,7 +300,7 @@ class ImageQuality(L.Callback):
                 continue
             # A rank without images has no mean yet, but has to take part in the sum over ranks.
             mean = self.means.get(name) or mean_on(pl_module.device)
-            facts = dict(self.facts[name])
+            facts = self.common_facts | self.facts[name]
             if name == "diversity":
                 facts["n"] = max(part.n)
             self.protocol[key] = facts | {"images": part.images}
