@@ -35,13 +35,12 @@ FEW_STEPS = [
 SMALL_FLOWS = {
     "glow": ["flow.depth=1", "flow.hidden_channels=4"],
     "realnvp": ["flow.n_blocks=1", "flow.hidden_channels=4"],
-    "srflow": [
-        *("flow.depth=1", "flow.hidden_channels=4", "flow.encoder_blocks=2"),
-        *("flow.encoder_channels=4", "flow.encoder_growth=2", "flow.stacked=[0,1]"),
-        *("eval.samples=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),
-        "optim.warmup_steps=0",
-    ],
     "realnvp_moons": ["flow.n_couplings=2", "flow.hidden_channels=4"],
+    "srflow": [
+        *("flow.depth=1", "flow.hidden_channels=4", "flow.encoder_blocks=2", "flow.stacked=[0,1]"),
+        *("flow.encoder_channels=4", "flow.encoder_growth=2", "optim.warmup_steps=1"),
+    ],
+    "rrdb": ["flow.n_blocks=2", "flow.channels=4", "flow.growth=2", "optim.warmup_steps=1"],
     "glow_cifar10_modern": ["optim.warmup_steps=1", "optim.cooldown_steps=1"],
 }
 SMALL_DATA = {
@@ -49,7 +48,7 @@ SMALL_DATA = {
     "cifar10": ["data.n_val=30"],
     "mnist": ["data.n_val=30"],
     "fashion_mnist": ["data.n_val=30"],
-    "super_resolution": ["data.crop=32", "data.epoch_images=32", "data.n_val=1"],
+    "super_resolution": ["data.crop=32", "data.epoch_images=32", "metrics.lpips=[]"],
     "two_moons": ["data.n_train=256", "data.n_val=64", "data.n_test=64"],
 }
 BATCH = "data.batch_size=16"

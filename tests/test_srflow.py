@@ -15,8 +15,8 @@ from flows.normalization import ActNorm
 from flows.recompute import recompute
 from flows.reshape import unshuffled
 from flows.srflow import RRDB, RRDBEncoder, SRFlow, padded
-from flows.srflow import encoder as encoders
-from flows.srflow.encoder import DenseBlock
+from flows.srflow import dense as dense_blocks
+from flows.srflow.dense import DenseBlock
 from flows.srflow.steps import ConditionalSteps, parts
 
 TINY = {
@@ -398,10 +398,10 @@ def plain_dense(monkeypatch):
     """Let autograd compute the gradients of dense blocks."""
 
     def apply(dtype, x, *layers):
-        y, _ = encoders.dense(dtype, x, *layers)
+        y, _ = dense_blocks.dense(dtype, x, *layers)
         return y
 
-    monkeypatch.setattr(encoders.DenseFunction, "apply", apply)
+    monkeypatch.setattr(dense_blocks.DenseFunction, "apply", apply)
 
 
 @every_option
@@ -555,3 +555,22 @@ def test_bf16_reaches_the_networks_and_leaves_the_state_alone():
     torch.testing.assert_close(back, x, rtol=0, atol=0.01)
     states = copy.deepcopy(flow.state_dict())
     assert all(torch.equal(value, states[name]) for name, value in flow.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", [False, True], ids=["kept", "recomputed"])
+def test_a_compiled_flow_has_the_same_gradients(lean):
+    """The networks are compiled, so steps call them and autograd computes their gradients."""
+    torch.compiler.reset()
+    flow, x, low_res = srflow(depth=1)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            flow.compile(backend="aot_eager")
+            if lean:
+                recompute(flow)
+        flow.zero_grad()
+        flow.log_prob(x, low_res).mean().backward()
+        results.append([parameter.grad.clone() for parameter in flow.parameters()])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-8)

@@ -418,6 +418,8 @@ def test_complete_images_are_left_out_and_damaged_files_refused(srflow, photo, t
     (tmp_path / "out" / "photo_x4_2.png").unlink()
     call(*words)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "photo_x4_2.png").write_bytes(before[tmp_path / "out" / "photo_x4_1.png"])
+    assert "photo_x4_2.png is there already, and not of this command" in refused(*words)
     (tmp_path / "out" / "photo_x4_1.png").write_bytes(b"")
     assert "photo_x4_1.png is there already, and not of this command" in refused(*words)
 
