@@ -158,7 +158,10 @@ def config_of(
         if key in schema.kinds and OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, None, force_add=True)
     config = merge(config, texts, schema)
-    of_samples = [key for key in texts if not key.startswith("data.") and key != "quality.n"]
+    of_others = ["data.", "quality.n"]
+    if config.data.get("scale") is not None:  # super-resolved images are always measured
+        of_others += ["eval.", "metrics."]
+    of_samples = [key for key in texts if not key.startswith(tuple(of_others))]
     if of_samples and config.quality.n == 0:
         raise ConfigError(f"{of_samples[0]} has no effect without samples: give quality.n=N, too")
     free = list(FREE)
