@@ -15,8 +15,8 @@ from flows.normalization import ActNorm
 from flows.recompute import recompute
 from flows.reshape import unshuffled
 from flows.srflow import RRDB, RRDBEncoder, SRFlow, padded
-from flows.srflow import encoder as encoders
-from flows.srflow.encoder import DenseBlock
+from flows.srflow import dense as dense_blocks
+from flows.srflow.dense import DenseBlock
 from flows.srflow.steps import ConditionalSteps, parts
 
 TINY = {
@@ -252,26 +252,29 @@ def test_one_encoding_serves_all_samples_and_images():
     ids=["DF2K-4x", "DF2K-8x", "CelebA-8x"],
 )
 def test_parameters_are_those_of_the_released_models(options, encoder, flow):
-    """Without the 352,163 that get no gradient there: of an image's layers, and of an unused one.
-
-    L and U of a decomposed 1x1 convolution are C x C matrices each, of which one half is not used:
-    a surplus of C^2 - C, and of C for the log-scales, in each.
-    """
+    """Without the 352,163 that get no gradient there: an image's layers, and unused ones."""
     image_layers = 2 * (64 * 64 * 9 + 64) + 64 * 3 * 9 + 3
     unused = 352_163 - image_layers
     with torch.device("meta"):
-        plain = SRFlow(permutation="invertible_plain", **options)
-        decomposed = SRFlow(**options)
-    of_encoder = sum(p.numel() for p in plain.context_encoder.parameters())
+        model = SRFlow(permutation="invertible_plain", **options)
+        network = RRDB(model.scale, len(model.context_encoder.blocks))
+    of_encoder = count(model.context_encoder)
     assert of_encoder == encoder - image_layers
-    assert sum(p.numel() for p in plain.parameters()) - of_encoder == flow - unused
-    surplus = sum(p.numel() for p in decomposed.parameters())
-    surplus -= sum(p.numel() for p in plain.parameters())
-    channels = [12, 24, 96] if plain.n_levels == 3 else [12, 24, 48, 192]
-    assert surplus == 18 * sum(c * c + c for c in channels)
-    with torch.device("meta"):
-        network = RRDB(plain.scale, len(plain.context_encoder.blocks))
-    assert sum(p.numel() for p in network.parameters()) == encoder
+    assert count(model) - of_encoder == flow - unused
+    assert count(network) == encoder
+
+
+def test_a_decomposed_1x1_convolution_has_a_surplus_of_unused_parameters():
+    """L and U are C x C matrices with zeros on and beyond the diagonal: C^2 + C are not used."""
+    plain = count(SRFlow(permutation="invertible_plain", **TINY))
+    n_steps = 2 + 2
+    surplus = n_steps * sum(c * c + c for c in (12, 24, 96))
+    assert count(SRFlow(**TINY)) == plain + surplus
+
+
+def count(module):
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_latents_at_the_sizes_of_the_paper():
@@ -398,10 +401,10 @@ def plain_dense(monkeypatch):
     """Let autograd compute the gradients of dense blocks."""
 
     def apply(dtype, x, *layers):
-        y, _ = encoders.dense(dtype, x, *layers)
+        y, _ = dense_blocks.dense(dtype, x, *layers)
         return y
 
-    monkeypatch.setattr(encoders.DenseFunction, "apply", apply)
+    monkeypatch.setattr(dense_blocks.DenseFunction, "apply", apply)
 
 
 @every_option
@@ -555,3 +558,22 @@ def test_bf16_reaches_the_networks_and_leaves_the_state_alone():
     torch.testing.assert_close(back, x, rtol=0, atol=0.01)
     states = copy.deepcopy(flow.state_dict())
     assert all(torch.equal(value, states[name]) for name, value in flow.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", [False, True], ids=["kept", "recomputed"])
+def test_a_compiled_flow_has_the_same_gradients(lean):
+    """The networks are compiled, so steps call them and autograd computes their gradients."""
+    torch.compiler.reset()
+    flow, x, low_res = srflow(depth=1)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            flow.compile(backend="aot_eager")
+            if lean:
+                recompute(flow)
+        flow.zero_grad()
+        flow.log_prob(x, low_res).mean().backward()
+        results.append([parameter.grad.clone() for parameter in flow.parameters()])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-8)

@@ -112,6 +112,7 @@ def step(
     Returns y, (B, C, H, W), with the log_det of the layers, (B,); the state of each layer.
     """
     y = images(F.linear(pixels(x), weight, bias), x)
+    narrow = context.to(dtype)
     total = None
     states = []
     for layer, own in zip(layers, _by_layer(folded), strict=True):
@@ -119,7 +120,7 @@ def step(
         weights = net.weights(own, dtype)
         biases = net.biases(own, dtype, size_of(x))
         kept, changed = layer.split(y)
-        first, second = net.hidden(kept, weights, biases, context)
+        first, second = net.hidden(kept, weights, biases, narrow)
         changed, log_det, state = layer.change(changed, net.last(second, weights, biases))
         y = layer.joined(kept, changed)
         total = log_det if total is None else total + log_det
