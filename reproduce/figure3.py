@@ -163,9 +163,9 @@ def _listed(values: dict[str, object], keys: list[str]) -> str:
     return " ".join(words)
 
 
-def train(words: list[str], folder: Path) -> None:
+def train(words: list[str], folder: Path, experiment: str = EXPERIMENT) -> None:
     """Train one run in this process. A run that diverges is a result too, and raises nothing."""
-    script = import_module(f"reproduce.{EXPERIMENT}")
+    script = import_module(f"reproduce.{experiment}")
     try:
         script.main([*words, f"run_dir={folder}", "resume=auto"])
     except SystemExit as end:
@@ -177,8 +177,11 @@ def train(words: list[str], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def repeatable(words: list[str]) -> Iterator[None]:
-    """If this block is stopped, in a run or between two, say how to continue; exit code 75."""
+def repeatable(words: list[str], name: str = NAME) -> Iterator[None]:
+    """If this block is stopped, in a run or between two, say how to continue; exit code 75.
+
+    name: of the command, a module of reproduce/.
+    """
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as end:
@@ -188,7 +191,7 @@ def repeatable(words: list[str]) -> Iterator[None]:
             raise
         if isinstance(code, str):
             print(code, file=sys.stderr)
-        again = shlex.join(["python", "-m", f"reproduce.{NAME}", *words])
+        again = shlex.join(["python", "-m", f"reproduce.{name}", *words])
         print(f"continue the ablation with: {again}", file=sys.stderr, flush=True)
         sys.exit(TRY_AGAIN)
 

@@ -3,10 +3,11 @@
 python -m reproduce.import_srflow SRFlow_DF2K_4X.pth out=srflow-df2k-x4
 python -m reproduce.import_srflow SRFlow_DF2K_4X.pth out=tested data.test_root=data/DIV2K_valid_HR
 
-FILE is a .pth file of the repository andreas128/SRFlow (Lugmayr et al. 2020, arXiv 2006.14200). No
-such file comes with this repository, and the weights have a licence of their own: CC BY-NC-SA 4.0,
-not for commercial use. The new folder is as those of reproduce.export, so that reproduce.load and
-the other commands on a model take it:
+FILE is SRFlow_*.pth or RRDB_*.pth of the repository andreas128/SRFlow (Lugmayr et al. 2020, arXiv
+2006.14200): a flow, or an encoder that was trained alone, from which flow.encoder_checkpoint=FOLDER
+starts a flow. No such file comes with this repository, and the weights have a licence of their own:
+CC BY-NC-SA 4.0, not for commercial use. The new folder is as those of reproduce.export, so that the
+commands on a model take it, and reproduce.load takes a flow:
   model.safetensors  the weights, float32, with the names that they have here
   config.yaml        the recipe: that of the paper, with the settings of the file
   import.json        what was imported, and what was checked
@@ -17,10 +18,10 @@ No code is run from the file. The matrices of the 1x1 convolutions stay as they 
 (flow.permutation=invertible_plain): as an LU decomposition they would be rounded anew.
 
 Before anything is written, the model is checked on crops of the photographs inside scikit-image and
-scikit-learn. Images have to come back from their latents, and the log-determinant has to be that of
-the Jacobian matrix, which is computed by autograd for a small crop. The numbers are printed; among
-them is the PSNR between the low-resolution image and that of a sample, which for the released
-weights is about 50 dB.
+scikit-learn. A flow's images have to come back from their latents, and its log-determinant has to
+be that of the Jacobian matrix, which is computed by autograd for a small crop. The numbers are
+printed. Among them is the PSNR between the low-resolution image and that of a sample, which for the
+released flows is about 50 dB.
 
 keys:
   out=FOLDER    a new folder
@@ -39,29 +40,29 @@ import json
 import math
 import time
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, ListConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 import results
 from datamodules.bicubic import downscale
 from datamodules.checks import expand_home, is_whole
 from datamodules.photos import photographs
 from flows.caching import cached
-from flows.srflow import SRFlow
+from flows.srflow import RRDB, SRFlow
 from lightning_modules.precision import evaluation
-from lightning_modules.quality.super_resolution import as_uint8, low_res_psnr
+from lightning_modules.quality.super_resolution import as_uint8, low_res_psnr, psnr_rgb
 from reproduce.command import command
 from reproduce.config import ConfigError, arguments, compose, parse, plain
 from reproduce.evaluate import OF_RECIPE, config_of, evaluate, table
 from reproduce.experiment import papers_of
 from reproduce.export import exported
-from reproduce.model import TrainedModel
+from reproduce.model import StoredModel, stored_model
 from reproduce.model_command import device_of, opening, progress_bar, read_words, repeatable
 from reproduce.provenance import PACKAGES, device_name, git_state
-from reproduce.released_srflow import Weights, read_released, renamed, settings_of
+from reproduce.released_srflow import Released, Weights, read_released, released_model, renamed
 from reproduce.stored import Stored, file_sha256
 from reproduce.streams import say
 from results.files import write_all
@@ -79,28 +80,18 @@ TOLERANCE = 1e-4  # of x, and of the log-determinant relative to its size; in fl
 LEVELS = 255
 
 
-def recipe_of(settings: dict[str, Any]) -> str:
-    """The experiment that trains a flow as that of a file."""
-    if settings["scale"] == 4:
-        return "srflow_div2k_x4"
-    if settings["encoder_blocks"] <= 8:
-        return "srflow_celeba_x8"
-    return "srflow_div2k_x8"
-
-
-def stored_of(path: Path, weights: Weights, settings: dict[str, Any]) -> Stored:
+def stored_of(path: Path, weights: Weights, released: Released) -> Stored:
     """The weights of a file as those of a model of this repository.
 
-    ConfigError or ValueError, one line: they are not those of an SRFlow.
+    ConfigError, one line: keys are missing or not known, or tensors have other shapes.
     """
-    with torch.device("meta"):
-        flow = SRFlow(**settings)
-    ours = {f"flow.{name}": value for name, value in renamed(flow, weights, path).items()}
-    experiment = recipe_of(settings)
+    own = renamed(released, weights, path)
+    experiment = released.experiment
     config = plain(compose(experiment, []))
-    config["flow"] = config["flow"] | settings
+    config["flow"] |= released.settings
     config["data"] |= {"root": None, "val_root": None, "n_val": 0, "num_workers": 0}
-    config["optim"] = config["optim"] | {"noise": "none", "encoder_frozen_until": 0.0}
+    if released.kind == "flow":
+        config["optim"] |= {"noise": "none", "encoder_frozen_until": 0.0}
     config["imported"] = {
         "file": path.name,
         "sha256": file_sha256(path),
@@ -117,9 +108,9 @@ def stored_of(path: Path, weights: Weights, settings: dict[str, Any]) -> Stored:
         "class_names": [],
         "commit": commit,
         "dirty": dirty,
-        "parts": ["flow"],
+        "parts": [released.kind],
     }
-    return Stored(ours, origin, None, path)
+    return Stored({f"{released.kind}.{key}": own[key] for key in own}, origin, None, path)
 
 
 # ---------------------------------------------------------------------- the checks
@@ -233,20 +224,46 @@ def jacobian_error(flow: SRFlow, image: Tensor) -> float:
     return (difference / log_det[0].abs().clamp(min=1)).abs().item()
 
 
-def refuse_wrong(found: dict[str, float], path: Path) -> None:
-    """ConfigError, one line: what `check` found is not what an invertible flow gives."""
+def check_rrdb(network: RRDB) -> dict[str, float]:
+    """What the weights of an RRDB give on real crops.
+
+    psnr: to the true image, in dB. lr_psnr: as in `check`. NaN if an image is not finite.
+    """
+    scale = network.encoder.scale
+    reduce = functools.partial(downscale, scale=scale)
+    images = crops(SIDE // scale * scale)
+    with evaluation("cpu"), torch.no_grad():
+        made = torch.cat([network(reduce(image).float() / LEVELS) for image in images.split(1)])
+    if not made.isfinite().all():
+        return {"psnr": math.nan, "lr_psnr": math.nan}
+    made = as_uint8(made)
+    return {
+        "psnr": psnr_rgb(made, images).mean().item(),
+        "lr_psnr": low_res_psnr(made, reduce(images), reduce).mean().item(),
+    }
+
+
+def checked(network: nn.Module, path: Path) -> dict[str, float]:
+    """What `check` or `check_rrdb` finds. ConfigError, one line: it is not what is due."""
+    if not isinstance(network, SRFlow):
+        found = check_rrdb(cast(RRDB, network))
+        if math.isnan(found["psnr"]):
+            raise ConfigError(f"{path} makes images that are not finite; nothing was written")
+        return found
+    found = check(network)
     for key in ("float64_error", "log_det_error"):
         if not found[key] <= TOLERANCE:
             raise ConfigError(
                 f"{path} makes no flow that can be inverted exactly: {key} is {found[key]:.3g} on "
                 f"real photographs, and at most {TOLERANCE} are due; nothing was written"
             )
+    return found
 
 
 # ---------------------------------------------------------------------- the test
 
 
-def tested(model: TrainedModel, config: DictConfig, device: str, run: str) -> Stored:
+def tested(model: StoredModel, config: DictConfig, device: str, run: str) -> Stored:
     """The weights with the result of a test, as a run records it. Nothing was trained.
 
     config: the recipe of the test. device: "cpu" or "cuda". run: the name of the row.
@@ -280,7 +297,7 @@ def tested(model: TrainedModel, config: DictConfig, device: str, run: str) -> St
         "images": 0,
         "seconds": round(time.monotonic() - start, 1),
         "n_train": None,
-        "parameters": sum(parameter.numel() for parameter in model.flow.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
     }
     if evaluation.content_hash is not None:
         result["data"] = {"sha256": evaluation.content_hash}
@@ -327,34 +344,35 @@ def main(argv: list[str] | None = None) -> None:
     path, out, stacked, options = read_options(rest)
     check_out(out)
     weights = read_released(path)
-    settings = settings_of(weights, path, stacked)
-    model = TrainedModel(stored_of(path, weights, settings))
-    flow = model.flow
-    assert isinstance(flow, SRFlow)
+    released = released_model(weights, path, stacked)
+    model = stored_model(stored_of(path, weights, released))
     config, _ = config_of(model, 0, texts)
     with repeatable("nothing was written, the same command starts again"):
-        found = check(flow)
-        refuse_wrong(found, path)
+        found = checked(model.network, path)
         if options.test or texts:
-            model = TrainedModel(tested(model, config, options.device, out.name))
+            model = stored_model(tested(model, config, options.device, out.name))
     record = model.stored.origin["config"]["imported"] | {
         "tensors": len(weights),
-        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
-        "settings": settings,
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "settings": released.settings,
         "checks": {key: value if math.isfinite(value) else None for key, value in found.items()},
     }
     files: dict[str, bytes] = exported(model)
     files[RECORD] = f"{json.dumps(record, indent=1)}\n".encode()
     with opening(out):
         write_all({out / name: content for name, content in files.items()})
-    if not found["float32_error"] <= VISIBLE:
+    if not found.get("float32_error", 0) <= VISIBLE:
         say(
             "in float32 images do not come back exactly from their latents "
             f"({found['float32_error']:.2g}): use model.flow.double() where that matters"
         )
+    use = {
+        "flow": f'load it with reproduce.load("{out}")',
+        "network": f"start a flow from it with flow.encoder_checkpoint={out}",
+    }
     say(
         *(f"{key}: {value:.4g}" for key, value in found.items()),
-        f'{out}: {", ".join(files)}; load it with reproduce.load("{out}")',
+        f"{out}: {', '.join(files)}; {use[released.kind]}",
     )
 
 

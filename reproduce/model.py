@@ -490,7 +490,8 @@ class TrainedModel(StoredModel):
         """The number of classes; None without. ValueError: the flow is conditioned on images."""
         if self.flow.conditioned_on is not None and self.flow.n_classes is None:
             raise ValueError(
-                f"this {type(self.flow).__name__} is conditioned on images: use model.flow"
+                f"this {type(self.flow).__name__} is conditioned on images: use model.flow, or "
+                "python -m reproduce.upscale"
             )
         return self.flow.n_classes
 

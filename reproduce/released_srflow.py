@@ -12,6 +12,9 @@ A file holds one tensor for each key:
     flowUpsamplerNet.layers.I.conv.{weight,bias,logs}                      (the prior of a split)
     flowUpsamplerNet.f                                         (a convolution that is never used)
 
+A file of an encoder that was trained alone, RRDB_*.pth, has the keys of the first two lines without
+"RRDB.", and all of them are used.
+
 I counts the layers of all levels. A squeeze counts, but has no tensor. A network N is N.0.weight,
 N.0.actnorm, N.2.weight, N.2.actnorm and N.4.{weight,bias,logs}. Its last layer has the shift in the
 even channels and the raw log-scale in the odd ones, and so has a prior the mean and the log-std;
@@ -28,7 +31,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.base import Compose, Flow
 from flows.coupling import AffineInjector, SigmoidCoupling
@@ -38,15 +41,15 @@ from flows.glow.priors import SplitPrior
 from flows.glow.steps import Steps
 from flows.linear import InvertibleConv1x1
 from flows.normalization import ActNorm
-from flows.srflow import SRFlow
+from flows.srflow import RRDB, RRDBEncoder, SRFlow
 from reproduce.config import ConfigError
 
 Weights = dict[str, Tensor]
 ENCODER = "RRDB."
 LAYERS = "flowUpsamplerNet.layers."
 LAYER = re.compile(r"flowUpsamplerNet\.layers\.(\d+)\.(.+)")
-BLOCK = re.compile(r"RRDB\.RRDB_trunk\.(\d+)\.")
-UPSAMPLING = re.compile(r"RRDB\.upconv(\d+)\.weight")
+BLOCK = re.compile(r"(?:RRDB\.)?RRDB_trunk\.(\d+)\.")
+UPSAMPLING = re.compile(r"(?:RRDB\.)?upconv(\d+)\.weight")
 UNUSED = re.compile(r"(RRDB\.(HRconv|conv_last|upconv\d+)|flowUpsamplerNet\.f\.\d+)\.(weight|bias)")
 PARALLEL = "module."  # how keys begin that were saved from within DataParallel
 STACKED = {4: (1, 8, 15, 22), 8: (1, 3, 5, 7)}  # by scale: the file does not say it
@@ -61,9 +64,15 @@ NEEDED = {
     "hidden_channels": f"{LAYERS}*.affine.fAffine.0.weight",
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NEEDED_OF_RRDB = {
+    "channels": "conv_first.weight",
+    "n_blocks": "RRDB_trunk.*",
+    "growth": "RRDB_trunk.0.RDB1.conv1.weight",
+}
+BLOCKS_OF_CELEBA = 8  # of the encoder; those for DF2K have 23
 MOST_LAYERS = 1000
 SHOWN = 3  # keys that a message names
-HINT = "give a file SRFlow_*.pth of SRFlow's authors, or one that their code has saved"
+HINT = "give SRFlow_*.pth or RRDB_*.pth of SRFlow's authors, or what their code has saved"
 
 
 class Part(NamedTuple):
@@ -77,6 +86,21 @@ class Part(NamedTuple):
     key: str
     is_interleaved: bool
     shape: tuple[int, ...]
+
+
+class Released(NamedTuple):
+    """The model of a file.
+
+    network: an `SRFlow` or an `RRDB`, on the meta device: its weights have no values yet. kind:
+    "flow" or "network", what it is called in the objective that trains it. settings: the arguments
+    of the network. experiment: the recipe that trains such a network. parts: of its weights.
+    """
+
+    network: SRFlow | RRDB
+    kind: str
+    settings: dict[str, Any]
+    experiment: str
+    parts: list[Part]
 
 
 # ---------------------------------------------------------------------- the file
@@ -174,6 +198,57 @@ def listed(keys: list[str]) -> str:
 # ---------------------------------------------------------------------- the model of a file
 
 
+def released_model(weights: Weights, path: Path, stacked: tuple[int, ...] = ()) -> Released:
+    """The model that a file is of, as far as its keys and shapes tell.
+
+    stacked: as in `settings_of`.
+    ConfigError or ValueError, one line: the file is of something else.
+    """
+    if any(key.startswith((ENCODER, "flowUpsamplerNet.")) for key in weights):
+        settings = settings_of(weights, path, stacked)
+        with torch.device("meta"):
+            flow = SRFlow(**settings)
+        experiment = f"srflow_{_data_of(settings['scale'], settings['encoder_blocks'])}"
+        return Released(flow, "flow", settings, experiment, list(parts_of(flow)))
+    if stacked:
+        raise ConfigError(
+            f"stacked={list(stacked)} is for a flow, and {path} has none: leave it out"
+        )
+    settings = settings_of_rrdb(weights, path)
+    with torch.device("meta"):
+        network = RRDB(**settings)
+    experiment = f"rrdb_{_data_of(settings['scale'], settings['n_blocks'])}"
+    return Released(network, "network", settings, experiment, list(parts_of_rrdb(network)))
+
+
+def _data_of(scale: int, n_blocks: int) -> str:
+    """The end of the name of the recipes for a file's data, by the sizes that were released."""
+    if scale == 8 and n_blocks <= BLOCKS_OF_CELEBA:
+        return "celeba_x8"
+    return f"div2k_x{scale}"
+
+
+def settings_of_rrdb(weights: Weights, path: Path) -> dict[str, Any]:
+    """The arguments of the `RRDB` that a file is of. ConfigError: it is of something else."""
+    settings = {
+        "scale": 2 ** len(_numbers(UPSAMPLING, weights)),
+        "n_blocks": len(_numbers(BLOCK, weights)),
+        "channels": _side(weights, "conv_first.weight"),
+        "growth": _side(weights, "RRDB_trunk.0.RDB1.conv1.weight"),
+    }
+    missing = [key for name, key in NEEDED_OF_RRDB.items() if not settings[name]]
+    if missing:
+        raise ConfigError(f"{path} lacks {listed(missing)}: {HINT}")
+    _check_scale(settings["scale"], path)
+    return settings
+
+
+def _check_scale(scale: int, path: Path) -> None:
+    """ConfigError: no model of this scale was released."""
+    if scale not in STACKED:
+        raise ConfigError(f"{path} is of a model that enlarges by {scale}, not by 4 or 8: {HINT}")
+
+
 def settings_of(weights: Weights, path: Path, stacked: tuple[int, ...] = ()) -> dict[str, Any]:
     """The arguments of the `SRFlow` that a file is of, as far as its keys and shapes tell.
 
@@ -206,11 +281,9 @@ def settings_of(weights: Weights, path: Path, stacked: tuple[int, ...] = ()) -> 
     missing = [key for name, key in NEEDED.items() if not settings[name]]
     if missing:
         raise ConfigError(f"{path} lacks {listed(missing)}: {HINT}")
-    if settings["scale"] not in STACKED or max(steps) > MOST_LAYERS:
-        raise ConfigError(
-            f"{path} is of a flow of {max(steps)} layers, {settings['scale']} times as large, and "
-            f"was not released: {HINT}"
-        )
+    _check_scale(settings["scale"], path)
+    if max(steps) > MOST_LAYERS:
+        raise ConfigError(f"{path} is of a flow of {max(steps)} layers: {HINT}")
     blocks = stacked or STACKED[settings["scale"]]
     channels = settings["encoder_channels"]
     if n_features and n_features != channels * (1 + len(blocks)):
@@ -257,7 +330,7 @@ def _of_a_level(numbers: list[int], sizes: dict[int, int]) -> int:
 
 def parts_of(flow: SRFlow) -> Iterator[Part]:
     """Where each parameter of a flow comes from. The buffers of `ActNorm` are not among them."""
-    yield from _parts_of_encoder(flow)
+    yield from _parts_of_encoder(flow.context_encoder, ENCODER)
     number = 0
     for level in flow.levels:
         for layer in cast(Compose, level).layers:
@@ -273,8 +346,20 @@ def parts_of(flow: SRFlow) -> Iterator[Part]:
                 number += 1
 
 
-def _parts_of_encoder(flow: SRFlow) -> Iterator[Part]:
-    encoder = flow.context_encoder
+def parts_of_rrdb(network: RRDB) -> Iterator[Part]:
+    """Where each parameter of an RRDB that was trained alone comes from."""
+    encoder = network.encoder
+    yield from _parts_of_encoder(encoder, "")
+    convs = {
+        f"upconv{len(encoder.upsamplings) + 1}": network.upsampling,
+        "HRconv": network.conv_hidden,
+        "conv_last": network.conv_out,
+    }
+    for name, conv in convs.items():
+        yield from _parts_of_conv(conv, name)
+
+
+def _parts_of_encoder(encoder: RRDBEncoder, prefix: str) -> Iterator[Part]:
     convs = {"conv_first": encoder.conv_in, "trunk_conv": encoder.conv_trunk}
     for i, block in enumerate(encoder.blocks):
         for j, dense in enumerate(block.blocks, start=1):
@@ -283,8 +368,12 @@ def _parts_of_encoder(flow: SRFlow) -> Iterator[Part]:
     for i, conv in enumerate(encoder.upsamplings, start=1):
         convs[f"upconv{i}"] = conv
     for name, conv in convs.items():
-        for kind in ("weight", "bias"):
-            yield _plain(getattr(conv, kind), f"{ENCODER}{name}.{kind}")
+        yield from _parts_of_conv(conv, f"{prefix}{name}")
+
+
+def _parts_of_conv(conv: nn.Conv2d, key: str) -> Iterator[Part]:
+    yield _plain(conv.weight, f"{key}.weight")
+    yield _plain(cast(Tensor, conv.bias), f"{key}.bias")
 
 
 def _parts_of_step(step: list[Flow], key: str) -> Iterator[Part]:
@@ -325,22 +414,21 @@ def _plain(tensor: Tensor, key: str) -> Part:
     return Part(tensor, key, False, tuple(tensor.shape))
 
 
-def renamed(flow: SRFlow, weights: Weights, path: Path) -> Weights:
-    """The weights of a file by the keys of the state dict of a flow with its settings, float32.
+def renamed(released: Released, weights: Weights, path: Path) -> Weights:
+    """The weights of a file by the keys of the state dict of its network, float32.
 
-    flow: may be on the meta device. ConfigError, one line: keys are missing or not known, or
-    tensors have other shapes.
+    ConfigError, one line: keys are missing or not known, or tensors have other shapes.
     """
-    parts = list(parts_of(flow))
-    check_keys(parts, weights, path)
-    names = {id(parameter): name for name, parameter in flow.named_parameters()}
+    network = released.network
+    check_keys(released.parts, weights, path)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
     ours = {}
-    for part in parts:
+    for part in released.parts:
         value = weights[part.key].float()
         if part.is_interleaved:
             value = halves(value)
         ours[names[id(part.tensor)]] = value.reshape(part.tensor.shape).clone()
-    norms = [name for name, module in flow.named_modules() if isinstance(module, ActNorm)]
+    norms = [name for name, module in network.named_modules() if isinstance(module, ActNorm)]
     return ours | {f"{name}.initialized": torch.tensor(True) for name in norms}
 
 

@@ -30,6 +30,7 @@ IMAGE_FACTS = ("scale", "kernel")  # of `data`, by which low-resolution images a
 SUPER_RESOLUTION = "super_resolution"  # the data.name of photographs in folders of any name
 # Folders with the test images of a paper, and how claims name these images in `data`.
 TEST_SETS = {"DIV2K_valid_HR": "div2k", "celeba160": "celeba160"}
+PUBLISHED_WEIGHTS = "published_weights"  # whether a network had the weights that papers use
 SHOWN_OF_HASH = 8  # digits
 CHOSEN = {"best": "by validation images", "last": "the last one"}
 LABELS = {  # of facts whose names do not read as words
@@ -51,7 +52,8 @@ LABELS = {  # of facts whose names do not read as words
 def differences(claim: Mapping, result: Mapping) -> list[str]:
     """What keeps a run's figure from being compared with a claim: one sentence for each fact.
 
-    The facts are those of the claim's `checked`. Empty where all agree.
+    The facts are those of the claim's `checked`. Empty where all agree. Figures by a network with
+    other weights than the published ones differ from every claim.
 
     Args:
         claim: a claim (`results.load_claim`).
@@ -61,7 +63,10 @@ def differences(claim: Mapping, result: Mapping) -> list[str]:
     >>> differences(claim, {"protocol": {"test/fid": {"n": 10000, "temperature": 1.0}}})
     ['samples: 10,000 here, 50,000 in the paper']
     """
-    return _sentences(claim, result, "checked")
+    sentences = _sentences(claim, result, "checked")
+    if facts_of(result, claim["metric"]).get(PUBLISHED_WEIGHTS) is False:
+        sentences.append("weights of the network: not the published ones here")
+    return sentences
 
 
 def allowed_differences(claim: Mapping, result: Mapping) -> list[str]:

@@ -87,6 +87,29 @@ def released(
     return weights
 
 
+def of_rrdb(weights: Weights) -> Weights:
+    """The tensors of an encoder that was trained alone, by the keys of such a file."""
+    return {
+        key.removeprefix("RRDB."): value
+        for key, value in weights.items()
+        if key.startswith("RRDB.")
+    }
+
+
+def reference_of_rrdb(weights: Weights, low_res: Tensor) -> Tensor:
+    """The image that a released RRDB makes, in float64. weights: those of a flow's file."""
+    w = {key: value.double() for key, value in weights.items()}
+    *_, base, _ = _features(w, low_res.double(), ())
+    h = base
+    n_ups = sum(key.startswith("RRDB.upconv") and key.endswith("weight") for key in w)
+    for name in [*(f"upconv{k}" for k in range(1, n_ups + 1)), "HRconv"]:
+        if name.startswith("upconv"):
+            h = F.interpolate(h, scale_factor=2)
+        h = F.conv2d(h, w[f"RRDB.{name}.weight"], w[f"RRDB.{name}.bias"], padding=1)
+        h = F.leaky_relu(h, 0.2)
+    return F.conv2d(h, w["RRDB.conv_last.weight"], w["RRDB.conv_last.bias"], padding=1)
+
+
 def reference(
     weights: Weights, x: Tensor, low_res: Tensor, stacked: tuple[int, ...]
 ) -> tuple[list[Tensor], Tensor]:

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from released_files import reference, released
+from released_files import of_rrdb, reference, reference_of_rrdb, released
 
 from flows.srflow import SRFlow
 from reproduce import evaluate, export, import_srflow, load, upscale
 from reproduce.config import ConfigError
-from reproduce.released_srflow import parts_of, read_released, settings_of
+from reproduce.model import stored_model
+from reproduce.pretrained_encoder import encoder_weights
+from reproduce.released_srflow import parts_of, read_released, released_model
+from reproduce.stored import read_stored
 from results import runs
 
 STACKED = (0, 2)
@@ -103,10 +106,38 @@ def test_a_flow_of_eight_times_the_size_is_the_released_one(tmp_path):
 def test_other_forms_of_a_file_hold_the_same_weights(tmp_path, imported, form, options):
     path = saved(tmp_path, form(imported[1]), **options)
     weights = read_released(path)
-    stored = import_srflow.stored_of(path, weights, settings_of(weights, path, STACKED))
+    stored = import_srflow.stored_of(path, weights, released_model(weights, path, STACKED))
     expected = load(imported[0]).stored.weights
     assert stored.weights.keys() == expected.keys()
     assert all(torch.equal(stored.weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("scale", [4, 8])
+def test_an_imported_rrdb_is_the_released_one_and_starts_a_flow(tmp_path, capsys, scale):
+    weights = released(scale=scale, n_levels=3 if scale == 4 else 4)
+    path = saved(tmp_path, of_rrdb(weights), "RRDB_tiny.pth")
+    out = tmp_path / "rrdb"
+    import_srflow.main([str(path), f"out={out}"])
+    assert f"flow.encoder_checkpoint={out}" in capsys.readouterr().out
+    record = json.loads((out / "import.json").read_text())
+    settings = {"scale": scale, "n_blocks": 3, "channels": 4, "growth": 3}
+    assert record["settings"] == settings
+    assert record["checks"].keys() == {"psnr", "lr_psnr"}
+    stored = read_stored(out)
+    model = stored_model(stored)
+    assert model.experiment == {4: "rrdb_div2k_x4", 8: "rrdb_celeba_x8"}[scale]
+    low_res = torch.rand(1, 3, 5, 7, dtype=torch.float64)
+    expected = reference_of_rrdb(weights, low_res)
+    torch.testing.assert_close(model.network.double()(low_res), expected, rtol=0, atol=1e-12)
+    flow = saved(tmp_path, weights)
+    of_flow = read_released(flow)
+    whole = import_srflow.stored_of(flow, of_flow, released_model(of_flow, flow, STACKED))
+    encoder = {key: value for key, value in whole.weights.items() if "context_encoder" in key}
+    ours = encoder_weights(stored)
+    assert ours.keys() == encoder.keys()
+    assert all(torch.equal(ours[key], encoder[key]) for key in encoder)
+    line = mistake(capsys, path, f"out={tmp_path / 'other'}", WORD)
+    assert "is for a flow" in line
 
 
 # The released sizes. The counts are those of the released configurations without the 352,163
@@ -265,12 +296,15 @@ def faults(weights):
     no_flow = {k: v for k, v in weights.items() if not k.startswith("flow")}
     no_step = {k: v for k, v in weights.items() if not k.startswith(f"{step}.")}
     no_first = {k: v for k, v in weights.items() if "conv_first" not in k}
+    no_last = {k: v for k, v in of_rrdb(weights).items() if "HRconv" not in k}
     nan = weights[key].clone()
     nan[0] = torch.nan
     return {
         "missing": (without, f"lacks {key}"),
         "no step": (no_step, f"lacks {step}.actnorm.bias, "),
         "no flow": (no_flow, "lacks flowUpsamplerNet.layers.*.invconv.weight"),
+        "no key": ({f"a{k}": v for k, v in weights.items()}, "lacks conv_first.weight, "),
+        "rrdb": (no_last, "lacks HRconv.weight, HRconv.bias: "),
         "no encoder": (no_first, "lacks RRDB.conv_first.weight"),
         "unknown": (weights | {"RRDB.extra.weight": torch.zeros(2)}, "has RRDB.extra.weight, "),
         "shape": (weights | {key: torch.zeros(1, 6, 1, 1)}, f"{key} is (1, 6, 1, 1) and has to be"),
@@ -290,7 +324,8 @@ def faults(weights):
 def test_a_wrong_file_is_one_line_that_names_the_fault(name, imported, tmp_path, capsys):
     content, words = faults(imported[1])[name]
     path = saved(tmp_path, content)
-    line = mistake(capsys, path, f"out={tmp_path / 'model'}", WORD)
+    options = [] if name in ("no key", "rrdb") else [WORD]
+    line = mistake(capsys, path, f"out={tmp_path / 'model'}", *options)
     assert words in line
     assert str(path) in line
     assert not (tmp_path / "model").exists()

@@ -26,7 +26,7 @@ from flows.srflow.latents import (
 )
 from reproduce import import_srflow, latent_space
 from reproduce.model import TrainedModel
-from reproduce.released_srflow import settings_of
+from reproduce.released_srflow import released_model
 
 TEMPERATURE = 0.7
 SIZE = (16, 24)
@@ -261,7 +261,7 @@ def model(tmp_path_factory):
     path = folder / "tiny.pth"
     weights = released()
     torch.save(weights, path)
-    stored = import_srflow.stored_of(path, weights, settings_of(weights, path, (0, 2)))
+    stored = import_srflow.stored_of(path, weights, released_model(weights, path, (0, 2)))
     TrainedModel(stored).save(folder / "model.safetensors")
     return folder
 

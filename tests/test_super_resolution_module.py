@@ -11,8 +11,10 @@ import torch
 from image_folders import save_image
 from processes import start
 from test_density import make_trainer
+from test_wandb import nobody_logged_in
 from torch import distributed
 from torch.utils.data import DataLoader
+from wandb_file import parts_of
 
 from flows.srflow import RRDB, SRFlow
 from lightning_modules.optimization import OptimizedModule
@@ -23,8 +25,17 @@ from lightning_modules.super_resolution import (
     middle_of,
     super_resolve,
 )
-from reproduce import evaluate, experiment, export, rrdb_bsds_x4, srflow_bsds_x4, verify
+from reproduce import (
+    evaluate,
+    experiment,
+    export,
+    rrdb_bsds_x4,
+    srflow_ablations,
+    srflow_bsds_x4,
+    verify,
+)
 from reproduce.config import compose, override
+from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import read_stored
 from results import compare
@@ -225,12 +236,12 @@ def parts(module):
     return encoder, [p for p in module.flow.parameters() if id(p) not in ids]
 
 
-def trained(until, steps=6, **settings):
+def trained(until, steps=6, precision="32-true", **settings):
     module = make_module(
         encoder_frozen_until=until, lr=1e-3, name="adamw", weight_decay=0.1, **settings
     ).train()
     watch = Watch()
-    trainer = make_trainer(watch, max_steps=steps, limit_val_batches=0)
+    trainer = make_trainer(watch, max_steps=steps, limit_val_batches=0, precision=precision)
     trainer.fit(module, Pairs())
     return module, watch
 
@@ -243,6 +254,13 @@ def test_the_encoder_is_frozen_until_its_share_of_the_steps(until, frozen):
     n = len(list(module.encoder.parameters()))
     assert watch.moments == [n * (step >= frozen) for step in range(6)]
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_frozen_encoder_in_bf16():
+    """Autocast keeps copies of the weights that it has cast where no gradients are computed."""
+    module, watch = trained(0.5, precision="bf16-mixed")
+    assert watch.moved == [(step >= 3, True) for step in range(6)]
+    assert module.skipped == 0
 
 
 def test_a_share_of_the_steps_needs_their_number():
@@ -407,7 +425,10 @@ def runs(tmp_path_factory):
     data = [f"data.root={folder / 'images'}", f"data.cache={folder / 'cache'}"]
     rrdb = rrdb_bsds_x4.main([*TINY_RRDB, *data, f"run_dir={folder / 'rrdb'}"])
     encoder = f"flow.encoder_checkpoint={folder / 'rrdb'}"
-    srflow = srflow_bsds_x4.main([*TINY_SRFLOW, *data, encoder, f"run_dir={folder / 'srflow'}"])
+    words = override([*TINY_SRFLOW, *data, encoder], ["logger.name=wandb"])
+    with nobody_logged_in(folder):
+        srflow = srflow_bsds_x4.main([*words, f"run_dir={folder / 'srflow'}"])
+        close(0)
     return SimpleNamespace(folder=folder, data=data, rrdb=rrdb, srflow=srflow, encoder=encoder)
 
 
@@ -435,6 +456,14 @@ def test_a_run_of_srflow_measures_the_likelihood_and_images(runs):
     assert runs.srflow["papers"] == []
     pictures = sorted(path.name for path in (runs.folder / "srflow" / "samples").iterdir())
     assert pictures == ["reconstruction-0000004.png", "samples-0000004.png"]
+
+
+def test_wandb_has_the_figures_of_images(runs):
+    (part,) = parts_of(runs.folder / "srflow")
+    rows = [row for row in part.rows if "val/psnr" in row]
+    assert [row["trainer/global_step"] for row in rows] == [2, 4]
+    assert {"val/lr_psnr", "val/ssim", "val/bpd_noisy", "val/release_bits"} <= rows[0].keys()
+    assert part.summary["test/diversity"] == runs.srflow["metrics"]["test/diversity"]
 
 
 def test_the_encoder_starts_from_the_run_and_is_frozen_for_half_of_the_steps(runs):
@@ -493,6 +522,26 @@ def experiment_data(config):
     from datamodules import make_data
 
     return make_data(seed=config.seed, **config.data)
+
+
+def _recipe(rank, words, folder):
+    result = srflow_bsds_x4.main(words)
+    if rank == 0:
+        (folder / "metrics.json").write_text(json.dumps(result["metrics"]))
+
+
+def test_two_ranks_have_the_figures_of_one(runs, tmp_path):
+    """Noise, images and means depend neither on the rank nor on the number of ranks."""
+    words = [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={tmp_path / 'run'}"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
+    processes = start(2, _recipe, words, tmp_path, log=tmp_path / "log.txt")
+    for process in processes:
+        process.join(180)
+    assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log.txt").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics.keys() == runs.srflow["metrics"].keys()
+    for key, value in runs.srflow["metrics"].items():
+        assert metrics[key] == pytest.approx(value, rel=1e-3), key
 
 
 def test_an_encoder_of_random_weights_is_trained_from_the_first_step(runs, tmp_path, capsys):
@@ -650,3 +699,61 @@ def test_a_claim_is_compared_where_the_protocol_is_the_same():
     assert compare(result, paper)["status"] == "reproduced"
     result["protocol"] = {"test/psnr": protocol | {"temperature": 0.9}}
     assert compare(result, paper)["status"] == "other protocol"
+
+
+# ------------------------------------------------------------------------------ ablations
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("full", []),
+        ("steps12", ["flow.depth=12"]),
+        ("steps8", ["flow.depth=8"]),
+        ("steps4", ["flow.depth=4"]),
+        ("channels196", ["flow.hidden_channels=196"]),
+        ("no_transition", ["flow.transition_depth=0"]),
+        ("no_injector", ["flow.injector=false"]),
+    ],
+)
+def test_the_rows_of_the_ablation_are_those_of_the_paper(row, words):
+    config = compose("srflow_div2k_x4", [])
+    assert srflow_ablations.words_of(row, config) == words
+    small = compose("srflow_bsds_x4", ["preset=cpu"])
+    depth = {"steps12": 3, "steps8": 2, "steps4": 1}.get(row)
+    if depth is not None:
+        assert srflow_ablations.words_of(row, small) == [f"flow.depth={depth}"]
+
+
+def test_an_ablation_trains_its_rows_once(runs, tmp_path, capsys):
+    own = [word for word in TINY_SRFLOW if not word.startswith("flow.")]
+    encoder = ["flow.encoder_channels=4", "flow.encoder_growth=2", "trainer.max_steps=2"]
+    words = override(
+        [*own, *runs.data, runs.encoder, "experiment=srflow_bsds_x4", f"out={tmp_path}"],
+        [*encoder, "rows=[full,no_injector]", "trainer.val_check_interval=2"],
+    )
+    content = srflow_ablations.main(words)
+    full, plain = content["runs"]
+    assert (full["row"], plain["row"]) == ("full", "no_injector")
+    assert (full["flow"]["injector"], plain["flow"]["injector"]) == (True, False)
+    assert full["parameters"] > plain["parameters"]
+    assert full["metrics"]["test/psnr"] > 0
+    table = capsys.readouterr().out
+    assert "| full | 0 |" in table
+    assert json.loads((tmp_path / "ablations.json").read_text())["runs"] == content["runs"]
+    assert srflow_ablations.main(words)["runs"] == content["runs"]
+    assert "run 1 of 2" not in capsys.readouterr().out
+    line = refused(srflow_ablations.main, *override(words, ["optim.lr=0.1"]))
+    assert "give another out=FOLDER" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rows=[full,no_injectors]", "rows=no_injectors is not known (did you mean no_injector?)"),
+        ("experiment=glow_photos", "experiment=glow_photos is not known"),
+        ("flow.depth=3", "flow.depth is not to be given here: it is what is compared"),
+    ],
+)
+def test_a_mistake_in_an_ablation_is_one_line(word, message):
+    assert message in refused(srflow_ablations.main, word)
