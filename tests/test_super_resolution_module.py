@@ -687,6 +687,7 @@ def test_scales_of_model_and_data_agree_in_every_recipe():
         ("srflow_div2k_x4", ["data.scale=8"], False),
         ("srflow_div2k_x4", ["data.test_root=data/sr/Set5"], False),
         ("srflow_celeba_x8", ["data.test_low_res_root=data/other"], False),
+        ("srflow_div2k_x4", ["data.test_low_res_root=data/other"], False),
         ("srflow_div2k_x4", ["preset=demo"], False),
         ("srflow_div2k_x4", ["init_from=outputs/other"], False),
     ],
@@ -702,7 +703,7 @@ def test_a_claim_is_compared_where_the_protocol_is_the_same():
     config = compose("srflow_celeba_x8", [])
     paper = next(p for p in experiment.papers_of(config) if p["metric"] == "test/psnr")
     [callback] = experiment.image_quality(compose("srflow_celeba_x8", ["metrics.lpips=[]"]))
-    protocol = callback.common_facts | callback.facts["psnr"]
+    protocol = callback.common_facts | callback.facts["psnr"] | {"images": 5000}
     result = {
         "metrics": {"test/psnr": 25.3},
         "config": {"data": dict(config.data)},
@@ -710,8 +711,14 @@ def test_a_claim_is_compared_where_the_protocol_is_the_same():
         "budget": {"fraction": 1.0},
     }
     assert compare(result, paper)["status"] == "reproduced"
-    result["protocol"] = {"test/psnr": protocol | {"temperature": 0.9}}
-    assert compare(result, paper)["status"] == "other protocol"
+    for other, sentence in (
+        ({"temperature": 0.9}, "temperature: 0.9 here, 0.8 in the paper"),
+        ({"images": 100}, "images: 100 here, 5,000 in the paper"),  # a part of the set
+    ):
+        result["protocol"] = {"test/psnr": protocol | other}
+        comparison = compare(result, paper)
+        assert comparison["status"] == "other protocol"
+        assert comparison["differences"] == [sentence]
 
 
 # ------------------------------------------------------------------------------ ablations
