@@ -150,6 +150,12 @@ class SuperResolutionModule(DensityModule):
             "a share of the steps, from 0 to 1",
             lambda share: 0 <= share <= 1,
         )
+        if 0 < encoder_frozen_until < 1 and self.name == "adamax":
+            raise ValueError(
+                "optim.name=adamax needs the same weights in every step, and with "
+                f"optim.encoder_frozen_until={encoder_frozen_until} the encoder comes later: "
+                "give adam or adamw"
+            )
         check_count("eval.samples", samples, least=1, most=MOST_SAMPLES)
         check_not_negative("eval.temperature", temperature)
         if n_bits != N_BITS:

@@ -19,6 +19,7 @@ from reproduce.run_folder import (
     falling_rate,
     not_a_result,
     read_result,
+    share_of_steps,
     step_checkpoints,
 )
 from reproduce.streams import say
@@ -67,12 +68,18 @@ def check_finished(config: DictConfig, module: Objective) -> None:
         _check_test(config, trained_with)
         rank_zero_only(say)(f"{folder} is finished: see {folder / RESULT}")
         sys.exit(0)
-    setting = falling_rate(config)
-    if setting is not None and "max_steps" in larger:
+    falling = falling_rate(config)
+    share = share_of_steps(config)
+    obstacle = None
+    if falling is not None:
+        obstacle = f"towards which {falling} lowered the learning rate"
+    elif share is not None:
+        obstacle = f"of which {share} is a share"
+    if obstacle is not None and "max_steps" in larger:
         raise ConfigError(
-            f"{folder} is finished at trainer.max_steps={before['max_steps']}, towards which "
-            f"{setting} lowered the learning rate: it cannot go on; start a new run from its "
-            f"weights with init_from={folder}, in another run_dir"
+            f"{folder} is finished at trainer.max_steps={before['max_steps']}, {obstacle}: it "
+            f"cannot go on; start a new run from its weights with init_from={folder}, in another "
+            "run_dir"
         )
     if not step_checkpoints(folder):
         raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError
 from reproduce.pretrained_encoder import KEY, load_encoder
-from reproduce.run_folder import changed_settings, mismatch
+from reproduce.run_folder import changed_settings, mismatch, not_finite
 from reproduce.schema import constructors
 from reproduce.stored import Stored, file_sha256, read_stored, shape_text
 
@@ -64,6 +64,11 @@ class InitFrom(L.Callback):
         state = module.state_dict()
         expected = {key: value for key, value in state.items() if key not in own}
         _check_weights(stored, module, expected)
+        wrong = not_finite(stored.weights)
+        if wrong is not None:
+            raise ConfigError(
+                f"{stored.path} has values that are not finite, in {wrong}: give another init_from"
+            )
         module.load_state_dict(state | stored.weights)
         self.record = {
             "init_from": {

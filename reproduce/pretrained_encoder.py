@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.objective import Objective
 from reproduce.config import ConfigError, plain
-from reproduce.run_folder import mismatch
+from reproduce.run_folder import mismatch, not_finite
 from reproduce.stored import Stored, file_sha256, read_stored
 
 KEY = "encoder_checkpoint"
@@ -51,6 +51,12 @@ def load_encoder(config: DictConfig, module: Objective) -> dict[str, Any]:
             f"{stored.path} {problem}; give flow.scale, flow.encoder_blocks, "
             f"flow.encoder_channels and flow.encoder_growth as {stored.origin['experiment']} has "
             "them"
+        )
+    wrong = not_finite(weights)
+    if wrong is not None:
+        raise ConfigError(
+            f"{stored.path} has values that are not finite, in {wrong.removeprefix(ENCODER)} of "
+            f"the encoder: give another flow.{KEY}"
         )
     module.load_state_dict(state | weights)
     origin = stored.origin

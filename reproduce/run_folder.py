@@ -356,7 +356,8 @@ def check_checkpoint(
         )
     changed = changed_settings(origin["config"], config, module)
     last = origin["config"].get("trainer", {}).get("max_steps")
-    if falling_rate(config) is not None and last not in (None, config.trainer.max_steps):
+    is_tied = falling_rate(config) is not None or share_of_steps(config) is not None
+    if is_tied and last not in (None, config.trainer.max_steps):
         changed.append(f"trainer.max_steps={last}")
     if changed:
         raise ConfigError(
@@ -408,6 +409,18 @@ def falling_rate(config: DictConfig) -> str | None:
     return None
 
 
+def share_of_steps(config: DictConfig) -> str | None:
+    """The setting, as `key=value`, that is a share of trainer.max_steps: of a frozen encoder.
+
+    With more steps, an encoder that is trained already would be frozen again.
+    """
+    share = config.optim.get("encoder_frozen_until", 0)
+    has_encoder = config.flow.get("encoder_checkpoint") or config.get("init_from")
+    if has_encoder and 0 < share < 1:
+        return f"optim.encoder_frozen_until={share}"
+    return None
+
+
 def _settings(
     config: dict[str, Any], module: Objective, sections: Sequence[str]
 ) -> dict[str, object]:
@@ -447,6 +460,11 @@ def mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
         if stored != needed:
             return f"does not fit this flow: {key} is {stored} there and {needed} here"
     return None
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The first weight with a value that is not finite, as in a damaged file; None: all are."""
+    return next((key for key, value in weights.items() if not value.isfinite().all()), None)
 
 
 def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:

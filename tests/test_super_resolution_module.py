@@ -43,7 +43,7 @@ from reproduce import (
 from reproduce.config import compose, override
 from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
-from reproduce.stored import read_stored
+from reproduce.stored import as_safetensors, read_stored
 from results import compare
 
 pytestmark = [
@@ -347,6 +347,11 @@ def test_the_learning_rate_is_halved_at_milestones():
         ({"schedule": "milestones", "cooldown_steps": 1}, "the rate falls at optim.milestones"),
         ({"noise": "gaussian"}, "optim.noise=gaussian is not known: give one of normal, uniform"),
         ({"noise_std": -1.0}, "optim.noise_std=-1.0 is out of range"),
+        (
+            {"encoder_frozen_until": 0.5, "name": "adamax"},
+            "optim.name=adamax needs the same weights in every step, and with "
+            "optim.encoder_frozen_until=0.5 the encoder comes later: give adam or adamw",
+        ),
         ({"encoder_frozen_until": 1.5}, "optim.encoder_frozen_until=1.5 is out of range: give a"),
         ({"samples": 0}, "eval.samples=0 is out of range: give a whole number from 1 to 1000"),
         ({"temperature": -0.1}, "eval.temperature=-0.1 is out of range"),
@@ -509,6 +514,22 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(runs, tmp_path):
         assert torch.equal(resumed[key], value), key
 
 
+def test_a_run_with_a_frozen_encoder_keeps_its_number_of_steps(runs, tmp_path):
+    """With more steps, the encoder would be frozen again once it has been trained."""
+    words = override(
+        [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={tmp_path}"],
+        ["optim.schedule=constant", "trainer.max_steps=2"],
+    )
+    longer = override(words, ["trainer.max_steps=6", "resume=auto"])
+    srflow_bsds_x4.main(words)
+    line = refused(srflow_bsds_x4.main, *longer)
+    assert "max_steps=2, of which optim.encoder_frozen_until=0.5 is a share: it cannot go" in line
+    (tmp_path / "result.json").unlink()
+    assert "was trained with trainer.max_steps=2: say the same" in refused(
+        srflow_bsds_x4.main, *longer
+    )
+
+
 class Stop(L.Callback, Exception):
     """Ends the run behind the second step."""
 
@@ -589,6 +610,20 @@ def test_an_encoder_that_does_not_fit_is_one_line(runs, tmp_path):
         srflow_bsds_x4.main, *words, *both
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_one_line(runs, tmp_path):
+    """As those of a damaged file, with which every step would be skipped until the run ends."""
+    words = [*TINY_SRFLOW, *runs.data, f"run_dir={tmp_path / 'run'}"]
+    for name, key in (("rrdb", "flow.encoder_checkpoint"), ("srflow", "init_from")):
+        stored = read_stored(runs.folder / name)
+        wrong = next(key for key in stored.weights if "encoder.conv_in.bias" in key)
+        weights = stored.weights | {wrong: torch.full_like(stored.weights[wrong], math.nan)}
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(as_safetensors(stored._replace(weights=weights)))
+        line = refused(srflow_bsds_x4.main, *words, f"{key}={path}")
+        assert f"{path} has values that are not finite, in " in line
+        assert line.endswith(f": give another {key}")
 
 
 def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
