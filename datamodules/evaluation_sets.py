@@ -74,7 +74,10 @@ class EvaluationSet:
         for path in self.paths:
             image = cropped(torch.from_numpy(read_whole(path, channels=3)), self.scale)
             if not image.numel():
-                raise ValueError(f"{shown(path)} has a side of less than {self.scale} pixels")
+                raise ValueError(
+                    f"{shown(path)} has a side of less than {self.scale} pixels: take it away, or "
+                    "give a smaller scale"
+                )
             yield image
 
 

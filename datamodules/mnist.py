@@ -217,9 +217,12 @@ def read_idx(path: Path, md5: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
+FETCHES = " (data.download=true fetches it)"  # the end of the message of `damaged`
+
+
 def damaged(path: Path, reason: str) -> ValueError:
     """The error for a file that is not the official one; `reason` says how that is known."""
     return ValueError(
-        f"{path} is damaged or another file ({reason}): delete it and put the official file there "
-        "(data.download=true fetches it)"
+        f"{path} is damaged or another file ({reason}): delete it and put the official file there"
+        f"{FETCHES}"
     )

@@ -36,6 +36,10 @@ class Diverged(RunStopped):
     """Raised if too many steps were not finite: the run has diverged and cannot be resumed."""
 
 
+class AgreedError(ValueError):
+    """A user's mistake that all ranks raise at the same point, so that one is enough to say it."""
+
+
 def stop_all_ranks(trainer: L.Trainer, problem: str | None) -> None:
     """Raise RunStopped on all ranks if rank 0 has a problem. All ranks have to call it.
 

@@ -31,7 +31,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from omegaconf import ListConfig
@@ -42,6 +44,7 @@ from datamodules.bicubic import downscale, upscale
 from datamodules.checks import expand_home
 from datamodules.evaluation_sets import KNOWN, EvaluationSet, Hash
 from datamodules.image_files import check_folder, has_grey_levels, shown
+from lightning_modules.callbacks.image_quality import facts_of
 from lightning_modules.quality.super_resolution import (
     LEVELS,
     UNIFORM,
@@ -60,6 +63,7 @@ from reproduce.streams import say
 from results import super_resolution
 from results.blocks import markdown
 from results.files import portable, write
+from results.super_resolution import METRICS
 
 DEFAULTS: dict[str, object] = {
     "root": "data/sr",
@@ -69,22 +73,15 @@ DEFAULTS: dict[str, object] = {
     "out": "bicubic.json",
 }
 PACKAGES = ("torch", "numpy", "pillow", "scikit-image")
-MEAN = "mean over images"
 RESIZING = "bicubic as MATLAB's imresize, rounded once"
 Values = dict[str, dict[str, float]]  # a definition -> "psnr" and "ssim"
 
 
-def protocol(scale: int) -> dict[str, dict[str, str]]:
+def protocol(scale: int) -> dict[str, dict[str, Any]]:
     """What each metric depends on."""
-    rgb = {"definition": "rgb", "crop": "0", "average": MEAN}
-    y = {"definition": "y", "crop": f"{scale}", "luma": "ITU-R BT.601, 16 to 235, not rounded"}
-    return {
-        "test/psnr": rgb,
-        "test/ssim": rgb | {"window": "uniform 7 x 7", "covariance": "unbiased"},
-        "test/psnr_y": y | {"average": MEAN},
-        "test/ssim_y": y | {"average": MEAN, "window": "Gaussian 11 x 11, deviation 1.5"},
-        "test/lr_psnr": {"definition": "rgb", "reduction": RESIZING, "average": MEAN},
-    }
+    facts = {f"test/{name}": facts_of(scale)[name] for name in METRICS}
+    facts["test/lr_psnr"] |= {"reduction": RESIZING}
+    return facts
 
 
 def logged(image: Tensor, reference: Tensor, low_res: Tensor, scale: int) -> Values:
@@ -175,8 +172,10 @@ def compare(image: Tensor, reference: Tensor, gaussian: bool = True) -> dict[str
     settings: dict[str, float] = {"win_size": UNIFORM}
     if gaussian:
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    with np.errstate(divide="ignore"):  # equal images: the PSNR is infinite
+        psnr = peak_signal_noise_ratio(*arrays, data_range=LEVELS)
     return {
-        "psnr": float(peak_signal_noise_ratio(*arrays, data_range=LEVELS)),
+        "psnr": float(psnr),
         "ssim": float(
             structural_similarity(*arrays, channel_axis=0, data_range=LEVELS, **settings)
         ),
@@ -201,7 +200,10 @@ def measure(images: EvaluationSet, definitions: bool, bar: Tqdm) -> dict[str, ob
         try:
             one = logged(image, reference, low_res, scale)
         except ValueError as error:
-            raise ValueError(f"{shown(path)}: {error}") from error
+            raise ValueError(
+                f"{shown(path)} is too small for scale={scale} ({error}): take it away, or give a "
+                "smaller scale="
+            ) from error
         if definitions:
             one |= others(image, reference, low_res, scale, has_grey_levels(path))
         values.append(one)
@@ -244,17 +246,26 @@ def sets_of(root: Path, names: Sequence[str], scale: int) -> list[EvaluationSet]
 
     FileNotFoundError, ValueError or ConfigError, one line: a set cannot be used, or none is there.
     """
-    check_folder(root)
+    try:
+        check_folder(root)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error}: give root=FOLDER, the folder with the sets' folders") from None
     if names:
         return [EvaluationSet(root, name, scale) for name in dict.fromkeys(names)]
     sets = []
+    missing = []
     for name in KNOWN:
         try:
             sets.append(EvaluationSet(root, name, scale))
         except FileNotFoundError as error:
-            print(f"not measured: {error}", file=sys.stderr)
+            missing.append(f"not measured: {error}")
     if not sets:
-        raise ConfigError(f"root={root} has none of {', '.join(KNOWN)}: give sets=[FOLDER]")
+        raise ConfigError(
+            f"root={root} has none of the folders {', '.join(KNOWN)}: give another root=, or "
+            "sets=[FOLDER] for other folders in it"
+        )
+    for line in missing:
+        print(line, file=sys.stderr)
     return sets
 
 

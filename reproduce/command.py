@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.checks import SharedError
 from lightning_modules.callbacks.preemption import MEANING
 from lightning_modules.lightning_internals import kill_ranks
-from lightning_modules.stopping import TRY_AGAIN, RunStopped
+from lightning_modules.stopping import TRY_AGAIN, AgreedError, RunStopped
 from reproduce.config import ConfigError
 from reproduce.launch import requeue
 from reproduce.loggers import close, mark_preempting
@@ -77,7 +77,8 @@ def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             leave_no_empty_run()
             if isinstance(error, ConfigError) and _rank():  # rank 0 prints the line
                 sys.exit(1)
-            if isinstance(error, SharedError) and _rank():  # as `_exit`, if all ranks have agreed
+            is_agreed = isinstance(error, SharedError | AgreedError)
+            if is_agreed and _rank():  # as `_exit`, if all ranks have agreed
                 sys.exit(0)
             sys.exit(f"error: {line}")
         finally:

@@ -146,6 +146,9 @@ def config_of(
         if key in schema.kinds and OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, None, force_add=True)
     config = merge(config, texts, schema)
+    of_samples = [key for key in texts if not key.startswith("data.") and key != "quality.n"]
+    if of_samples and config.quality.n == 0:
+        raise ConfigError(f"{of_samples[0]} has no effect without samples: give quality.n=N, too")
     free = list(FREE)
     if config.trainer.get("limit_test_batches") is None:  # else it decides which images are tested
         free.append("micro_batch")

@@ -57,6 +57,7 @@ from reproduce.run_folder import (
     holds_run,
     newest_checkpoint,
     open_folder,
+    row_name,
     selected_weights,
 )
 from reproduce.stored import EXPORTED, described, exported_weights
@@ -334,6 +335,7 @@ def fit(
         f"{config.experiment}: {module.n_parameters:,} parameters, {config.trainer.precision}, "
         f"run {config.run_dir}"
     )
+    _note_unvalidated_end(config)
     _speed_up(config, trainer, module)
     try:
         with resumable(config, trainer), lines_above_bar():
@@ -359,6 +361,24 @@ def _speed_up(config: DictConfig, trainer: L.Trainer, module: Objective) -> None
     else:
         rank_zero_info(
             "trainer.cuda_graph is for one GPU that takes a batch at once: not used here"
+        )
+
+
+def _note_unvalidated_end(config: DictConfig) -> None:
+    """Say in one line if the best weights cannot be those of the last steps.
+
+    With a rate that falls to 0 these are nearly always the best ones.
+    """
+    n_steps = config.trainer.max_steps
+    if n_steps <= 0 or config.checkpoint.select != "best" or not validates(config):
+        return
+    interval = trainer_settings(config)["val_check_interval"]
+    n_last = n_steps % interval
+    if n_last:
+        rank_zero_info(
+            f"The last {n_last:,} of {n_steps:,} steps come after the last validation, so their "
+            f"weights are not tested: give a multiple of trainer.val_check_interval={interval} as "
+            "trainer.max_steps, or checkpoint.select=last"
         )
 
 
@@ -547,7 +567,7 @@ def _outcome(
     metric = module.metric
     outcome = {
         "experiment": config.experiment,
-        "run": Path(config.run_dir).name,
+        "run": row_name(Path(config.run_dir)),
         "preset": config.preset,
         "overrides": list(config.overrides),
         "metrics": {},

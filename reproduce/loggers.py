@@ -446,8 +446,13 @@ def _give_up(error: Exception) -> None:
 
 
 def _clear() -> None:
-    """End wandb's run and its process, if it still lives, so that they raise no error at exit."""
+    """End wandb's run and its process, if it still lives, so that they raise no error at exit.
+
+    Nor may wandb read the program's output any more: each line would be an error in the log.
+    """
     wandb = sys.modules["wandb"]
+    with contextlib.suppress(Exception):  # it has no public name
+        vars(wandb)["run"]._console_stop()
     vars(wandb)["run"] = None
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

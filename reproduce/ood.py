@@ -444,12 +444,12 @@ def main(argv: list[str] | None = None) -> None:
     shape = cast("tuple[int, int, int]", model.shape)
     request = Request(shape, options.n, options.seed, root, options.bsds, options.folder)
     names = list(options.sets) or default_sets(config.data.name, options.folder)
+    own = own_images(config, request)
     sets, left_out = read_sets(names, request, config.data.name)
     for missing, advice in left_out.items():
         say(without_set(missing, advice))
     if not sets:
         raise ConfigError("no set is left to compare with: give others, as sets=[constant,noise]")
-    own = own_images(config, request)
     settings = {
         "weights": fingerprint(model.stored.weights),
         "seed": options.seed,
@@ -472,7 +472,9 @@ def main(argv: list[str] | None = None) -> None:
     partial.unlink(missing_ok=True)
     say("\n".join(lines_of(content)))
     say(verdict(content))
-    say(f"{out}: {len(sets)} sets; histograms in {out.with_suffix('.svg')}")
+    say(
+        f"{out}: {', '.join(other.name for other in sets)}; histograms in {out.with_suffix('.svg')}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from datamodules.checks import expand_home
 from datamodules.cifar10 import FOLDER as CIFAR10_FOLDER
 from datamodules.cifar10 import TEST_MD5
-from datamodules.image_files import MODES, UnreadableImage, find_images, read_image, read_strip
-from datamodules.mnist import MNIST, FashionMNIST, damaged, read_idx
+from datamodules.image_files import MODES, UnreadableImage, find_images, read_image, read_whole
+from datamodules.mnist import FETCHES, MNIST, FashionMNIST, damaged, read_idx
 
 SVHN_FILE = "test_32x32.mat"
 SVHN_MD5 = "eb5a983be6a315427106f1b164d9cef3"
@@ -27,8 +27,6 @@ CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 BSDS_FOLDER = "BSDS500"
 IDX_FILE = "t10k-images-idx3-ubyte"
 LEAST = 2  # images of a set, for an interval
-ORIENTATION = 0x0112  # the tag of EXIF
-TURNED = 5  # from this orientation on width and height change places
 PADDED = 4  # pixels by which digits may be smaller than the model's images, to be padded
 
 
@@ -237,26 +235,13 @@ def _crops(
 ) -> Iterator[np.ndarray]:
     """At most n crops of a photograph, (C, H, W), which do not overlap."""
     channels, height, width = shape
-    photograph = whole(path, channels)
+    photograph = read_whole(path, channels)
     rows = photograph.shape[1] // height
     columns = photograph.shape[2] // width
     for place in random.permutation(rows * columns)[:n]:
         top = height * (place // columns)
         left = width * (place % columns)
         yield photograph[:, top : top + height, left : left + width]
-
-
-def whole(path: Path, channels: int) -> np.ndarray:
-    """All pixels of an image file, upright, (channels, H, W), uint8.
-
-    UnreadableImage, one line: as `read_image`.
-    """
-    read_image(path, channels, (1, 1))  # it says what is wrong with a file
-    with Image.open(path) as image:
-        width, height = image.size
-        is_turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-    size = (width, height) if is_turned else (height, width)
-    return read_strip(path, channels, size).pixels
 
 
 def own_folder(request: Request) -> ImageSet:
@@ -332,6 +317,8 @@ def read_sets(
         except Missing as missing:
             left_out[name] = str(missing)
             continue
+        except ValueError as error:  # data.download= is for the model's own data
+            raise ValueError(str(error).removesuffix(FETCHES)) from error
         if len(other.images) < LEAST:
             left_out[name] = f"it has {len(other.images)} images, and {LEAST} are needed"
             continue

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,16 @@ def result_text(folder: Path, key: str) -> str:
     if not isinstance(value, str):
         raise not_a_result(folder)
     return value
+
+
+def row_name(folder: Path) -> str:
+    """What a run is called where it is recorded: its folder's name as a name of a file and a link.
+
+    >>> [row_name(Path(name)) for name in ("outputs/seed0", "my first run (2)", ".-")]
+    ['seed0', 'my-first-run-2', 'run']
+    """
+    name = re.sub(r"[^\w.+-]+", "-", folder.resolve().name)
+    return name.strip("-.+") or "run"
 
 
 @rank_zero_only

@@ -11,7 +11,7 @@ knowing. The exit code is 1 if a check fails. What is checked:
   recipe    the recipe of this clone, with the row's overrides, has the row's settings
   model     the recipe builds a model with the row's number of parameters
   curve     steps, images and seconds increase together and end where the run does; the best (or
-            last) validation is the tested one
+            last) validation is the tested one; a test with a claim is not far better than that
   budget    images and their share of a full training follow from the curve and the recipe
   claims    the papers' numbers, the gaps and the statuses are those of results/paper/
   protocol  no metric has both a figure and a reason for having none, and each that depends on
@@ -19,12 +19,16 @@ knowing. The exit code is 1 if a check fails. What is checked:
   speed     no part of the curve needs more arithmetic than the device can do
   commit    the commit is in this clone, and the code was that of the commit
   weights   the file has the recorded SHA-256 and size, fits the model, and is of this run
-  figure    with data.root=: the weights are tested again (reproduce.evaluate)
+  figure    with data.root=: the weights are tested again (reproduce.evaluate), and with quality.n=
+            FID and the other figures of samples, too
 
 keys:
   weights=FILE     the file of weights, where it is not beside the row
   device=cpu       of the test, or cuda; the default is the run's kind of device, if it is here
   data.KEY=...     a setting of the test data, mostly data.root=FOLDER, as for reproduce.evaluate
+  quality.n=N      also draw samples and measure their FID and so on again, as many as the row's
+  metrics.inception_weights=FILE
+                   the network behind these figures, where it cannot be downloaded
 """
 
 import sys
@@ -39,6 +43,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import yaml
@@ -48,6 +53,7 @@ import results
 from datamodules import DATA, make_data
 from datamodules.checks import expand_home
 from lightning_modules.objective import Objective
+from lightning_modules.quality.distributions import METRICS
 from reproduce import evaluate
 from reproduce.command import command
 from reproduce.config import CONFIGS, ConfigError, arguments, compose, parse, plain
@@ -63,6 +69,7 @@ from reproduce.streams import say
 from results import is_number
 from results.curves import metric_name
 from results.files import abbreviated, portable
+from results.formats import by_text
 from results.groups import leaves
 from results.metrics import QUANTITIES, Metric, quantity_of
 from results.runs import read_curve, read_json
@@ -78,6 +85,9 @@ PEAK_OF_A_GPU = 2.6e15  # of one whose name is not in PEAKS
 PEAK_OF_A_THREAD = 8e12  # of a CPU's core with AMX
 PASSES = 3  # a training step costs a forward pass, and twice that for the backward pass
 FLOAT_TOLERANCE = 1e-9
+# How much better than its validation a test may be, as a share of the validation (of 1, if that is
+# smaller): the two splits are of the same kind of images.
+BETTER_THAN_VALIDATION = 0.05
 OF_THE_MODEL = {"bpd", "nll", "nats_ll", "accuracy"}  # what the model itself gives, by its config
 Row = Mapping[str, Any]
 
@@ -90,7 +100,7 @@ class Check(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5} {self.name:<8} {self.text}"
+        return f"{self.verdict:<5} {self.name:<8} {' '.join(self.text.split())}"
 
 
 def judged(name: str, problems: list[str], fine: str) -> Check:
@@ -132,7 +142,7 @@ def check_name(path: Path, row: Row) -> Check:
     named = f"{row['experiment']}/{row['run']}"
     problems = []
     if path.name != RESULT and f"{path.parent.name}/{path.stem}" != named:
-        problems = [f"it is of {named}, and lies in {path.parent.name}/{path.name}"]
+        problems = [f"it is the run {named}, so its file has to be results/runs/{named}.json"]
     return judged("schema", problems, f"{named}, every key is there")
 
 
@@ -268,7 +278,11 @@ def check_curve(row: Row) -> Check:
         for key in ("step", "images", "seconds"):
             if not is_number(point.get(key)):
                 return Check("curve", FAIL, f"row {number} has no number in its column {key}")
-    problems = [*steps_problems(row, curve), *validation_problems(row, curve)]
+    problems = [
+        *steps_problems(row, curve),
+        *validation_problems(row, curve),
+        *figure_problems(row),
+    ]
     last = curve[-1]
     fine = f"{len(curve)} rows to step {last['step']:,}, {last['images']:,} images"
     return judged("curve", problems, fine)
@@ -317,6 +331,23 @@ def validation_problems(row: Row, curve: list[dict]) -> Iterator[str]:
     steps = [point["step"] for point in points if point[key] == chosen[key]]
     if tested.get("chosen") == "best" and tested["step"] not in steps:
         yield f"weights of step {tested['step']} were tested, and the best are of step {steps[0]}"
+
+
+def figure_problems(row: Row) -> Iterator[str]:
+    """A test of the curve's metric that is far better than the validation of the same weights.
+
+    It says so only where a paper's claim is on the metric.
+    """
+    metric = metric_of(row)
+    key = f"test/{metric.name}"
+    validation = row["metrics"].get(f"val/{metric.name}")
+    test = row["metrics"].get(key)
+    claimed = [paper["metric"] for paper in results.papers_in(row)]
+    if key not in claimed or not is_number(validation) or not is_number(test):
+        return
+    better_by = validation - test if metric.direction == "lower" else test - validation
+    if better_by > BETTER_THAN_VALIDATION * max(1.0, abs(validation)):
+        yield f"{key} is {test:g}, far better than the validation of these weights, {validation:g}"
 
 
 def metric_of(row: Row) -> Metric:
@@ -396,7 +427,8 @@ def check_protocol(row: Row) -> Check:
     if lacking:
         text = f"{abbreviated(lacking)} is not said to depend on anything: it cannot be compared"
         return Check("protocol", NOTE, text)
-    texts = [f"{key} not measured: {reason}" for key, reason in sorted(reasons.items())]
+    absent = by_text(dict(sorted(reasons.items())))
+    texts = [f"{names} not measured: {reason}" for reason, names in absent.items()]
     return Check("protocol", OK, "; ".join([*needed, *texts]) or "likelihoods alone")
 
 
@@ -568,8 +600,30 @@ def check_figure(model: TrainedModel, texts: Mapping[str, str], device: str) -> 
     if others:
         return Check("figure", FAIL, f"the data hold {', '.join(others)}")
     text, is_close = evaluate.compare(evaluation, row, kind)
-    line = "; ".join(text.splitlines())
+    line = "; ".join([*text.splitlines(), *not_tested(row, evaluation)])
     return judged("figure", [] if is_close else [line], line)
+
+
+def not_tested(row: Row, evaluation: evaluate.Evaluation) -> list[str]:
+    """The recorded figures of samples that a test has not measured again, and what to do."""
+    left = [key for key in row["metrics"] if depends_on_more(key)]
+    texts = []
+    for key in sorted(set(left) - evaluation.figures.keys()):
+        text = f"{key}: not tested again"
+        if key in evaluation.not_measured:
+            text += f", {evaluation.not_measured[key]}"
+        elif quantity_of(key) in METRICS:
+            text += f": give quality.n={n_samples(row)}"
+        texts.append(text)
+    return texts
+
+
+def n_samples(row: Row) -> float:
+    """How many samples a row's figures of samples are of; the recipe's number where none says."""
+    protocols = row.get("protocol") or {}
+    numbers = [facts.get("n") for key, facts in protocols.items() if quantity_of(key) in METRICS]
+    known = [n for n in numbers if is_number(n)]
+    return max(known, default=(row["config"].get("quality") or {}).get("n", 0))
 
 
 # ---------------------------------------------------------------------- all of it
@@ -584,6 +638,12 @@ def guarded(name: str, make: Callable[[], Check]) -> Check:
         return Check(name, FAIL, text)
 
 
+def is_experiment(name: str) -> bool:
+    """Whether this clone has a recipe and a script of a name."""
+    has_recipe = (CONFIGS / f"{name}.yaml").is_file()
+    return has_recipe and find_spec(f"reproduce.{name}") is not None
+
+
 def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | None]:
     """All checks of a row but that of its figure, and its model, if its weights could be loaded."""
     try:
@@ -592,16 +652,19 @@ def checks(path: Path, weights: str = "") -> tuple[list[Check], TrainedModel | N
         return [Check("schema", FAIL, str(error))], None
     lines = [check_name(path, row), guarded("recipe", lambda: check_recipe(row))]
     module = None
-    if (CONFIGS / f"{row['experiment']}.yaml").is_file():
+    if is_experiment(row["experiment"]):
         line, module = build(row)
         lines.append(line)
+    curve = guarded("curve", lambda: check_curve(row))
     lines += [
-        guarded("curve", lambda: check_curve(row)),
+        curve,
         guarded("budget", lambda: check_budget(row)),
         guarded("claims", lambda: check_claims(row)),
         guarded("protocol", lambda: check_protocol(row)),
     ]
-    if module is not None:
+    if module is not None and curve.verdict == FAIL:
+        lines.append(Check("speed", NOTE, "not compared, since the curve is wrong"))
+    elif module is not None:
         objective = module
         lines.append(guarded("speed", lambda: check_speed(row, objective)))
     lines.append(check_commit(row))
@@ -616,13 +679,15 @@ def main(argv: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(words):
         say((__doc__ or "").strip())
         return
-    data = [word for word in words if word.startswith("data.") and "=" in word]
-    rest = [word for word in words if word not in data]
+    of_test = [word for word in words if word.startswith(evaluate.OF_RECIPE) and "=" in word]
+    rest = [word for word in words if word not in of_test]
     [name], options = read_words(rest, ["JSON"], DEFAULTS)
-    texts = parse(data)
+    texts = parse(of_test)
     path = path_of(name)
     lines, model = checks(path, options.weights)
     say(*lines)
+    if not texts and model is not None and "root" in model.config.data:
+        say(Check("figure", NOTE, "not tested again: give data.root=FOLDER, where the data are"))
     if texts and model is None:
         lines.append(Check("figure", FAIL, "there are no weights to test"))
         say(lines[-1])

@@ -1,4 +1,4 @@
-"""`python -m results` writes results/README.md.
+"""`python -m results` writes results/README.md, results/index.html and the table in README.md.
 
 `python -m results add RUN` first records a finished run, and `python -m results figure3 FOLDER` a
 finished repetition of Glow's Figure 3. `python -m results table FOLDER...` writes nothing. It
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """
     if argv is None:
         argv = sys.argv[1:]
+    if {"--help", "-h"} & set(argv):
+        print(f"{(__doc__ or '').strip()}\n\n{USAGE}")
+        return 0
     if argv[:1] == ["table"] and len(argv) > 1:
         return print_table(argv[1:], root)
     make_addition: Callable[[], Addition]
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return 1
     for line in addition.lines:
         print(line)
-    print(f"wrote {Path(root) / 'README.md'}")
+    print(f"wrote {Path(root) / 'README.md'} and {Path(root) / 'index.html'}")
     return 0
 
 

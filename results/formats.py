@@ -1,8 +1,9 @@
 """How the results page writes numbers, machines and tables."""
 
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from results import is_number
@@ -155,6 +156,27 @@ def metrics(run: dict) -> str:
 def distinct(values: Iterable[str], separator: str) -> str:
     """Texts joined by a separator, each once, in the order of their first appearance."""
     return separator.join(dict.fromkeys(values))
+
+
+def machine_text(device: str) -> str:
+    """A recorded device as a reader would write it.
+
+    >>> machine_text("AMD EPYC, 1 threads"), machine_text("AMD EPYC, 11 threads")
+    ('AMD EPYC, 1 thread', 'AMD EPYC, 11 threads')
+    """
+    return re.sub(r"\b1 threads$", "1 thread", device)
+
+
+def by_text(texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts that several keys may share, each once with its keys: text -> `a, b`.
+
+    >>> by_text({"test/fid": "no weights", "test/kid": "no weights", "test/bpd": "stopped"})
+    {'no weights': 'test/fid, test/kid', 'stopped': 'test/bpd'}
+    """
+    keys: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        keys.setdefault(text, []).append(key)
+    return {text: ", ".join(names) for text, names in keys.items()}
 
 
 def span(values: list[str]) -> str:

@@ -15,6 +15,7 @@ from results.formats import (
     distinct,
     fingerprint,
     finite,
+    machine_text,
     main_metrics,
     run_name,
     tested_data,
@@ -33,18 +34,22 @@ NO_PART = {
     "data": {"cache", "download", "num_workers", "root"},
     "trainer": {"accelerator", "devices", "log_every_n_steps", "num_nodes", "strategy"},
 }
+OF_CHANCE = ("seed", "batch_size")  # facts of a protocol that decide which samples are drawn
 MOST_NAMED = 3  # settings by which rows are told apart
 
 
-def seed_groups(runs: Sequence[dict]) -> list[Group]:
+def seed_groups(runs: Sequence[dict], metric: str = "") -> list[Group]:
     """Runs of the same settings together, each seed once; the groups in the order of their runs.
 
     A second run with a seed, for example one of another commit, is in a group of its own.
+
+    metric: the one that the groups are to show; runs that measured it in other ways are apart.
     """
     groups: list[Group] = []
     by_settings: dict[str, list[Group]] = {}
     for run in sorted(runs, key=run_name):
-        same_settings = by_settings.setdefault(settings_key(run), [])
+        key = settings_key(run) + protocol_key(run, metric)
+        same_settings = by_settings.setdefault(key, [])
         group = next((group for group in same_settings if run["seed"] not in seeds(group)), None)
         if group is None:
             group = []
@@ -66,6 +71,13 @@ def settings_key(run: dict) -> str:
     """
     parts = [run["experiment"], run["precision"], run.get("data"), run.get("init_from")]
     return json.dumps([*parts, dict(settings(run))], sort_keys=True)
+
+
+def protocol_key(run: dict, metric: str) -> str:
+    """A text that is the same for runs that measured a metric in the same way, but by chance."""
+    recorded = (run.get("protocol") or {}).get(metric) or {}
+    facts = {fact: value for fact, value in recorded.items() if fact not in OF_CHANCE}
+    return json.dumps(facts, sort_keys=True)
 
 
 def settings(run: dict) -> Iterator[tuple[str, Any]]:
@@ -155,8 +167,20 @@ def fraction(run: dict) -> float:
 
 
 def measured(group: Group, key: str, decimals: int = 3) -> str:
-    """A metric of a group: the number of one run, else mean ± standard error over n seeds."""
-    return averaged([run["metrics"].get(key) for run in group], decimals)
+    """A metric of a group: the number of one run, else mean ± standard error over n seeds.
+
+    Runs that did not measure the metric are left out. Figures that were measured in different ways
+    have no mean.
+    """
+    runs = [run for run in group if key in run["metrics"]]
+    if not runs:
+        return "-"
+    if len({protocol_key(run, key) for run in runs}) > 1:
+        return "measured in different ways"
+    text = averaged([run["metrics"][key] for run in runs], decimals)
+    if len(runs) < len(group):
+        text += f" ({len(runs)} of {len(group)} runs)"
+    return text
 
 
 def metrics_of(group: Group) -> str:
@@ -267,7 +291,7 @@ def commits_of(group: Group) -> str:
 
 def devices_of(group: Group) -> str:
     """The devices of a group's runs."""
-    return distinct([run["device"] for run in group], " and ")
+    return distinct([machine_text(run["device"]) for run in group], " and ")
 
 
 def names_of(group: Group) -> str:

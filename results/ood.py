@@ -9,7 +9,7 @@ from results.checks import flag, list_of, mapping_of, number, one_of, or_null, r
 from results.curves import ticks
 from results.drawing import Line, Picture, Shape, Text
 from results.files import NO_FILES, checked_json, matching_files
-from results.formats import commit, distinct, fixed, table
+from results.formats import commit, distinct, fixed, machine_text, table
 
 KIND = "ood"
 FOLDER = "ood"  # below results/
@@ -118,6 +118,11 @@ def is_simpler(other: dict, inside: dict) -> bool:
     return other["means"]["png"] < inside["means"]["png"]
 
 
+def has(other: dict, score: str) -> bool:
+    """Whether a score was measured for a set, which may have too few images for batches."""
+    return other["auroc"].get(score) is not None
+
+
 def is_above(other: dict, score: str) -> bool:
     """Whether a score ranks a set as other data: its whole interval is above 0.5."""
     area = other["auroc"].get(score)
@@ -201,14 +206,14 @@ def failure(simpler: list[dict], failing: list[dict]) -> str:
 
 def cures(content: dict, failing: list[dict]) -> Iterator[str]:
     """A sentence for each of the other scores: what it cures, and what it loses."""
-    found = [each for each in content["sets"] if is_above(each, "likelihood")]
+    detected = [each for each in content["sets"] if is_above(each, "likelihood")]
     for score, name in scores_of(content).items():
         parts = [
             f"{words} {named(sets, score)}"
-            for words, sets in graded(failing, score).items()
+            for words, sets in graded([each for each in failing if has(each, score)], score).items()
             if sets
         ]
-        lost = [each for each in found if not is_above(each, score)]
+        lost = [each for each in detected if has(each, score) and not is_above(each, score)]
         if lost:
             parts.append(f"no longer finds {named(lost, score)}, which likelihood does")
         if parts:
@@ -408,10 +413,13 @@ def section(root: Path = ROOT, new: Mapping[Path, bytes] = NO_FILES) -> list[Blo
 def part(stem: str, content: dict) -> list[Block]:
     """The blocks of one file."""
     left_out = distinct(content["left_out"], ", ")
-    facts = f"Commit {commit(content)}, {content['device']}."
+    facts = f"Commit {commit(content)}, {machine_text(content['device'])}."
     if left_out:
         facts += f" Left out: {left_out}."
-    caption = f"Histograms of the scores of {content['model']}"
+    caption = (
+        f"Histograms of the scores of {content['model']}: the first and the last interval also "
+        "hold the scores beyond them"
+    )
     return [
         Heading(content["model"], 3),
         Paragraph(verdict(content)),

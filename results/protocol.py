@@ -27,6 +27,7 @@ NOISE = {
     "noisy_estimate": "Gaussian",
 }
 IMAGE_FACTS = ("scale", "kernel")  # keys of `data` by which low-resolution images are made
+PUBLISHED_WEIGHTS = "published_weights"  # whether a network had the weights that papers use
 SHOWN_OF_HASH = 8  # digits
 CHOSEN = {"best": "by validation images", "last": "the last one"}
 LABELS = {  # of facts whose names do not read as words
@@ -48,7 +49,8 @@ LABELS = {  # of facts whose names do not read as words
 def differences(claim: Mapping, result: Mapping) -> list[str]:
     """What keeps a run's figure from being compared with a claim: one sentence for each fact.
 
-    The facts are those of the claim's `checked`. Empty where all agree.
+    The facts are those of the claim's `checked`. Empty where all agree. Figures by a network with
+    other weights than the published ones differ from every claim.
 
     Args:
         claim: a claim (`results.load_claim`).
@@ -58,7 +60,10 @@ def differences(claim: Mapping, result: Mapping) -> list[str]:
     >>> differences(claim, {"protocol": {"test/fid": {"n": 10000, "temperature": 1.0}}})
     ['samples: 10,000 here, 50,000 in the paper']
     """
-    return _sentences(claim, result, "checked")
+    sentences = _sentences(claim, result, "checked")
+    if facts_of(result, claim["metric"]).get(PUBLISHED_WEIGHTS) is False:
+        sentences.append("weights of the network: not the published ones here")
+    return sentences
 
 
 def allowed_differences(claim: Mapping, result: Mapping) -> list[str]:

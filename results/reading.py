@@ -87,7 +87,7 @@ def beside(claim: dict, runs: Sequence[dict]) -> list[Beside]:
         if comparison["claim"] == claim["id"]
     }
     pairs = []
-    for group in seed_groups([run for run in runs if run_name(run) in by_run]):
+    for group in seed_groups([run for run in runs if run_name(run) in by_run], claim["metric"]):
         comparisons = [by_run[run_name(run)] for run in group]
         pairs.append((group, comparison_of(group, comparisons, claim)))
     pairs.sort(key=lambda pair: rank(pair[0], claim["direction"], [pair[1]["gap"]]))

@@ -8,10 +8,12 @@ from results import own_decimals, printed
 from results.blocks import Block, Bullets, Code, Drawing, Fold, Heading, Paragraph, Picture, Table
 from results.curves import run_curve
 from results.formats import (
+    by_text,
     commit,
     count,
     fingerprint,
     fixed,
+    machine_text,
     main_metrics,
     metrics,
     run_name,
@@ -22,6 +24,10 @@ from results.protocol import allowed_differences
 from results.reading import Records, claims_of, counted_comparisons, ordered_runs
 
 TITLE = "Runs"
+TEXT = (
+    "Only the curve `val` compares with a paper's number. The curve `train` is of training images "
+    "with their flips and shifts: shifted images are smoother, so that they have fewer bits/dim."
+)
 FIGURES = ["metric", "ours", "paper", "gap", "status"]
 
 
@@ -31,7 +37,7 @@ def section(records: Records) -> list[Block]:
     if not runs:
         return []
     parts = [part for run in runs for part in run_part(run, records)]
-    return [Heading(TITLE), *parts]
+    return [Heading(TITLE), Paragraph(TEXT), *parts]
 
 
 def run_part(run: dict, records: Records) -> list[Block]:
@@ -71,9 +77,10 @@ def figure_rows(run: dict, claims: dict) -> list[list[str]]:
 
 
 def not_measured(run: dict) -> list[str]:
-    """A line for each metric that a run could not measure, with the reason."""
-    reasons = run.get("not_measured") or {}
-    return [f"Not measured: {key}, since {reason}" for key, reason in sorted(reasons.items())]
+    """A line for each reason why a run could not measure metrics, with their names."""
+    not_measured = run.get("not_measured") or {}
+    reasons = {key: text.removeprefix("since ") for key, text in sorted(not_measured.items())}
+    return [f"Not measured: {names}, since {reason}" for reason, names in by_text(reasons).items()]
 
 
 def command(run: dict) -> str:
@@ -116,8 +123,8 @@ def detail_lines(run: dict, claims: list[dict]) -> list[str]:
 
 def settings(run: dict) -> list[str]:
     """The settings of a run: its size, its images, and the machine."""
-    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic", "device")
-    parts = [f"{key} {run[key]}" for key in keys]
+    keys = ("seed", "n_train", "images", "precision", "tf32", "deterministic")
+    parts = [*(f"{key} {run[key]}" for key in keys), f"device {machine_text(run['device'])}"]
     if run.get("parameters"):
         parts = [f"{run['parameters']:,} parameters", *parts]
     if fingerprint(run):

@@ -14,6 +14,7 @@ from results.checks import (
     check,
     fact,
     flag,
+    is_number,
     list_of,
     mapping,
     mapping_of,
@@ -47,12 +48,13 @@ METRIC = record(
     {"unit": text, "direction": one_of("lower", "higher")},
     optional={"name": text},
 )
+FIGURES = mapping_of(or_null(check(is_number)))  # by the metric; null: not finite
 END = record(  # of a run that was extended
     {
         "steps": number,
         "images": number,
         "seconds": number,
-        "metrics": mapping,
+        "metrics": FIGURES,
         "commit": or_null(text),
         "date": text,
     }
@@ -69,7 +71,7 @@ RESULT = record(
         "experiment": stem,
         "run": stem,
         "preset": or_null(text),
-        "metrics": mapping,
+        "metrics": FIGURES,
         "budget": or_null(BUDGET),
         "seed": or_null(number),
         "commit": or_null(text),
@@ -87,7 +89,7 @@ RESULT = record(
     optional={
         "papers": list_of(PAPER),
         "paper": or_null(PAPER),  # older runs have one paper, not a list
-        "curve": list_of(mapping),
+        "curve": list_of(FIGURES),
         "data": or_null(DATA),
         "extended": list_of(END),  # the earlier ends, the first one first
         "init_from": or_null(START),  # the trained weights from which the run started
@@ -96,6 +98,7 @@ RESULT = record(
         "overrides": list_of(text),
         "parameters": or_null(number),
         "protocol": mapping_of(mapping_of(fact)),  # by the metric: what its figure depends on
+        "skipped_steps": or_null(number),
         "suspect": or_null(text),
         "tested": or_null(record({"step": number, "chosen": text, "weights": text})),
         "wandb_url": or_null(text),

@@ -3,6 +3,7 @@
 from results import is_number
 from results.blocks import Block, Heading, Paragraph, Table, anchor
 from results.formats import fixed, run_name
+from results.protocol import in_words
 from results.reading import Records, ordered_runs
 
 TITLE = "Quality of samples"
@@ -17,7 +18,8 @@ FACTS = ["n", "temperature", "reference", "reference_n", "extractor", "published
 COLUMNS = ["run", *METRICS.values(), "samples", *(fact.replace("_", " ") for fact in FACTS[1:])]
 TEXT = (
     "These figures change with how they are measured, which stands beside them. Two rows compare "
-    "only where all of their facts agree. ↓: lower is better; ↑: higher is better."
+    "only where all of their facts agree. A figure of fewer samples than the others of its row has "
+    "their number, n, beside it. ↓: lower is better; ↑: higher is better."
 )
 
 
@@ -36,7 +38,13 @@ def section(records: Records) -> list[Block]:
 def cells(run: dict) -> list[str]:
     """The cells of COLUMNS. Facts are those of the first metric that has a protocol."""
     link = f"[{run_name(run)}](#{anchor(run_name(run))})"
-    figures = [fixed(run["metrics"].get(f"test/{name}"), ".4g") for name in METRICS]
     protocols = run.get("protocol") or {}
     facts: dict = next((protocols[f"test/{k}"] for k in METRICS if f"test/{k}" in protocols), {})
-    return [link, *figures, *(str(facts.get(fact, "-")) for fact in FACTS)]
+    figures = []
+    for name in METRICS:
+        figure = fixed(run["metrics"].get(f"test/{name}"), ".4g")
+        n = protocols.get(f"test/{name}", {}).get("n")
+        if n is not None and n != facts.get("n"):
+            figure += f" (n={in_words(n)})"
+        figures.append(figure)
+    return [link, *figures, *(in_words(facts.get(fact, "-")) for fact in FACTS)]

@@ -9,7 +9,7 @@ from results import ROOT, is_number
 from results.blocks import Block, Bullets, Fold, Heading, Paragraph, Table
 from results.checks import anything, check, flag, list_of, or_null, positive, record, text
 from results.files import NO_FILES, checked_json
-from results.formats import commit
+from results.formats import commit, machine_text
 
 TITLE = "Speed"
 PEER = "normflows"  # without changes, in float32: the ratios are over its numbers
@@ -185,7 +185,7 @@ def kind_of(stem: str) -> str:
 def short_cells(row: dict, stem: str, rows: Sequence[dict]) -> list[str]:
     """The cells of SHORT for one row."""
     cell = dict(zip(COLUMNS, cells(row, rows), strict=False))
-    threads = row["machine"].partition(", ")[2]
+    threads = machine_text(row["machine"]).partition(", ")[2]
     measured = ", ".join(filter(None, [f"{kind_of(stem)} {row['setting']}", threads]))
     return [measured, row["model"], *(cell[name] for name in SHORT_OF_COLUMNS)]
 
@@ -200,7 +200,7 @@ def origin(stem: str, rows: list[dict]) -> str:
     row = rows[0]
     parts = [
         f"`python -m benchmarks {words(stem, rows)}`",
-        row["machine"],
+        machine_text(row["machine"]),
         *(f"{name} {version}" for name, version in row["versions"].items()),
         f"commit {commit(row)}",
         f"{row['rounds']} rounds",

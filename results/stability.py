@@ -9,7 +9,7 @@ from results import ROOT, is_number
 from results.blocks import Block, Code, Heading, Paragraph, Table
 from results.checks import flag, list_of, number, or_null, record, text
 from results.files import NO_FILES, checked_json
-from results.formats import commit, distinct, fixed, span
+from results.formats import commit, distinct, fixed, machine_text, span
 
 TITLE = "Stability"
 MODEL = (
@@ -148,7 +148,7 @@ def cells(runs: list[dict]) -> list[str]:
         worst_of([run["finite_T0.7"] for run in runs], min, ".1%"),
         worst_of([run["finite_T1"] for run in runs], min, ".1%"),
         distinct([commit(run) for run in runs], ", "),
-        distinct([run["device"] for run in runs], ", "),
+        distinct([machine_text(run["device"]) for run in runs], ", "),
     ]
 
 

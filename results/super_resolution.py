@@ -11,6 +11,7 @@ from typing import NamedTuple
 from results import ROOT
 from results.blocks import Block, Bullets, Code, Heading, Paragraph, Table
 from results.checks import (
+    fact,
     flag,
     list_of,
     mapping_of,
@@ -42,7 +43,7 @@ FORM = record(
         "scale": positive,
         "arguments": list_of(text),
         "sets": mapping_of(SET),
-        "protocol": mapping_of(mapping_of(text)),
+        "protocol": mapping_of(mapping_of(fact)),
         "commit": or_null(text),
         "dirty": flag,
         "versions": mapping_of(text),

@@ -5,7 +5,7 @@ from typing import Any
 
 from results import is_number
 from results.blocks import Block, Code, Heading, Paragraph, Table, anchor
-from results.formats import commit, count, run_name, wall_time
+from results.formats import commit, count, machine_text, run_name, wall_time
 from results.groups import chosen
 from results.reading import Records
 
@@ -18,6 +18,7 @@ TEXT = (
     "CIFAR-10, 8 bits: the training images seen, and the time since the run began, at the first "
     "validation at or below a number of bits/dim. The validation images are split off the training "
     "images. A run is validated from time to time only, so it may have been there a little earlier."
+    " Runs that started from trained weights are left out."
 )
 HOW = (
     "To enter a run of yours, check it, record it, and open a pull request with the files that the "
@@ -41,9 +42,10 @@ def section(records: Records) -> list[Block]:
 
 
 def is_entry(run: Mapping[str, Any]) -> bool:
-    """Whether a run was trained and validated on the 8-bit images of CIFAR-10."""
+    """Whether a run was trained on the 8-bit images of CIFAR-10, from random weights."""
     data = run["config"].get("data") or {}
-    return data.get("name") == DATA and data.get("n_bits", 8) == 8
+    is_of_data = data.get("name") == DATA and data.get("n_bits", 8) == 8
+    return is_of_data and run.get("init_from") is None
 
 
 def reached(run: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
@@ -73,7 +75,7 @@ def cells(times: Mapping[float, Mapping[str, Any]], run: dict) -> list[str]:
     if trainer.get("limit_val_batches") is not None:
         name += " (validated on a part of the split)"
     reaches = [reach(times.get(target)) for target in TARGETS]
-    return [name, run["device"], run["precision"], commit(run), *reaches]
+    return [name, machine_text(run["device"]), run["precision"], commit(run), *reaches]
 
 
 def reach(row: Mapping[str, Any] | None) -> str:

@@ -32,9 +32,7 @@ def make(picture: bytes, path: Path) -> bytes:
     try:
         image = Image.open(io.BytesIO(picture)).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable picture ({error}): restore it, or delete it"
-        ) from error
+        raise ValueError(f"{path} is not a readable picture: restore it, or delete it") from error
     if image.width > SIDE:
         height = max(1, round(image.height * SIDE / image.width))
         image = image.resize((SIDE, height), Image.Resampling.LANCZOS)

@@ -167,9 +167,18 @@ def test_the_command_measures_a_folder_by_every_definition(tmp_path, capsys):
     pooled = 10 * np.log10(255**2 / np.mean(squares))
     assert measured["definitions"]["rgb/pooled"]["psnr"] == pytest.approx(pooled, abs=1e-10)
     assert measured["images"] == 2
-    assert content["protocol"]["test/psnr_y"]["crop"] == "4"
+    assert content["protocol"]["test/psnr_y"]["crop"] == 4
     line = f"| mine | 4 | 2 | {measured['metrics']['test/psnr']:.2f} |"
     assert line in capsys.readouterr().out
+
+
+def test_images_of_one_colour_have_an_infinite_psnr_without_a_warning(tmp_path, recwarn):
+    (tmp_path / "plain").mkdir()
+    Image.new("RGB", (48, 44), (9, 9, 9)).save(tmp_path / "plain" / "0.png")
+    content = run(tmp_path, "sets=[plain]")
+    assert content["sets"]["plain"]["metrics"]["test/psnr"] is None
+    assert content["sets"]["plain"]["metrics"]["test/ssim"] == 1
+    assert [str(each.message) for each in recwarn if each.category is RuntimeWarning] == []
 
 
 def test_other_definitions_differ_where_they_should(tmp_path):
@@ -209,7 +218,13 @@ def test_mistakes_are_one_line_and_leave_files_alone(tmp_path, capsys):
     out = f"out={tmp_path / 'a.json'}"
     assert "give another out=" in line(f"out={tmp_path / 'bicubic.json'}")
     assert (tmp_path / "bicubic.json").read_text() == "mine"
-    assert "0.png: images of 1 x 16 x 40 pixels are too small" in line(out, "sets=[small]")
+    too_small = line(out, "sets=[small]")
+    assert "0.png is too small for scale=4 (images of 1 x 16 x 40 pixels" in too_small
+    assert "take it away, or give a smaller scale=" in too_small
+    assert "take it away, or give a smaller scale" in line(out, "sets=[small]", "scale=17")
+    assert "has none of the folders Set5, " in line(out)  # and no line for each of the five
+    with pytest.raises(SystemExit, match=r"no folder .*none: give root=FOLDER"):
+        bicubic.main([f"root={tmp_path / 'none'}"])
     assert "Set5 is not in" in line(out, "sets=[Set5]")
     assert "give another out=" in line("out=/dev/null/a.json", "sets=small", "definitions=false")
     assert "scale=1 is out of range" in line(out, "scale=1")
@@ -242,6 +257,7 @@ def test_the_section_has_published_figures_also_of_sets_that_nobody_has_run(tmp_
     assert "python -m reproduce.bicubic root=sr scale=4" in lines
     assert "| Set5 | 4 | 5 | 20.00 | 20.0000 | 20.00 (28.42) | 20.0000 (0.8104) |" in lines
     assert "| DIV2K | 4 | not run | - (26.70) | - (0.7700) | - | - | - (38.70) |" in lines
+    assert "| Set5 | 4 | not run |" not in lines  # it has its line already
     assert "| 20.00 / 0.5000 |" in lines
     assert "| 28.42 / 0.8104 |" in lines
 

@@ -494,10 +494,12 @@ def test_the_table_says_why_a_metric_has_no_figure_or_none_like_the_papers():
         "comparisons": [psnr, fid, ssim],
         "not_measured": {"test/fid": "no weights: give some", "test/kid": "no weights"},
     }
+    result["not_measured"] |= {"test/recall": "no weights"}
     assert [row[1:] for row in comparison_rows(result)] == [
         ("test/fid", 46.9, None, None, "not measured", "no weights: give some"),
         ("test/kid", None, None, None, "not measured", "no weights"),
         ("test/psnr", 27.75, 28.0, 0.25, "other protocol", "crop: 0 here, 4 in the paper; b"),
+        ("test/recall", None, None, None, "not measured", "no weights"),
         ("test/ssim", None, 0.5, None, "-", ""),  # of other data
     ]
     lines = comparison_table(result).splitlines()
@@ -505,8 +507,14 @@ def test_the_table_says_why_a_metric_has_no_figure_or_none_like_the_papers():
     assert lines[2].split(maxsplit=5) == ["e", "test/fid", "46.90", "-", "-", "not measured"]
     assert lines[-3:] == [
         "test/fid: no weights: give some",
-        "test/kid: no weights",
+        "test/kid, test/recall: no weights",
         "test/psnr: crop: 0 here, 4 in the paper; b",
+    ]
+    result["not_measured"]["test/kid"] = "no weights: give some"
+    assert comparison_table(result).splitlines()[-3:] == [
+        "test/fid, test/kid: no weights: give some",
+        "test/psnr: crop: 0 here, 4 in the paper; b",
+        "test/recall: no weights",
     ]
 
 

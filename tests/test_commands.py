@@ -535,6 +535,12 @@ def test_more_noise_samples_give_a_bound_and_leave_the_first_figure(realnvp, cap
     assert figures["test/bpd"] - 0.1 < bound < figures["test/bpd"]
 
 
+def test_a_setting_of_samples_without_samples_is_one_line(realnvp):
+    for word in ("quality.temperature=0.7", "metrics.inception_weights=weights.pth"):
+        with pytest.raises(SystemExit, match=r"no effect without samples: give quality\.n=N"):
+            call("evaluate", realnvp, word)
+
+
 def test_a_run_on_a_folder_is_tested_again_from_another_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = make_split_folder(tmp_path / "my photographs", n_train=20, n_val=2, n_test=3)

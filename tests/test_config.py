@@ -71,6 +71,8 @@ def test_every_recipe_composes(recipe, preset):
     assert (
         config.optim.warmup_steps + config.optim.cooldown_steps <= config.trainer.max_steps
     )  # all of the schedule
+    if config.trainer.max_steps > 0:
+        assert config.trainer.max_steps % config.trainer.val_check_interval == 0
 
 
 def constructors(recipe):

@@ -30,6 +30,7 @@ from flows.glow import Glow
 from flows.realnvp import RealNVP2d
 from lightning_modules.density import DensityModule
 from lightning_modules.noise import batch_noise, image_noise
+from lightning_modules.stopping import AgreedError
 from reproduce.command import command
 
 REAL = Path(__file__).resolve().parent.parent / "data"
@@ -1064,11 +1065,12 @@ def test_missing_files_end_all_processes(name, tmp_path, monkeypatch):
         assert one_line(error) == line
 
 
+@pytest.mark.parametrize("kind", [SharedError, AgreedError])
 @pytest.mark.parametrize(("rank", "code"), [(0, "error: no files"), (1, 0)])
-def test_one_process_says_what_all_have_noticed(rank, code, monkeypatch):
+def test_one_process_says_what_all_have_noticed(rank, code, kind, monkeypatch):
     @command
     def main():
-        raise SharedError("no files")
+        raise kind("no files")
 
     monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
     with pytest.raises(SystemExit) as stop:

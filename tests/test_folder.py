@@ -368,6 +368,8 @@ def test_crops_of_evaluation_are_in_the_middle(tmp_path, cache):
     assert images(data.val) == images(plain.val)
     assert images(data.test) == images(plain.test)
     assert data.content_hash == plain.content_hash
+    assert lefts(data.unaugmented("train"), 0, n=4) == [6] * 4  # FID's reference
+    assert images(data.unaugmented("train")) == images(plain.train)
 
 
 def test_a_copy_for_another_process_opens_the_file_itself(tmp_path, cache):

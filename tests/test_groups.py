@@ -10,6 +10,7 @@ from results.formats import averaged, mean_and_error
 from results.groups import (
     comparison_of,
     marks,
+    measured,
     rank_without_claim,
     seed_groups,
     settings_cells,
@@ -51,6 +52,27 @@ def test_a_seed_counts_once():
     """A repetition would make the error look smaller than it is."""
     runs = [run("a", seed=0), run("b", seed=0), run("c", seed=1), run("d", seed=1)]
     assert names(seed_groups(runs)) == [["a", "c"], ["b", "d"]]
+
+
+def fid_run(name, value, n, seed, **more):
+    metrics = {"test/bpd": 3.9, "test/fid": value}
+    protocol = {"test/fid": {"n": n, "seed": seed}}
+    return run(name, seed=seed, metrics=metrics, protocol=protocol, **more)
+
+
+def test_figures_that_were_measured_in_different_ways_have_no_mean():
+    """Runs may draw other numbers of samples although they were trained alike."""
+    runs = [fid_run("a", 40.0, 50_000, 0), fid_run("b", 44.0, 50_000, 1)]
+    other = fid_run("c", 60.0, 5_000, 2)
+    without = run("d", seed=3)
+    assert names(seed_groups([*runs, other, without])) == [["a", "b", "c", "d"]]
+    apart = [["a", "b"], ["c"], ["d"]]
+    assert names(seed_groups([*runs, other, without], "test/fid")) == apart
+    assert measured(runs, "test/fid").startswith("42.0000 ± 2.0000 (n=2)")
+    assert measured([*runs, other], "test/fid") == "measured in different ways"
+    assert measured([*runs, without], "test/fid").endswith("(n=2) (2 of 3 runs)")
+    assert measured([*runs, other], "test/bpd").startswith("3.9000 ±")
+    assert measured([without], "test/fid") == "-"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from lightning_modules.quality.super_resolution import (
     ssim_rgb_uniform,
     ssim_y_gaussian,
 )
+from results.super_resolution import METRICS
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -136,9 +137,9 @@ def test_protocol_is_that_of_the_command_for_bicubic():
     from reproduce import bicubic
 
     callback = ImageQuality(SCALE, reduce, {})
-    for key, facts in bicubic.protocol(SCALE).items():
-        shared = {name: str(value) for name, value in callback.facts[key[5:]].items()}
-        assert shared.items() <= facts.items()
+    protocol = bicubic.protocol(SCALE)
+    del protocol["test/lr_psnr"]["reduction"]  # which is the module's
+    assert protocol == {f"test/{name}": callback.facts[name] for name in METRICS}
 
 
 def test_validation_has_its_own_names():
@@ -146,6 +147,11 @@ def test_validation_has_its_own_names():
     [figures] = make_trainer(callback, limit_val_batches=None).validate(
         Bicubic(), Photographs(), verbose=False
     )
+    [again] = make_trainer(callback, limit_val_batches=None).validate(
+        Bicubic(), Photographs(), verbose=False
+    )
+    assert again == figures
+    assert callback.protocol["val/psnr"]["images"] == 7  # not those of both
     names = {"psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr"}
     assert figures.keys() == {f"val/{name}" for name in names}
     assert callback.not_measured == {
@@ -199,6 +205,18 @@ def test_images_below_a_window_have_the_figures_that_are_possible(alexnet):
     assert callback.not_measured.keys() == {"test/ssim_y", "test/lpips"}
     assert "too small" in callback.not_measured["test/ssim_y"]
     assert "give at least 31 x 31" in callback.not_measured["test/lpips"]
+
+
+def test_an_error_in_a_measurement_costs_no_other_figure():
+    """A training of days would be lost with its test."""
+
+    def full(*images):
+        raise RuntimeError("CUDA error: out of memory")
+
+    callback = ImageQuality(SCALE, reduce, {})
+    callback.measures["ssim"] = full
+    assert "test/psnr" in figures_of(callback, Bicubic(n=1))
+    assert callback.not_measured["test/ssim"] == "since CUDA error: out of memory"
 
 
 def test_missing_weights_are_said_once_at_the_start(tmp_path, monkeypatch, caplog):

@@ -153,6 +153,8 @@ def test_svhn_is_read_from_its_official_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is damaged or another file .*official md5") as error:
         ood_sets.svhn(request(tmp_path))
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"put the official file there$"):  # none can be fetched
+        ood_sets.read_sets(["svhn"], request(tmp_path), "cifar10")
     monkeypatch.setattr(ood_sets, "SVHN_MD5", hashlib.md5(path.read_bytes()).hexdigest())
     found = ood_sets.svhn(request(tmp_path))
     assert as_set(found.images) == as_set(images)
@@ -257,13 +259,13 @@ def test_crops_of_photographs_are_not_resized_and_do_not_overlap(tmp_path):
 
 def test_a_photograph_is_whole_and_upright(tmp_path):
     pixels = save_image(tmp_path / "a.png", 20, 30)
-    assert np.array_equal(ood_sets.whole(tmp_path / "a.png", 3), pixels.transpose(2, 0, 1))
+    assert np.array_equal(ood_sets.read_whole(tmp_path / "a.png", 3), pixels.transpose(2, 0, 1))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     Image.fromarray(pixels).save(tmp_path / "b.png", exif=exif)
     turned = np.rot90(pixels, -1).transpose(2, 0, 1)
-    assert np.array_equal(ood_sets.whole(tmp_path / "b.png", 3), turned)
-    assert ood_sets.whole(tmp_path / "a.png", 1).shape == (1, 20, 30)
+    assert np.array_equal(ood_sets.read_whole(tmp_path / "b.png", 3), turned)
+    assert ood_sets.read_whole(tmp_path / "a.png", 1).shape == (1, 20, 30)
 
 
 def test_a_users_folder_is_read_as_score_does(tmp_path):
@@ -349,22 +351,26 @@ def test_the_figures_are_those_of_the_models_own_bits(realnvp, tmp_path, capsys)
     assert sorted(path.name for path in out.parent.iterdir()) == ["ood.json", "ood.svg"]
     assert out.with_suffix(".svg").read_text() == svg(page.histograms(content))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{out}: 2 sets; histograms in {out.with_suffix('.svg')}"
+    assert lines[-1] == f"{out}: constant, noise; histograms in {out.with_suffix('.svg')}"
     assert lines[-2] == page.verdict(content)
 
     model = load(realnvp)
     config, _ = ood.config_of(model, 0, {})
     asked = request(".", (3, 8, 8), n=24)
     own = ood.own_images(config, asked)
-    images = [own.train, own.test, ood_sets.constant(asked).images, ood_sets.noise(asked).images]
-    train, test, *others = [
+    made = [ood_sets.constant(asked).images, ood_sets.noise(asked).images]
+    images = [own.held_out, own.train, own.test, *made]
+    held_out, train, test, *others = [
         model.bits_per_dim(each, keys=score.noise_keys(list(each), 0)).double().numpy()
         for each in images
     ]
     assert content["training"]["means"]["bpd"] == pytest.approx(train.mean(), abs=1e-5)
     assert content["inside"]["means"]["bpd"] == pytest.approx(test.mean(), abs=1e-5)
+    for name, m in (("typicality_1", 1), ("typicality_m", 4)):
+        limit = detection.threshold(held_out, train.mean(), m, 0)
+        assert content["thresholds"][name] == pytest.approx(limit, abs=1e-5)
     assert [each["name"] for each in content["sets"]] == ["constant", "noise"]
-    for each, bits, pixels in zip(content["sets"], others, images[2:], strict=True):
+    for each, bits, pixels in zip(content["sets"], others, made, strict=True):
         assert (each["n"], each["not_finite"]) == (24, 0)
         assert each["auroc"]["likelihood"]["value"] == pytest.approx(by_pairs(test, bits)[0])
         for name in ("png", "webp"):
@@ -557,6 +563,16 @@ def test_a_verdict_on_a_failure_that_is_cured_for_one_set():
         "Typicality of batches of 10 cures it for flat (0.900) and lessens it for digits (0.800). "
         f"{RANKS}"
     )
+
+
+def test_a_verdict_says_nothing_of_batches_where_there_were_too_few_images():
+    flat = other("flat", 0.3, 0.02, corrected_png=0.98, typicality_1=0.95)
+    noise = other("noise", 8.0, 1.0, corrected_png=1.0, typicality_1=1.0)
+    flat["auroc"]["typicality_m"] = None
+    noise["auroc"]["typicality_m"] = None
+    text = page.verdict(recorded(flat, noise))
+    assert "Typicality of single images cures it for flat (0.950)." in text
+    assert "batches" not in text
 
 
 def test_a_verdict_without_a_failure_or_without_simpler_images():

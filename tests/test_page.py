@@ -267,21 +267,25 @@ def test_another_protocol_is_said_in_words(root):
 
 def test_what_a_run_could_not_measure_is_said_with_the_reason(root):
     reason = "the extractor's weights are missing: give metrics.inception_weights=FILE"
-    add(root, "a", not_measured={"test/fid": reason}, protocol={"test/kid": {"n": 5}})
+    reasons = {"test/fid": reason, "test/recall": f"since {reason}", "test/psnr": "no images"}
+    add(root, "a", not_measured=reasons, protocol={"test/kid": {"n": 5}})
     lines = markdown(sections(read(root)))
-    assert f"Not measured: test/fid, since {reason}" in lines
+    assert f"Not measured: test/fid, test/recall, since {reason}" in lines
+    assert "Not measured: test/psnr, since no images" in lines
     assert "* test/kid: n 5" in lines
 
 
 def test_quality_of_samples_stands_beside_its_protocol(root):
     facts = {"n": 50_000, "temperature": 0.9, "reference": "train", "reference_n": 45_000}
     metrics = {"test/bpd": 3.9, "test/fid": 46.123, "test/kid": 0.0312}
-    add(root, "a", metrics=metrics, protocol={"test/fid": facts})
+    metrics |= {"test/recall": 0.25}
+    protocol = {"test/fid": facts, "test/kid": facts, "test/recall": facts | {"n": 10_000}}
+    add(root, "a", metrics=metrics, protocol=protocol)
     add(root, "b")
     lines = markdown(sections(read(root)))
     start = lines.index("## Quality of samples")
     rows = [line for line in lines[start : start + 8] if line.startswith("| [")]
-    figures = "46.12 | 0.0312 | - | - | - | 50000 | 0.9 | train | 45000 | - | - |"
+    figures = "46.12 | 0.0312 | - | - | 0.25 (n=10,000) | 50,000 | 0.9 | train | 45,000 | - | - |"
     assert rows == [f"| [flow_cifar10/a](#flow_cifar10-a) | {figures}"]
 
 
@@ -296,6 +300,8 @@ def test_time_to_target_is_that_of_the_first_validation_below_it(root):
     below = {"images": 25_600, "seconds": 240.0, "val/bpd": 3.7}
     limited = {"data": {"name": "cifar10"}, "trainer": {"limit_val_batches": 4}}
     add(root, "d", curve=[*CURVE, below], config=limited)
+    start = {"model": "a", "experiment": "flow_cifar10", "commit": None, "sha256": "0" * 64}
+    add(root, "e", curve=[*CURVE, below], init_from=start)
     [table] = [block for block in targets.section(read(root)) if isinstance(block, Table)]
     assert table.columns[-5:] == ["4.00", "3.70", "3.49", "3.39", "3.35"]
     assert [row[0].partition("]")[0] for row in table.rows] == [
@@ -350,8 +356,8 @@ def test_of_each_setting_on_a_kind_of_machine_the_newest_is_shown_the_others_are
     assert heading == Heading("a CPU", 3)
     assert [row[0] for row in table.rows] == [
         "glow K32 B16, 2 threads",
-        "glow K8 B16, 1 threads",
-        "realnvp K8 B16, 1 threads",
+        "glow K8 B16, 1 thread",
+        "realnvp K8 B16, 1 thread",
     ]
     assert isinstance(fold, Fold)
     assert fold.title == "All columns of these 3 measurements, and 1 older"

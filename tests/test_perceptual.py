@@ -1,6 +1,8 @@
 """LPIPS: its definition, its weights, and what it refuses."""
 
 from pathlib import Path
+from socket import gaierror
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -125,11 +127,23 @@ def test_missing_weights_are_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def refuse(url, timeout):
-        raise OSError("no network")
+        raise URLError("no address") from gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(extractors.urllib.request, "urlopen", refuse)
-    with pytest.raises(WeightsMissing, match=r"alexnet-owt-7be5be79\.pth could not be downloaded"):
+    file = r"https://.*/alexnet-owt-7be5be79\.pth"
+    problem = "could not be downloaded: Name or service not known"
+    with pytest.raises(WeightsMissing, match=f"^{file} {problem}$"):
         Lpips()
+
+
+def test_a_damaged_file_in_the_cache_is_to_be_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = extractors.hub_file(BACKBONES["alex"].url)
+    path.parent.mkdir(parents=True)
+    path.write_text("half a file")
+    with pytest.raises(WeightsMissing, match=r"is damaged.*; delete it, so that"):
+        Lpips()
+    assert path.read_text() == "half a file"
 
 
 def test_the_hub_cache_is_read(tmp_path, monkeypatch, weights):

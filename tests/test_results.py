@@ -945,6 +945,14 @@ def test_usage(root, argv, capsys):
     )
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["table", "-h"]])
+def test_help_names_what_is_written(root, argv, capsys):
+    assert main(argv, root) == 0
+    text = capsys.readouterr().out
+    assert "results/index.html" in text
+    assert "usage: python -m results" in text
+
+
 def test_a_mistake_is_told_where_the_error_output_is_closed(root, capsys, monkeypatch):
     """`2>&-` in a shell."""
     monkeypatch.setattr("sys.stderr", None)

@@ -1,6 +1,8 @@
 """Image quality of samples: the extractor's weights, distances of distributions, the callback."""
 
 import pickle
+from collections.abc import Callable
+from http.client import BadStatusLine
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning_modules.density import DensityModule
 from lightning_modules.quality import extractors
 from lightning_modules.quality.distributions import (
     METRICS,
+    Comparison,
     compare_distributions,
     frechet_distance,
 )
@@ -30,6 +33,7 @@ from lightning_modules.quality.extractors import (
     inception_architecture,
     read_weights,
 )
+from lightning_modules.stopping import AgreedError
 
 
 def small_network() -> nn.Module:
@@ -112,12 +116,20 @@ def no_network(*arguments: object, **options: object) -> None:
     raise OSError(101, "Network is unreachable")
 
 
+def no_server(*arguments: object, **options: object) -> None:
+    raise BadStatusLine("a page to log in")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(no_network, "Network is unreachable"), (no_server, "a page to log in")],
+)
 def test_weights_that_cannot_be_had_are_a_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: Callable, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(extractors.urllib.request, "urlopen", no_network)
-    with pytest.raises(WeightsMissing, match="Network is unreachable"):
+    monkeypatch.setattr(extractors.urllib.request, "urlopen", answer)
+    with pytest.raises(WeightsMissing, match=f"^https://.*could not be downloaded: .*{reason}$"):
         Inception()
     assert not list(tmp_path.rglob("*.part"))
 
@@ -344,6 +356,9 @@ def test_few_samples_are_measured_in_training_under_another_name(tmp_path: Path)
     assert {"val/fid_1k", "val/kid_1k"} <= trainer.callback_metrics.keys()
     assert callback.protocol["val/fid_1k"]["n"] == 1000
     assert callback.state_dict() == {"measured_at": 2}
+    again = quality(tmp_path, small_n=1000, every_n_steps=2)
+    again.load_state_dict(callback.state_dict())  # a resumed run keeps the distance
+    assert again.measured_at == 2
 
 
 def _on_ranks(rank: int, folder: Path, ranks: int) -> dict[str, float]:
@@ -360,11 +375,69 @@ def test_two_ranks_give_the_figures_of_one(tmp_path: Path) -> None:
         assert first[f"test/{name}"] == second[f"test/{name}"] == alone[f"test/{name}"]
 
 
+class Failing(MeanColour):
+    """An extractor for which there is no memory."""
+
+    def __call__(self, images: Tensor) -> Features:
+        raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("at", ["samples", "comparison", "images"])
+def test_an_error_in_a_measurement_costs_no_other_figure(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of days would be lost with its test."""
+    callback = quality(tmp_path, n=20)
+    if at == "samples":
+        callback.make_extractor = lambda path: Failing()
+        expected = "since samples cannot be drawn: CUDA error: out of memory"
+    elif at == "comparison":
+        name = "lightning_modules.callbacks.sample_quality.compare_distributions"
+        monkeypatch.setattr(name, lambda *parts: int("x" * bool(parts)))
+        expected = "since samples cannot be compared: invalid literal"
+    else:
+        monkeypatch.setattr(RandomImages, "unaugmented", lambda *_: [])
+        expected = "since there are 0 train images: give another quality.reference"
+    figures = measured(callback)
+    assert "test/bpd" in figures
+    assert callback.protocol == {}
+    assert callback.not_measured.keys() == {f"test/{name}" for name in METRICS}
+    assert callback.not_measured["test/fid"].startswith(expected)
+
+
+def _failing_on_one(rank: int, folder: Path) -> tuple[set[str], str]:
+    kind = [MeanColour, Failing][rank]
+    callback = quality(folder, n=20)
+    callback.make_extractor = lambda path: kind()
+    trainer = make_trainer(callback, devices=2, num_nodes=1)
+    trainer.test(density(), datamodule=RandomImages(), verbose=False)
+    return set(trainer.callback_metrics), callback.not_measured["test/fid"]
+
+
+def test_no_rank_waits_for_one_that_fails(tmp_path: Path) -> None:
+    for figures, why in on_two_ranks(tmp_path, _failing_on_one, tmp_path):
+        assert "test/bpd" in figures
+        assert why == "since samples cannot be drawn: CUDA error: out of memory"
+
+
+def test_a_figure_that_is_no_number_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "lightning_modules.callbacks.sample_quality.compare_distributions"
+    comparison = Comparison({"fid": float("nan"), "kid": 0.5}, {"fid": {}, "kid": {}})
+    monkeypatch.setattr(name, lambda *_: comparison)
+    callback = quality(tmp_path, n=20)
+    figures = measured(callback)
+    assert figures["test/kid"] == 0.5
+    assert "test/fid" not in figures.keys() | callback.protocol.keys()
+    assert callback.not_measured["test/fid"] == "since it is nan, no number"
+
+
 def test_a_users_wrong_weights_end_the_run_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(small_network().state_dict(), path)
     callback = SampleQuality(4, weights=path)
-    with pytest.raises(ValueError, match="holds the weights of another network: it lacks"):
+    with pytest.raises(AgreedError, match="holds the weights of another network: it lacks"):
         measured(callback)
 
 

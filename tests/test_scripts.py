@@ -315,6 +315,20 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
     assert float(rows[1]["train/bpd"]) < 20
 
 
+def test_steps_after_the_last_validation_are_named_at_the_start(tmp_path, finished):
+    arguments = ["trainer.max_steps=5", "trainer.val_check_interval=3"]
+    run(tmp_path / "best", *arguments)
+    line = (
+        "The last 2 of 5 steps come after the last validation, so their weights are not tested: "
+        "give a multiple of trainer.val_check_interval=3 as trainer.max_steps, or "
+        "checkpoint.select=last"
+    )
+    assert (tmp_path / "best" / "log.txt").read_text().count(line) == 1
+    run(tmp_path / "last", *arguments, "checkpoint.select=last")
+    for folder in (tmp_path / "last", finished[0]):
+        assert "come after the last validation" not in (folder / "log.txt").read_text()
+
+
 def test_without_validation_batches_no_checkpoint_waits_for_them(tmp_path):
     run(
         tmp_path,

@@ -59,6 +59,18 @@ def set_at(path, value):
     return change
 
 
+def faked(figure):
+    """A change of the tested figure, with all that follows from it."""
+
+    def change(content):
+        verdict = {"gap": figure - 3.49, "status": "reproduced"}
+        content["metrics"]["test/bpd"] = figure
+        content.update(verdict)
+        content["comparisons"][0].update(verdict)
+
+    return change
+
+
 def remove(path):
     """A change that removes a key."""
 
@@ -74,7 +86,7 @@ def remove(path):
 @pytest.mark.parametrize(
     ("change", "name", "text"),
     [
-        (set_at("run", "other"), "schema", "it is of realnvp_cifar10/other, and lies in"),
+        (set_at("run", "other"), "schema", "its file has to be results/runs/realnvp_ci"),
         (set_at("config.optim.lr", 0.5), "recipe", "optim.lr is 0.5 in the row, and 0.001 by the"),
         (
             remove("config.flow.hidden_channels"),
@@ -112,12 +124,18 @@ def remove(path):
         (set_at("papers.0.value", 4.5), "claims", "realnvp.cifar10 is 3.49, and 4.5 in the row"),
         (set_at("papers.0.comparable", False), "claims", "the row is compared with"),
         (set_at("papers.0.claim", "glow.cifar10"), "claims", "the row is compared with"),
+        (faked(3.4), "curve", "test/bpd is 3.4, far better than the validation of these weights"),
         (set_at("not_measured", {"test/bpd": "no"}), "protocol", "test/bpd has a figure, and a"),
         (set_at("device", "Intel, 0 threads"), "speed", "values that cannot be read"),
     ],
 )
 def test_a_change_is_named(row, change, name, text):
-    verdict, line = verdicts(row(change))[name]
+    path = row(change)
+    check = getattr(verify, f"check_{name}", None)
+    if name in ("recipe", "curve", "budget", "claims", "protocol"):  # they read the row alone
+        [_, verdict, line] = verify.guarded(name, lambda: check(verify.read_row(path)))
+    else:
+        verdict, line = verdicts(path)[name]
     assert verdict == FAIL
     assert text in line
     assert "\n" not in line
@@ -178,6 +196,17 @@ def test_keys_that_did_not_exist_yet_count_as_their_defaults(row):
     assert verdicts(row(change))["recipe"][0] == OK
 
 
+@pytest.mark.parametrize(
+    "path", ["metrics.test/bpd", "metrics.samples/finite_T1", "curve.3.val/bpd", "curve.3.lr"]
+)
+@pytest.mark.parametrize("value", ["3.5", True, {}, 10**400])
+def test_a_figure_that_is_no_number_is_of_the_wrong_form(row, path, value):
+    [(verdict, line)] = verdicts(row(set_at(path, value))).values()
+    assert verdict == FAIL
+    assert "lacks a usable" in line
+    assert path.rpartition(".")[2] in line
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"experiment": 3}'])
 def test_another_form_is_one_line(tmp_path, text):
     path = tmp_path / "row.json"
@@ -187,9 +216,12 @@ def test_another_form_is_one_line(tmp_path, text):
     assert line.startswith(f"{path} ")
 
 
-def test_a_recipe_that_is_not_here_is_named(row):
-    lines = verdicts(row(set_at("experiment", "verify"), name="verify/cpu-seed0"))
-    assert "verify.yaml is missing" in lines["recipe"][1]
+@pytest.mark.parametrize(
+    ("name", "text"), [("verify", "verify.yaml is missing"), ("base", "base.yaml has no data")]
+)
+def test_a_recipe_that_is_not_here_is_named(row, name, text):
+    lines = verdicts(row(set_at("experiment", name), name=f"{name}/cpu-seed0"))
+    assert text in lines["recipe"][1]
     assert "model" not in lines  # no code of that name is run
 
 
@@ -282,6 +314,29 @@ def test_a_test_on_other_settings_is_a_note(finished, capsys):
     assert line == "note  figure   not compared: data.n_test=16 makes another test"
 
 
+def test_figures_of_samples_are_tested_again_or_named(finished, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"] |= {"test/fid": 40.0, "test/precision": 0.5, "test/psnr": 20.0}
+    result["protocol"] = {"test/fid": {"n": 16}, "test/precision": {"n": 8}}
+    (folder / "result.json").write_text(json.dumps(result))
+    verify.main([str(folder), "data.num_workers=0"])
+    texts = capsys.readouterr().out.splitlines()[-1].split("; ")
+    assert texts[-3:] == [
+        "test/fid: not tested again: give quality.n=16",
+        "test/precision: not tested again: give quality.n=16",
+        "test/psnr: not tested again",
+    ]
+    weights = tmp_path / "none.pth"
+    with pytest.raises(SystemExit) as stop:
+        verify.main([str(folder), "quality.n=16", f"metrics.inception_weights={weights}"])
+    assert stop.value.code.endswith("checks failed: figure")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "metrics.inception_weights: " in line
+    assert "none.pth is no file" in line
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -295,6 +350,12 @@ def test_a_mistake_is_one_line(words, message):
         verify.main(words)
     assert stop.value.code.startswith(message)
     assert "\n" not in stop.value.code
+
+
+def test_without_data_the_figure_is_not_tested_again_and_a_line_says_so(capsys):
+    verify.main([ROW])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "note  figure   not tested again: give data.root=FOLDER, where the data are"
 
 
 def test_without_weights_a_figure_cannot_be_tested(capsys):

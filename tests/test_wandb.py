@@ -649,6 +649,11 @@ def test_a_wandb_that_dies_at_the_end_ends_nothing(tmp_path, alone, caplog):
     close(0)
     assert wandb.run is None
     assert "this run continues without it" in caplog.text
+    n_lines = len(caplog.messages)
+    for stream in (sys.stdout, sys.stderr):
+        print("a later line of the program", file=stream)
+    time.sleep(0.5)  # wandb would send it from a thread of its own
+    assert len(caplog.messages) == n_lines
 
 
 def test_where_the_home_is_read_only_wandb_writes_into_the_run(tmp_path, alone):

@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, distributed
+from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_modules.checkpoint_io import reason as reason_of
 from lightning_modules.checks import check_count
 from lightning_modules.metrics import image_mean
 from lightning_modules.quality.extractors import WeightsMissing
@@ -25,10 +26,11 @@ from lightning_modules.quality.super_resolution import (
     ssim_rgb_uniform,
     ssim_y_gaussian,
 )
+from lightning_modules.ranks import everywhere
 
 LPIPS_NAMES = {"alex": "lpips", "vgg": "lpips_vgg"}
-T = TypeVar("T")
 AVERAGE = "mean over images"
+ROUNDING = "to the nearest level"  # of images to uint8
 LEAST_SHARE = 0.0001  # a share of images that is not zero is not shown as zero
 
 # Measures images by (image, reference, low_res), each (B, 3, ., .) uint8, as (B,) values.
@@ -133,7 +135,7 @@ class ImageQuality(L.Callback):
     def _add(self, lpips: Lpips) -> None:
         name = LPIPS_NAMES[lpips.net]
         self.measures[name] = without_low_res(lpips)
-        self.facts[name] = {**lpips.protocol, "average": AVERAGE}
+        self.facts[name] = {**lpips.protocol, "average": AVERAGE, "rounding": ROUNDING}
         if not lpips.is_published:
             rank_zero_info(
                 f"LPIPS by weights of SHA-256 {lpips.sha256[:8]}, which are not the published "
@@ -259,16 +261,19 @@ class ImageQuality(L.Callback):
         reference = levels(outputs.high_res)
         samples = levels(outputs.samples)
         for name, measure in self.measures.items():
-            if name in self.reasons:
-                continue
-            try:
-                self._add_values(name, measure(samples[0], reference, low_res))
-            except ValueError as error:
-                self.reasons[name] = f"since {error}"
+            self._add_values(name, functools.partial(measure, samples[0], reference, low_res))
         if len(samples) > 1:
-            self._add_values("diversity", diversity(samples))
+            self._add_values("diversity", functools.partial(diversity, samples))
 
-    def _add_values(self, name: str, values: Tensor) -> None:
+    def _add_values(self, name: str, measured: Callable[[], Tensor]) -> None:
+        """Add the values of a batch to a mean; or note why there are none, which ends no run."""
+        if name in self.reasons:
+            return
+        try:
+            values = measured()
+        except Exception as error:  # images that are too small, a GPU whose memory is full
+            self.reasons[name] = f"since {reason_of(error) or type(error).__name__}"
+            return
         if name not in self.means:
             self.means[name] = mean_on(values.device)
         self.means[name].update(values)
@@ -323,20 +328,20 @@ def of_image_alone(measure: Callable[[Tensor], Tensor]) -> Measure:
 
 def facts_of(scale: int) -> dict[str, dict[str, Any]]:
     """What each metric but LPIPS and NIQE depends on, by the metric's name."""
-    rgb = {"definition": "rgb", "crop": 0, "average": AVERAGE}
+    common = {"average": AVERAGE, "rounding": ROUNDING}
+    rgb = {"definition": "rgb", "crop": 0} | common
     y = {
         "definition": "y",
         "crop": scale,
         "luma": "ITU-R BT.601, 16 to 235, not rounded",
-        "average": AVERAGE,
-    }
+    } | common
     return {
         "psnr": rgb,
         "ssim": rgb | {"window": "uniform 7 x 7", "covariance": "unbiased"},
         "psnr_y": y,
         "ssim_y": y | {"window": "Gaussian 11 x 11, deviation 1.5"},
-        "lr_psnr": {"definition": "rgb", "average": AVERAGE},
-        "diversity": {"definition": "unbiased deviation, uint8", "average": AVERAGE},
+        "lr_psnr": {"definition": "rgb"} | common,
+        "diversity": {"definition": "unbiased deviation, uint8"} | common,
     }
 
 
@@ -352,15 +357,6 @@ def levels(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     return as_uint8(images.float())  # 16 bits are too few for the rounding
-
-
-def everywhere(value: T) -> list[T]:
-    """The value of each rank, on every rank."""
-    if not distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 def combined(parts: list[Part]) -> Part:

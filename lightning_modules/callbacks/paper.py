@@ -7,6 +7,7 @@ import lightning.pytorch as L
 
 from lightning_modules.lightning_internals import forget_metrics
 from results import own_decimals, printed
+from results.formats import by_text
 
 COLUMNS = ("experiment", "metric", "paper", "ours", "gap", "status", "note")
 
@@ -102,11 +103,12 @@ def comparison_rows(result: Mapping[str, Any]) -> list[tuple]:
 def comparison_table(result: Mapping[str, Any]) -> str:
     """The table at the end of a run: a row for each test metric, claim and note.
 
-    It has the COLUMNS but the last one: notes are long, and follow in lines of their own.
+    It has the COLUMNS but the last one: notes are long, and follow in lines of their own,
+    each of them once.
     """
     claims = {comparison["metric"]: comparison for comparison in result["comparisons"]}
     rows = [COLUMNS[:-1]]
-    notes = []
+    notes = {}
     for experiment, metric, value, ours, gap, status, note in comparison_rows(result):
         claim = claims.get(metric, {})
         numbers = (
@@ -116,11 +118,12 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         )
         rows.append((experiment, metric, *numbers, status))
         if note:
-            notes.append(f"{metric}: {note}")
+            notes[metric] = note
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
     header, *body = lines
-    return "\n".join([header, "-" * len(header), *body, *notes])
+    below = [f"{metrics}: {note}" for note, metrics in by_text(notes).items()]
+    return "\n".join([header, "-" * len(header), *body, *below])

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -22,28 +22,28 @@ from flows.caching import cached
 from lightning_modules.callbacks.samples import as_levels, evaluating
 from lightning_modules.checkpoint_io import reason
 from lightning_modules.checks import check_count
-from lightning_modules.numerics import FAILURES
 from lightning_modules.objective import Objective, as_objective, data_of
 from lightning_modules.precision import evaluation
-from lightning_modules.quality.distributions import METRICS, compare_distributions
+from lightning_modules.quality.distributions import (
+    LEAST,
+    METRICS,
+    Comparison,
+    compare_distributions,
+)
 from lightning_modules.quality.extractors import Extractor, Features, Inception, WeightsMissing
+from lightning_modules.ranks import everywhere
+from lightning_modules.stopping import AgreedError
 from results import is_number
 from results.files import write
 
 SPLITS = ("train", "val", "test")
 THOUSAND = 1000  # figures on few samples are named by thousands of samples
+LEAST_SHARE = 0.0001  # a share of samples that is not zero is not shown as zero
+T = TypeVar("T")
 
 
-class Drawn(NamedTuple):
-    """The features of all samples, on every rank.
-
-    features: (n, d). logits: (n, c) or None. not_finite: how many samples are not finite, in which
-    case there are no features.
-    """
-
-    features: Tensor
-    logits: Tensor | None
-    not_finite: int
+class NotMeasured(Exception):
+    """Raised on all ranks at the same point: there are no figures. The message says why."""
 
 
 class SampleQuality(L.Callback):
@@ -59,7 +59,8 @@ class SampleQuality(L.Callback):
     and the batches are shared by all ranks, so that any number of ranks gives the same figures.
 
     `protocol` tells what each figure depends on, and `not_measured` why a metric has no figure.
-    Training goes on where the network's weights are missing, or where samples are not finite.
+    Training goes on where the network's weights are missing, where samples are not finite, and
+    where something else goes wrong, such as a GPU whose memory is full.
 
     Args:
         n: how many samples are drawn at the end of a run; 0: none.
@@ -139,37 +140,40 @@ class SampleQuality(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the network at the start of a run, not when it is needed for the first time.
 
-        Raises ValueError, one line: `weights` cannot be used.
+        Raises AgreedError, one line: `weights` cannot be used.
         """
         is_used = self.n > 0 or (stage == "fit" and self.every_n_steps is not None)
         if not is_used or self.extractor is not None or self.obstacle is not None:
             return
         objective = as_objective(pl_module)
         if not models_images(objective):
-            self.obstacle = "the data are no images with one channel or three"
+            self.obstacle = "since the data are no images with one channel or three"
             return
         self.obstacle = self._load_extractor(trainer)
+        extractor = cast(Extractor, self.extractor)
         if self.obstacle is not None:
             rank_zero_info(f"FID and the other figures of samples: not measured, {self.obstacle}")
+        elif not extractor.is_published:
+            rank_zero_info(
+                f"FID by weights of SHA-256 {extractor.sha256[:8]}, which are not the published "
+                "ones: it compares with no figure in a paper"
+            )
 
     def _load_extractor(self, trainer: L.Trainer) -> str | None:
         """Load the network on every rank; what keeps one of the ranks from it, in words.
 
         The first process of a machine loads it first, since it may download the weights. All ranks
-        raise the ValueError of a file that one of them cannot use: none may wait for another.
+        raise the error of a file that one of them cannot use: none may wait for another.
         """
         own: tuple[str | None, str | None] = (None, None)
         for is_first in (True, False):
             if is_first == (trainer.local_rank == 0):
                 own = self._try_extractor()
             trainer.strategy.barrier()
-        gathered: list[Any] = [own]
-        if distributed.is_initialized():
-            gathered = [own] * trainer.world_size
-            distributed.all_gather_object(gathered, own)
+        gathered = everywhere(own)
         for _, mistake in gathered:
             if mistake is not None:
-                raise ValueError(f"metrics.inception_weights: {mistake}")
+                raise AgreedError(f"metrics.inception_weights: {mistake}")
         return next((obstacle for obstacle, _ in gathered if obstacle is not None), None)
 
     def _try_extractor(self) -> tuple[str | None, str | None]:
@@ -216,23 +220,21 @@ class SampleQuality(L.Callback):
         suffix: str,
         names: tuple[str, ...],
     ) -> None:
-        """Draw n samples, compare them with the reference, and log `<prefix><name><suffix>`."""
+        """Draw n samples, compare them with the reference, and log `<prefix><name><suffix>`.
+
+        No error of it ends a run: a training that may have taken days is worth more than a figure.
+        """
         extractor = cast(Extractor, self.extractor)
         objective = as_objective(pl_module)
-        with evaluating(objective), evaluation(objective.device.type):
-            obstacle, drawn = self._draw(trainer, objective, n)
-            if drawn is None:
-                self._give_up(cast(str, obstacle), prefix, suffix, names)
-                rank_zero_info(f"FID and the other figures of samples: not measured, {obstacle}")
-                return
-            reference = self._reference(trainer, objective)
-        figures: dict[str, float] = {}
-        facts: dict[str, dict[str, Any]] = {}
-        if trainer.is_global_zero:
-            figures, facts = compare_distributions(
-                drawn.features, reference, drawn.logits, self.seed
-            )
-        figures, facts = trainer.strategy.broadcast((figures, facts))
+        try:
+            with evaluating(objective), evaluation(objective.device.type):
+                drawn = self._draw(trainer, objective, n)
+                reference = self._reference(trainer, objective)
+            figures, facts = self._compare(trainer, drawn, reference)
+        except NotMeasured as obstacle:
+            self._give_up(str(obstacle), prefix, suffix, names)
+            rank_zero_info(f"FID and the other figures of samples: not measured, {obstacle}")
+            return
         common = {
             "n": n,
             "temperature": float(self.temperature),
@@ -246,6 +248,7 @@ class SampleQuality(L.Callback):
             "statistics": "float64",
             "images": "uint8",
             "seed": self.seed,
+            "batch_size": self.batch_size,  # each batch of samples has a seed of its own
         }
         for name in names:
             key = f"{prefix}{name}{suffix}"
@@ -254,13 +257,11 @@ class SampleQuality(L.Callback):
             if name not in figures:
                 self.not_measured[key] = absence(name, extractor)
                 continue
+            if not math.isfinite(figures[name]):
+                self.not_measured[key] = f"since it is {figures[name]}, no number"
+                continue
             self.protocol[key] = common | facts[name]
             pl_module.log(key, figures[name])
-        if not extractor.is_published:
-            rank_zero_info(
-                f"FID by weights of SHA-256 {extractor.sha256[:8]}, which are not the published "
-                "ones: it compares with no figure in a paper"
-            )
 
     def _give_up(self, obstacle: str, prefix: str, suffix: str, names: tuple[str, ...]) -> None:
         for name in names:
@@ -268,85 +269,103 @@ class SampleQuality(L.Callback):
             self.protocol.pop(key, None)
             self.not_measured[key] = obstacle
 
-    def _draw(
+    def _draw(self, trainer: L.Trainer, objective: Objective, n: int) -> Features:
+        """The features of n samples, on every rank. Raises NotMeasured."""
+        rows, n_wrong = together(
+            "samples cannot be drawn", lambda: self._own_samples(trainer, objective, n)
+        )
+        n_wrong = sum(everywhere(n_wrong))
+        if n_wrong:
+            share = max(n_wrong / n, LEAST_SHARE)
+            raise NotMeasured(
+                f"since {share:.2%} of {n:,} samples at T={self.temperature:g} are not finite: "
+                "give a lower quality.temperature, or see Stability in results/index.html"
+            )
+        layer = self._gathered(trainer, [part.layer for part in rows], n, objective.device)
+        has_logits = everywhere(bool(rows) and rows[0].logits is not None)
+        if not has_logits[0]:
+            return Features(layer, None)
+        logits = [cast(Tensor, part.logits) for part in rows]
+        return Features(layer, self._gathered(trainer, logits, n, objective.device))
+
+    def _own_samples(
         self, trainer: L.Trainer, objective: Objective, n: int
-    ) -> tuple[str | None, Drawn | None]:
-        """The features of n samples, or why there are none. Every rank gets the same."""
-        n_batches = math.ceil(n / self.batch_size)
+    ) -> tuple[list[Features], int]:
+        """The features of this rank's samples by batch, and how many samples are not finite.
+
+        The features are complete only if all samples are finite.
+        """
         rows: list[Features] = []
         n_wrong = 0
-        failure: str | None = None
         with cached(objective.trained):
-            for k in self._own(trainer, n_batches, "samples"):
-                try:
-                    batch = objective.draw(
-                        self.batch_size, self.temperature, batch_seed(self.seed, k)
-                    )
-                except FAILURES as error:
-                    failure = f"since samples cannot be drawn: {reason(error)}"
-                    break
+            for k in self._own(trainer, math.ceil(n / self.batch_size), "samples"):
+                seed = batch_seed(self.seed, k)
+                batch = objective.draw(self.batch_size, self.temperature, seed)
                 if batch is None:
-                    failure = "since the model draws samples for given contexts alone"
-                    break
+                    raise NotMeasured("since the model draws samples for given contexts alone")
                 batch = batch[: n - k * self.batch_size]
                 n_wrong += int((~batch.isfinite().flatten(1).all(1)).sum())
                 if n_wrong == 0:
                     levels = in_colour(as_levels(batch, objective.n_bits or 8))
                     rows.append(cast(Extractor, self.extractor)(levels))
-        failures = [failure]
-        counts = [n_wrong]
-        if distributed.is_initialized():
-            failures = [None] * trainer.world_size
-            counts = [0] * trainer.world_size
-            distributed.all_gather_object(failures, failure)
-            distributed.all_gather_object(counts, n_wrong)
-        for each in filter(None, failures):
-            return each, None
-        if sum(counts):
-            share = max(sum(counts) / n, 0.0001)
-            text = (
-                f"since {share:.2%} of {n:,} samples at T={self.temperature:g} are not finite: "
-                "give a lower quality.temperature, or see Stability in results/README.md"
-            )
-            return text, None
-        features = self._gathered(trainer, [part.layer for part in rows], n, objective.device)
-        logits = None
-        has_logits = [bool(rows) and rows[0].logits is not None]
-        if distributed.is_initialized():
-            distributed.broadcast_object_list(has_logits, src=0)
-        if has_logits[0]:
-            parts = [cast(Tensor, part.logits) for part in rows]
-            logits = self._gathered(trainer, parts, n, objective.device)
-        return None, Drawn(features, logits, 0)
+        return rows, n_wrong
+
+    def _compare(self, trainer: L.Trainer, drawn: Features, reference: Tensor) -> Comparison:
+        """The figures, which rank 0 computes, on every rank. Raises NotMeasured."""
+
+        def on_one_rank() -> Comparison:
+            if not trainer.is_global_zero:
+                return Comparison({}, {})
+            return compare_distributions(drawn.layer, reference, drawn.logits, self.seed)
+
+        return trainer.strategy.broadcast(together("samples cannot be compared", on_one_rank))
 
     def _reference(self, trainer: L.Trainer, objective: Objective) -> Tensor:
-        """The features of the reference images, (m, d), on every rank; from the cache if there."""
+        """The features of the reference images, (m, d), on every rank; from the cache if there.
+
+        Raises NotMeasured.
+        """
         if self.reference_features is not None:
             return self.reference_features
+        problem = "the reference images cannot be read"
+        data, n, path, features = together(problem, lambda: self._look_up(trainer, objective))
+        if not all(everywhere(features is not None)):  # all compute where one has no file
+            rows = together(problem, lambda: self._own_images(trainer, objective, data, n))
+            features = self._gathered(trainer, rows, n, objective.device)
+            if trainer.is_global_zero and path is not None:
+                keep_features(path, features)
+        self.reference_features = cast(Tensor, features)
+        return self.reference_features
+
+    def _look_up(
+        self, trainer: L.Trainer, objective: Objective
+    ) -> tuple[Dataset, int, Path | None, Tensor | None]:
+        """The reference images, how many of them are taken, their file in the cache, its features.
+
+        Without a cache there is no file.
+        """
         data = self._images(trainer)
         n = len(cast(Any, data))
         if self.reference_n is not None:
             n = min(n, self.reference_n)
-        path: Path | None = None
-        features: Tensor | None = None
-        if self.cache is not None:
-            path = self.cache / f"{self._fingerprint(data, n, objective)}.safetensors"
-            features = read_features(path, n)
-        if distributed.is_initialized():  # all ranks compute where one of them has no file
-            everywhere = [False] * trainer.world_size
-            distributed.all_gather_object(everywhere, features is not None)
-            if not all(everywhere):
-                features = None
-        if features is None:
-            rows = []
-            for k in self._own(trainer, math.ceil(n / self.batch_size), "reference images"):
-                images = self._batch(data, k, n, objective).to(objective.device)
-                rows.append(cast(Extractor, self.extractor)(in_colour(images)).layer)
-            features = self._gathered(trainer, rows, n, objective.device)
-            if trainer.is_global_zero and path is not None:
-                keep_features(path, features)
-        self.reference_features = features
-        return features
+        if n < LEAST:
+            raise NotMeasured(
+                f"since there are {n} {self.reference} images: give another quality.reference"
+            )
+        if self.cache is None:
+            return data, n, None, None
+        path = self.cache / f"{self._fingerprint(data, n, objective)}.safetensors"
+        return data, n, path, read_features(path, n)
+
+    def _own_images(
+        self, trainer: L.Trainer, objective: Objective, data: Dataset, n: int
+    ) -> list[Tensor]:
+        """The features of this rank's reference images, by batch."""
+        rows = []
+        for k in self._own(trainer, math.ceil(n / self.batch_size), "reference images"):
+            images = self._batch(data, k, n, objective).to(objective.device)
+            rows.append(cast(Extractor, self.extractor)(in_colour(images)).layer)
+        return rows
 
     def _images(self, trainer: L.Trainer) -> Dataset:
         """The reference split, without augmentation."""
@@ -400,6 +419,26 @@ class SampleQuality(L.Callback):
         return in_order.double().cpu()
 
 
+def together(problem: str, make: Callable[[], T]) -> T:
+    """What `make` returns on this rank. All ranks have to call it.
+
+    Raises NotMeasured on all ranks: there has been an error on one of them.
+    problem: what is not possible then, for the message.
+    """
+    value: T | None = None
+    failure: str | None = None
+    try:
+        value = make()
+    except NotMeasured as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"since {problem}: {reason(error) or type(error).__name__}"
+    for each in everywhere(failure):
+        if each is not None:
+            raise NotMeasured(each)
+    return cast(T, value)
+
+
 def models_images(objective: Objective) -> bool:
     """Whether the data of an objective are images with one channel or three."""
     shape = objective.shape
@@ -441,4 +480,7 @@ def keep_features(path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, safetensors_bytes(dict(content)))
     except OSError as error:
-        rank_zero_info(f"the features of the images are not kept: {reason(error)}")
+        rank_zero_info(
+            f"the features of the images are not kept: {path.parent} cannot be written "
+            f"({reason(error)})"
+        )

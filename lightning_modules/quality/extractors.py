@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import urllib.request
+import warnings
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -138,8 +140,26 @@ def published_weights(
         if not path.is_file():
             download(url, path, sha256)
         return read_weights(path, expected, unused)
-    except (OSError, ValueError) as error:
-        raise WeightsMissing(reason(error)) from error
+    except OSError as error:
+        raise WeightsMissing(described(error)) from error
+    except ValueError as error:
+        again = "delete it, so that it is downloaded again"
+        raise WeightsMissing(f"{error}; {again}") from error
+
+
+def described(error: OSError | ValueError | HTTPException) -> str:
+    """An error in one line, with the file that the operating system's message does not name.
+
+    >>> described(PermissionError(13, "Permission denied", "/cache/torch"))
+    '/cache/torch: Permission denied'
+    >>> described(OSError("https://host/file could not be downloaded"))
+    'https://host/file could not be downloaded'
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if error.args and error.args[0] == str(error):  # a message of ours, whose cause is in it
+        return " ".join(str(error).split())
+    return reason(error)
 
 
 def hub_file(url: str) -> Path:
@@ -156,20 +176,19 @@ def download(url: str, path: Path, sha256: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     hashed = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                while block := answer.read(1 << 20):
-                    hashed.update(block)
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)  # before 100 MB come in vain
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, part.open("wb") as file:
+            while block := answer.read(1 << 20):
+                hashed.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
         if not hashed.hexdigest().startswith(sha256):
             raise OSError(f"the download is damaged: its SHA-256 does not begin with {sha256}")
         part.replace(path)
         flush_folder(path.parent)
-    except (OSError, ValueError) as error:  # HTTP's errors are of either kind
-        raise OSError(f"{url} could not be downloaded: {reason(error)}") from error
+    except (OSError, ValueError, HTTPException) as error:  # errors of HTTP are of all these kinds
+        raise OSError(f"{url} could not be downloaded: {described(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -221,7 +240,9 @@ def _content(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other kinds of pickles, which fail or load
+            return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: {reason(error)}") from error
     except Exception as error:  # damaged files raise errors of many kinds
