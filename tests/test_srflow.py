@@ -252,26 +252,29 @@ def test_one_encoding_serves_all_samples_and_images():
     ids=["DF2K-4x", "DF2K-8x", "CelebA-8x"],
 )
 def test_parameters_are_those_of_the_released_models(options, encoder, flow):
-    """Without the 352,163 that get no gradient there: of an image's layers, and of an unused one.
-
-    L and U of a decomposed 1x1 convolution are C x C matrices each, of which one half is not used:
-    a surplus of C^2 - C, and of C for the log-scales, in each.
-    """
+    """Without the 352,163 that get no gradient there: an image's layers, and unused ones."""
     image_layers = 2 * (64 * 64 * 9 + 64) + 64 * 3 * 9 + 3
     unused = 352_163 - image_layers
     with torch.device("meta"):
-        plain = SRFlow(permutation="invertible_plain", **options)
-        decomposed = SRFlow(**options)
-    of_encoder = sum(p.numel() for p in plain.context_encoder.parameters())
+        model = SRFlow(permutation="invertible_plain", **options)
+        network = RRDB(model.scale, len(model.context_encoder.blocks))
+    of_encoder = count(model.context_encoder)
     assert of_encoder == encoder - image_layers
-    assert sum(p.numel() for p in plain.parameters()) - of_encoder == flow - unused
-    surplus = sum(p.numel() for p in decomposed.parameters())
-    surplus -= sum(p.numel() for p in plain.parameters())
-    channels = [12, 24, 96] if plain.n_levels == 3 else [12, 24, 48, 192]
-    assert surplus == 18 * sum(c * c + c for c in channels)
-    with torch.device("meta"):
-        network = RRDB(plain.scale, len(plain.context_encoder.blocks))
-    assert sum(p.numel() for p in network.parameters()) == encoder
+    assert count(model) - of_encoder == flow - unused
+    assert count(network) == encoder
+
+
+def test_a_decomposed_1x1_convolution_has_a_surplus_of_unused_parameters():
+    """L and U are C x C matrices with zeros on and beyond the diagonal: C^2 + C are not used."""
+    plain = count(SRFlow(permutation="invertible_plain", **TINY))
+    n_steps = 2 + 2
+    surplus = n_steps * sum(c * c + c for c in (12, 24, 96))
+    assert count(SRFlow(**TINY)) == plain + surplus
+
+
+def count(module):
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_latents_at_the_sizes_of_the_paper():
