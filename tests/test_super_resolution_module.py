@@ -35,6 +35,7 @@ from reproduce import (
     experiment,
     export,
     rrdb_bsds_x4,
+    run_folder,
     srflow_ablations,
     srflow_bsds_x4,
     temperatures,
@@ -589,6 +590,15 @@ def test_an_encoder_that_does_not_fit_is_one_line(runs, tmp_path):
         srflow_bsds_x4.main, *words, *both
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_finished_run_is_not_extended_since_its_encoder_would_be_frozen_again(runs):
+    words = [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={runs.folder / 'srflow'}"]
+    more = override(words, ["trainer.max_steps=8", "logger.name=wandb", "resume=auto"])
+    assert "optim.schedule=milestones" in refused(srflow_bsds_x4.main, *more)
+    config = compose("srflow_bsds_x4", ["optim.schedule=constant"])
+    assert run_folder.frozen_share(config) == "optim.encoder_frozen_until=0.5"
+    assert run_folder.frozen_share(compose("glow_cifar10", [])) is None
 
 
 def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
