@@ -106,9 +106,8 @@ class RRDBEncoder(nn.Module):
                 own = F.interpolate(
                     features, scale_factor=ratio, mode="bilinear", align_corners=False
                 )
-            stack = [F.interpolate(output, scale_factor=ratio) for output in outputs]
-            joined = torch.cat([own, *stack], dim=1).to(low_res.dtype)
-            levels.append(joined)
+            stack = [_resized(output, ratio) for output in outputs]
+            levels.append(torch.cat([own, *stack], dim=1).to(low_res.dtype))
         return tuple(levels)
 
     def trunk(self, low_res: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -165,6 +164,13 @@ class RRDB(nn.Module):
             h = F.leaky_relu(h, SLOPE)
         h = F.leaky_relu(self.upsampling(F.interpolate(h, scale_factor=2.0)), SLOPE)
         return self.conv_out(F.leaky_relu(self.conv_hidden(h), SLOPE)).to(low_res.dtype)
+
+
+def _resized(x: Tensor, ratio: float) -> Tensor:
+    """Images of `ratio` times the sides, by repeating or leaving out pixels."""
+    if ratio == 1:
+        return x
+    return F.interpolate(x, scale_factor=ratio)
 
 
 def doublings(scale: int) -> int:

@@ -36,11 +36,11 @@ from flows.srflow.steps import ConditionalSteps
 class SRFlow(FlowModel):
     """p(high_res | low_res) of photographs (section 3, figure 2).
 
-    | data    | scale | n_levels | encoder_blocks | stacked      | source       |
-    |---------|-------|----------|----------------|--------------|--------------|
-    | DF2K    | 4     | 3        | 23             | 1, 8, 15, 22 | authors' code |
-    | DF2K    | 8     | 4        | 23             | 1, 3, 5, 7   | authors' code |
-    | CelebA  | 8     | 4        | 8              | 1, 3, 5, 7   | authors' code |
+    | data   | scale | n_levels | encoder_blocks | stacked      | source        |
+    |--------|-------|----------|----------------|--------------|---------------|
+    | DF2K   | 4     | 3        | 23             | 1, 8, 15, 22 | authors' code |
+    | DF2K   | 8     | 4        | 23             | 1, 3, 5, 7   | authors' code |
+    | CelebA | 8     | 4        | 8              | 1, 3, 5, 7   | authors' code |
 
     Each of n_levels (L) levels is a squeeze, transition_depth steps without a coupling, and depth
     (K) conditional steps. A conditional step is an actnorm, a permutation of the channels, an
