@@ -39,6 +39,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, cast
 
@@ -271,16 +272,13 @@ def tested(model: StoredModel, config: DictConfig, device: str, run: str) -> Sto
     """
     start = time.monotonic()
     evaluation = evaluate(model, config, device)
-    figures = {
-        key: value if math.isfinite(value) else None for key, value in evaluation.figures.items()
-    }
     versions = {name: metadata.version(name) for name in PACKAGES}
     origin = model.stored.origin | {"config": plain(config)}
     result: dict[str, Any] = {
         "experiment": model.experiment,
         "run": run,
         "preset": None,
-        "metrics": figures,
+        "metrics": finite_or_null(evaluation.figures),
         "protocol": evaluation.protocol,
         "not_measured": evaluation.not_measured,
         "papers": papers_of(config),
@@ -304,6 +302,15 @@ def tested(model: StoredModel, config: DictConfig, device: str, run: str) -> Sto
     result |= results.compare_all(result)
     say(f"{table(config, evaluation, None)}\n")
     return model.stored._replace(origin=origin, result=result)
+
+
+def finite_or_null(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures for JSON, which has no NaN and no infinity: they become None.
+
+    >>> finite_or_null({"a": 1.0, "b": math.nan})
+    {'a': 1.0, 'b': None}
+    """
+    return {key: value if math.isfinite(value) else None for key, value in figures.items()}
 
 
 # ---------------------------------------------------------------------- the command
@@ -355,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
         "tensors": len(weights),
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
         "settings": released.settings,
-        "checks": {key: value if math.isfinite(value) else None for key, value in found.items()},
+        "checks": finite_or_null(found),
     }
     files: dict[str, bytes] = exported(model)
     files[RECORD] = f"{json.dumps(record, indent=1)}\n".encode()
