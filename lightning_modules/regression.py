@@ -108,6 +108,12 @@ class RegressionModule(OptimizedModule):
         self.log(name, self.eval_mean, on_step=False, on_epoch=True, prog_bar=True)
         return SuperResolved(batch[2], batch[0], images[None])
 
+    def super_resolved(self, batch: list[Tensor], n: int = 1) -> SuperResolved:
+        """The images of a batch. n: 1, since the network makes one for each."""
+        with evaluation(self.device.type), torch.no_grad():
+            images, _ = self.errors(batch)
+        return SuperResolved(batch[2], batch[0], images[None].expand(n, -1, -1, -1, -1))
+
     def reconstruct(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The middle of the true images and what the network makes of it, (B, 3, H, W) each."""
         part = middle_of(batch)

@@ -41,7 +41,7 @@ class ConditionalFlow(Protocol):
 class GreyLevelNoise(nn.Module):
     """Turns grey levels q, uint8 from 0 to 255, into x = (q + n) / 255, with noise n.
 
-        normal    n ~ N(0, std^2). The paper (Lugmayr et al. 2020, section 4.1) adds such noise.
+        normal    n ~ N(0, std^2). The paper (Lugmayr et al. 2020) adds such noise.
         uniform   n ~ U(-1/2, 1/2), so that the density of q + n bounds the probability of q.
         none      n = 0, as the authors' released code trains.
 
@@ -235,10 +235,16 @@ class SuperResolutionModule(DensityModule):
     def halvable(self, batch: list[Tensor]) -> list[Tensor]:
         """The upper left part of a batch whose low_res has sides that are multiples of `multiple`.
 
-        The flow can halve its high_res as often as it has to.
+        The flow can halve its high_res as often as it has to. Raises ValueError: it is too small.
         """
-        height = whole(batch[2].shape[2], self.multiple)
-        width = whole(batch[2].shape[3], self.multiple)
+        sides = batch[2].shape[2:]
+        height = whole(sides[0], self.multiple)
+        width = whole(sides[1], self.multiple)
+        if not height or not width:
+            raise ValueError(
+                f"a low-resolution image has {sides[0]} x {sides[1]} pixels, and this "
+                f"{self.model_name} needs {self.multiple} x {self.multiple}: leave it out"
+            )
         return part_of(batch, (0, 0), (height, width))
 
     # ----------------------------------------------------------------------------- training

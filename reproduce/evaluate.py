@@ -81,7 +81,8 @@ DEFAULTS: dict[str, object] = {"noise_samples": 0, "device": ""}
 ROUNDING = 1e-4  # of a figure (of 1, if it is smaller): what another machine may change
 OTHER_NOISE = 1e-3  # the same for re-estimated statistics on another kind of device
 SAMPLES = ("quality", "metrics", "samples")  # sections on samples and how they are measured
-# How keys of a recipe begin that the command takes.
+# How keys of a recipe begin that are for super-resolved images, and all that the command takes.
+OF_IMAGES = ("eval.", "metrics.alexnet_weights", "metrics.vgg16_weights", "metrics.lpips")
 OF_RECIPE = ("data.", "quality.", "metrics.", "eval.temperature=", "eval.samples=")
 # Keys of the data that change no figure of a test, if the files are the same.
 FREE = ("root", "download", "cache", "num_workers")
@@ -158,10 +159,11 @@ def config_of(
         if key in schema.kinds and OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, None, force_add=True)
     config = merge(config, texts, schema)
-    of_others = ["data.", "quality.n"]
-    if config.data.get("scale") is not None:  # super-resolved images are always measured
-        of_others += ["eval.", "metrics."]
-    of_samples = [key for key in texts if not key.startswith(tuple(of_others))]
+    of_images = [key for key in texts if key.startswith(OF_IMAGES)]
+    if of_images and config.data.get("scale") is None:
+        raise ConfigError(f"{of_images[0]} has no effect: {model.experiment} enlarges no images")
+    others = ("data.", "quality.n", *OF_IMAGES)
+    of_samples = [key for key in texts if not key.startswith(others)]
     if of_samples and config.quality.n == 0:
         raise ConfigError(f"{of_samples[0]} has no effect without samples: give quality.n=N, too")
     free = list(FREE)

@@ -17,6 +17,7 @@ from reproduce.run_folder import (
     SAME,
     changed_settings,
     falling_rate,
+    frozen_share,
     not_a_result,
     read_result,
     step_checkpoints,
@@ -73,6 +74,13 @@ def check_finished(config: DictConfig, module: Objective) -> None:
             f"{folder} is finished at trainer.max_steps={before['max_steps']}, towards which "
             f"{setting} lowered the learning rate: it cannot go on; start a new run from its "
             f"weights with init_from={folder}, in another run_dir"
+        )
+    share = frozen_share(config)
+    if share is not None and "max_steps" in larger:
+        raise ConfigError(
+            f"{folder} is finished at trainer.max_steps={before['max_steps']}, and {share} is a "
+            f"share of them: it cannot go on; start a new run from its weights with "
+            f"init_from={folder}, in another run_dir"
         )
     if not step_checkpoints(folder):
         raise ConfigError(

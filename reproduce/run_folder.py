@@ -356,7 +356,8 @@ def check_checkpoint(
         )
     changed = changed_settings(origin["config"], config, module)
     last = origin["config"].get("trainer", {}).get("max_steps")
-    if falling_rate(config) is not None and last not in (None, config.trainer.max_steps):
+    by_end = falling_rate(config) or frozen_share(config)
+    if by_end is not None and last not in (None, config.trainer.max_steps):
         changed.append(f"trainer.max_steps={last}")
     if changed:
         raise ConfigError(
@@ -405,6 +406,14 @@ def falling_rate(config: DictConfig) -> str | None:
         value = config.optim.get(key, without)
         if value != without:
             return f"optim.{key}={value}"
+    return None
+
+
+def frozen_share(config: DictConfig) -> str | None:
+    """The setting, as `key=value`, by which an encoder is frozen for a share of the steps."""
+    share = config.optim.get("encoder_frozen_until", 0)
+    if 0 < share < 1:
+        return f"optim.encoder_frozen_until={share}"
     return None
 
 

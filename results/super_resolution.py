@@ -28,7 +28,7 @@ from results.metrics import QUANTITIES
 
 FOLDER = "super_resolution"
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y", "lr_psnr")  # the columns
-DECIMALS = {"dB": 2, "": 4}  # by the unit
+DECIMALS = {"dB": 2, "grey levels": 2, "": 4}  # by the unit
 SET = record(
     {
         "images": positive,

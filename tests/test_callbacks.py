@@ -511,9 +511,10 @@ def test_the_table_says_why_a_metric_has_no_figure_or_none_like_the_papers():
         "test/psnr: crop: 0 here, 4 in the paper; b",
     ]
     result["not_measured"]["test/kid"] = "no weights: give some"
-    assert comparison_table(result).splitlines()[-2:] == [
+    assert comparison_table(result).splitlines()[-3:] == [
         "test/fid, test/kid: no weights: give some",
         "test/psnr: crop: 0 here, 4 in the paper; b",
+        "test/recall: no weights",
     ]
 
 

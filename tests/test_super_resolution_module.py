@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from image_folders import save_image
+from PIL import Image
 from processes import start
 from test_density import make_trainer
 from test_wandb import nobody_logged_in
@@ -16,8 +17,12 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from wandb_file import parts_of
 
+from datamodules.bicubic import downscale, upscale
+from datamodules.evaluation_sets import EvaluationSet
 from flows.srflow import RRDB, SRFlow
+from lightning_modules.callbacks.image_quality import SuperResolved
 from lightning_modules.optimization import OptimizedModule
+from lightning_modules.quality.super_resolution import psnr_rgb
 from lightning_modules.regression import RegressionModule
 from lightning_modules.super_resolution import (
     GreyLevelNoise,
@@ -30,8 +35,10 @@ from reproduce import (
     experiment,
     export,
     rrdb_bsds_x4,
+    run_folder,
     srflow_ablations,
     srflow_bsds_x4,
+    temperatures,
     verify,
 )
 from reproduce.config import compose, override
@@ -140,6 +147,8 @@ def test_the_likelihood_is_of_the_part_that_the_flow_can_halve():
     assert torch.equal(high_res, batch[0][:, :, :24, :24])
     assert torch.equal(low_res, batch[2][:, :, :6, :6])
     assert module.input_of(batch).x.shape == (2, 3, 24, 24)
+    with pytest.raises(ValueError, match=r"has 1 x 4 pixels, and this SRFlow needs 2 x 2: leave"):
+        module.input_of(make_batch(height=4, width=16))
 
 
 # ------------------------------------------------------------------------------ images
@@ -583,6 +592,15 @@ def test_an_encoder_that_does_not_fit_is_one_line(runs, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_finished_run_is_not_extended_since_its_encoder_would_be_frozen_again(runs):
+    words = [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={runs.folder / 'srflow'}"]
+    more = override(words, ["trainer.max_steps=8", "logger.name=wandb", "resume=auto"])
+    assert "optim.schedule=milestones" in refused(srflow_bsds_x4.main, *more)
+    config = compose("srflow_bsds_x4", ["optim.schedule=constant"])
+    assert run_folder.frozen_share(config) == "optim.encoder_frozen_until=0.5"
+    assert run_folder.frozen_share(compose("glow_cifar10", [])) is None
+
+
 def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
     """Where the encoder of that run came from does not matter."""
     start_from = f"init_from={runs.folder / 'srflow'}"
@@ -609,6 +627,11 @@ def test_a_test_at_another_temperature_compares_only_the_likelihood(runs, capsys
     assert "test/psnr: not compared with the recorded figure, which has another protocol" in printed
     assert re.search(r"test/bpd_noisy: .* equal to the last digit", printed)
     assert "test/diversity: since it needs at least 2 samples for each image" in printed
+
+
+def test_keys_of_images_are_for_models_that_enlarge_them():
+    line = refused(evaluate.main, "glow_cifar10/cpu-seed0", "metrics.alexnet_weights=FILE")
+    assert "metrics.alexnet_weights has no effect: glow_cifar10 enlarges no images" in line
 
 
 def test_exported_folders_say_what_they_are_for(runs, tmp_path, capsys):
@@ -757,3 +780,64 @@ def test_an_ablation_trains_its_rows_once(runs, tmp_path, capsys):
 )
 def test_a_mistake_in_an_ablation_is_one_line(word, message):
     assert message in refused(srflow_ablations.main, word)
+
+
+# ------------------------------------------------------------------------------ temperatures
+
+
+def test_the_figures_over_the_temperature(runs, tmp_path, capsys):
+    words = [
+        *(str(runs.folder / "srflow"), f"network={runs.folder / 'rrdb'}", f"root={runs.folder}"),
+        *("sets=[images]", "temperatures=[0.9,0]", "samples=2", f"out={tmp_path}"),
+    ]
+    content = temperatures.main(words)
+    [part] = content["sets"].values()
+    assert part["images"] == 8
+    models = [(row["model"], row["temperature"]) for row in part["rows"]]
+    assert models == [("bicubic", None), ("RRDB", None), ("SRFlow", 0.0), ("SRFlow", 0.9)]
+    figures = [row["metrics"] for row in part["rows"]]
+    assert [set(row) for row in figures] == [*[FIGURES] * 3, FIGURES | {"diversity"}]
+    assert content["model"] == "srflow"  # without this machine's paths
+    assert "| images | 8 | SRFlow | 0.9 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "temperatures.json").read_text()) == content
+    with Image.open(tmp_path / "temperatures.png") as picture:
+        assert picture.size == (1320, 396)  # three panels: LPIPS was not measured
+    # The same figures as those of a test on these images.
+    bicubic = [
+        psnr_rgb(upscale(downscale(image[None], 4), 4), image[None]).item()
+        for image in EvaluationSet(runs.folder, "images", 4)
+    ]
+    assert figures[0]["psnr"] == pytest.approx(sum(bicubic) / 8)
+
+
+def test_samples_that_are_not_finite_have_no_figure():
+    images = SuperResolved(
+        torch.rand(1, 3, 4, 4), torch.rand(1, 3, 16, 16), torch.full((2, 1, 3, 16, 16), math.nan)
+    )
+    figures = temperatures.measured(images, {"psnr": lambda *images: torch.zeros(1)})
+    assert set(figures) == {"psnr", "diversity"}
+    assert temperatures.means([figures, {"psnr": 20.0, "diversity": 1.0}]) == {
+        "psnr": None,
+        "diversity": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["temperatures=[-1]"], "temperatures=[-1.0]: give different numbers of at least 0"),
+        (["temperatures=[1,1]"], "temperatures=[1.0, 1.0]: give different numbers of at least 0"),
+        (["samples=0"], "samples=0 is out of range: give at least 1"),
+        (["network=glow_cifar10/cpu-seed0"], "is of glow_cifar10: give a run of rrdb_..."),
+        (["sets=[Set15]"], "Set15 is not in"),
+    ],
+)
+def test_a_mistake_about_temperatures_is_one_line(runs, words, message, tmp_path):
+    own = [str(runs.folder / "srflow"), f"root={runs.folder}", f"out={tmp_path / 'out'}"]
+    assert message in refused(temperatures.main, *own, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_temperatures_are_of_a_flow(runs):
+    line = refused(temperatures.main, str(runs.folder / "rrdb"), f"root={runs.folder}")
+    assert "is of rrdb_bsds_x4: give a run of srflow_..." in line
