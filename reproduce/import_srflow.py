@@ -267,7 +267,7 @@ def checked(network: nn.Module, path: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------- the test
 
 
-def tested(model: StoredModel, config: DictConfig, device: str, run: str) -> Stored:
+def with_result(model: StoredModel, config: DictConfig, device: str, run: str) -> Stored:
     """The weights with the result of a test, as a run records it. Nothing was trained.
 
     config: the recipe of the test. device: "cpu" or "cuda". run: the name of the row.
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     with repeatable("nothing was written, the same command starts again"):
         found = checked(model.network, path)
         if options.test or texts:
-            model = stored_model(tested(model, config, options.device, out.name))
+            model = stored_model(with_result(model, config, options.device, out.name))
     record = model.stored.origin["config"]["imported"] | {
         "tensors": len(weights),
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
