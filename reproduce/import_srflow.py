@@ -117,14 +117,17 @@ def stored_of(path: Path, weights: Weights, released: Released) -> Stored:
 # ---------------------------------------------------------------------- the checks
 
 
-def crops(side: int, n: int | None = None) -> Tensor:
-    """The middle of the photographs, (n, 3, side, side) uint8; None: of all of them."""
-    parts = []
-    for photo in photographs()[:n]:
-        top = (photo.shape[0] - side) // 2
-        left = (photo.shape[1] - side) // 2
-        parts.append(torch.from_numpy(photo[top : top + side, left : left + side].copy()))
-    return torch.stack(parts).permute(0, 3, 1, 2)
+def crops(side: int) -> Tensor:
+    """The middle of each photograph, (n, 3, side, side) uint8."""
+    photos = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in photographs()]
+    return torch.cat([middle(photo[None], side) for photo in photos])
+
+
+def middle(images: Tensor, side: int) -> Tensor:
+    """The middle of images, (n, C, side, side)."""
+    top = (images.shape[2] - side) // 2
+    left = (images.shape[3] - side) // 2
+    return images[:, :, top : top + side, left : left + side]
 
 
 def check(flow: SRFlow) -> dict[str, float]:
@@ -140,8 +143,8 @@ def check(flow: SRFlow) -> dict[str, float]:
     ConfigError, one line: the flow cannot be inverted, or its log-determinant is wrong.
     """
     images = crops(SIDE // flow.scale * flow.scale)
-    exact_images = crops(EXACT_SIDE, N_EXACT)
-    smallest = max(2**flow.n_levels, flow.scale)
+    exact_images = middle(images[:N_EXACT], EXACT_SIDE)
+    smallest = middle(images[:1], max(2**flow.n_levels, flow.scale))
     with (
         evaluation("cpu"),
         torch.no_grad(),
@@ -155,7 +158,7 @@ def check(flow: SRFlow) -> dict[str, float]:
         for image in exact_images.split(1):
             rows.append(_measured(flow, image, "float64_error", "log_det_error"))
             bar.update()
-        rows.append({"log_det_error": jacobian_error(flow, crops(smallest, 1))})
+        rows.append({"log_det_error": jacobian_error(flow, smallest)})
         bar.update()
         flow.float()
     found = {
@@ -264,7 +267,7 @@ def checked(network: nn.Module, path: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------- the test
 
 
-def tested(model: StoredModel, config: DictConfig, device: str, run: str) -> Stored:
+def with_result(model: StoredModel, config: DictConfig, device: str, run: str) -> Stored:
     """The weights with the result of a test, as a run records it. Nothing was trained.
 
     config: the recipe of the test. device: "cpu" or "cuda". run: the name of the row.
@@ -357,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     with repeatable("nothing was written, the same command starts again"):
         found = checked(model.network, path)
         if options.test or texts:
-            model = stored_model(tested(model, config, options.device, out.name))
+            model = stored_model(with_result(model, config, options.device, out.name))
     record = model.stored.origin["config"]["imported"] | {
         "tensors": len(weights),
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),

@@ -35,6 +35,7 @@ from reproduce import (
     experiment,
     export,
     rrdb_bsds_x4,
+    run_folder,
     srflow_ablations,
     srflow_bsds_x4,
     temperatures,
@@ -624,6 +625,17 @@ def test_weights_that_are_not_finite_are_one_line(runs, tmp_path):
         line = refused(srflow_bsds_x4.main, *words, f"{key}={path}")
         assert f"{path} has values that are not finite, in " in line
         assert line.endswith(f": give another {key}")
+
+
+def test_a_finished_run_is_not_extended_since_its_encoder_would_be_frozen_again(runs):
+    words = [*TINY_SRFLOW, *runs.data, runs.encoder, f"run_dir={runs.folder / 'srflow'}"]
+    more = override(words, ["trainer.max_steps=8", "logger.name=wandb", "resume=auto"])
+    assert "optim.schedule=milestones" in refused(srflow_bsds_x4.main, *more)
+    words = ["optim.schedule=constant", "flow.encoder_checkpoint=run"]
+    config = compose("srflow_bsds_x4", words)
+    assert run_folder.share_of_steps(config) == "optim.encoder_frozen_until=0.5"
+    assert run_folder.share_of_steps(compose("srflow_bsds_x4", words[:1])) is None
+    assert run_folder.share_of_steps(compose("glow_cifar10", [])) is None
 
 
 def test_a_flow_starts_from_a_whole_srflow(runs, tmp_path):
