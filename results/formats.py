@@ -5,9 +5,11 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from results import is_number
 from results.checks import LARGEST
+from results.protocol import SUPER_RESOLUTION
 
 
 def fixed(value: object, form: str = ".3f") -> str:
@@ -110,16 +112,44 @@ def run_name(run: dict) -> str:
 def data_name(run: dict) -> str:
     """The data set's name, with the bits of its images where they are not 8: `cifar10, 5 bit`.
 
-    A user's own images also have the name of their folder: `folder holidays`.
+    A user's own images also have the name of their folder: `folder holidays`. Photographs for
+    super-resolution have the folders for training and for the test.
     """
     data = run["config"].get("data") or {}
     name = str(data.get("name", "-"))
+    if name == SUPER_RESOLUTION:
+        return photographs_of(data)
     if fingerprint(run):
         name = f"{name} {Path(str(data.get('root') or '')).name}".strip()
     n_bits = data.get("n_bits", 8)
     if n_bits == 8:
         return name
     return f"{name}, {n_bits} bit"
+
+
+def photographs_of(data: Mapping[str, Any]) -> str:
+    """The photographs of a run of super-resolution, with the scale.
+
+    data: the section of the run's config.
+
+    >>> photographs_of({"root": ["data/sr/A/train", "b"], "test_root": "data/sr/A/val", "scale": 4})
+    'photographs x4: A/train, b; test A/val'
+    """
+    text = f"photographs x{data.get('scale', 1)}"
+    names = {key: folder_names(data.get(key)) for key in ("root", "test_root")}
+    if names["root"]:
+        text += f": {names['root']}"
+    if names["test_root"]:
+        text += f"; test {names['test_root']}"
+    return text
+
+
+def folder_names(roots: str | Sequence[str] | None) -> str:
+    """Each of one or several folders by the last two parts of its path."""
+    if roots is None:
+        return ""
+    paths = [roots] if isinstance(roots, str) else roots
+    return ", ".join("/".join(Path(path).parts[-2:]) for path in paths)
 
 
 def fingerprint(run: dict) -> str:

@@ -21,6 +21,7 @@ from results.formats import (
     tested_data,
     wall_time,
 )
+from results.protocol import SUPER_RESOLUTION
 
 Group = list[dict]  # recorded runs (`results.runs`) of the same settings, by seed
 
@@ -212,8 +213,19 @@ def weights_of(group: Group) -> str | None:
 
 
 def load_call(run: dict) -> str:
-    """The call of `reproduce.load` that loads a run's weights."""
+    """The call of `reproduce.load` that loads a run's weights, or the command that uses them.
+
+    >>> load_call({"experiment": "a", "run": "b", "config": {"data": {"name": "cifar10"}}})
+    'load("a/b")'
+    """
+    if enlarges(run):
+        return f"python -m reproduce.upscale {run_name(run)} image.png"
     return f'load("{run_name(run)}")'
+
+
+def enlarges(run: dict) -> bool:
+    """Whether a run trained a model that enlarges images."""
+    return (run["config"].get("data") or {}).get("name") == SUPER_RESOLUTION
 
 
 # What tells rows apart

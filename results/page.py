@@ -198,7 +198,7 @@ def notes(rows: list[list]) -> list[str]:
     lines = []
     if any("±" in cell for row in rows for cell in row):
         lines += ["±: standard error over n runs, which differ in their seed alone.", ""]
-    calls = [row[-1] for row in rows if row[-1] != "-"]
+    calls = [row[-1] for row in rows if row[-1].startswith("`load(")]
     if calls:
         call = calls[0].strip("`")
         example = f"`from reproduce import load; model = {call}`"

@@ -19,7 +19,7 @@ from results.formats import (
     run_name,
     wall_time,
 )
-from results.groups import load_call
+from results.groups import enlarges, load_call
 from results.protocol import allowed_differences
 from results.reading import Records, claims_of, counted_comparisons, ordered_runs
 
@@ -190,6 +190,13 @@ def earlier_end(end: dict) -> str:
     return f"this run had ended at step {end['steps']} ({'; '.join(parts)}) and was trained on"
 
 
+def code_for_weights(run: dict) -> Code:
+    """How a run's weights are used."""
+    if enlarges(run):
+        return Code(load_call(run))
+    return Code(f"from reproduce import load\n\nmodel = {load_call(run)}", "python")
+
+
 def weights_blocks(run: dict) -> list[Block]:
     """How a run's weights are loaded, and the file in which they are."""
     weights = run["weights"]
@@ -197,5 +204,5 @@ def weights_blocks(run: dict) -> list[Block]:
     file = f"[{weights['file']}]({weights['file']})"
     return [
         Paragraph(f"Weights: {file}, {size}, {weights['dtype']}."),
-        Code(f"from reproduce import load\n\nmodel = {load_call(run)}", "python"),
+        code_for_weights(run),
     ]

@@ -41,11 +41,13 @@ from reproduce import (
     temperatures,
     verify,
 )
-from reproduce.config import compose, override
+from reproduce.config import compose, override, plain
 from reproduce.loggers import close
 from reproduce.run_folder import read_checkpoint, step_checkpoints
 from reproduce.stored import as_safetensors, read_stored
 from results import compare
+from results.formats import data_name
+from results.groups import load_call
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -885,3 +887,9 @@ def test_a_mistake_about_temperatures_is_one_line(runs, words, message, tmp_path
 def test_temperatures_are_of_a_flow(runs):
     line = refused(temperatures.main, str(runs.folder / "rrdb"), f"root={runs.folder}")
     assert "is of rrdb_bsds_x4: give a run of srflow_..." in line
+
+
+def test_the_page_names_the_photographs_and_the_command_for_the_weights(runs):
+    run = runs.srflow | {"config": plain(compose("srflow_bsds_x4", []))}
+    assert data_name(run) == "photographs x4: BSDS500/train, BSDS500/test; test BSDS500/val"
+    assert load_call(run) == "python -m reproduce.upscale srflow_bsds_x4/srflow image.png"
